@@ -1,0 +1,56 @@
+"""What a level is: parts, composition, clocks, the order of levels, the generic machine and the registry."""
+
+from nestopt.core.associative import AssociativeMemory, Gd
+from nestopt.core.clock import advance, start
+from nestopt.core.compose import Chain, Nest, Parallel, chain, nest, parallel
+from nestopt.core.dataset import Dataset
+from nestopt.core.features import Features
+from nestopt.core.gates import bind, gates_of
+from nestopt.core.hookspecs import hookimpl
+from nestopt.core.level import Level
+from nestopt.core.memories import Memory
+from nestopt.core.objectives import Objective
+from nestopt.core.order import Node, ordered
+from nestopt.core.outputs import Output
+from nestopt.core.part import Gate, Number, Part
+from nestopt.core.registry import Plugin, PluginWarning, Registry, UnknownName, registry
+from nestopt.core.retentions import Retention
+from nestopt.core.signal import Signal
+from nestopt.core.tokens import scan
+from nestopt.core.tree import State
+
+__all__ = [
+    "AssociativeMemory",
+    "Chain",
+    "Dataset",
+    "Features",
+    "Gate",
+    "Gd",
+    "Level",
+    "Memory",
+    "Nest",
+    "Node",
+    "Number",
+    "Objective",
+    "Output",
+    "Parallel",
+    "Part",
+    "Plugin",
+    "PluginWarning",
+    "Registry",
+    "Retention",
+    "Signal",
+    "State",
+    "UnknownName",
+    "advance",
+    "bind",
+    "chain",
+    "gates_of",
+    "hookimpl",
+    "nest",
+    "ordered",
+    "parallel",
+    "registry",
+    "scan",
+    "start",
+]

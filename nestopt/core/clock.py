@@ -1,0 +1,52 @@
+"""Clocks: a level with period C sums what it is shown and writes once every C steps (NL eq. 71)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nestopt.core.signal import Signal
+from nestopt.core.tree import State, tree_map
+
+if TYPE_CHECKING:
+    from nestopt.core.level import Level
+
+SUM, READ = "clock_sum", "clock_read"
+
+
+def start(level: Level, param: Tensor) -> State:
+    """The state of `level` for `param`, with what its clock needs."""
+    state = level.init(param)
+    if level.period == 1:
+        return state
+    return {SUM: torch.zeros_like(param), READ: torch.zeros_like(param), **state}
+
+
+def due(step: int | Tensor, period: int) -> bool | Tensor:
+    """Whether a clock of this period writes at `step` (steps count from 1)."""
+    return step % period == 0
+
+
+def advance(level: Level, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+    """One step of `level` on its own clock.
+
+    Between writes nothing but the sum changes, and the direction is that of the last write (zero before the first).
+    The level itself counts its own writes: it is shown `signal.step // period`. A Python int as `signal.step` skips
+    the level's work between writes; a tensor keeps the step free of branches, for `vmap` and compilers.
+    """
+    if level.period == 1:
+        return level.step(grad, state, signal)
+    total = state[SUM] + grad
+    own = {key: value for key, value in state.items() if key not in (SUM, READ)}
+    now = due(signal.step, level.period)
+    if isinstance(now, bool):
+        if not now:
+            return state[READ], {**state, SUM: total}
+        direction, own = level.step(total, own, signal.every(level.period))
+        return direction, {SUM: torch.zeros_like(total), READ: direction, **own}
+    direction, written = level.step(total, own, signal.every(level.period))
+    direction = torch.where(now, direction, state[READ])
+    own = tree_map(lambda new, old: torch.where(now, new, old), written, own)
+    return direction, {SUM: torch.where(now, torch.zeros_like(total), total), READ: direction, **own}

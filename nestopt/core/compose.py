@@ -1,0 +1,193 @@
+"""Levels made of levels: one after another, side by side, and one inside another. To any depth."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nestopt.core.clock import advance, due, start
+from nestopt.core.level import Level
+from nestopt.core.order import Node
+from nestopt.core.signal import Signal
+from nestopt.core.tree import State, leaves, nested, tree_map
+
+
+def _named(levels: Mapping[str, Level] | Iterable[Level], owner: str) -> dict[str, Level]:
+    """Children by name. One without a name is called after what it is, so that its state keys say so."""
+    if isinstance(levels, Mapping):
+        named = dict(levels)
+    else:
+        named = {}
+        for level in levels:
+            base = getattr(level, "label", type(level).__name__)
+            if getattr(level, "period", 1) > 1:
+                base += f"_every_{level.period}"
+            name, count = base, 1
+            while name in named:
+                count += 1
+                name = f"{base}_{count}"
+            named[name] = level
+    if not named:
+        raise ValueError(f"{owner}: no levels given; give one or more")
+    for name, level in named.items():
+        if not isinstance(level, Level):
+            raise TypeError(f"{owner}: {name}={level!r} is not a level")
+        if not name.replace("-", "_").isidentifier():
+            raise ValueError(f"{owner}: {name!r} can't name a level; use letters, digits, '_' and '-' (names are state keys)")
+    return named
+
+
+class _Many(Level):
+    levels: dict[str, Level]
+
+    def __post_init__(self) -> None:
+        self.levels = _named(self.levels, self.label)
+        super().__post_init__()
+
+    def init(self, param: Tensor) -> State:
+        return {name: start(level, param) for name, level in self.levels.items()}
+
+
+class Chain(_Many):
+    """Each level is shown the direction of the one before it; the last one's direction is the chain's.
+
+    State keys are the levels' names. Args: `levels`, by name (or a sequence, named after what they are).
+    """
+
+    def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        new = {}
+        for name, level in self.levels.items():
+            grad, new[name] = advance(level, grad, state[name], signal)
+        return grad, new
+
+    def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
+        found: list[Node] = []
+        for key, level in self.levels.items():
+            inner = level.nodes(f"{name}.{key}", period * self.period, after)
+            found += inner
+            after = tuple(node.name for node in inner)
+        return found
+
+
+class Parallel(_Many):
+    """All levels are shown the same gradient; the direction is the weighted sum of theirs.
+
+    Args:
+        levels: by name (or a sequence, named after what they are).
+        weights: one number per level, in their order. Default: all 1.
+    """
+
+    weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weights is not None:
+            self.weights = tuple(self.weights)
+            if len(self.weights) != len(self.levels):
+                raise ValueError(
+                    f"parallel: weights={list(self.weights)} has {len(self.weights)} numbers for {len(self.levels)} levels "
+                    f"({', '.join(self.levels)}); give one each"
+                )
+
+    def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        total, new = torch.zeros_like(grad), {}
+        for weight, (name, level) in zip(self.weights or [1.0] * len(self.levels), self.levels.items(), strict=True):
+            direction, new[name] = advance(level, grad, state[name], signal)
+            total = total + weight * direction
+        return total, new
+
+    def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
+        return [
+            node
+            for key, level in self.levels.items()
+            for node in level.nodes(f"{name}.{key}", period * self.period, after)
+        ]
+
+
+class Nest(Level):
+    """A slow level learns where a fast level starts each of its contexts (NL sec. 3.3, eq. 28 and 72).
+
+    The inner level runs for `outer.period` steps; then the outer level takes one step on (start - where the inner
+    level's state arrived), which is the first-order meta-gradient, and the inner state is put back at the new start.
+    With `outer=gd()` the start moves all the way, and the nest is its inner level.
+
+    Args:
+        outer: the slow level; its `period` is the length of the inner level's context.
+        inner: the fast level; its direction is the nest's.
+        transfer: how knowledge crosses: `"init"`.
+    """
+
+    outer: Level
+    inner: Level
+    transfer: Literal["init"] = "init"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_choice("transfer", ("init",))
+
+    def init(self, param: Tensor) -> State:
+        inner = start(self.inner, param)
+        outer = {path: self.outer.init(leaf) for path, leaf in leaves(inner)}
+        return {"inner": inner, "start": tree_map(torch.clone, inner), "outer": nested(outer)}
+
+    def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        direction, inner = advance(self.inner, grad, state["inner"], signal)
+        now = due(signal.step, self.outer.period)
+        if now is False:
+            return direction, {**state, "inner": inner}
+        begins, outer = self._learn(inner, state, signal.every(self.outer.period))
+        new = {"inner": begins, "start": begins, "outer": outer}
+        if isinstance(now, Tensor):
+            kept = {**state, "inner": inner}
+            new = tree_map(lambda written, old: torch.where(now, written, old), new, kept)
+        return direction, new
+
+    def _learn(self, inner: State, state: State, signal: Signal) -> tuple[State, State]:
+        arrived, begins, outer = dict(leaves(inner)), {}, {}
+        for path, at in leaves(state["start"]):
+            node = state["outer"]
+            for key in path.split("."):
+                node = node[key]
+            move, outer[path] = self.outer.step(at - arrived[path], node, signal.on(at))
+            begins[path] = at - move
+        return nested(begins), nested(outer)
+
+    def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
+        every = period * self.period
+        inner = self.inner.nodes(f"{name}.inner", every, after)
+        needs = tuple(node.name for node in inner)
+        outer = self.outer.nodes(f"{name}.outer", every, needs)
+        return [*inner, *outer]
+
+
+def _collect(levels: Sequence[Level | Sequence[Level]], named: Mapping[str, Level]) -> dict[str, Level]:
+    flat: list[Level] = []
+    for level in levels:
+        flat += [level] if isinstance(level, Level) else list(level)
+    return {**_named(flat, "levels"), **named} if flat else dict(named)
+
+
+def chain(*levels: Level | Sequence[Level], **named: Level) -> Chain:
+    """`Chain` of levels, in order; keyword names become state keys.
+
+    >>> from nestopt.levels import momentum, adam
+    >>> list(chain(slow=momentum(0.99), fast=adam()).levels)
+    ['slow', 'fast']
+    """
+    return Chain(_collect(levels, named))
+
+
+def parallel(
+    *levels: Level | Sequence[Level], weights: Sequence[float] | None = None, **named: Level
+) -> Parallel:
+    """`Parallel` levels with optional `weights`; keyword names become state keys."""
+    return Parallel(_collect(levels, named), weights=None if weights is None else tuple(weights))
+
+
+def nest(outer: Level, inner: Level, transfer: Literal["init"] = "init") -> Nest:
+    """`Nest` of a slow level around a fast one."""
+    return Nest(outer, inner, transfer)

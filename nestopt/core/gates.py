@@ -1,0 +1,57 @@
+"""Numbers that come from the data: finding the gates of a level, and putting values in their place."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from nestopt.core.part import Gate, Part
+
+P = TypeVar("P", bound=Part)
+
+
+def gates_of(part: Part, prefix: str = "") -> dict[str, Gate]:
+    """Every gate in `part` and in the parts within it, by dotted path (`"rule.beta"`)."""
+    found = {
+        prefix + field.name: value
+        for field in dataclasses.fields(part)  # type: ignore[arg-type]
+        if isinstance(value := getattr(part, field.name), Gate)
+    }
+    for name, inner in part.parts():
+        found |= gates_of(inner, f"{prefix}{name}.")
+    return found
+
+
+def bind(part: P, values: Mapping[str, Tensor] | None = None) -> P:
+    """A copy of `part` whose gates are numbers: those of `values` by dotted path, each other gate its `init`.
+
+    A part without gates is returned as it is.
+    """
+    gates = gates_of(part)
+    return _bind(part, {path: (values or {}).get(path, gate.init) for path, gate in gates.items()}) if gates else part
+
+
+def _bind(part: P, values: Mapping[str, Any]) -> P:
+    bound = copy.copy(part)  # not dataclasses.replace: what was valid stays valid, and tensors have no value to check
+    inner: dict[str, dict[str, Any]] = {}
+    for path, value in values.items():
+        head, _, rest = path.partition(".")
+        if rest:
+            inner.setdefault(head, {})[rest] = value
+        else:
+            setattr(bound, head, value)
+    for name, below in inner.items():
+        child = getattr(part, name)
+        if isinstance(child, Part):
+            setattr(bound, name, _bind(child, below))
+        else:
+            split: dict[str, dict[str, Any]] = {}
+            for path, value in below.items():
+                key, _, rest = path.partition(".")
+                split.setdefault(key, {})[rest] = value
+            setattr(bound, name, {key: _bind(item, split[key]) if key in split else item for key, item in child.items()})
+    return bound

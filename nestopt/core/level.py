@@ -1,0 +1,95 @@
+"""A level: an associative memory on a clock, which does not care what it remembers."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from nestopt.core.clock import advance, start
+from nestopt.core.order import Node
+from nestopt.core.part import Part
+from nestopt.core.signal import Signal
+from nestopt.core.tree import State, leaves
+
+
+class Level(Part):
+    r"""One level of a nest, defined by what it does to one tensor's gradient.
+
+    Write `init` and `step`, in plain torch operations on one tensor; that is all. The library runs the same object
+
+    * **on gradients**, as an optimizer: $W \leftarrow W - \mathrm{lr}\cdot u$ with $u$ the direction `step` returns;
+    * **on tokens**, as a layer: an association $k \to v$ is the gradient $v k^\top$ of the `dot` objective (NL eq. 14-18),
+      the level compresses those, and its direction is read at the query, $y = u\,q$;
+    * **as another level's rule**: shown the inner gradients of that level's memory.
+
+    Fields are config keys. A field that holds a number may be given a `Gate` and is then a number per token on tokens.
+
+    Args:
+        period: writes once in so many steps of its context, on the sum of what it saw (NL eq. 71). Default 1.
+    """
+
+    kind: ClassVar[str] = "level"
+    objectives: ClassVar[dict[str, str]] = {}
+    """For `describe`: the objective by which each state tensor is a memory, by its key."""
+
+    batched: ClassVar[bool] = False
+    """Whether `step` may be shown a stack `[n, *shape]` of tensors as it stands; otherwise the library uses `vmap`."""
+
+    period: int = dataclasses.field(default=1, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.period, bool) or not isinstance(self.period, int) or self.period < 1:
+            raise ValueError(f"{self.label}: period={self.period!r} is not allowed; give a whole number of steps, 1 or more")
+
+    # -- on gradients ----------------------------------------------------------------------------------------------
+
+    def init(self, param: Tensor) -> State:
+        """The state at the start: a dict of tensors (nested dicts are fine), for a tensor like `param`."""
+        return {}
+
+    @abstractmethod
+    def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        """Write `grad` and read: the direction u (descent is `param - lr * u`) and the new state.
+
+        Must be a pure function: it changes nothing in place and keeps nothing on `self`.
+        """
+
+    # -- on tokens -------------------------------------------------------------------------------------------------
+
+    def begin(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
+        """The state of one sequence and head before its first token; `learned` is the start a layer has learned."""
+        return start(self, like.new_zeros(dim_v, dim_k))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        """One token of one head: write the pair `k [D_k] -> v [D_v]`, then read at `q [D_k]`. Returns `(y [D_v], state)`."""
+        direction, state = advance(self, torch.outer(v, k), state, signal)
+        return direction @ q, state
+
+    def learned_start(self, dim_k: int, dim_v: int) -> dict[str, Tensor]:
+        """What a layer should learn as this level's initial memory, at its own initial value. Empty: starts at zero."""
+        return {}
+
+    # -- for describe ----------------------------------------------------------------------------------------------
+
+    def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
+        """The memories of this level, for the order of levels (`nestopt.core.order`)."""
+        keys = [key for key, _ in leaves(self.init(torch.zeros(2, 2)))]
+        every = period * self.period
+        if not keys:
+            return [Node(name, every, after, memory="none", objective="", rule=self.label)]
+        return [
+            Node(
+                f"{name}.{key}" if len(keys) > 1 else name,
+                every,
+                after,
+                memory="vector",
+                objective=self.objectives.get(key, ""),
+                rule=self.label,
+            )
+            for key in keys
+        ]

@@ -1,0 +1,235 @@
+"""Where associations are kept: what the parameters of a memory are, and how it is read."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nestopt.core.outputs import Output
+from nestopt.core.part import Part
+
+Theta = dict[str, Tensor]
+"""The parameters of one memory, by name."""
+
+
+class Memory(Part):
+    """A map from keys to values with parameters θ.
+
+    On tokens, keys and values are vectors of the sequence. On gradients, `pairs` says which associations a gradient
+    stands for and `direction` how the memory's state becomes an update.
+    """
+
+    kind: ClassVar[str] = "memory"
+    linear: ClassVar[bool] = True
+    """Linear in θ: an output then acts on θ (NL eq. 52), else on what is read."""
+
+    @abstractmethod
+    def start(self, dim_k: int, dim_v: int, like: Tensor) -> Theta:
+        """θ before the first token, on the device and in the dtype of `like`."""
+
+    @abstractmethod
+    def start_on(self, param: Tensor) -> Theta:
+        """θ before the first gradient of a tensor like `param`."""
+
+    @abstractmethod
+    def read(self, theta: Theta, k: Tensor) -> Tensor:
+        """M(k; θ): `[..., D_k] -> [..., D_v]`."""
+
+    @abstractmethod
+    def pairs(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys `[n, D_k]` and values `[n, D_v]` that `grad` is made of."""
+
+    @abstractmethod
+    def direction(self, theta: Theta, grad: Tensor, output: Output) -> Tensor:
+        """What the optimizer steps along, in the shape of `grad`."""
+
+    def learned_start(self, dim_k: int, dim_v: int) -> Theta:
+        """What a layer learns as θ's start; empty where it is fixed at `start`."""
+        return {}
+
+    def append(self, theta: Theta, k: Tensor, v: Tensor) -> Theta | None:
+        """θ with the pair appended, for a memory that keeps pairs as they are; None for one that a rule must write."""
+        return None
+
+
+def rows(grad: Tensor) -> Tensor:
+    """A gradient as rows, each a vector in the space of the layer's inputs: vectors are one row."""
+    return grad.reshape(1, -1) if grad.ndim < 2 else grad.flatten(1)
+
+
+class Vector(Memory):
+    """A memory without keys: its read is θ. Its one association with a gradient is the gradient itself."""
+
+    def start(self, dim_k: int, dim_v: int, like: Tensor) -> Theta:
+        return {"m": like.new_zeros(dim_v)}
+
+    def start_on(self, param: Tensor) -> Theta:
+        return {"m": torch.zeros_like(param)}
+
+    def read(self, theta: Theta, k: Tensor) -> Tensor:
+        return theta["m"]
+
+    def pairs(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad
+
+    def direction(self, theta: Theta, grad: Tensor, output: Output) -> Tensor:
+        return output(theta["m"])
+
+
+class Matrix(Memory):
+    """M k with M `[D_v, D_k]`.
+
+    On a gradient `[out, in]` the keys are its rows and the value of row i is e_i, so that the `dot` objective writes
+    the gradient itself (momentum) and `l2` the delta rule (NL eq. 48-49); the direction is M.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"shape"})
+
+    def start(self, dim_k: int, dim_v: int, like: Tensor) -> Theta:
+        return {"m": like.new_zeros(dim_v, dim_k)}
+
+    def start_on(self, param: Tensor) -> Theta:
+        return {"m": torch.zeros_like(rows(param))}
+
+    def read(self, theta: Theta, k: Tensor) -> Tensor:
+        return k @ theta["m"].mT
+
+    def pairs(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        keys = rows(grad)
+        return keys, torch.eye(len(keys), dtype=keys.dtype, device=keys.device)
+
+    def direction(self, theta: Theta, grad: Tensor, output: Output) -> Tensor:
+        return output(theta["m"]).reshape(grad.shape)
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh, "identity": lambda z: z}
+
+
+class Mlp(Memory):
+    """k + W1 σ(W2 … σ(W_L k)): an MLP with a residual (NL eq. 89).
+
+    On gradients, rows of the gradient scaled to unit RMS (over the tensor) are both keys and values, and the direction
+    is the read at those rows, scaled back; W1 starts at 0 there, so that the first direction is the gradient.
+
+    Args:
+        hidden: width of the hidden layers. Default: 2 · D_k on tokens; min(rows, columns) on gradients, which keeps
+            the parameters of a two-layer memory at the size of Adam's state.
+        depth: number of weight matrices, 2 or more (1 with no hidden layer).
+        activation: one of silu, gelu, relu, tanh, identity.
+        residual: whether k is added to the read; needs D_k = D_v.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"shape"})
+    linear: ClassVar[bool] = False
+
+    hidden: int | None = None
+    depth: int = 2
+    activation: Literal["silu", "gelu", "relu", "tanh", "identity"] = "silu"
+    residual: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("depth", 1)
+        self.check_choice("activation", ACTIVATIONS)
+        if self.hidden is not None:
+            self.check("hidden", 1)
+
+    def _weights(self, dim_k: int, dim_v: int, hidden: int, outer_scale: float, like: Tensor) -> Theta:
+        if self.residual and dim_k != dim_v:
+            raise ValueError(
+                f"mlp: residual=True needs keys and values of one width, not {dim_k} and {dim_v}; give residual=False"
+            )
+        sizes = [dim_v, *[hidden] * (self.depth - 1), dim_k]
+        scales = [outer_scale, *[1.0] * (self.depth - 1)]
+        return {
+            f"W{i}": like.new_empty(fan_out, fan_in).normal_() * (scale / math.sqrt(fan_in))
+            for i, (fan_out, fan_in, scale) in enumerate(zip(sizes, sizes[1:], scales, strict=False), start=1)
+        }
+
+    def start(self, dim_k: int, dim_v: int, like: Tensor) -> Theta:
+        return self._weights(dim_k, dim_v, self.hidden or 2 * dim_k, 0.5, like)
+
+    def learned_start(self, dim_k: int, dim_v: int) -> Theta:
+        return self.start(dim_k, dim_v, torch.empty(()))
+
+    def start_on(self, param: Tensor) -> Theta:
+        n, width = rows(param).shape
+        return self._weights(width, width, self.hidden or max(1, min(n, width)), 0.0, param)
+
+    def read(self, theta: Theta, k: Tensor) -> Tensor:
+        act, z = ACTIVATIONS[self.activation], k
+        for i in range(self.depth, 1, -1):
+            z = act(z @ theta[f"W{i}"].mT)
+        y = z @ theta["W1"].mT
+        return k + y if self.residual else y
+
+    def pairs(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        unit = rows(grad) / rms(grad)
+        return unit, unit
+
+    def direction(self, theta: Theta, grad: Tensor, output: Output) -> Tensor:
+        scale = rms(grad)
+        return output(self.read(theta, rows(grad) / scale) * scale).reshape(grad.shape)
+
+
+def rms(grad: Tensor) -> Tensor:
+    """Root mean square over the tensor, kept away from 0 so that a gradient of zeros stays one."""
+    tiny = torch.finfo(grad.dtype).tiny
+    return grad.square().mean().clamp_min(tiny).sqrt()
+
+
+class Window(Memory):
+    """The last `size` pairs as they are, read by softmax attention, scale 1/√D_k (NL eq. 62-63).
+
+    On gradients one pair is one whole gradient: its direction as the key, itself as the value; the direction is what
+    the present gradient attends to among the last `size` (which must be given there: memory is `2 · size` tensors).
+
+    Args:
+        size: how many pairs are kept; None keeps all.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"shape"})
+    linear: ClassVar[bool] = False
+
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size is not None:
+            self.check("size", 1)
+
+    def start(self, dim_k: int, dim_v: int, like: Tensor) -> Theta:
+        return {"keys": like.new_zeros(0, dim_k), "values": like.new_zeros(0, dim_v)}
+
+    def start_on(self, param: Tensor) -> Theta:
+        if self.size is None:
+            raise ValueError(
+                "window: size=None keeps every pair, which on gradients would never stop growing; give size, such as 4"
+            )
+        return self.start(param.numel(), param.numel(), param)
+
+    def read(self, theta: Theta, k: Tensor) -> Tensor:
+        if theta["keys"].shape[-2] == 0:
+            return theta["values"].new_zeros(*k.shape[:-1], theta["values"].shape[-1])
+        scores = k @ theta["keys"].mT / math.sqrt(k.shape[-1])
+        return scores.softmax(-1) @ theta["values"]
+
+    def append(self, theta: Theta, k: Tensor, v: Tensor) -> Theta:
+        keys = torch.cat([theta["keys"], k.reshape(-1, theta["keys"].shape[-1])])
+        values = torch.cat([theta["values"], v.reshape(-1, theta["values"].shape[-1])])
+        if self.size is not None:
+            keys, values = keys[-self.size :], values[-self.size :]
+        return {"keys": keys, "values": values}
+
+    def pairs(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        flat = grad.reshape(1, -1)
+        # unit RMS, so that the score of a gradient with itself is √numel whatever its scale
+        return flat / rms(flat), flat
+
+    def direction(self, theta: Theta, grad: Tensor, output: Output) -> Tensor:
+        return output(self.read(theta, self.pairs(grad)[0])[0].reshape(grad.shape))

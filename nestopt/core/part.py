@@ -1,0 +1,148 @@
+"""What everything configurable in nestopt is made of: a dataclass whose fields are its config keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from abc import ABC
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar, get_type_hints
+
+from torch import Tensor
+from typing_extensions import dataclass_transform
+
+
+class Gate:
+    """A number that the data choose: a learned function of the token, `low + (high - low) · sigmoid(w·x + b)`.
+
+    Give one wherever a level takes a number (`momentum(beta=Gate(0.9))`). A layer learns `w` (from 0) and `b` (so that
+    the gate starts at `init`), one per head, and the level sees a number per token. Gradients carry no such data:
+    there the constant `init` is used.
+
+    Args:
+        init: the value at the start of training, strictly between `low` and `high`.
+        low, high: the open range of values.
+
+    Raises:
+        ValueError: unless `low < init < high`.
+    """
+
+    def __init__(self, init: float, low: float = 0.0, high: float = 1.0) -> None:
+        if not low < init < high:
+            raise ValueError(f"gate: init={init!r} is not allowed; give a number strictly between {low} and {high}")
+        self.init, self.low, self.high = float(init), float(low), float(high)
+
+    @property
+    def bias(self) -> float:
+        """The logit at which the gate equals `init`."""
+        share = (self.init - self.low) / (self.high - self.low)
+        return math.log(share / (1 - share))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Gate) and (self.init, self.low, self.high) == (other.init, other.low, other.high)
+
+    def __hash__(self) -> int:
+        return hash((self.init, self.low, self.high))
+
+    def __repr__(self) -> str:
+        span = "" if (self.low, self.high) == (0.0, 1.0) else f", low={self.low}, high={self.high}"
+        return f"Gate({self.init}{span})"
+
+
+Number = float | Tensor | Gate
+"""A constant, a tensor (a learned or per-token value), or a `Gate` that a layer turns into one."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the allowed name closest to `name`, or nothing."""
+    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+@dataclass_transform(field_specifiers=(dataclasses.field,))
+class Part(ABC):
+    """A piece of a level. Every subclass becomes a dataclass by itself; its fields are its config keys, in Python, in
+    YAML and in `describe`. Two parts with equal fields are equal.
+    """
+
+    kind: ClassVar[str] = "part"
+    requires: ClassVar[frozenset[str]] = frozenset()
+    """What this part must be shown to be itself: `"shape"` (whole tensors in their true shape, never a flat slice of
+    several), `"matrix"` (as `"shape"`, and only matrices)."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclasses.dataclass(cls)
+
+    def __post_init__(self) -> None:
+        hints = _part_hints(type(self))
+        for key, expected in hints.items():
+            value = getattr(self, key)
+            if not isinstance(value, expected):
+                raise TypeError(
+                    f"{self.label}: {key}={value!r} is not a {expected.kind}; give an object such as nestopt's own, "
+                    "or write the whole thing as a spec (a name, a mapping or YAML) and pass that to nestopt.build"
+                )
+
+    @property
+    def label(self) -> str:
+        """The name of this part's class, as in configs."""
+        return snake_case(type(self).__name__)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What this part and all parts within it require (see `requires`)."""
+        return self.requires.union(*(part.needs for _, part in self.parts()))
+
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        """The parts directly within this one, as (dotted name, part)."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Part):
+                yield field.name, value
+            elif isinstance(value, Mapping):
+                yield from ((f"{field.name}.{name}", item) for name, item in value.items() if isinstance(item, Part))
+
+    def check(self, key: str, low: float, high: float = math.inf, *, closed: str = "[]") -> None:
+        """Raise ValueError unless field `key` lies between `low` and `high` (gates and tensors pass: they have no value yet).
+
+        `closed` says which ends belong to the range, as in mathematics: `"[)"` keeps `low` and leaves out `high`.
+        """
+        value = getattr(self, key)
+        if isinstance(value, Tensor | Gate):
+            return
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise TypeError(f"{self.label}: {key}={value!r} is not a number")
+        above = value >= low if closed[0] == "[" else value > low
+        below = value <= high if closed[1] == "]" else value < high
+        if not (above and below):
+            right = "∞)" if high == math.inf else f"{high:g}{closed[1]}"
+            raise ValueError(f"{self.label}: {key}={value!r} is not allowed; give a number in {closed[0]}{low:g}, {right}")
+
+    def check_choice(self, key: str, allowed: Iterable[Any]) -> None:
+        """Raise ValueError unless field `key` holds one of `allowed`."""
+        value, allowed = getattr(self, key), list(allowed)
+        if value not in allowed:
+            hint = nearest(value, [a for a in allowed if isinstance(a, str)]) if isinstance(value, str) else ""
+            raise ValueError(f"{self.label}: {key}={value!r} is not allowed; give one of {allowed}.{hint}")
+
+
+_HINTS: dict[type, dict[str, type[Part]]] = {}
+
+
+def _part_hints(cls: type[Part]) -> dict[str, type[Part]]:
+    """The fields of `cls` that must hold parts, with the class each must be of."""
+    if cls not in _HINTS:
+        names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        found = {}
+        for key, hint in get_type_hints(cls).items():
+            if key in names and isinstance(hint, type) and issubclass(hint, Part):
+                found[key] = hint
+        _HINTS[cls] = found
+    return _HINTS[cls]

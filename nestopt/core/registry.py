@@ -1,0 +1,233 @@
+"""What is known by name: levels and parts, from nestopt itself and from installed plugins."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import inspect
+import os
+import warnings
+
+
+import pluggy
+
+from nestopt.core import hookspecs
+from nestopt.core.dataset import Dataset
+from nestopt.core.features import Features
+from nestopt.core.level import Level
+from nestopt.core.memories import Memory
+from nestopt.core.objectives import Objective
+from nestopt.core.outputs import Output
+from nestopt.core.part import Part, nearest
+from nestopt.core.retentions import Retention
+
+KINDS: dict[str, tuple[type[Part], str]] = {
+    "level": (Level, "nestopt_register_levels"),
+    "memory": (Memory, "nestopt_register_memories"),
+    "objective": (Objective, "nestopt_register_objectives"),
+    "retention": (Retention, "nestopt_register_retentions"),
+    "features": (Features, "nestopt_register_features"),
+    "output": (Output, "nestopt_register_outputs"),
+    "dataset": (Dataset, "nestopt_register_datasets"),
+}
+"""Each kind of part: its base class, and the hook that registers it."""
+
+BUILTIN = "nestopt"
+DISABLE = "NESTOPT_DISABLE_PLUGINS"
+
+
+class UnknownName(KeyError):
+    """No part of that kind is registered under that name."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class PluginWarning(UserWarning):
+    """A plugin was skipped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plugin:
+    """One plugin, as `nestopt plugins` lists it.
+
+    Attributes:
+        name: of its entry point.
+        source: the distribution and version, or the module.
+        provides: what it registered, as (kind, name).
+        error: why it was skipped, or None.
+        blocked: whether it was switched off.
+    """
+
+    name: str
+    source: str
+    provides: tuple[tuple[str, str], ...] = ()
+    error: str | None = None
+    blocked: bool = False
+
+
+class Registry:
+    """Names to classes. Plugins are looked for at the first look-up, not at import.
+
+    The environment variable `NESTOPT_DISABLE_PLUGINS` switches off installed plugins: `1` (or `all`) every one, else
+    the named ones, separated by commas. nestopt's own levels can't be switched off.
+    """
+
+    def __init__(self, group: str = hookspecs.PROJECT) -> None:
+        self.group = group
+        self._builtin: list[object] = []
+        self._blocked: set[str] = set()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+        self._classes: dict[str, dict[str, tuple[type[Part], str]]] = {kind: {} for kind in KINDS}
+        self._names: dict[type, str] = {}
+        self._plugins: dict[str, Plugin] = {}
+        self._loaded = False
+
+    # -- filling it ------------------------------------------------------------------------------------------------
+
+    def add_builtin(self, plugin: object) -> None:
+        """Take a module of nestopt's own, by the hooks that any plugin uses."""
+        self._builtin.append(plugin)
+        self._reset()
+
+    def block(self, name: str) -> None:
+        """Switch the plugin `name` off (`-p no:NAME`). Takes effect at once."""
+        self._blocked.add(name)
+        self._reset()
+
+    def add(self, plugin: object, name: str | None = None) -> None:
+        """Take a plugin object now, without an entry point (in a notebook, or a test). Errors are raised."""
+        self._load()
+        name = name or getattr(plugin, "__name__", type(plugin).__name__)
+        entry = self._take(plugin, name, source=_module_of(plugin))
+        if entry.error:
+            self._plugins.pop(name, None)
+            raise ValueError(f"plugin {name!r}: {entry.error}")
+
+    def remove(self, name: str) -> None:
+        """Forget a plugin taken by `add`, and all that it registered."""
+        if name in self._plugins:
+            self._manager.unregister(name=name)
+            self._forget(name)
+            del self._plugins[name]
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        for module in self._builtin:
+            entry = self._take(module, BUILTIN if module is self._builtin[0] else _module_of(module), source=_module_of(module))
+            if entry.error:
+                raise RuntimeError(f"nestopt's own {entry.source}: {entry.error}")
+        switch = os.environ.get(DISABLE, "").strip()
+        names = {name.strip() for name in switch.split(",")}
+        every = switch.lower() in ("1", "true", "all", "yes")
+        for point in sorted(importlib.metadata.entry_points(group=self.group), key=lambda p: p.name):
+            source = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+            if every or point.name in names or point.name in self._blocked:
+                self._plugins[point.name] = Plugin(point.name, source, blocked=True)
+                continue
+            try:
+                plugin = point.load()
+            except Exception as error:
+                self._plugins[point.name] = Plugin(point.name, source, error=f"import failed: {_say(error)}")
+            else:
+                self._take(plugin, point.name, source)
+            if failed := self._plugins[point.name].error:
+                warnings.warn(f"plugin {point.name!r} ({source}) is skipped: {failed}", PluginWarning, stacklevel=2)
+
+    def _take(self, plugin: object, name: str, source: str) -> Plugin:
+        """Register `plugin` and run its hooks. All or nothing: an error leaves none of its names behind."""
+        if name in self._plugins:
+            entry = Plugin(name, source, error=f"another plugin is called {name!r} ({self._plugins[name].source})")
+            # under a key of its own, so that both are listed
+            self._plugins[f"{name} ({source})"] = entry
+            return entry
+        try:
+            self._manager.register(plugin, name=name)
+            self._manager.check_pending()
+            others = [other for other in self._manager.get_plugins() if other is not plugin]
+            for kind, (_, hook) in KINDS.items():
+                self._manager.subset_hook_caller(hook, others)(register=self._registrar(kind, name))
+            provides = tuple(
+                (kind, known) for kind in KINDS for known, (_, owner) in self._classes[kind].items() if owner == name
+            )
+            entry = Plugin(name, source, provides)
+        except Exception as error:
+            self._forget(name)
+            if self._manager.has_plugin(name):
+                self._manager.unregister(name=name)
+            entry = Plugin(name, source, error=_say(error))
+        self._plugins[name] = entry
+        return entry
+
+    def _registrar(self, kind: str, owner: str) -> hookspecs.Register:
+        base, hook = KINDS[kind]
+
+        def register(name: str, cls: type) -> None:
+            if not (isinstance(cls, type) and issubclass(cls, base)):
+                raise TypeError(f"{hook}: {name!r} is {cls!r}, not a subclass of {base.__module__}.{base.__qualname__}")
+            if inspect.isabstract(cls):
+                raise TypeError(f"{hook}: {name!r} lacks {', '.join(sorted(cls.__abstractmethods__))}")
+            if not name.isidentifier():
+                raise ValueError(f"{hook}: {name!r} is not a name; use letters, digits and '_'")
+            if name in self._classes[kind]:
+                raise ValueError(f"the {kind} name {name!r} is taken by plugin {self._classes[kind][name][1]!r}")
+            self._classes[kind][name] = (cls, owner)
+            self._names.setdefault(cls, name)
+
+        return register
+
+    def _forget(self, owner: str) -> None:
+        for known in self._classes.values():
+            for name in [name for name, (_, by) in known.items() if by == owner]:
+                self._names.pop(known.pop(name)[0], None)
+
+    # -- looking up ------------------------------------------------------------------------------------------------
+
+    def get(self, kind: str, name: str) -> type[Part]:
+        """The class registered as `name`. Raises UnknownName, with the nearest name there is."""
+        self._load()
+        known = self._classes[kind]
+        if name not in known:
+            failed = [f"{p.name}: {p.error}" for p in self._plugins.values() if p.error]
+            skipped = f" Skipped plugins: {'; '.join(failed)}." if failed else ""
+            raise UnknownName(f"no {kind} is called {name!r}.{nearest(name, known)} Known: {', '.join(sorted(known))}.{skipped}")
+        return known[name][0]
+
+    def names(self, kind: str) -> list[str]:
+        """All names of a kind, sorted."""
+        self._load()
+        return sorted(self._classes[kind])
+
+    def name_of(self, cls: type) -> str | None:
+        """The name that `cls` is registered under, or None."""
+        self._load()
+        return self._names.get(cls)
+
+    def owner(self, kind: str, name: str) -> str:
+        """Which plugin registered `name`."""
+        self.get(kind, name)
+        return self._classes[kind][name][1]
+
+    def plugins(self) -> list[Plugin]:
+        """Every plugin found, those that were skipped or switched off too."""
+        self._load()
+        return list(self._plugins.values())
+
+
+def _say(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _module_of(plugin: object) -> str:
+    return getattr(plugin, "__name__", type(plugin).__module__)
+
+
+registry = Registry()
+"""The registry that nestopt uses."""
+

@@ -1,0 +1,98 @@
+"""The built-in levels, by the names of configs: `nestopt.levels.momentum(0.9)`. Levels of plugins are here too."""
+
+from __future__ import annotations
+
+from nestopt.core import features, memories, objectives, outputs, retentions
+from nestopt.core.associative import AssociativeMemory as associative_memory
+from nestopt.core.associative import Gd as gd
+from nestopt.core.compose import Chain, Nest, Parallel
+from nestopt.core.hookspecs import Register, hookimpl
+from nestopt.core.level import Level
+from nestopt.core.registry import UnknownName, registry
+from nestopt.levels.adam import Adam as adam
+from nestopt.levels.adam import AdamW as adamw
+from nestopt.levels.cms import Cms as cms
+from nestopt.levels.momentum import DeltaMomentum as delta_momentum
+from nestopt.levels.momentum import Momentum as momentum
+from nestopt.levels.muon import Muon as muon
+from nestopt.levels.muon import NewtonSchulz as newton_schulz
+from nestopt.levels.muon import NewtonSchulzOutput
+from nestopt.levels.tokens import Attention as attention
+from nestopt.levels.tokens import DeepMomentum as deep_momentum
+from nestopt.levels.tokens import Deltanet as deltanet
+from nestopt.levels.tokens import LinearAttention as linear_attention
+from nestopt.levels.tokens import Titans as titans
+from nestopt.levels.tokens import Ttt as ttt
+
+__all__ = [
+    "adam",
+    "adamw",
+    "associative_memory",
+    "attention",
+    "cms",
+    "deep_momentum",
+    "delta_momentum",
+    "deltanet",
+    "gd",
+    "linear_attention",
+    "momentum",
+    "muon",
+    "newton_schulz",
+    "titans",
+    "ttt",
+]
+
+
+@hookimpl
+def nestopt_register_levels(register: Register) -> None:
+    for name in __all__:
+        register(name, globals()[name])
+    register("chain", Chain)
+    register("parallel", Parallel)
+    register("nest", Nest)
+
+
+@hookimpl
+def nestopt_register_memories(register: Register) -> None:
+    register("vector", memories.Vector)
+    register("matrix", memories.Matrix)
+    register("mlp", memories.Mlp)
+    register("window", memories.Window)
+
+
+@hookimpl
+def nestopt_register_objectives(register: Register) -> None:
+    register("dot", objectives.Dot)
+    register("l2", objectives.L2)
+
+
+@hookimpl
+def nestopt_register_retentions(register: Register) -> None:
+    register("keep", retentions.Keep)
+    register("decay", retentions.Decay)
+
+
+@hookimpl
+def nestopt_register_features(register: Register) -> None:
+    register("identity", features.Identity)
+    register("elu", features.Elu)
+    register("polynomial", features.Polynomial)
+
+
+@hookimpl
+def nestopt_register_outputs(register: Register) -> None:
+    register("plain", outputs.Plain)
+    register("sign", outputs.Sign)
+    register("rms_norm", outputs.RmsNorm)
+    register("newton_schulz", NewtonSchulzOutput)
+
+
+def __getattr__(name: str) -> type[Level]:
+    """Levels of plugins, by name."""
+    if name.startswith("_"):
+        raise AttributeError(name)
+    try:
+        return registry.get("level", name)  # type: ignore[return-value]
+    except UnknownName as error:
+        raise AttributeError(str(error)) from None
+

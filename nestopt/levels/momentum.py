@@ -1,0 +1,110 @@
+"""Gradient descent with memory: momentum, and momentum by the delta rule."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from nestopt.core.level import Level
+from nestopt.core.memories import rows
+from nestopt.core.part import Number
+from nestopt.core.signal import Signal
+from nestopt.core.tree import State
+
+
+class Momentum(Level):
+    r"""A memory of gradients (NL eq. 10-13, 33).
+
+    $$m \leftarrow \beta m + (1-\mathrm{dampening})\,g, \qquad u = m \quad(\text{nesterov: } g + \beta m)$$
+
+    Convention: with the default `dampening=0` this is a *sum* (as in `torch.optim.SGD`), whose length tends to
+    1/(1-β) gradients; `dampening=beta` makes it an average. No hidden Nesterov. On tokens it is linear attention with
+    decay β (RetNet). Without Nesterov it equals `AssociativeMemory(memory=vector, objective=dot, retention=decay(β))`.
+
+    Args:
+        beta: decay β, 0 or more (a `Gate` on tokens). Default 0.9.
+        dampening: of each new gradient. Default 0.
+        nesterov: look ahead along the new gradient. Default False.
+        undamped_start: take the first gradient whole whatever `dampening`, as `torch.optim.SGD` does. Default False.
+    """
+
+    batched: ClassVar[bool] = True
+    objectives: ClassVar[dict[str, str]] = {"momentum": "dot"}
+
+    beta: Number = 0.9
+    dampening: Number = 0.0
+    nesterov: bool = False
+    undamped_start: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("beta", 0.0)
+
+    def init(self, param: Tensor) -> State:
+        return {"momentum": torch.zeros_like(param)}
+
+    def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        damped = (1 - self.dampening) * grad  # type: ignore[operator]
+        m = self.beta * state["momentum"] + damped
+        if self.undamped_start:
+            first = signal.step == 1
+            m = torch.where(first, grad, m) if isinstance(first, Tensor) else grad if first else m
+        return (grad + self.beta * m if self.nesterov else m), {"momentum": m}
+
+
+class DeltaMomentum(Level):
+    r"""Momentum that forgets along what it is shown: a gradient step on ½‖m gᵀ - I‖² (NL eq. 48-49).
+
+    $$m \leftarrow \beta m - s\,(m\hat g^\top)\hat g + g, \qquad \hat g = g/\lVert g\rVert_F, \qquad u = m$$
+
+    A tensor of more than two dimensions is seen as `[out, rest]`, a vector as one row. Convention: a sum, as `momentum`.
+    With β = ζ = 1 and `normalize=None` it is `AssociativeMemory(memory=matrix, objective=l2)`; on tokens, with unit
+    keys and values and ζ = 1, DeltaNet.
+
+    Args:
+        beta: decay β in [0, 1]. Default 0.9.
+        zeta: strength of the forgetting, ζ >= 0; 1 is as printed. Default 1.
+        normalize: `"clip"` (default): s = min(1, ζ‖g‖²), eq. 49 to the letter where it can't diverge. `"unit"`:
+            s = min(1, ζ) whatever the gradient's length. None: s = ζ‖g‖², the letter, which diverges for long gradients.
+        elementwise: keep only the diagonal of ĝᵀĝ with the tensor as one row: entry i fades by s ĝ_i².
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"shape"})
+    objectives: ClassVar[dict[str, str]] = {"momentum": "l2"}
+
+    beta: Number = 0.9
+    zeta: Number = 1.0
+    normalize: Literal["clip", "unit"] | None = "clip"
+    elementwise: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("beta", 0.0, 1.0)
+        self.check("zeta", 0.0)
+        self.check_choice("normalize", ("clip", "unit", None))
+
+    def init(self, param: Tensor) -> State:
+        return {"momentum": torch.zeros_like(param)}
+
+    def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        m, g = state["momentum"], rows(grad)
+        length = g.square().sum()
+        zeta = torch.as_tensor(self.zeta, dtype=g.dtype, device=g.device)
+        # s / ‖g‖², finite where g = 0
+        inverse = 1 / length.clamp_min(torch.finfo(g.dtype).tiny)
+        if self.normalize == "clip":
+            share = torch.minimum(inverse, zeta)
+        elif self.normalize == "unit":
+            share = zeta.clamp(max=1.0) * inverse
+        else:
+            share = zeta
+        if self.elementwise:
+            forget = m * grad.square()
+        else:
+            mr = m.reshape(g.shape)
+            # the same product either way round; the smaller Gram matrix is the cheaper
+            forget = ((mr @ g.mT) @ g if g.shape[0] <= g.shape[1] else mr @ (g.mT @ g)).reshape(grad.shape)
+        m = self.beta * m - share * forget + grad
+        return m, {"momentum": m}

@@ -1,0 +1,101 @@
+"""Levels known as layers: presets of the associative memory. On gradients each is the optimizer that its parts make."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from nestopt.core.associative import AssociativeMemory
+from nestopt.core.level import Level
+from nestopt.core.memories import Matrix, Memory, Mlp, Window
+from nestopt.core.objectives import L2, Dot, Objective
+from nestopt.core.part import Gate, Number
+from nestopt.core.retentions import Decay, Retention
+from nestopt.levels.adam import Adam
+from nestopt.levels.momentum import Momentum
+
+
+class Attention(AssociativeMemory):
+    r"""Softmax attention: a memory that keeps its pairs (NL eq. 62-63), $y_t = \sum_s \mathrm{softmax}_s(q_t k_s^\top/\sqrt{D_k}) v_s$.
+
+    `memory=window(size=c)` keeps the last c only, which it needs on gradients. Other arguments: `associative_memory`.
+    """
+
+    memory: Memory = dataclasses.field(default_factory=Window)
+
+
+class LinearAttention(AssociativeMemory):
+    r"""Linear attention: a matrix memory of dot products (NL eq. 14-18, 64), $M_t = M_{t-1} + v_t k_t^\top$, $y_t = M_t q_t$.
+
+    `features=elu` makes it Katharopoulos's (without the normaliser), `retention=decay(γ)` RetNet. On gradients it is
+    momentum (with β the retention). Other arguments: `associative_memory`.
+    """
+
+    memory: Memory = dataclasses.field(default_factory=Matrix)
+    objective: Objective = dataclasses.field(default_factory=Dot)
+
+
+class Deltanet(AssociativeMemory):
+    r"""DeltaNet: a matrix memory of regressions (NL eq. 65), $M_t = M_{t-1}(I - \eta_t k_t k_t^\top) + \eta_t v_t k_t^\top$.
+
+    Layers L2-normalise queries and keys for it. Arguments: `associative_memory`; `lr` is η, a gate in (0, 1) starting at ½.
+    """
+
+    qk_norm: ClassVar[bool] = True
+
+    memory: Memory = dataclasses.field(default_factory=Matrix)
+    objective: Objective = dataclasses.field(default_factory=L2)
+    lr: Number = Gate(0.5)
+
+
+class Ttt(AssociativeMemory):
+    r"""Test-time training (Sun et al. 2024): an MLP memory of regressions, $\theta_t = \theta_{t-1} - \eta_t\nabla\ell(\theta_{t-1})$.
+
+    Layers L2-normalise queries and keys for it and learn θ's start. Arguments: `associative_memory`; `lr` is η, a gate
+    in (0, 1) starting at 0.1. The raw step: with many hidden units or long keys it can diverge.
+    """
+
+    qk_norm: ClassVar[bool] = True
+
+    memory: Memory = dataclasses.field(default_factory=Mlp)
+    objective: Objective = dataclasses.field(default_factory=L2)
+    lr: Number = Gate(0.1)
+
+
+class Titans(AssociativeMemory):
+    r"""Titans (Behrouz et al. 2025): an MLP memory of regressions with momentum and forgetting.
+
+    $$S_t = \theta_t S_{t-1} + \eta_t\nabla\ell(M_{t-1}), \qquad M_t = \alpha_t M_{t-1} - S_t$$
+
+    The momentum is its rule, and any level will do in its place: `titans(rule=adam(), step_size=0.01)`.
+    Arguments: `associative_memory`; `lr` is η (a gate starting at 0.1), the retention's `keep` is α (0.99) and the
+    rule's `beta` θ (0.5). Layers L2-normalise queries and keys for it and learn the memory's start.
+    """
+
+    qk_norm: ClassVar[bool] = True
+
+    memory: Memory = dataclasses.field(default_factory=Mlp)
+    objective: Objective = dataclasses.field(default_factory=L2)
+    rule: Level = dataclasses.field(default_factory=lambda: Momentum(Gate(0.5)))
+    retention: Retention = dataclasses.field(default_factory=lambda: Decay(Gate(0.99)))
+    lr: Number = Gate(0.1)
+
+
+class DeepMomentum(AssociativeMemory):
+    r"""Deep momentum (DMGD, NL eq. 50): an MLP that learns to answer each row û of the unit-RMS gradient with itself.
+
+    $$\theta \leftarrow \beta\theta - \mathrm{rule}\big(\nabla_\theta \tfrac12\lVert m(\hat u;\theta) - \hat u\rVert^2\big),
+      \qquad u = \mathrm{rms}(g)\, m(\hat u; \theta)$$
+
+    What recent gradients have in common it has learned, and passes; what is new to it, it damps. W1 starts at 0, so the
+    first steps are short. Convention: the direction grows to about the gradient's own size. State: with the default
+    Adam as rule and half of min(rows, columns) hidden units, at most 3 numbers per entry of a matrix.
+
+    Arguments: `associative_memory`; `retention` is β.
+    """
+
+    memory: Memory = dataclasses.field(default_factory=lambda: Mlp(residual=False))
+    objective: Objective = dataclasses.field(default_factory=L2)
+    rule: Level = dataclasses.field(default_factory=lambda: Adam((0.9, 0.99)))
+    retention: Retention = dataclasses.field(default_factory=lambda: Decay(0.999))
+    step_size: Number = 0.02

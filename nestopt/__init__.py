@@ -1,5 +1,7 @@
 """nestopt: associative-memory levels that are optimizers, layers and each other's learning rules."""
 
+import importlib.metadata
+
 from nestopt import levels
 from nestopt.core import (
     AssociativeMemory,
@@ -12,5 +14,41 @@ from nestopt.core import (
     parallel,
     registry,
 )
+from nestopt.train import datasets
 
+# before anything that looks a name up
 registry.add_builtin(levels)
+registry.add_builtin(datasets)
+
+from nestopt import core, models, nn, ops, optim  # noqa: E402
+from nestopt.api import describe, layer, model, optimizer  # noqa: E402
+from nestopt.config import Config, ConfigError, build, load, to_spec  # noqa: E402
+
+__version__ = importlib.metadata.version("nestopt")
+
+__all__ = [
+    "AssociativeMemory",
+    "Config",
+    "ConfigError",
+    "Gate",
+    "Level",
+    "Signal",
+    "build",
+    "chain",
+    "core",
+    "describe",
+    "hookimpl",
+    "layer",
+    "levels",
+    "load",
+    "model",
+    "models",
+    "nest",
+    "nn",
+    "ops",
+    "optim",
+    "optimizer",
+    "parallel",
+    "registry",
+    "to_spec",
+]

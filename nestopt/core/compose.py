@@ -12,6 +12,7 @@ from torch import Tensor
 from nestopt.core.clock import advance, due, start
 from nestopt.core.level import Level
 from nestopt.core.order import Node
+from nestopt.core.part import FieldError
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, leaves, nested, tree_map
 
@@ -41,11 +42,20 @@ def _named(levels: Mapping[str, Level] | Iterable[Level], owner: str) -> dict[st
     return named
 
 
+class _Levels(dict[str, Level]):
+    """Levels by name; equal if they are the same in the same order, which matters here."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and list(self.items()) == list(other.items())
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class _Many(Level):
     levels: dict[str, Level]
 
     def __post_init__(self) -> None:
-        self.levels = _named(self.levels, self.label)
+        self.levels = _Levels(_named(self.levels, self.label))
         super().__post_init__()
 
     def init(self, param: Tensor) -> State:
@@ -88,10 +98,8 @@ class Parallel(_Many):
         if self.weights is not None:
             self.weights = tuple(self.weights)
             if len(self.weights) != len(self.levels):
-                raise ValueError(
-                    f"parallel: weights={list(self.weights)} has {len(self.weights)} numbers for {len(self.levels)} levels "
-                    f"({', '.join(self.levels)}); give one each"
-                )
+                problem = f"has {len(self.weights)} numbers for {len(self.levels)} levels ({', '.join(self.levels)}); give one each"
+                raise FieldError(self.label, "weights", self.weights, problem)
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         total, new = torch.zeros_like(grad), {}
@@ -161,7 +169,15 @@ class Nest(Level):
         inner = self.inner.nodes(f"{name}.inner", every, after)
         needs = tuple(node.name for node in inner)
         outer = self.outer.nodes(f"{name}.outer", every, needs)
-        return [*inner, *outer]
+        learned = Node(
+            f"{name}.start",
+            every * self.outer.period,
+            tuple(node.name for node in outer),
+            memory="start of the inner level",
+            objective="l2 to where it arrives",
+            rule=self.outer.label,
+        )
+        return [*inner, *outer, learned]
 
 
 def _collect(levels: Sequence[Level | Sequence[Level]], named: Mapping[str, Level]) -> dict[str, Level]:
@@ -171,23 +187,23 @@ def _collect(levels: Sequence[Level | Sequence[Level]], named: Mapping[str, Leve
     return {**_named(flat, "levels"), **named} if flat else dict(named)
 
 
-def chain(*levels: Level | Sequence[Level], **named: Level) -> Chain:
+def chain(*levels: Level | Sequence[Level], period: int = 1, **named: Level) -> Chain:
     """`Chain` of levels, in order; keyword names become state keys.
 
     >>> from nestopt.levels import momentum, adam
     >>> list(chain(slow=momentum(0.99), fast=adam()).levels)
     ['slow', 'fast']
     """
-    return Chain(_collect(levels, named))
+    return Chain(_collect(levels, named), period=period)
 
 
 def parallel(
-    *levels: Level | Sequence[Level], weights: Sequence[float] | None = None, **named: Level
+    *levels: Level | Sequence[Level], weights: Sequence[float] | None = None, period: int = 1, **named: Level
 ) -> Parallel:
     """`Parallel` levels with optional `weights`; keyword names become state keys."""
-    return Parallel(_collect(levels, named), weights=None if weights is None else tuple(weights))
+    return Parallel(_collect(levels, named), weights=None if weights is None else tuple(weights), period=period)
 
 
-def nest(outer: Level, inner: Level, transfer: Literal["init"] = "init") -> Nest:
+def nest(outer: Level, inner: Level, transfer: Literal["init"] = "init", *, period: int = 1) -> Nest:
     """`Nest` of a slow level around a fast one."""
-    return Nest(outer, inner, transfer)
+    return Nest(outer, inner, transfer, period=period)

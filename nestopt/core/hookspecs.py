@@ -1,13 +1,13 @@
 """The hooks that a plugin may implement. The built-in levels and parts come in by the same ones.
 
 A plugin is a module (or object) with any of these, marked with `@nestopt.hookimpl`, named by an entry point of the
-group `nestopt`:
+group `nestopt`::
 
     @nestopt.hookimpl
     def nestopt_register_levels(register):
         register("lion", Lion)
 
-and in its pyproject.toml
+and in its pyproject.toml::
 
     [project.entry-points.nestopt]
     lion = "nestopt_lion"

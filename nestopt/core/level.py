@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nestopt.core.clock import advance, start
 from nestopt.core.order import Node
-from nestopt.core.part import Part
+from nestopt.core.part import FieldError, Part
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, leaves
 
@@ -35,6 +35,8 @@ class Level(Part):
     kind: ClassVar[str] = "level"
     objectives: ClassVar[dict[str, str]] = {}
     """For `describe`: the objective by which each state tensor is a memory, by its key."""
+    follows: ClassVar[dict[str, str]] = {}
+    """For the order of levels: state tensors whose update needs another's of the same step first."""
 
     batched: ClassVar[bool] = False
     """Whether `step` may be shown a stack `[n, *shape]` of tensors as it stands; otherwise the library uses `vmap`."""
@@ -44,7 +46,7 @@ class Level(Part):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.period, bool) or not isinstance(self.period, int) or self.period < 1:
-            raise ValueError(f"{self.label}: period={self.period!r} is not allowed; give a whole number of steps, 1 or more")
+            raise FieldError(self.label, "period", self.period, "is not allowed; give a whole number of steps, 1 or more")
 
     # -- on gradients ----------------------------------------------------------------------------------------------
 
@@ -86,7 +88,7 @@ class Level(Part):
             Node(
                 f"{name}.{key}" if len(keys) > 1 else name,
                 every,
-                after,
+                (*after, f"{name}.{self.follows[key]}") if key in self.follows else after,
                 memory="vector",
                 objective=self.objectives.get(key, ""),
                 rule=self.label,

@@ -51,6 +51,28 @@ class Gate:
         return f"Gate({self.init}{span})"
 
 
+class FieldError(ValueError):
+    """A field of a part holds what it may not.
+
+    Attributes:
+        label: the part, as in configs.
+        key: its field.
+        value: what that holds.
+        problem: what is wrong with it and what is allowed, to be read after the value.
+    """
+
+    def __init__(self, label: str, key: str, value: object, problem: str) -> None:
+        super().__init__(label, key, value, problem)
+        self.label, self.key, self.value, self.problem = label, key, value, problem
+
+    def __str__(self) -> str:
+        return f"{self.label}: {self.key}={self.value!r} {self.problem}"
+
+
+class FieldTypeError(FieldError, TypeError):
+    """A field of a part holds something of the wrong type."""
+
+
 Number = float | Tensor | Gate
 """A constant, a tensor (a learned or per-token value), or a `Gate` that a layer turns into one."""
 
@@ -62,7 +84,7 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
 
 def snake_case(name: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 @dataclass_transform(field_specifiers=(dataclasses.field,))
@@ -85,9 +107,12 @@ class Part(ABC):
         for key, expected in hints.items():
             value = getattr(self, key)
             if not isinstance(value, expected):
-                raise TypeError(
-                    f"{self.label}: {key}={value!r} is not a {expected.kind}; give an object such as nestopt's own, "
-                    "or write the whole thing as a spec (a name, a mapping or YAML) and pass that to nestopt.build"
+                raise FieldTypeError(
+                    self.label,
+                    key,
+                    value,
+                    f"is not a {expected.kind}; give an object such as nestopt's own, "
+                    "or write the whole thing as a spec (a name, a mapping or YAML) and pass that to nestopt.build",
                 )
 
     @property
@@ -110,7 +135,7 @@ class Part(ABC):
                 yield from ((f"{field.name}.{name}", item) for name, item in value.items() if isinstance(item, Part))
 
     def check(self, key: str, low: float, high: float = math.inf, *, closed: str = "[]") -> None:
-        """Raise ValueError unless field `key` lies between `low` and `high` (gates and tensors pass: they have no value yet).
+        """Raise FieldError unless field `key` lies between `low` and `high`. Gates and tensors pass: no value yet.
 
         `closed` says which ends belong to the range, as in mathematics: `"[)"` keeps `low` and leaves out `high`.
         """
@@ -118,19 +143,19 @@ class Part(ABC):
         if isinstance(value, Tensor | Gate):
             return
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise TypeError(f"{self.label}: {key}={value!r} is not a number")
+            raise FieldTypeError(self.label, key, value, "is not a number")
         above = value >= low if closed[0] == "[" else value > low
         below = value <= high if closed[1] == "]" else value < high
         if not (above and below):
             right = "∞)" if high == math.inf else f"{high:g}{closed[1]}"
-            raise ValueError(f"{self.label}: {key}={value!r} is not allowed; give a number in {closed[0]}{low:g}, {right}")
+            raise FieldError(self.label, key, value, f"is not allowed; give a number in {closed[0]}{low:g}, {right}")
 
     def check_choice(self, key: str, allowed: Iterable[Any]) -> None:
-        """Raise ValueError unless field `key` holds one of `allowed`."""
+        """Raise FieldError unless field `key` holds one of `allowed`."""
         value, allowed = getattr(self, key), list(allowed)
         if value not in allowed:
             hint = nearest(value, [a for a in allowed if isinstance(a, str)]) if isinstance(value, str) else ""
-            raise ValueError(f"{self.label}: {key}={value!r} is not allowed; give one of {allowed}.{hint}")
+            raise FieldError(self.label, key, value, f"is not allowed; give one of {allowed}.{hint}")
 
 
 _HINTS: dict[type, dict[str, type[Part]]] = {}

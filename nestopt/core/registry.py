@@ -103,9 +103,11 @@ class Registry:
         """Take a plugin object now, without an entry point (in a notebook, or a test). Errors are raised."""
         self._load()
         name = name or getattr(plugin, "__name__", type(plugin).__name__)
+        if name in self._plugins:
+            raise ValueError(f"another plugin is called {name!r} ({self._plugins[name].source})")
         entry = self._take(plugin, name, source=_module_of(plugin))
         if entry.error:
-            self._plugins.pop(name, None)
+            del self._plugins[name]
             raise ValueError(f"plugin {name!r}: {entry.error}")
 
     def remove(self, name: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nestopt.core.level import Level
-from nestopt.core.part import Number
+from nestopt.core.part import FieldError, Number
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State
 
@@ -30,6 +30,7 @@ class Adam(Level):
 
     batched: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"exp_avg": "l2 to g", "exp_avg_sq": "l2 to g²", "max_exp_avg_sq": "max"}
+    follows: ClassVar[dict[str, str]] = {"max_exp_avg_sq": "exp_avg_sq"}
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -41,9 +42,9 @@ class Adam(Level):
         self.betas = tuple(self.betas)  # type: ignore[assignment]
         for i, beta in enumerate(self.betas):
             if not 0 <= beta < 1:
-                raise ValueError(f"{self.label}: betas[{i}]={beta!r} is not allowed; give a number in [0, 1)")
+                raise FieldError(self.label, f"betas[{i}]", beta, "is not allowed; give a number in [0, 1)")
         if len(self.betas) != 2:
-            raise ValueError(f"{self.label}: betas={self.betas} is not allowed; give two numbers")
+            raise FieldError(self.label, "betas", self.betas, "is not allowed; give two numbers")
         self.check("eps", 0.0)
 
     def init(self, param: Tensor) -> State:

@@ -13,6 +13,7 @@ from nestopt.core.clock import advance, start
 from nestopt.core.level import Level
 from nestopt.core.memories import Memory, Mlp
 from nestopt.core.order import Node
+from nestopt.core.part import FieldError
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State
 from nestopt.levels.muon import Muon
@@ -46,11 +47,12 @@ class Cms(Level):
         super().__post_init__()
         self.periods = tuple(self.periods)
         if not self.periods or any(isinstance(p, bool) or not isinstance(p, int) or p < 1 for p in self.periods):
-            raise ValueError(f"cms: periods={self.periods} is not allowed; give whole numbers of steps, 1 or more each")
+            raise FieldError("cms", "periods", self.periods, "is not allowed; give whole numbers of steps, 1 or more each")
         if self.weights is not None:
             self.weights = tuple(self.weights)
             if len(self.weights) != len(self.periods):
-                raise ValueError(f"cms: weights={self.weights} is not allowed; give one number for each of periods={self.periods}")
+                problem = f"is not allowed; give one number for each of periods={self.periods}"
+                raise FieldError("cms", "weights", self.weights, problem)
 
     @property
     def needs(self) -> frozenset[str]:

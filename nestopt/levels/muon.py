@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nestopt.core.level import Level
 from nestopt.core.outputs import Output
-from nestopt.core.part import Number
+from nestopt.core.part import FieldError, Number
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State
 from nestopt.kernels.newton_schulz import QUINTIC, newton_schulz
@@ -18,13 +18,12 @@ from nestopt.kernels.newton_schulz import QUINTIC, newton_schulz
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64, "float16": torch.float16}
 
 
-def _check(level: Level | Output) -> None:
-    level.check("steps", 0, 99)  # type: ignore[attr-defined]
-    coefficients = tuple(level.coefficients)  # type: ignore[union-attr]
-    if len(coefficients) != 3:
-        raise ValueError(f"{level.label}: coefficients={coefficients} is not allowed; give three numbers (a, b, c)")
-    level.coefficients = coefficients  # type: ignore[union-attr]
-    level.check_choice("dtype", (None, *DTYPES))
+def _check(part: NewtonSchulz | NewtonSchulzOutput | Muon) -> None:
+    part.check("steps", 0, 99)
+    part.coefficients = tuple(part.coefficients)  # type: ignore[assignment]
+    if len(part.coefficients) != 3:
+        raise FieldError(part.label, "coefficients", part.coefficients, "is not allowed; give three numbers (a, b, c)")
+    part.check_choice("dtype", (None, *DTYPES))
 
 
 class NewtonSchulzOutput(Output):
@@ -55,7 +54,8 @@ class NewtonSchulz(Level):
     Args:
         steps: iterations. Default 5.
         coefficients: (a, b, c) of aX + b(XXᵀ)X + c(XXᵀ)²X. Default: Jordan's quintic.
-        dtype: to iterate in, by name. Default: bfloat16, float64 for float64 tensors.
+        dtype: to iterate in, by name. Default: that of `nestopt.kernels.newton_schulz.work_dtype`: bfloat16 where the
+            hardware multiplies in it.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"matrix"})

@@ -1,0 +1,113 @@
+"""Sphinx configuration. The site builds, and reads, without a network."""
+
+from __future__ import annotations
+
+import builtins
+import importlib.metadata
+import pydoc
+import re
+import sys
+from typing import Any
+
+from docutils.nodes import Element
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+
+project = "nestopt"
+author = "The nestopt authors"
+project_copyright = author
+release = version = importlib.metadata.version("nestopt")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.apidoc",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.doctest",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+]
+exclude_patterns = ["_build", "_static", "api/modules.rst"]
+
+html_theme = "furo"
+html_title = f"nestopt {release}"
+html_static_path = ["_static"]
+html_show_sphinx = False
+html_theme_options = {"navigation_with_keys": True}
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+mathjax_path = "mathjax/tex-svg-full.js"
+
+# -- the reference, from docstrings --------------------------------------------------------------------------------
+
+apidoc_modules = [
+    {
+        "path": "../nestopt",
+        "destination": "api",
+        "exclude_patterns": ["**/__main__.py"],  # importing it would run the command line
+        "separate_modules": True,
+        "module_first": True,
+        "automodule_options": {"members", "show-inheritance", "undoc-members"},
+    }
+]
+# Each object is described once, where it is defined; `resolve_public_name` leads its shorter public names there.
+autodoc_default_options = {"ignore-module-all": True}
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+# In docstrings a single backtick marks code, and $…$ mathematics, as in the MyST pages.
+default_role = "code"
+DOLLAR_MATH = re.compile(r"(?<![\\$`\w])\$(?=[^\s$])([^$`]*?[^\s$`\\])\$(?![\w$`])")
+
+# -- cross-references: every one is checked, except into other projects --------------------------------------------
+
+nitpicky = True
+LIBRARIES = ("annotated_types", "numpy", "np", "pluggy", "pydantic", "pydantic_core", "safetensors", "torch", "yaml")
+nitpick_ignore_regex = [
+    (r"py:.*", r"nestopt\..*\._\w+"),  # a private alias or type variable, shown in a signature
+    (r"py:.*", rf"({'|'.join((*LIBRARIES, *sys.stdlib_module_names))})(\..*)?"),
+    (r"py:.*", rf"({'|'.join(dir(builtins))})"),
+    (r"py:.*", r"(Any|Callable|ClassVar|Iterable|Iterator|Literal|Mapping|Module|Path|Sequence|Tensor)"),
+]
+
+# -- examples ------------------------------------------------------------------------------------------------------
+
+doctest_test_doctest_blocks = ""  # pytest runs the docstrings' examples; this builder runs `{doctest}` in pages
+doctest_global_setup = """
+import torch
+import nestopt
+torch.manual_seed(0)
+"""
+
+
+def prepare_docstring(app: Sphinx, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:
+    """Turn `$x$` into the math role; keep napoleon from reading "Words: more" under an attribute as a type."""
+    if what in {"attribute", "data", "property"} and lines:
+        lines[:1] = lines[0].replace(": ", ":\n").split("\n")  # a type needs a description on its own line
+    text = DOLLAR_MATH.sub(lambda match: f":math:`{' '.join(match[1].split())}`", "\n".join(lines))
+    lines[:] = text.split("\n")
+
+
+def resolve_public_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: Element) -> Element | None:
+    """Lead `nestopt.Level` to `nestopt.core.level.Level`, where it is defined and described."""
+    target = node.get("reftarget", "")
+    if node.get("refdomain") != "py" or not target.startswith("nestopt."):
+        return None
+    found = pydoc.locate(target)
+    home = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
+    if not home.startswith("nestopt.") or home == target:
+        return None
+    domain = env.domains.python_domain
+    return domain.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], home, node, contnode)
+
+
+def setup(app: Sphinx) -> None:
+    """Connect the two hooks above."""
+    app.connect("autodoc-process-docstring", prepare_docstring, priority=400)  # before napoleon's 500
+    app.connect("missing-reference", resolve_public_name)

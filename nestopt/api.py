@@ -1,0 +1,86 @@
+"""The public functions that take specs: a name, a level, plain data, or a YAML file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from nestopt.config import Config, ModelConfig, build, load
+from nestopt.core.level import Level
+from nestopt.description import Description
+from nestopt.description import describe as describe_object
+from nestopt.models import HopeLM, build_model
+from nestopt.nn import CMS, SequenceMemory
+from nestopt.nn import layer as make_layer
+from nestopt.optim import optimizer
+
+
+def layer(spec: Any, dim: int, heads: int = 4, **options: Any) -> SequenceMemory | CMS:
+    """A level as a module on tokens: `y, state = layer(x, state=None)`, x and y `[B, T, dim]`.
+
+    Args:
+        spec: a level, its name, a mapping, a list (a chain), or the path of a YAML file that holds one.
+        dim: width of the tokens.
+        heads: memories side by side; they divide `dim`.
+        options: of `nestopt.nn.SequenceMemory`, such as `conv`.
+
+    Raises:
+        ConfigError: a spec that can't be built.
+        ValueError: sizes that do not fit.
+
+    >>> import torch, nestopt
+    >>> y, state = nestopt.layer("momentum", dim=8, heads=2)(torch.zeros(1, 5, 8))
+    >>> y.shape
+    torch.Size([1, 5, 8])
+    """
+    if _is_file(spec):
+        spec = load(spec)
+    return make_layer(build("level", spec), dim, heads, **options)
+
+
+def model(spec: Any = None) -> HopeLM:
+    """A language model: `logits, state = model(tokens, state=None)`, tokens `[B, T]`, logits `[B, T, vocab]`.
+
+    Args:
+        spec: a config, its model section, a mapping of that section's keys, or the path of a YAML file. None: the default.
+
+    Raises:
+        ConfigError: a spec that can't be built.
+    """
+    if _is_file(spec):
+        spec = load(spec)
+    section = spec.model if isinstance(spec, Config) else spec
+    if section is None or isinstance(section, Mapping):
+        section = ModelConfig(**(section or {}))
+    return build_model(section)
+
+
+def describe(thing: Any, optimizer: Optimizer | None = None, **options: Any) -> Description:
+    """Anything as its ordered levels (NL Def. 2): print it, or take `.to_mermaid()` or `.to_svg()`.
+
+    Args:
+        thing: a level or a spec of one, an optimizer (torch's too), a module (any), or a config.
+        optimizer: of the module.
+        options: of `nestopt.description.describe`.
+    """
+    if isinstance(thing, str | os.PathLike | Mapping | list):
+        thing = load(thing) if _is_file(thing) else build("level", thing)
+    if isinstance(thing, Config):
+        built = model(thing)
+        return describe_object(built, make_optimizer(built, thing), **options)
+    return describe_object(thing, optimizer, **options)
+
+
+make_optimizer = optimizer  # `describe` has an argument of that name
+
+
+def _is_file(spec: Any) -> bool:
+    return isinstance(spec, os.PathLike) or (isinstance(spec, str) and Path(spec).suffix in (".yaml", ".yml"))
+
+
+__all__ = ["Level", "describe", "layer", "model", "nn", "optimizer"]

@@ -1,0 +1,193 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nestopt.config import Config, ConfigError, load
+from nestopt.config.overrides import apply
+from nestopt.core.registry import KINDS, registry
+
+EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `nestopt`; returns the exit status: 0, 2 for something given that can't be used, 130 for an interrupted run."""
+    from nestopt.train.checkpoint import CheckpointError
+    from nestopt.train.text import CorpusError
+
+    parser = _parser()
+    args, more = parser.parse_known_args(argv)
+    if more:  # key=value may come after options too, which argparse does not foresee
+        if not hasattr(args, "given") or any(item.startswith("-") for item in more):
+            parser.error(f"unknown: {' '.join(more)}")
+        args.given += more
+    for option in args.plugin or []:
+        if not option.startswith("no:"):
+            print(f"nestopt: -p {option} is not allowed; give no:NAME to switch a plugin off", file=sys.stderr)
+            return EXIT_USAGE
+        registry.block(option.removeprefix("no:"))
+    try:
+        return int(args.run(args))
+    except (ConfigError, CorpusError, CheckpointError) as error:
+        print(f"nestopt: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nestopt", description="Nested learning: levels that are optimizers and layers.")
+    parser.add_argument("-p", dest="plugin", action="append", metavar="no:NAME", help="switch the plugin NAME off")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a language model (alone: on Python's standard library, about 4 minutes)")
+    train.add_argument("given", nargs="*", metavar="CONFIG.yaml | key=value", help="a config file, and values that go before it")
+    train.add_argument("--data", metavar="PATH", help="train on this file or folder of text")
+    train.add_argument("--out", metavar="FOLDER", help="where runs are kept (default: runs)")
+    train.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
+    train.add_argument("-q", "--quiet", action="store_true", help="no progress, no report")
+    train.set_defaults(run=_train)
+
+    generate = commands.add_parser("generate", help="let a trained model write")
+    generate.add_argument("path", metavar="RUN")
+    generate.add_argument("--prompt", default="def ", help="text to go on from (default: 'def ')")
+    generate.add_argument("--length", type=int, default=400, help="bytes to add (default: 400)")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest byte (default: 0.8)")
+    generate.add_argument("--top-k", type=int, help="choose among the k likeliest")
+    generate.add_argument("--top-p", type=float, help="choose among the fewest with this probability together")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.set_defaults(run=_generate)
+
+    describe = commands.add_parser("describe", help="the levels of a config or a run, in order")
+    describe.add_argument("path", metavar="CONFIG.yaml | RUN")
+    describe.add_argument("given", nargs="*", metavar="key=value")
+    describe.add_argument("--format", choices=["text", "mermaid", "svg"], default="text")
+    describe.set_defaults(run=_describe)
+
+    levels = commands.add_parser("levels", help="the levels and parts that can be used by name")
+    levels.set_defaults(run=_levels)
+    plugins = commands.add_parser("plugins", help="the plugins that were found, and what is wrong with those skipped")
+    plugins.set_defaults(run=_plugins)
+    doctor = commands.add_parser("doctor", help="versions, devices, and what is missing")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _config(given: Sequence[str], base: Config | None = None) -> Config:
+    files = [item for item in given if "=" not in item]
+    overrides = [item for item in given if "=" in item]
+    if len(files) > 1:
+        raise ConfigError(f"give one config file, not {len(files)}: {', '.join(files)}")
+    if files:
+        loaded = load(Path(files[0]), overrides)
+        if not isinstance(loaded, Config):
+            raise ConfigError(f"{files[0]} is a stack; put it under optimizer: stack: to train with it")
+        return loaded
+    data = (base or Config()).to_data()
+    return Config.from_data(apply(data, overrides))
+
+
+def _train(args: argparse.Namespace) -> int:
+    from nestopt.train.loop import train
+    from nestopt.train.run import Run
+
+    given = list(args.given)
+    if args.resume:
+        fixed = [item for item in given if not item.startswith("train.")]
+        if fixed or args.data or args.out:
+            raise ConfigError(f"a resumed run has its config already; only train.* can be changed, not {', '.join(fixed) or '--data, --out'}")
+        config = _config(given, Run.open(args.resume).config())
+    else:
+        given += [f"data.path={json.dumps(args.data)}"] if args.data else []
+        given += [f"train.out={json.dumps(args.out)}"] if args.out else []
+        config = _config(given)
+    result = train(config, resume=args.resume, quiet=args.quiet)
+    return 0 if result.finished else EXIT_INTERRUPTED
+
+
+def _generate(args: argparse.Namespace) -> int:
+    import torch
+
+    from nestopt.train.run import Run
+    from nestopt.train.sampling import choose
+
+    model = Run.open(args.path).load_model()
+    prompt = args.prompt.encode()
+    if not prompt:
+        raise ConfigError("--prompt is empty; give one byte or more")
+    generator = torch.Generator().manual_seed(args.seed)
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def next_byte(logits: torch.Tensor) -> torch.Tensor:
+        chosen = choose(
+            logits.float(), temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, generator=generator
+        )
+        print(decoder.decode(bytes(chosen.clamp(max=255).tolist())), end="", flush=True)
+        return chosen
+
+    print(args.prompt, end="", flush=True)
+    try:
+        model.generate(torch.tensor([list(prompt)]), args.length, next_byte)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    print(decoder.decode(b"", final=True))
+    return 0
+
+
+def _describe(args: argparse.Namespace) -> int:
+    from nestopt.api import describe
+    from nestopt.optim import optimizer
+    from nestopt.train.run import Run, build_model
+
+    path = Path(args.path)
+    loaded = load(Run.open(path).config_file if path.is_dir() else path, args.given)
+    if isinstance(loaded, Config):
+        model = build_model(loaded)
+        found = describe(model, optimizer(model, loaded))
+    else:
+        found = describe(loaded)
+    print({"text": str, "mermaid": lambda d: d.to_mermaid(), "svg": lambda d: d.to_svg()}[args.format](found))
+    return 0
+
+
+def _levels(args: argparse.Namespace) -> int:
+    for kind in KINDS:
+        print(f"{kind}:")
+        names = registry.names(kind)
+        width = max(map(len, names), default=0)
+        for name in names:
+            owner = registry.owner(kind, name)
+            line = (registry.get(kind, name).__doc__ or "").strip().splitlines() or [""]
+            print(f"  {name:<{width}}  {line[0]}" + ("" if owner.startswith("nestopt") else f"  [plugin {owner}]"))
+    return 0
+
+
+def _plugins(args: argparse.Namespace) -> int:
+    broken = 0
+    for plugin in registry.plugins():
+        if plugin.error:
+            broken += 1
+            print(f"{plugin.name} ({plugin.source}): SKIPPED: {plugin.error}")
+        elif plugin.blocked:
+            print(f"{plugin.name} ({plugin.source}): switched off")
+        else:
+            print(f"{plugin.name} ({plugin.source}): {', '.join(f'{kind} {name}' for kind, name in plugin.provides)}")
+    return 1 if broken else 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from nestopt.doctor import report
+
+    text, healthy = report()
+    print(text)
+    return 0 if healthy else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""YAML text to plain data and back, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nestopt.config.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, which YAML forbids and PyYAML lets pass."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            mark, name = key.start_mark, (key.tag, key.value)
+            if name in lines:
+                problem = f"the key {key.value!r} is given twice, first in line {lines[name]}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+            lines[name] = mark.line + 1
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Mappings as blocks; lists of plain values on one line; no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _list(dumper: yaml.SafeDumper, data: list[Any]) -> yaml.Node:
+    flat = not any(isinstance(item, dict | list) for item in data)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flat)
+
+
+def _text(dumper: yaml.SafeDumper, data: str) -> yaml.Node:
+    # PyYAML writes these line breaks plainly, and then reads them as spaces
+    style = '"' if any(mark in data for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(list, _list)
+_Dumper.add_representer(str, _text)
+
+
+def parse(text: str, source: str = "") -> Any:
+    """The data that YAML `text` holds. Raises ConfigError with `source` and the line where it is not YAML."""
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        context = f" {error.context}" if error.context else ""
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{source or 'YAML'}{line}: {error.problem}{context}", value=text) from None
+    except (yaml.YAMLError, ValueError) as error:  # a character, or a date, that can't be
+        raise ConfigError(f"{source or 'YAML'}: {error}", value=text) from None
+
+
+def read(path: str | os.PathLike[str]) -> Any:
+    """The data in a YAML file. Raises ConfigError where that is not YAML, OSError where it can't be read."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})", value=str(path)) from None
+    return parse(text, str(path))
+
+
+def dump(data: Any) -> str:
+    """Plain data as YAML, keys in their order."""
+    text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return text.removesuffix("...\n")  # PyYAML's end of a document that is one plain value
+
+
+def write(text: str, path: str | os.PathLike[str]) -> None:
+    """Replace the file at `path` at once: a process that dies here leaves it as it was. Makes its folder."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}~", dir=target.parent) as folder:
+        new = Path(folder, "new")
+        with open(new, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, target)

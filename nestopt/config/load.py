@@ -1,0 +1,79 @@
+"""Configurations and stacks, from files and to files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nestopt.config.errors import ConfigError
+from nestopt.config.io import dump, read, write
+from nestopt.config.overrides import apply
+from nestopt.config.schema import Config
+from nestopt.config.spec import build, to_spec
+from nestopt.core import Level
+from nestopt.core.part import nearest
+
+
+def load(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable[str] = ()) -> Config | Level:
+    """A configuration, or a stack on its own, from a YAML file or a mapping.
+
+    Args:
+        source: the path of a YAML file, or what one holds. A name, a list or a mapping with the key `level` is a stack;
+            else it is a configuration, with any of the sections `model`, `optimizer`, `data` and `train`.
+        overrides: `KEY=VALUE` each: `optimizer.lr=0.01`, or for a stack `beta=0.5`, `[1].period=4`.
+
+    Returns:
+        A `Config`, or a `Level` for a stack.
+
+    Raises:
+        ConfigError: for a file that is not there or not YAML, an override that leads nowhere, and for what does not
+            fit the schema.
+
+    >>> from nestopt.config import load
+    >>> load({"level": "momentum"}, ["beta=0.5"]).beta
+    0.5
+    """
+    data, name = (source, "") if isinstance(source, Mapping) else (_read(Path(source)), str(source))
+    data = apply({} if data is None else data, overrides, complete=_complete)
+    if isinstance(data, str | list) or (isinstance(data, Mapping) and "level" in data):
+        try:
+            return build("level", data)
+        except ConfigError as error:
+            raise error.under("", name) from None
+    return Config.from_data(data, name)
+
+
+def save(what: Config | Level, path: str | os.PathLike[str]) -> None:
+    """Write a configuration or a stack as a YAML file that `load` reads back to an equal one.
+
+    The file is replaced at once; its folder is made if need be. Raises ConfigError for a level that is not registered.
+    """
+    write(what.to_yaml() if isinstance(what, Config) else dump(to_spec(what)), path)
+
+
+def _complete(data: Any) -> Any:
+    """`data` with every default written out; those of an empty configuration where it is not valid (yet)."""
+    try:
+        return Config.from_data(data).to_data()
+    except ConfigError:
+        return Config().to_data()
+
+
+def _read(path: Path) -> Any:
+    try:
+        return read(path)
+    except FileNotFoundError:
+        folder = path.parent
+        there = [p.name for p in folder.iterdir() if p.is_file()] if folder.is_dir() else None
+        where = (
+            f"the folder {str(folder)!r} does not exist"
+            if there is None
+            else f"it is not in {str(folder.absolute())!r}"
+        )
+        raise ConfigError(
+            f"no file {str(path)!r}: {where}.{nearest(path.name, there or [])}", value=str(path)
+        ) from None
+    except IsADirectoryError:
+        raise ConfigError(f"{str(path)!r} is a folder; give a YAML file", value=str(path)) from None

@@ -1,0 +1,154 @@
+"""`key=value` overrides of plain data: what comes after a config file on a command line."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from nestopt.config.errors import ConfigError, join, show
+from nestopt.config.io import parse
+from nestopt.config.spec import field_default, field_hints, kind_of, kind_of_items, to_spec
+from nestopt.core import Part, UnknownName, registry
+
+Key = str | int
+Complete = Callable[[Any], Any]
+
+_PATH = re.compile(r"(\[\d+\]|[^.\[\]\s]+)(\[\d+\]|\.[^.\[\]\s]+)*")
+_STEP = re.compile(r"\[(\d+)\]|[^.\[\]]+")
+
+_KINDS = {"stack": "level", "mixer": "level", "mlp": "level", "rest": "level", "dataset": "dataset"}
+"""The keys of the schema that hold parts. (What holds parts within a part, its class says.)"""
+
+_REST = ("stack", "lr")
+"""Keys of the section `rest` even where that is written as a bare level, whose other keys are the level's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where in the data: its keys, and the kind of part that belongs there, or that its items are."""
+
+    keys: tuple[Key, ...] = ()
+    kind: str | None = None
+    items: str | None = None
+
+    def __str__(self) -> str:
+        return join("", *self.keys) or "the root"
+
+    def at(self, key: Key, kind: str | None = None, items: str | None = None) -> _Place:
+        return _Place((*self.keys, key), kind, items)
+
+
+def apply(data: Any, overrides: Iterable[str], complete: Complete | None = None) -> Any:
+    """`data` with the `overrides`, such as `optimizer.stack[0].period=4`, in order. `data` itself is not changed.
+
+    Values are YAML. A part that is written as a bare name becomes a mapping where a key of it is set
+    (`optimizer.stack.beta=0.5` on `stack: momentum`), and a list of levels a chain; a part that is not written at all
+    starts from its default. Keys may be new.
+
+    Args:
+        data: a configuration, or the spec of a level.
+        overrides: `KEY=VALUE` each.
+        complete: gives a configuration with its defaults written out, for overrides that reach into one.
+
+    Raises:
+        ConfigError: for an override that is not `KEY=VALUE`, or a place that can't be there.
+    """
+    if isinstance(overrides, str):
+        overrides = [overrides]
+    data = copy.deepcopy(data)
+    for override in overrides:
+        keys, value = _split(override)
+        bare = not isinstance(data, dict) or "level" in data
+        root = _Place(kind="level" if bare else None)
+        # lazily, and of the data as they are by now: few overrides reach into a default
+        data = _put(data, root, keys, value, None if bare or complete is None else partial(complete, data))
+    return data
+
+
+def _split(override: str) -> tuple[list[Key], Any]:
+    name, equals, text = override.partition("=")
+    name = name.strip()
+    if not equals or not name:
+        raise ConfigError.refuse("", override, "an override is KEY=VALUE, such as optimizer.lr=0.01")
+    if not _PATH.fullmatch(name):
+        raise ConfigError.refuse("", override, f"{name!r} is not a key; write it like optimizer.stack[0].period")
+    keys: list[Key] = [int(step[1]) if step[1] else step[0] for step in _STEP.finditer(name)]
+    try:
+        return keys, parse(text)
+    except ConfigError as error:
+        raise ConfigError.refuse("", override, f"{text!r} is not YAML ({error})") from None
+
+
+def _put(value: Any, place: _Place, keys: list[Key], new: Any, complete: Callable[[], Any] | None) -> Any:
+    """`value`, which stands at `place`, with `new` at the `keys` below it."""
+    if not keys:
+        return new
+    key, *rest = keys
+    value = _open(value, place, key)
+    if isinstance(key, int):
+        if place.kind == "level" and isinstance(value, dict) and "levels" in value:
+            return _put(value, place, ["levels", *keys], new, complete)
+        if not isinstance(value, list):
+            raise ConfigError.refuse(join("", *place.keys, key), new, f"{place} is {show(value)}, not a list")
+        if key >= len(value):
+            there = f"there are {len(value)}, counted from 0"
+            raise ConfigError.refuse(join("", *place.keys, key), new, f"{place} has no such item; {there}")
+        value[key] = _put(value[key], place.at(key, place.kind or place.items), rest, new, complete)
+        return value
+    if not isinstance(value, dict):
+        raise ConfigError.refuse(join("", *place.keys, key), new, f"{place} is {show(value)}, which has no keys")
+    cls = _class(value, place)
+    inner = _below(place, key, cls)
+    below = value.get(key)
+    if rest and below is None:
+        below = _default(inner, cls, complete)
+    value[key] = _put(below, inner, rest, new, complete)
+    return value
+
+
+def _open(value: Any, place: _Place, key: Key) -> Any:
+    """`value` in the form that has keys, where it is written in a shorter one."""
+    if place.keys[-1:] == ("rest",) and place.kind and key in _REST:
+        section = isinstance(value, dict) and "level" not in value
+        return value if section else {"stack": value}
+    if isinstance(key, int):
+        return value
+    if place.kind and isinstance(value, str):
+        return {place.kind: value}
+    if place.kind == "level" and isinstance(value, list):
+        return {"level": "chain", "levels": value}
+    return value
+
+
+def _class(value: dict[str, Any], place: _Place) -> type[Part] | None:
+    """The class of the part that the mapping `value` describes."""
+    name = value.get(place.kind) if place.kind else None
+    try:
+        return registry.get(place.kind, name) if place.kind and isinstance(name, str) else None
+    except UnknownName:
+        return None  # an override may mend it yet; else building it says so
+
+
+def _below(place: _Place, key: str, cls: type[Part] | None) -> _Place:
+    if cls is not None:
+        hint = field_hints(cls).get(key)
+        return place.at(key, kind_of(hint), kind_of_items(hint))
+    return place.at(key, place.items or _KINDS.get(key))
+
+
+def _default(place: _Place, cls: type[Part] | None, complete: Callable[[], Any] | None) -> Any:
+    """What stands at `place` where nothing is written."""
+    if cls is not None:
+        default = field_default(cls, str(place.keys[-1])) if place.keys[-1] in field_hints(cls) else None
+        return to_spec(default) if isinstance(default, Part) else {}
+    found = complete() if complete else {}
+    for key in place.keys:
+        try:
+            found = found[key]
+        except (KeyError, IndexError, TypeError):
+            return {}
+    return {} if found is None else found

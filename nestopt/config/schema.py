@@ -1,0 +1,252 @@
+"""The schema of a run: every key, its type, its default and what it means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from typing_extensions import Self
+
+from nestopt.config.errors import ConfigError, join, translate
+from nestopt.config.io import dump
+from nestopt.config.spec import build, to_spec
+from nestopt.config.values import Bool, Finite, Whole, no_bool
+from nestopt.core import Dataset, Level
+
+_written = PlainSerializer(to_spec, return_type=Any)
+LevelSpec = Annotated[Level, BeforeValidator(lambda spec: build("level", spec)), _written]
+DatasetSpec = Annotated[Dataset, BeforeValidator(lambda spec: build("dataset", spec)), _written]
+
+
+def _spec(default: object) -> Any:
+    """A default written as a spec. It is built when a section is made, so that importing this needs no registry."""
+    return default
+
+
+class Section(BaseModel):
+    """A part of a configuration. Unknown keys are refused, and what is assigned is checked. Raises ConfigError."""
+
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, validate_default=True, arbitrary_types_allowed=True
+    )
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise self._translate(error, data) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = self.__dict__.copy()
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as error:
+            # pydantic has assigned it already where it is a check of several fields that fails
+            object.__setattr__(self, "__dict__", before)
+            raise self._translate(error, {name: value}) from None
+
+    @classmethod
+    def _translate(cls, error: ValidationError, data: dict[str, Any]) -> ConfigError:
+        found: list[ConfigError] = []
+        by_key: dict[str, list[Any]] = {}
+        for item in error.errors(include_url=False):
+            by_key.setdefault(str(item["loc"][0]) if item["loc"] else "", []).append(item)
+        for key, items in by_key.items():
+            if items[0]["type"] in ("extra_forbidden", "no_such_attribute"):
+                owner = cls.__name__.removesuffix("Config").lower() or "a configuration"
+                found.append(ConfigError.unknown_key("", key, items[0]["input"], owner, cls.model_fields))
+            elif items[0]["type"] == "missing":
+                found.append(ConfigError(f"missing; give {cls.model_fields[key].description}", key))
+            else:
+                found += translate([{**item, "loc": item["loc"][1:]} for item in items], key, data.get(key)).errors
+        return ConfigError.of(found)
+
+
+class ModelConfig(Section):
+    """The language model."""
+
+    mixer: LevelSpec = Field(default=_spec("attention"), description="what mixes tokens in each block: any level")
+    mlp: LevelSpec = Field(
+        default=_spec({"level": "cms", "periods": [1]}), description="what follows it, token by token: a cms"
+    )
+    dim: Whole = Field(default=128, gt=0, description="width: numbers per token")
+    blocks: Whole = Field(default=3, ge=1, description="how many blocks, each a mixer and an mlp")
+    heads: Whole = Field(default=4, ge=1, description="memories side by side in a mixer; must divide dim")
+    conv: Whole = Field(default=4, ge=0, description="width of the causal depthwise convolution; 0 for none")
+    vocab: Whole = Field(default=256, ge=1, description="how many different tokens; 256 for bytes")
+
+    @model_validator(mode="after")
+    def _heads_divide_dim(self) -> Self:
+        if self.dim % self.heads:
+            divisors = [n for n in range(1, self.dim + 1) if self.dim % n == 0]
+            below = max(n for n in divisors if n < self.heads)
+            above = [n for n in divisors if n > self.heads][:1]
+            near = " or ".join(str(n) for n in [below, *above])
+            raise ConfigError.refuse("heads", self.heads, f"give a divisor of dim={self.dim}, such as {near}")
+        return self
+
+
+class GroupConfig(Section):
+    """Parameters with a stack or settings of their own. What is not given is as for the other parameters."""
+
+    match: str = Field(description="a regular expression that is searched for in the parameters' names")
+    stack: LevelSpec | None = Field(default=None, description="the level that steps them")
+    lr: Finite | None = Field(default=None, ge=0, description="their learning rate")
+    weight_decay: Finite | None = Field(default=None, ge=0, description="their decoupled weight decay")
+    period: Whole | None = Field(default=None, ge=1, description="they change once in so many steps")
+
+    @field_validator("match")
+    @classmethod
+    def _compiles(cls, match: str) -> str:
+        try:
+            re.compile(match)
+        except re.error as error:
+            raise ValueError(f"give a regular expression ({error})") from None
+        return match
+
+
+class RestConfig(Section):
+    """What the stack does not take: embeddings, heads, norms and biases, where the stack is for matrices."""
+
+    stack: LevelSpec = Field(
+        default=_spec({"level": "adamw", "betas": [0.9, 0.95], "weight_decay": 0.0}), description="the level that steps them"
+    )
+    lr: Finite | None = Field(default=None, ge=0, description="their learning rate; null: that of the optimizer")
+    weight_decay: Finite | None = Field(default=None, ge=0, description="their decay; null: that of the optimizer")
+
+
+def _rest(spec: object) -> object:
+    """A bare level stands for a section with that stack."""
+    if isinstance(spec, RestConfig) or (isinstance(spec, Mapping) and "level" not in spec):
+        return spec
+    return RestConfig(stack=build("level", spec))
+
+
+class OptimizerConfig(Section):
+    """How the parameters learn."""
+
+    stack: LevelSpec = Field(default=_spec("muon"), description="the level, or composition of levels, that steps them")
+    lr: Finite = Field(default=0.02, ge=0, description="learning rate")
+    weight_decay: Finite = Field(default=0.0, ge=0, description="decoupled weight decay")
+    rest: Annotated[RestConfig, BeforeValidator(_rest)] = Field(
+        default=_spec({"lr": 0.003}),
+        description="for the parameters that the stack does not take: a section, or just a level",
+    )
+    groups: list[GroupConfig] = Field(
+        default=[], description="parameters with a stack or settings of their own; the first match counts"
+    )
+    route: Literal["auto", "hidden_matrices", "all"] = Field(
+        default="auto",
+        description="what the stack takes: hidden_matrices, all, or auto: what it can take, as its levels require",
+    )
+    strict: Bool = Field(default=True, description="refuse to run where a level gets no parameters")
+
+
+class DataConfig(Section):
+    """The text."""
+
+    dataset: DatasetSpec | None = Field(default=_spec("stdlib"), description="the dataset, by name")
+    path: str | None = Field(default=None, description="own text: a file or a folder, in place of the dataset")
+    window: Whole = Field(default=128, ge=1, description="tokens per sequence")
+    batch: Whole = Field(default=8, ge=1, description="sequences per step")
+
+
+class TrainConfig(Section):
+    """The run."""
+
+    steps: Whole = Field(default=1200, ge=1, description="optimizer steps")
+    seconds: Finite | None = Field(
+        default=None, gt=0, description="limit in wall-clock time; the schedule follows whichever of both is further"
+    )
+    warmup: Finite = Field(default=0.02, ge=0, le=1, description="share of the run in which the learning rate rises")
+    decay: Finite = Field(default=0.8, ge=0, le=1, description="share of the run, at its end, in which it falls to 0")
+    clip: Finite | None = Field(default=1.0, gt=0, description="largest norm of the whole gradient; null for any")
+    seed: Whole = Field(default=0, ge=0, description="of all random numbers")
+    eval_every: Whole = Field(default=200, ge=0, description="steps between evaluations; 0: at the end only")
+    eval_bytes: Whole = Field(default=131072, ge=1, description="held-out bytes per evaluation")
+    log_every: Whole = Field(default=10, ge=1, description="steps between lines of metrics.jsonl")
+    save_every: Whole = Field(default=200, ge=0, description="steps between checkpoints; 0: never")
+    sample_bytes: Whole = Field(default=400, ge=0, description="bytes of text to generate after each evaluation")
+    device: str = Field(
+        default="auto", description="cpu, cuda, cuda:1, mps, ..., or auto: an accelerator if there is one"
+    )
+    dtype: Literal["float32", "float64", "bfloat16"] = Field(default="float32", description="of parameters")
+    engine: Literal["single", "ddp", "deepspeed"] = Field(
+        default="single", description="one process, or how several share"
+    )
+    zero_stage: Annotated[Literal[0, 1, 2], no_bool("give 0, 1 or 2")] = Field(
+        default=0, description="of DeepSpeed's ZeRO"
+    )
+    out: str = Field(default="runs", description="folder in which runs are kept")
+    threads: Whole | None = Field(default=None, ge=1, description="CPU threads; null: as torch chooses")
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        if self.warmup + self.decay > 1 + 1e-9:
+            raise ConfigError.refuse("decay", self.decay, f"give at most 1 - warmup = {1 - self.warmup:g}")
+        return self
+
+
+class Config(Section):
+    """A whole run. `Config()` is the one that `nestopt train` alone starts."""
+
+    model: ModelConfig = Field(default=_spec({}), description="the language model")
+    optimizer: OptimizerConfig = Field(default=_spec({}), description="how its parameters learn")
+    data: DataConfig = Field(default=_spec({}), description="the text")
+    train: TrainConfig = Field(default=_spec({}), description="the run")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty_is_default(cls, section: object) -> object:
+        return {} if section is None else section  # `model:` with nothing under it
+
+    @classmethod
+    def from_data(cls, data: object, source: str = "") -> Config:
+        """The configuration that `data` (nested mappings, as from YAML) describes; None is the default one.
+
+        Args:
+            data: what is not given has its default.
+            source: where it comes from, such as a file name, for messages.
+
+        Raises:
+            ConfigError: one, for all that is wrong.
+        """
+        data = {} if data is None else data
+        try:
+            if not isinstance(data, Mapping):
+                raise ConfigError.refuse("", data, f"give a mapping with the sections {', '.join(cls.model_fields)}")
+            _check_keys(data, "")
+            return cls(**data)
+        except ConfigError as error:
+            raise error.under("", source) from None
+
+    def to_data(self) -> dict[str, Any]:
+        """Every key, as plain data: `from_data` makes an equal configuration of it."""
+        return self.model_dump()
+
+    def to_yaml(self) -> str:
+        """`to_data` as YAML text."""
+        return dump(self.to_data())
+
+
+def _check_keys(data: object, path: str) -> None:
+    """Raise ConfigError at a key that is not text (in YAML, `on` and `1` are not)."""
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            if not isinstance(key, str):
+                raise ConfigError.refuse(join(path, str(key)), key, "keys must be text")
+            _check_keys(value, join(path, key))
+    elif isinstance(data, list | tuple):
+        for i, item in enumerate(data):
+            _check_keys(item, join(path, i))

@@ -1,0 +1,115 @@
+"""Plain values, as YAML or a command line gives them, made what a type hint asks for.
+
+Kind where nothing is lost (`"1e-3"`, which YAML reads as text, is a number), strict where something would be: true is
+not 1, and 1.5 is not a whole number.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import AllowInfNan, BeforeValidator, ConfigDict, PydanticUserError, Strict, TypeAdapter, ValidationError
+from torch import Tensor
+
+from nestopt.config.errors import ConfigError, join, translate
+from nestopt.core import Gate, Number
+
+
+def no_bool(allowed: str) -> BeforeValidator:
+    """Refuse true and false, which Python takes for 1 and 0, saying what is `allowed`."""
+
+    def refuse(value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError(allowed)
+        return value
+
+    return BeforeValidator(refuse)
+
+
+Bool = Annotated[bool, Strict()]
+Whole = Annotated[int, no_bool("give a whole number")]
+Real = Annotated[float, no_bool("give a number")]
+Finite = Annotated[float, AllowInfNan(False), no_bool("give a number")]
+
+_LEAVES: dict[Any, Any] = {bool: Bool, int: Whole, float: Real}
+
+
+def careful(hint: Any) -> Any:
+    """`hint` with every bool, int, float and fixed tuple in it validated as this module says."""
+    if hint in _LEAVES:
+        return _LEAVES[hint]
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        given = ", ".join(repr(arg) for arg in args)
+        return hint if any(isinstance(arg, bool) for arg in args) else Annotated[hint, no_bool(f"give one of {given}")]
+    if origin is None:
+        return hint
+    if origin is Annotated:
+        return Annotated[(careful(args[0]), *args[1:])]
+    inner = tuple(arg if arg is ... else careful(arg) for arg in args)
+    if origin in (Union, types.UnionType):
+        return Union[inner]  # noqa: UP007  # built at run time
+    if origin is tuple and ... not in args:
+        return Annotated[(tuple[inner], BeforeValidator(functools.partial(_of_length, len(args))))]  # type: ignore[valid-type]
+    return hint if not args or isinstance(args[0], list) else origin[inner]
+
+
+def _of_length(count: int, value: Any) -> Any:
+    if isinstance(value, list | tuple) and len(value) != count:
+        raise ValueError(f"give a list of {count}")
+    return value
+
+
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    hint = careful(hint)
+    try:
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    except PydanticUserError:  # the type brings a configuration of its own
+        return TypeAdapter(hint)
+
+
+def convert(hint: Any, value: object, path: str) -> Any:
+    """`value` as the type `hint`. Raises ConfigError at `path`, or at the item of it that is wrong."""
+    try:
+        return _adapter(hint).validate_python(value)
+    except ValidationError as error:
+        raise translate(error.errors(include_url=False), path, value) from None
+
+
+def number(value: object, path: str) -> Number:
+    """A constant, a tensor, a `Gate`, or one written as `{gate: 0.9}` or `{gate: {init: 0.5, low: 0, high: 2}}`."""
+    if isinstance(value, Gate | Tensor):
+        return value
+    if not isinstance(value, Mapping):
+        try:
+            return convert(float, value, path)
+        except ConfigError:
+            raise ConfigError.refuse(
+                path, value, "give a number, or {gate: NUMBER} for one that the data choose"
+            ) from None
+    for key in value:
+        if key != "gate":
+            raise ConfigError.unknown_key(path, key, value[key], "a number that the data choose", ["gate"])
+    if not value:
+        raise ConfigError.refuse(path, value, "give a number, or {gate: NUMBER} for one that the data choose")
+    return _gate(value["gate"], join(path, "gate"))
+
+
+def _gate(spec: object, path: str) -> Gate:
+    if not isinstance(spec, Mapping):
+        spec, keys = {"init": spec}, {"init": path}
+    else:
+        keys = {key: join(path, key) for key in ("init", "low", "high")}
+        for key in spec:
+            if key not in keys:
+                raise ConfigError.unknown_key(path, key, spec[key], "a gate", keys)
+        if "init" not in spec:
+            raise ConfigError.refuse(path, dict(spec), "give init, the value that the gate starts at")
+    numbers = {key: convert(float, value, keys[key]) for key, value in spec.items()}
+    try:
+        return Gate(**numbers)
+    except ValueError as error:
+        raise ConfigError(str(error), keys["init"], spec["init"]) from None

@@ -1,0 +1,163 @@
+"""Memories of a level: those of its nodes, with the sizes of the state that each has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestopt.core.associative import AssociativeMemory
+from nestopt.core.clock import READ, SUM, start
+from nestopt.core.compose import Chain, Nest, Parallel
+from nestopt.core.gates import bind
+from nestopt.core.level import Level
+from nestopt.core.memories import Memory as Store
+from nestopt.core.memories import Window
+from nestopt.core.order import Node
+from nestopt.core.tree import State, leaves
+from nestopt.description.memory import Context, Memory
+from nestopt.levels.cms import Cms
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Numbers that a memory is made of, and all bytes that are kept for it."""
+
+    numbers: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Size) -> Size:
+        return Size(self.numbers + other.numbers, self.bytes + other.bytes)
+
+    def times(self, count: int) -> Size:
+        return Size(self.numbers * count, self.bytes * count)
+
+
+Sizes = dict[str, Size]
+
+
+def words(level: Level) -> str:
+    """A level in a few words: `"momentum → muon"`, `"adam + (momentum every 16)"`."""
+    if isinstance(level, Chain | Parallel):
+        joint = " → " if isinstance(level, Chain) else " + "
+        said = joint.join(
+            _bracketed(child) if len(level.levels) > 1 else words(child) for child in level.levels.values()
+        )
+    elif isinstance(level, Nest):
+        said = f"nest({words(level.outer)}, {words(level.inner)})"
+    else:
+        said = level.label
+    if level.period == 1:
+        return said
+    return f"({said}) every {level.period}" if isinstance(level, Chain | Parallel) else f"{said} every {level.period}"
+
+
+def _bracketed(level: Level) -> str:
+    alone = level.period == 1 and not isinstance(level, Chain | Parallel)
+    return words(level) if alone else f"({words(level)})"
+
+
+def memories(level: Level, name: str, context: Context, sizes: Sizes | None, period: int = 1) -> list[Memory]:
+    """The memories of `level` as `name`; `sizes` (of `measure`) is None where no shape is known."""
+    nodes = level.nodes(name, period)
+    owned = {} if sizes is None else _owned(sizes, nodes)
+    growing = {node.name for node in nodes if node.rule == "append"} if _unbounded(level) else set()
+    found = []
+    for node in nodes:
+        size, grows = owned.get(node.name, Size()), node.name in growing
+        known = sizes is not None and not grows
+        found.append(
+            Memory.from_node(
+                node,
+                context,
+                parameters=size.numbers if known else None,
+                state=size.bytes if known else None,
+                grows=grows,
+            )
+        )
+    return found
+
+
+def begin(level: Level, shape: Sequence[int], context: Context, dtype: torch.dtype | None = None) -> State:
+    """The state that `level` starts with for a tensor of `shape` (on tokens `(D_v, D_k)`), on the meta device."""
+    like = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    if context == "tokens":
+        dim_v, dim_k = shape
+        return bind(level).begin(dim_k, dim_v, like, {})
+    return start(bind(level), like)
+
+
+def measure(level: Level, name: str, state: Mapping[str, Any]) -> Sizes:
+    """How much of `state` belongs to which of the memories that `level.nodes(name)` lists."""
+    own = {key: value for key, value in state.items() if key not in (SUM, READ)}
+    clock = [state[key] for key in (SUM, READ) if isinstance(state.get(key), Tensor)]
+    if isinstance(level, Chain | Parallel | Cms):
+        children = level.clocks() if isinstance(level, Cms) else level.levels
+        found = add(measure(child, f"{name}.{key}", own.get(key, {})) for key, child in children.items())
+    elif isinstance(level, Nest):
+        found = _nest(level, name, own)
+    elif isinstance(level, AssociativeMemory) and "memory" in own:
+        found = _associative(level, name, own)
+    else:
+        paths = dict(leaves(own))
+        found = {(f"{name}.{path}" if len(paths) > 1 else name): _size([leaf]) for path, leaf in paths.items()}
+    first = next(iter(found), name)
+    return add([found, {first: Size(0, _size(clock).bytes)}])
+
+
+def _nest(level: Nest, name: str, state: State) -> Sizes:
+    inner = measure(level.inner, f"{name}.inner", state.get("inner", {}))
+    found, starts = [inner], []
+    for path, leaf in leaves(state.get("start", {})):
+        below = state.get("outer", {})
+        for key in path.split("."):
+            below = below.get(key, {})
+        found.append(measure(level.outer, f"{name}.outer", below))
+        starts.append(leaf)
+    outer = level.outer.nodes(f"{name}.outer")[0].name
+    return add([*found, {outer: Size(0, _size(starts).bytes)}])
+
+
+def _associative(level: AssociativeMemory, name: str, state: State) -> Sizes:
+    theta: dict[str, Tensor] = state["memory"]
+    if isinstance(level.memory, Window) and level.memory.size is not None:
+        # as it is once it is full
+        theta = {key: leaf.new_empty(level.memory.size, leaf.shape[-1], device="meta") for key, leaf in theta.items()}
+    buffers = [leaf for key in ("chunk", "sum") if key in state for leaf in state[key].values()]
+    rules = (measure(level.rule, f"{name}.rule", own) for own in state.get("rule", {}).values())
+    return add([{name: _size(theta.values()) + Size(0, _size(buffers).bytes)}, *rules])
+
+
+def _unbounded(level: Level) -> bool:
+    """Whether a memory that keeps pairs as they are has no bound on how many."""
+    if isinstance(level, AssociativeMemory) and type(level.memory).append is not Store.append:
+        return getattr(level.memory, "size", None) is None
+    return any(_unbounded(part) for _, part in level.parts() if isinstance(part, Level))
+
+
+def _owned(sizes: Sizes, nodes: Sequence[Node]) -> Sizes:
+    """Sizes under names of nodes: what is under no node's name belongs to the nearest one above, else to the first."""
+    names, owned = {node.name for node in nodes}, []
+    for name, size in sizes.items():
+        owner = name
+        while owner and owner not in names:
+            owner = owner.rpartition(".")[0]
+        owned.append({owner or nodes[0].name: size})
+    return add(owned)
+
+
+def add(parts: Iterable[Sizes]) -> Sizes:
+    """Sums by name."""
+    found: Sizes = {}
+    for part in parts:
+        for name, size in part.items():
+            found[name] = found.get(name, Size()) + size
+    return found
+
+
+def _size(tensors: Iterable[Tensor]) -> Size:
+    tensors = list(tensors)
+    return Size(sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors))

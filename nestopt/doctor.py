@@ -1,0 +1,51 @@
+"""`nestopt doctor`: what this machine has, what it lacks, and what to do about it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+
+import torch
+
+from nestopt.core.registry import registry
+
+NEEDED = ("torch", "numpy", "pluggy", "pydantic", "pyyaml", "safetensors", "tqdm", "matplotlib")
+OPTIONAL = {
+    "deepspeed": "train.engine=deepspeed: pip install 'nestopt[deepspeed]'",
+    "transformers": "Hugging Face models: pip install 'nestopt[hf]'",
+}
+
+
+def report() -> tuple[str, bool]:
+    """The findings as text, and whether nothing that nestopt needs is missing."""
+    lines, healthy = [f"nestopt {_version('nestopt') or '(not installed)'}, Python {platform.python_version()}, {platform.platform()}"], True
+    for name in NEEDED:
+        version = _version(name)
+        healthy &= version is not None
+        lines.append(f"  {name} {version or 'MISSING: pip install ' + name}")
+    for name, use in OPTIONAL.items():
+        lines.append(f"  {name} {_version(name) or f'not installed (for {use})'}")
+    lines.append(f"devices: cpu ({os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads){_accelerators()}")
+    lines.append(f"compiler: {shutil.which('g++') or shutil.which('clang++') or 'none (torch.compile and some of DeepSpeed need g++)'}")
+    for plugin in registry.plugins():
+        if plugin.error:
+            healthy = False
+            lines.append(f"plugin {plugin.name} ({plugin.source}) is SKIPPED: {plugin.error}")
+    lines.append("all well" if healthy else "something needs attention: see the words in capitals")
+    return "\n".join(lines), healthy
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _accelerators() -> str:
+    found = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return "".join(f", {name}" for name in found) or "; no accelerator"

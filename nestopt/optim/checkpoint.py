@@ -1,0 +1,139 @@
+"""The optimizer's state as plain data, and back.
+
+torch's own loader casts state to the parameter's dtype; this one keeps it as the level made it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nestopt.config.errors import ConfigError
+from nestopt.config.spec import build, to_spec
+from nestopt.core.gates import bind
+from nestopt.core.level import Level
+from nestopt.core.part import Part
+from nestopt.core.tree import leaves
+from nestopt.optim.buckets import STEP, SUM
+from nestopt.optim.checks import check_group, check_parameters
+from nestopt.optim.views import layout, work_dtype
+
+if TYPE_CHECKING:
+    from nestopt.optim.optimizer import Nested
+
+LATER = frozenset({"maximize", "decoupled_weight_decay", "differentiable"})
+"""Settings that not every version of torch's optimizers saves. All others must be there."""
+
+
+def to_plain(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Levels in the groups of a state dict become specs."""
+    groups = [
+        {key: _plain(value) if isinstance(value, Level) else value for key, value in group.items()}
+        for group in state_dict["param_groups"]
+    ]
+    return {**state_dict, "param_groups": groups}
+
+
+def _plain(level: Level) -> Any:
+    try:
+        return to_spec(level)
+    except ConfigError:
+        # a class that no plugin has registered: the optimizer it is loaded into has it already
+        return {"unregistered": repr(level)}
+
+
+def load(optimizer: Nested, state_dict: dict[str, Any]) -> None:
+    """Put a state dict into `optimizer`, or raise ValueError and leave it as it was."""
+    state_dict = state_dict.copy()
+    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        replaced = pre_hook(optimizer, state_dict)
+        state_dict = state_dict if replaced is None else replaced
+    saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
+    if len(saved_groups) != len(groups):
+        raise ValueError(f"the checkpoint has {len(saved_groups)} parameter groups, this optimizer {len(groups)}")
+    new_groups: list[dict[str, Any]] = []
+    params: dict[Any, tuple[Tensor, Level]] = {}
+    for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        new = _group(optimizer, saved, group, i)
+        level = bind(optimizer.level(new))
+        check_parameters(new, i, level)
+        params.update((index, (param, level)) for index, param in zip(saved["params"], group["params"], strict=True))
+        new_groups.append(new)
+    state: defaultdict[Tensor, Any] = defaultdict(dict)
+    for index, saved_state in state_dict["state"].items():
+        if index not in params:
+            raise ValueError(f"state[{index}]: the checkpoint has no such parameter in its groups")
+        param, level = params[index]
+        state[param] = _state(optimizer, saved_state, param, level, f"state[{index}]")
+    optimizer.__setstate__({"state": state, "param_groups": new_groups})
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
+
+
+def _group(optimizer: Nested, saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]:
+    """The settings of group `i`, as saved, with the parameters that it has here."""
+    path = f"param_groups[{i}]"
+    if len(saved["params"]) != len(group["params"]):
+        raise ValueError(
+            f"{path}: the checkpoint has {len(saved['params'])} parameters, this optimizer {len(group['params'])}"
+        )
+    if missing := optimizer.defaults.keys() - saved - LATER:
+        raise ValueError(f"{path}: the checkpoint lacks {sorted(missing)}; it was saved by another optimizer")
+    new = {**group, **copy.deepcopy({key: value for key, value in saved.items() if key != "params"})}
+    if "stack" in group:
+        new["stack"] = _level(saved["stack"], group["stack"], f"{path}.stack")
+    check_group(new)
+    return new
+
+
+def _level(saved: Any, present: Level, path: str) -> Level:
+    """The saved stack, which may differ from the present one in its numbers only."""
+    if isinstance(saved, dict) and "unregistered" in saved:
+        if saved["unregistered"] != repr(present):
+            raise ValueError(f"{path}: the checkpoint's is {saved['unregistered']}, this optimizer's {present!r}")
+        return present
+    level = build("level", saved, path)
+    if _kinds(level) != _kinds(present):
+        raise ValueError(
+            f"{path}: the checkpoint was saved with another stack, {level!r}; this optimizer's is {present!r}"
+        )
+    return level
+
+
+def _kinds(part: Part) -> Any:
+    """What a part is made of, without its numbers."""
+    return type(part), [(name, _kinds(inner)) for name, inner in part.parts()]
+
+
+def _state(optimizer: Nested, saved: dict[str, Any], param: Tensor, level: Level, path: str) -> dict[str, Any]:
+    """A copy of the state of one parameter on its device, if it is what the level keeps."""
+    found = {optimizer.renamed.get(key, key): value for key, value in saved.items() if value is not None}
+    if not found:
+        return {}
+    # torch's SGD and Muon do not count; what matters is that there was a first step
+    step = torch.as_tensor(found.pop(STEP, 1.0), dtype=torch.float32).detach().cpu().clone()
+    expected = dict(leaves(layout(level, param)))
+    if SUM in found:
+        expected[SUM] = torch.empty_like(param, device="meta", dtype=work_dtype(param))
+    missing, surplus = expected.keys() - found, found.keys() - expected
+    if missing or surplus:
+        raise ValueError(
+            f"{path}: does not belong to {level.label}: missing {sorted(missing)}, unknown {sorted(surplus)}; "
+            "the checkpoint was saved with another stack"
+        )
+    for key, want in expected.items():
+        have = tuple(found[key].shape) if isinstance(found[key], Tensor) else None
+        # a dimension that starts empty is one that grows
+        if (
+            have is None
+            or len(have) != want.ndim
+            or any(n not in (0, m) for n, m in zip(want.shape, have, strict=True))
+        ):
+            raise ValueError(f"{path}.{key}: has shape {have} in the checkpoint, {tuple(want.shape)} here")
+    return {STEP: step} | {
+        key: value.detach().to(param.device, expected[key].dtype, copy=True) for key, value in found.items()
+    }

@@ -1,0 +1,59 @@
+"""Which parameter has which level, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+from nestopt.optim.checks import names
+
+if TYPE_CHECKING:
+    from nestopt.optim.optimizer import Nested
+
+UNROUTED = "given by the caller"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One parameter: its name, shape, level, learning rate and the period of its group, and why it has that level."""
+
+    name: str
+    shape: tuple[int, ...]
+    level: str
+    lr: float
+    period: int
+    why: str
+
+
+class Explanation(list[Row]):
+    """The rows, in the optimizer's order; prints as a table with a count per level."""
+
+    def __str__(self) -> str:
+        head = ("parameter", "shape", "level", "lr", "period", "why")
+        cells = [
+            (row.name, "×".join(map(str, row.shape)) or "()", row.level, f"{row.lr:g}", str(row.period), row.why)
+            for row in self
+        ]
+        widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(head))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in [head, *cells]
+        ]
+        totals: dict[str, list[int]] = {}
+        for row in self:
+            count = totals.setdefault(row.level, [0, 0])
+            count[0], count[1] = count[0] + 1, count[1] + math.prod(row.shape)
+        total = [f"{level}: {tensors} tensors, {numbers:,} numbers" for level, (tensors, numbers) in totals.items()]
+        return "\n".join([*lines, "", *total])
+
+
+def explain(optimizer: Nested) -> Explanation:
+    """The routing of every parameter of `optimizer`."""
+    rows = Explanation()
+    for g, group in enumerate(optimizer.param_groups):
+        label, params = optimizer.level(group).label, group["params"]
+        reasons = group.get("why") or [UNROUTED] * len(params)
+        for name, param, why in zip(names(group, g), params, reasons, strict=True):
+            rows.append(Row(name, tuple(param.shape), label, float(group["lr"]), group.get("period", 1), why))
+    return rows

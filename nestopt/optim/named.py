@@ -1,0 +1,197 @@
+"""Optimizers by torch's names, with torch's constructors, flags and numbers: change the import and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from nestopt.core.associative import Gd
+from nestopt.core.level import Level
+from nestopt.kernels.newton_schulz import QUINTIC
+from nestopt.levels.adam import Adam as AdamLevel
+from nestopt.levels.momentum import Momentum
+from nestopt.levels.muon import Muon as MuonLevel
+from nestopt.optim.optimizer import Nested
+
+
+def _refuse(optimizer: type[Nested], **flags: bool) -> None:
+    for flag, value in flags.items():
+        if value:
+            raise ValueError(f"{flag}=True is not supported by nestopt.optim.{optimizer.__name__}; leave it out")
+
+
+class SGD(Nested):
+    """`torch.optim.SGD`: the level `momentum` (or `gd`), coupled weight decay. Arguments, defaults and results as
+    there; `foreach` and `fused` change nothing.
+
+    Raises:
+        ValueError: a value out of range; nesterov without momentum, or with dampening.
+    """
+
+    renamed: ClassVar[dict[str, str]] = {"momentum_buffer": "momentum"}
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        if momentum < 0:
+            raise ValueError(f"momentum={momentum!r} is not allowed; give a number, 0 or more")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+        }
+        _refuse(SGD, differentiable=differentiable)
+        self._start(params, defaults)
+
+    def level(self, group: dict[str, Any]) -> Level:
+        if group["momentum"] == 0:
+            return Gd()
+        return Momentum(group["momentum"], group["dampening"], group["nesterov"], undamped_start=True)
+
+    def coupled(self, group: dict[str, Any]) -> bool:
+        return True
+
+
+class Adam(Nested):
+    """`torch.optim.Adam`: the level `adam`, coupled weight decay unless `decoupled_weight_decay`. Arguments, defaults
+    and results as there; `foreach` and `fused` change nothing.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        _refuse(type(self), capturable=capturable, differentiable=differentiable)
+        self._start(params, defaults)
+
+    def level(self, group: dict[str, Any]) -> Level:
+        return AdamLevel(tuple(group["betas"]), group["eps"], amsgrad=group["amsgrad"])
+
+    def coupled(self, group: dict[str, Any]) -> bool:
+        return not group["decoupled_weight_decay"]
+
+
+class AdamW(Adam):
+    """`torch.optim.AdamW`: the level `adam` with decoupled weight decay. Arguments, defaults and results as there;
+    `foreach` and `fused` change nothing.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            decoupled_weight_decay=True,
+        )
+
+
+class Muon(Nested):
+    """`torch.optim.Muon`: the level `muon`, decoupled weight decay, Newton-Schulz in bfloat16. Arguments, defaults and
+    results as there. Matrices only.
+
+    Raises:
+        ValueError: a value out of range, or a parameter that is not a matrix.
+    """
+
+    renamed: ClassVar[dict[str, str]] = {"momentum_buffer": "momentum"}
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = QUINTIC,
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "maximize": False,
+        }
+        self._start(params, defaults)
+
+    def level(self, group: dict[str, Any]) -> Level:
+        return MuonLevel(
+            group["momentum"],
+            group["nesterov"],
+            group["ns_steps"],
+            tuple(group["ns_coefficients"]),
+            group["adjust_lr_fn"] or "original",
+            group["eps"],
+            dtype="bfloat16",
+        )

@@ -1,0 +1,88 @@
+"""What a parameter is in its model: a hidden matrix, or something that matrix levels should leave alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_CONVOLUTIONS = nn.modules.conv._ConvNd
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.RMSNorm)
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """Attributes:
+    hidden: whether this is a hidden matrix.
+    why: what decided it, in words.
+    period: of the module that holds it: the slow memories of a CMS have one above 1.
+    """
+
+    hidden: bool
+    why: str
+    period: int = 1
+
+
+def roles(model: nn.Module) -> dict[str, Role]:
+    """The role of each parameter by name, tied ones once. The type of the module that holds it decides, not names."""
+    head, why_head = _head(model)
+    periods = _periods(model)
+    found: dict[int, Role] = {}
+    for module in model.modules():
+        for param in module.parameters(recurse=False):
+            if isinstance(module, _EMBEDDINGS):
+                role = Role(False, "an embedding")
+            elif isinstance(module, _NORMS):
+                role = Role(False, "of a normalisation")
+            elif param.ndim < 2:
+                role = Role(False, "a vector" if param.ndim else "a scalar")
+            elif param is head:
+                role = Role(False, why_head)
+            else:
+                role = _matrix(module, param)
+            before = found.get(id(param))
+            if before is None or (before.hidden and not role.hidden):  # a tied weight is what its least ordinary use is
+                found[id(param)] = dataclasses.replace(role, period=periods.get(id(param), 1))
+    return {name: found[id(param)] for name, param in model.named_parameters()}
+
+
+def _matrix(module: nn.Module, param: Tensor) -> Role:
+    if isinstance(module, _CONVOLUTIONS):
+        if module.in_channels == module.groups > 1:
+            return Role(False, "a depthwise convolution, which mixes no channels")
+        return Role(True, f"a convolution, seen as {param.shape[0]}×{param[0].numel()}")
+    if param.ndim > 2:
+        return Role(False, f"{param.ndim}-dimensional, and not a convolution")
+    return Role(True, "a hidden matrix")
+
+
+def _head(model: nn.Module) -> tuple[Tensor | None, str]:
+    """The weight of the output layer: as the model says it (Hugging Face's method), else its last linear layer."""
+    says = getattr(model, "get_output_embeddings", None)
+    layer = says() if callable(says) else None
+    if layer is not None and getattr(layer, "weight", None) is not None:
+        return layer.weight, "the output layer, by get_output_embeddings()"
+    mixing = [m for m in model.modules() if isinstance(m, nn.Linear | _CONVOLUTIONS)]
+    linear = [m for m in mixing if isinstance(m, nn.Linear)]
+    if len(mixing) > 1 and linear and mixing[-1] is linear[-1]:
+        return linear[-1].weight, "the last linear layer, taken for the output"
+    return None, ""
+
+
+def _periods(model: nn.Module) -> dict[int, int]:
+    found = {}
+    for module in model.modules():
+        period = getattr(module, "period", 1)
+        if isinstance(period, int) and not isinstance(period, bool) and period > 1:
+            found.update({id(param): period for param in module.parameters()})
+    return found
+
+
+def unnamed(params: Iterator[tuple[str, Tensor]]) -> dict[str, Role]:
+    """Roles where there is no model to look at: by the number of dimensions alone."""
+    return {
+        name: Role(param.ndim == 2, f"{param.ndim}-dimensional (no model was given to tell its role)")
+        for name, param in params
+    }

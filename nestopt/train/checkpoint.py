@@ -1,0 +1,213 @@
+"""Checkpoints: one safetensors file with JSON in its header, written whole or not at all, read without pickle."""
+
+import glob
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = "nestopt-checkpoint"
+VERSION = 1
+
+
+class CheckpointError(RuntimeError):
+    """A file cannot be read as a checkpoint; the message names the file and the reason."""
+
+
+def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write a checkpoint, so that ``path`` at any moment holds all of the old one or all of the new.
+
+    Tensors are copied to the CPU; those that share memory are each written in full, and come back apart.
+
+    Args:
+        path: the file, replaced if it is there. Its folder must exist. One process at a time may write to it.
+        tensors: by name, of any shape and any dtype that safetensors has.
+        meta: numbers, strings, booleans, None, and lists and dicts of them, which come back just as they are.
+
+    Raises:
+        TypeError: for a value in ``meta`` that JSON would change (a tuple, a tensor, a key that is not a string), or a
+            tensor that is not plain and dense, or is of a dtype that safetensors lacks.
+        ValueError: for the name ``"__metadata__"``, which the file format keeps for itself.
+    """
+    _check_json(meta, "meta")
+    header = {"format": FORMAT, "version": str(VERSION), "meta": json.dumps(meta)}
+    plain: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        plain[name] = _plain(name, tensor, storages)
+    with replacing(path) as temporary:
+        save_file(plain, temporary, metadata=header)
+
+
+def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint: the tensors, on ``device``, and the meta that `save` was given.
+
+    Raises:
+        CheckpointError: if the file is missing, cut short or damaged, is not one of ours, or is of a newer version.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            meta = _read_header(path, file.metadata() or {})
+            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118 (not a dict)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: there is no such checkpoint") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read, it is cut short, damaged or no checkpoint ({error})") from error
+
+
+def flatten(tree: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Take a tree of dicts apart into its tensors and its other values, each under its dotted path.
+
+    A dot inside a key is written ``%2E``, and a percent sign ``%25``, so that no two paths are alike. `unflatten`
+    gives the tree back.
+
+    Args:
+        tree: dicts with string keys, to any depth; its leaves are tensors and values that JSON has. A list is a leaf.
+
+    Returns:
+        The tensors, and the other leaves (with ``{}`` for an empty dict), fit for `save` as part of ``meta``.
+
+    Raises:
+        TypeError: for a key that is not a string, or a leaf that is neither a tensor nor a JSON value.
+
+    Example:
+        >>> flatten({"state": {"a.weight": torch.ones(1), "step": 3}})
+        ({'state.a%2Eweight': tensor([1.])}, {'state.step': 3})
+    """
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+
+    def visit(node: Mapping[str, Any], path: tuple[str, ...]) -> None:
+        for key, child in node.items():
+            if not isinstance(key, str):
+                raise TypeError(f"keys must be strings: {'.'.join(path) or 'the tree'} has the key {key!r}")
+            here = (*path, key.replace("%", "%25").replace(".", "%2E"))
+            if isinstance(child, Mapping) and child:
+                visit(child, here)
+            elif isinstance(child, Tensor):
+                tensors[".".join(here)] = child
+            else:
+                _check_json(child, ".".join(here))
+                values[".".join(here)] = child
+
+    visit(tree, ())
+    return tensors, values
+
+
+def unflatten(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Put a tree together again: the inverse of `flatten`, up to the order of keys.
+
+    Raises:
+        ValueError: if a path is given twice, or is both a leaf and a branch.
+    """
+    tree: dict[str, Any] = {}
+    for name, leaf in [*tensors.items(), *values.items()]:
+        *path, last = (key.replace("%2E", ".").replace("%25", "%") for key in name.split("."))
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{name!r} lies below {key!r}, which is a leaf")
+        if last in node:
+            raise ValueError(f"{name!r} is given twice, or is both a leaf and a branch")
+        node[last] = {} if isinstance(leaf, dict) else leaf
+    return tree
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Replace a file at once: write to the path that this gives, and when the block ends that file becomes ``path``.
+
+    If the block raises, or the process dies, ``path`` is as it was. What a killed process leaves behind is a hidden
+    folder beside ``path``, removed by the next writer; so one process at a time may write to a path.
+    """
+    target = Path(path)
+    # "~" ends the name, so that writing "a" does not clear away what another process is writing to "a.b".
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}~*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    # A folder, since a library may make temporary files of its own beside the file that it writes (safetensors does).
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}~", suffix=".tmp", dir=target.parent))
+    try:
+        temporary = folder / "new"
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        yield temporary
+        temporary.chmod(mode)  # what the user's umask asks for; safetensors lets only the owner read
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _plain(name: str, tensor: Tensor, storages: set[int]) -> Tensor:
+    """The tensor as safetensors takes it: on the CPU, contiguous, and in memory of its own (noted in ``storages``)."""
+    if name == "__metadata__":
+        raise ValueError("a tensor cannot be named '__metadata__': the safetensors format keeps that name for itself")
+    tensor = tensor.detach()
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        raise TypeError(f"{name}: only plain dense tensors can be saved, not {_kind(tensor)}")
+    if tensor.dtype in (torch.complex32, torch.complex128):
+        raise TypeError(f"{name}: safetensors has no {tensor.dtype}")
+    tensor = tensor.cpu().contiguous().resolve_conj().resolve_neg()
+    if tensor.untyped_storage().data_ptr() in storages:
+        tensor = tensor.clone()
+    storages.add(tensor.untyped_storage().data_ptr())
+    return tensor
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"a {type(tensor).__name__} on {tensor.device} with layout {tensor.layout} and dtype {tensor.dtype}"
+
+
+def _check_json(value: Any, name: str) -> None:
+    """Raise TypeError for anything that does not come back from JSON as it went in."""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{name}: keys must be strings, not {key!r}")
+            _check_json(child, f"{name}.{key}")
+    elif isinstance(value, list):
+        for place, child in enumerate(value):
+            _check_json(child, f"{name}[{place}]")
+    elif value is not None and not isinstance(value, (str, int, float)):
+        hint = "; write it as a list" if isinstance(value, tuple) else ""
+        raise TypeError(f"{name}: {value!r} is a {type(value).__name__}, which JSON does not have{hint}")
+
+
+def _read_header(path: str | os.PathLike[str], header: Mapping[str, str]) -> dict[str, Any]:
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: is a safetensors file, but no checkpoint of nestopt")
+    try:
+        version = int(header["version"])
+        if version > VERSION:
+            raise CheckpointError(
+                f"{path}: was written by a newer nestopt (format version {version}; this one reads up to {VERSION})"
+            )
+        meta = json.loads(header["meta"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: its header is damaged ({error!r})") from error
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{path}: its header is damaged (meta is no object)")
+    return meta

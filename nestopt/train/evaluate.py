@@ -1,0 +1,77 @@
+"""Held-out bits per byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STRETCHES = 16
+"""The held-out text is so many stretches, evenly spread, so that it is not all from the first few files."""
+
+
+def held_out_text(held_out: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
+    """`size` bytes of the held-out text in a few long stretches (all of it, if it is no longer)."""
+    if len(held_out) <= size:
+        return held_out
+    length, over = divmod(size, STRETCHES)
+    gap = (len(held_out) - size) / max(1, STRETCHES - 1)
+    pieces, position = [], 0.0
+    for i in range(STRETCHES):
+        n = length + (i < over)
+        pieces.append(held_out[round(position) : round(position) + n])
+        position += n + gap
+    return np.concatenate(pieces)
+
+
+@torch.no_grad()
+def bits_per_byte(
+    model: nn.Module,
+    text: Tensor,
+    *,
+    window: int,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    total: Callable[[Tensor], Tensor] = lambda x: x,
+) -> float:
+    """Mean bits that `model` needs for each byte of `text` but the first.
+
+    The text is read in windows of `window` bytes that overlap by half: each byte is predicted from at least half a
+    window before it (but at the start), and counted once.
+
+    Args:
+        model: tokens `[B, T]` to (logits `[B, T, V]`, state).
+        text: `[N]` bytes, on the model's device.
+        window: bytes per window.
+        batch: windows at a time.
+        rank, world: which of the windows are this process's.
+        total: sums a tensor over processes.
+
+    Raises:
+        ValueError: a text of fewer than two bytes.
+    """
+    if len(text) < 2:
+        raise ValueError(f"held-out text of {len(text)} bytes can't be measured; give two or more")
+    training = model.training
+    model.eval()
+    nats = torch.zeros((), dtype=torch.float64, device=text.device)
+    half = max(1, window // 2)
+    # window i reads from starts[i]; it scores the targets after where the one before it ended
+    starts = list(range(0, max(1, len(text) - 1 - (window - half)), half))
+    full = [s for s in starts if s + window + 1 <= len(text)]
+    groups = [full[i : i + batch] for i in range(0, len(full), batch)] + [[s] for s in starts if s not in set(full)]
+    for group in groups[rank::world]:
+        pieces = torch.stack([text[s : s + window + 1] for s in group]).long()
+        logits, _ = model(pieces[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), pieces[:, 1:].flatten(), reduction="none")
+        loss = loss.view(len(group), -1)
+        for start, row in zip(group, loss, strict=True):
+            nats += row[(0 if start == 0 else window - half) :].sum(dtype=torch.float64)
+    model.train(training)
+    return float(total(nats)) / (len(text) - 1) / math.log(2)

@@ -1,0 +1,98 @@
+"""What a run shows people: a first summary, samples, the picture of its loss, and a closing table."""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from nestopt.config import Config
+from nestopt.models import HopeLM
+from nestopt.optim import Nested
+from nestopt.train.baselines import baselines
+from nestopt.train.metrics import read
+from nestopt.train.plots import loss_plot
+from nestopt.train.run import Run
+from nestopt.train.sampling import choose
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Report:
+    """The reporting of one run.
+
+    Args:
+        run: its folder.
+        name: of the text.
+        text: the held-out bytes that are measured.
+        train: the training bytes, for the simple models to count in.
+        quiet: print nothing (files are written all the same).
+    """
+
+    def __init__(self, run: Run, name: str, text: Bytes, train: Bytes, *, quiet: bool) -> None:
+        self.run, self.name, self.text, self.quiet = run, name, text, quiet
+        self._train = train
+
+    @functools.cached_property
+    def baselines(self) -> dict[str, float]:
+        """Bits per byte of simple models on the same held-out text."""
+        return baselines(self._train, self.text)
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            print(text, flush=True)
+
+    def begin(self, model: HopeLM, optimizer: Nested, config: Config) -> None:
+        """What is about to run."""
+        size = sum(p.numel() for p in model.parameters())
+        stacks = ", ".join(dict.fromkeys(optimizer.level(group).label for group in optimizer.param_groups))
+        section = config.model
+        self.say(
+            f"{self.name}: {len(self._train):,} bytes to train on; {len(self.text):,} of those held out are measured\n"
+            f"model: {size:,} parameters, {section.blocks} blocks of {section.mixer.label} and {section.mlp.label}, "
+            f"width {section.dim}; optimizer: {stacks}\n"
+            f"run: {self.run.path}"
+        )
+
+    def sample(self, model: HopeLM, step: int, config: Config) -> None:
+        """Append some generated text to samples.txt."""
+        length = config.train.sample_bytes
+        if not length:
+            return
+        device = next(model.parameters()).device
+        generator = torch.Generator(device).manual_seed(config.train.seed)
+        prompt = torch.tensor([list(b"def ")], device=device)
+        tokens = model.generate(prompt, length, lambda z: choose(z.float(), temperature=0.8, generator=generator))
+        body = bytes(tokens[0].clamp(max=255).tolist()).decode("utf-8", errors="replace")
+        with open(self.run.path / "samples.txt", "a", encoding="utf-8") as file:
+            file.write(f"--- step {step} ---\n{body}\n\n")
+
+    def plot(self) -> None:
+        """Draw loss.png from what has been measured so far."""
+        references = {name: bits for name, bits in self.baselines.items() if name != "unigram"}
+        loss_plot(
+            read(self.run.metrics_file),
+            self.run.path / "loss.png",
+            references,
+            title=f"{self.name}, run {self.run.path.name}",
+        )
+
+    def interrupted(self, step: int) -> None:
+        self.say(f"stopped at step {step}; the checkpoint is saved. Go on with: nestopt train --resume {self.run.path}")
+
+    def end(self, score: float, seconds: float) -> None:
+        """The picture and the table."""
+        self.plot()
+        rows = {**self.baselines, "this model": score}
+        width = max(map(len, rows))
+        lines = [f"  {name:<{width}}  {bits:.3f}" for name, bits in sorted(rows.items(), key=lambda row: -row[1])]
+        self.say(
+            "\n".join(
+                [f"bits per byte on {len(self.text):,} held-out bytes, after {seconds:.0f} s of training:", *lines]
+            )
+        )
+        self.say(f"in {self.run.path}: loss.png, samples.txt, metrics.jsonl, model.safetensors, config.yaml")
+        sys.stdout.flush()

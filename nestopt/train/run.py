@@ -1,0 +1,107 @@
+"""The run folder: what a training run leaves behind, and how to take it up again."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nestopt import models
+from nestopt.config import Config, ConfigError, load, save
+from nestopt.core.part import nearest
+from nestopt.models import HopeLM
+from nestopt.train import checkpoint
+
+CHECKPOINT = "checkpoint"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A folder with `config.yaml`, `metrics.jsonl`, `loss.png`, `samples.txt`, `model.safetensors` and a checkpoint."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, config: Config) -> Run:
+        """A new folder under `train.out`, numbered on from what is there, with the config in it."""
+        root = Path(config.train.out)
+        root.mkdir(parents=True, exist_ok=True)
+        numbers = [int(found[1]) for child in root.iterdir() if (found := re.fullmatch(r"(\d+)", child.name))]
+        number = max(numbers, default=0) + 1
+        while True:
+            path = root / f"{number:03d}"
+            try:
+                path.mkdir()
+            except FileExistsError:  # another run began in the meantime
+                number += 1
+                continue
+            save(config, path / "config.yaml")
+            return cls(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """An existing run folder. Raises ConfigError if it is none."""
+        run = cls(Path(path))
+        if not run.config_file.is_file():
+            parent = run.path.parent
+            others = [str(parent / child.name) for child in parent.iterdir()] if parent.is_dir() else []
+            raise ConfigError(f"{run.path} is not a run: it has no config.yaml.{nearest(str(run.path), others)}")
+        return run
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def model_file(self) -> Path:
+        return self.path / "model.safetensors"
+
+    def config(self) -> Config:
+        """The configuration the run was started with."""
+        config = load(self.config_file)
+        assert isinstance(config, Config)
+        return config
+
+    def checkpoint_file(self, part: int = 0, parts: int = 1) -> Path:
+        """The checkpoint, or a process's part of one that several wrote."""
+        return self.path / (
+            f"{CHECKPOINT}.safetensors" if parts == 1 else f"{CHECKPOINT}-{part + 1}-of-{parts}.safetensors"
+        )
+
+    def save_model(self, model: HopeLM, meta: dict[str, Any]) -> None:
+        """Write `model.safetensors`: weights by name, readable by any safetensors reader."""
+        checkpoint.save(self.model_file, model.state_dict(), meta)
+
+    def load_model(self, device: torch.device | str = "cpu") -> HopeLM:
+        """The trained model; while the run has not ended, that of its checkpoint.
+
+        Raises:
+            CheckpointError: there is neither, or it can't be read.
+        """
+        config = self.config()
+        if self.model_file.exists():
+            weights, _ = checkpoint.load(self.model_file)
+        else:
+            parts = sorted(self.path.glob(f"{CHECKPOINT}*.safetensors"))
+            tensors, _ = checkpoint.load(parts[0] if parts else self.checkpoint_file())
+            weights = {
+                name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")
+            }
+        model = build_model(config)
+        model.load_state_dict(weights)
+        return model.to(device).eval()
+
+
+def build_model(config: Config) -> HopeLM:
+    """The model of a configuration, in its dtype, at its seed's initial weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        model = models.build_model(config.model)
+    return model.to(getattr(torch, config.train.dtype))

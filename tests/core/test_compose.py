@@ -1,0 +1,104 @@
+"""Levels of levels: names, state keys, and that composition means what it says."""
+
+import pytest
+import torch
+
+from nestopt.core import Signal, advance, chain, nest, parallel, start
+from nestopt.core.compose import Chain
+from nestopt.core.tree import leaves, nested
+from nestopt.levels import adam, gd, momentum, muon
+
+
+def run(level, grads):
+    state, out = start(level, grads[0]), []
+    for t, grad in enumerate(grads, start=1):
+        u, state = advance(level, grad, state, Signal(t, grad))
+        out.append(u)
+    return torch.stack(out), state
+
+
+@pytest.fixture
+def grads():
+    return [torch.randn(3, 2, dtype=torch.float64) for _ in range(8)]
+
+
+def test_chain_feeds_each_level_the_direction_of_the_one_before(grads):
+    got, _ = run(chain(momentum(0.9), adam()), grads)
+    first, _ = run(momentum(0.9), grads)
+    want, _ = run(adam(), list(first))
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_parallel_sums_what_levels_say_of_the_same_gradient(grads):
+    got, _ = run(parallel(momentum(0.9), adam(), weights=[0.5, -2]), grads)
+    torch.testing.assert_close(got, 0.5 * run(momentum(0.9), grads)[0] - 2 * run(adam(), grads)[0])
+
+
+def test_a_chain_of_one_is_that_level(grads):
+    assert torch.equal(run(chain(adam()), grads)[0], run(adam(), grads)[0])
+
+
+def test_a_nest_whose_start_moves_all_the_way_is_its_inner_level(grads):
+    got, _ = run(nest(gd(period=3), adam()), grads)
+    torch.testing.assert_close(got, run(adam(), grads)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_a_nest_learns_the_start_of_its_inner_level(grads):
+    """By hand: momentum inside; outside, momentum over (start - arrived), every three steps."""
+    got, state = run(nest(momentum(0.5, period=3), momentum(0.9)), grads)
+    m, begin, outer = (torch.zeros_like(grads[0]) for _ in range(3))
+    for t, g in enumerate(grads, start=1):
+        m = 0.9 * m + g
+        torch.testing.assert_close(got[t - 1], m)
+        if t % 3 == 0:
+            outer = 0.5 * outer + (begin - m)
+            begin = begin - outer
+            m = begin
+    torch.testing.assert_close(state["start"]["momentum"], begin)
+
+
+def test_state_keys_are_readable_and_do_not_depend_on_order():
+    param = torch.zeros(2, 2)
+    one = chain(slow=parallel(long=momentum(0.99), every=muon(period=4)), fast=adam())
+    keys = [key for key, _ in leaves(start(one, param))]
+    assert keys == [
+        "slow.long.momentum",
+        "slow.every.clock_sum",
+        "slow.every.clock_read",
+        "slow.every.momentum",
+        "fast.exp_avg",
+        "fast.exp_avg_sq",
+    ]
+    two = chain(fast=adam(), slow=parallel(every=muon(period=4), long=momentum(0.99)))
+    assert set(keys) == {key for key, _ in leaves(start(two, param))}
+
+
+def test_children_without_a_name_are_called_after_what_they_are():
+    assert list(parallel(muon(), muon(period=16), muon()).levels) == ["muon", "muon_every_16", "muon_2"]
+    assert list(chain([momentum(), adam()], last=gd()).levels) == ["momentum", "adam", "last"]
+    assert list(Chain([gd()]).levels) == ["gd"]
+
+
+def test_trees_round_trip():
+    tree = {"a": {"b": torch.ones(1), "c": {"d": torch.zeros(2)}}, "e": torch.ones(3)}
+    torch.testing.assert_close(nested(dict(leaves(tree))), tree)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: chain(), ValueError, "no levels given"),
+        (lambda: chain(x=3), TypeError, "x=3 is not a level"),
+        (lambda: Chain({"a.b": gd()}), ValueError, "'a.b'"),
+        (lambda: nest(gd(), "adam"), TypeError, "inner='adam' is not a level"),
+        (lambda: nest(gd(), gd(), transfer="inti"), ValueError, "Did you mean 'init'"),
+    ],
+)
+def test_mistakes_are_named(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
+
+
+def test_equal_stacks_are_equal():
+    assert chain(momentum(0.9), adam()) == chain(momentum(0.9), adam())
+    assert chain(momentum(0.9), adam()) != chain(momentum(0.8), adam())

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from nestopt.core import AssociativeMemory, Gate, Level, gates_of, scan
+from nestopt.core.features import Elu, Polynomial
+from nestopt.core.memories import Window
+from nestopt.core.outputs import Sign
+from nestopt.core.retentions import Decay
+from nestopt.core.tree import leaves
+from nestopt.levels import adam, attention, cms, delta_momentum, deltanet, linear_attention, momentum, titans, ttt
+from nestopt.ops import fast_form, run
+
+F64 = torch.float64
+
+LINEAR = {
+    "plain": linear_attention(),
+    "elu": linear_attention(features=Elu()),
+    "polynomial": linear_attention(features=Polynomial(2)),
+    "retnet": linear_attention(retention=Decay(0.9)),
+    "decay of 0": linear_attention(retention=Decay(0.0)),
+    "gated": linear_attention(retention=Decay(Gate(0.9)), lr=Gate(0.5), step_size=Gate(1.0, 0.0, 2.0)),
+    "tensors": linear_attention(retention=Decay(torch.tensor(0.9, dtype=F64)), lr=torch.tensor(0.3, dtype=F64)),
+    "weighted": linear_attention(lr=0.5, step_size=3.0),
+    "before": linear_attention(retention=Decay(0.8), read="before"),
+    "chunk of one": linear_attention(retention=Decay(Gate(0.8)), read="chunk"),
+    "by its parts": AssociativeMemory(),
+    "momentum": momentum(0.9),
+    "average": momentum(0.9, dampening=0.9),
+    "growing": momentum(1.05),
+    "gated momentum": momentum(Gate(0.9), dampening=Gate(0.5)),
+    "momentum of tensors": momentum(torch.tensor(0.9, dtype=F64), dampening=torch.tensor(0.2, dtype=F64)),
+}
+SOFTMAX = {
+    "attention": attention(),
+    "window": attention(memory=Window(3)),
+    "wide window": attention(memory=Window(50)),
+    "features": attention(features=Elu(), memory=Window(4)),
+}
+GENERIC = {
+    "deltanet": deltanet(),
+    "ttt": ttt(),
+    "titans": titans(),
+    "adam": adam(),
+    "delta momentum": delta_momentum(),
+    "nesterov": momentum(0.9, nesterov=True),
+    "undamped": momentum(0.9, dampening=0.5, undamped_start=True),
+    "slow momentum": momentum(0.9, period=2),
+    "slow": linear_attention(period=2),
+    "chunks": linear_attention(chunk=2),
+    "sign": linear_attention(output=Sign()),
+    "other rule": linear_attention(rule=momentum(0.9)),
+    "attention before": attention(read="before"),
+}
+FAST = LINEAR | SOFTMAX
+
+
+class Reversed(linear_attention):
+    """A memory that writes the wrong way round: a preset by its class, not by its meaning."""
+
+    def write(self, theta, rules, surprise, signal):  # type: ignore[no-untyped-def]
+        return super().write(theta, rules, {name: -g for name, g in surprise.items()}, signal)
+
+
+def inputs(level: Level, length: int = 9) -> dict[str, Tensor]:
+    tokens = {
+        name: torch.randn(2, length, 3, dim, dtype=F64, requires_grad=True)
+        for name, dim in (("q", 4), ("k", 4), ("v", 5))
+    }
+    gates = {path: torch.rand(2, length, 3, dtype=F64, requires_grad=True) for path in gates_of(level)}
+    return tokens | gates
+
+
+def call(how: Callable, level: Level, given: dict[str, Tensor], state=None, part: slice = slice(None)):  # type: ignore[no-untyped-def, type-arg]
+    q, k, v, *_ = (given[name][:, part] for name in "qkv")
+    gates = {path: given[path][:, part] for path in gates_of(level)}
+    return how(level, q, k, v, gates=gates, state=state)
+
+
+def flat(result) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    y, state = result
+    return [y, *(leaf for _, leaf in sorted(leaves(state)))]
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_fast_equals_the_generic_machine_with_every_gradient(name: str) -> None:
+    level = FAST[name]
+    assert fast_form(level) == ("linear_attention" if name in LINEAR else "attention")
+    given = inputs(level)
+    fast, slow = call(run, level, given), call(scan, level, given)
+    assert [path for path, _ in sorted(leaves(fast[1]))] == [path for path, _ in sorted(leaves(slow[1]))]
+    weights = [torch.randn(x.shape, dtype=F64) for x in flat(slow)]
+    gradients = []
+    for result in (fast, slow):
+        total = sum((w * x).sum() for w, x in zip(weights, flat(result), strict=True))
+        gradients.append(torch.autograd.grad(total, list(given.values())))
+    torch.testing.assert_close(flat(fast), flat(slow), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("first", [run, scan])
+@pytest.mark.parametrize("name", FAST)
+def test_a_stream_may_change_machines(name: str, first: Callable) -> None:  # type: ignore[type-arg]
+    level, second = FAST[name], scan if first is run else run
+    given = inputs(level)
+    whole = call(scan, level, given)
+    y1, state = call(first, level, given, part=slice(0, 4))
+    y2, state = call(second, level, given, state, slice(4, 6))
+    y3, state = call(first, level, given, state, slice(6, None))
+    torch.testing.assert_close(flat((torch.cat([y1, y2, y3], 1), state)), flat(whole), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", GENERIC)
+def test_all_else_is_the_generic_machine(name: str) -> None:
+    level = GENERIC[name]
+    assert fast_form(level) is None
+    given = {path: x[..., :4] if path in "qkv" else x for path, x in inputs(level, 4).items()}  # an mlp's widths agree
+    torch.manual_seed(0)
+    mine = call(run, level, given)
+    torch.manual_seed(0)
+    torch.testing.assert_close(flat(mine), flat(call(scan, level, given)), rtol=0, atol=0)
+
+
+def test_a_subclass_that_means_something_else_has_no_fast_form() -> None:
+    assert fast_form(Reversed()) is None
+    given = inputs(Reversed())
+    torch.testing.assert_close(call(run, Reversed(), given)[0], -call(run, linear_attention(), given)[0])
+
+
+def test_a_tensor_that_is_not_one_number_has_no_fast_form() -> None:
+    assert fast_form(momentum(torch.ones(5, 4))) is None
+    assert fast_form(linear_attention(lr=torch.ones(5, 4))) is None
+    assert fast_form(linear_attention(retention=Decay(torch.ones(5, 4)))) is None
+    assert fast_form(cms()) is None
+
+
+def test_gates_that_are_not_given_take_their_initial_value() -> None:
+    level = linear_attention(retention=Decay(Gate(0.7)), lr=Gate(0.2))
+    given = inputs(level)
+    mine = run(level, given["q"], given["k"], given["v"])
+    constant = call(run, linear_attention(retention=Decay(0.7), lr=0.2), given)
+    torch.testing.assert_close(flat(mine), flat(constant))
+
+
+def test_a_learned_start_is_begun_from() -> None:
+    given, learned = inputs(linear_attention()), {"m": torch.randn(3, 5, 4, dtype=F64)}
+    fast, slow = (how(linear_attention(), *(given[n] for n in "qkv"), learned=learned) for how in (run, scan))
+    torch.testing.assert_close(flat(fast), flat(slow))
+
+
+def test_the_slow_road_is_logged_once_for_each_level(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "nestopt")
+    q = torch.randn(1, 2, 1, 3)
+    for level in (deltanet(lr=0.125), deltanet(lr=0.125), deltanet(lr=0.0625), linear_attention()):
+        run(level, q, q, q)
+    said = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
+    assert [(name, weight) for name, weight, _ in said] == [("nestopt", "INFO")] * 2
+    assert "lr=0.125" in said[0][2]
+    assert "lr=0.0625" in said[1][2]
+
+
+def test_says_what_does_not_fit() -> None:
+    q, gate = torch.zeros(2, 5, 3, 4), torch.zeros(2, 5, 3)
+    level = linear_attention(retention=Decay(Gate(0.9)))
+    with pytest.raises(ValueError, match=r"no gate 'retention.kep'. Did you mean 'retention.keep'\?"):
+        run(level, q, q, q, gates={"retention.kep": gate})
+    with pytest.raises(ValueError, match=r"gate 'retention.keep' has the shape \[2, 5\] and q \[2, 5, 3, 4\]"):
+        run(level, q, q, q, gates={"retention.keep": gate[..., 0]})
+    with pytest.raises(ValueError, match="no token"):
+        run(deltanet(), q[:, :0], q[:, :0], q[:, :0])
+    with pytest.raises(ValueError, match=r"v has the shape \[1, 5, 3, 4\]"):
+        run(deltanet(), q, q, q[:1])

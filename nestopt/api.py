@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,8 @@ def describe(thing: Any, optimizer: Optimizer | None = None, **options: Any) -> 
         optimizer: of the module.
         options: of `nestopt.description.describe`.
     """
-    if isinstance(thing, str | os.PathLike | Mapping | list):
-        thing = load(thing) if _is_file(thing) else build("level", thing)
+    if isinstance(thing, str | os.PathLike | Mapping | Sequence):
+        thing = load(Path(thing)) if _is_file(thing) else build("level", thing)
     if isinstance(thing, Config):
         built = model(thing)
         return describe_object(built, make_optimizer(built, thing), **options)

@@ -42,12 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="nestopt", description="Nested learning: levels that are optimizers and layers.")
+    parser = argparse.ArgumentParser(
+        prog="nestopt", description="Nested learning: levels that are optimizers and layers."
+    )
     parser.add_argument("-p", dest="plugin", action="append", metavar="no:NAME", help="switch the plugin NAME off")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train a language model (alone: on Python's standard library, about 4 minutes)")
-    train.add_argument("given", nargs="*", metavar="CONFIG.yaml | key=value", help="a config file, and values that go before it")
+    train = commands.add_parser(
+        "train", help="train a language model (alone: on Python's standard library, about 4 minutes)"
+    )
+    train.add_argument(
+        "given", nargs="*", metavar="CONFIG.yaml | key=value", help="a config file, and values that go before it"
+    )
     train.add_argument("--data", metavar="PATH", help="train on this file or folder of text")
     train.add_argument("--out", metavar="FOLDER", help="where runs are kept (default: runs)")
     train.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
@@ -101,7 +107,9 @@ def _train(args: argparse.Namespace) -> int:
     if args.resume:
         fixed = [item for item in given if not item.startswith("train.")]
         if fixed or args.data or args.out:
-            raise ConfigError(f"a resumed run has its config already; only train.* can be changed, not {', '.join(fixed) or '--data, --out'}")
+            raise ConfigError(
+                f"a resumed run has its config already; only train.* can be changed, not {', '.join(fixed) or '--data, --out'}"
+            )
         config = _config(given, Run.open(args.resume).config())
     else:
         given += [f"data.path={json.dumps(args.data)}"] if args.data else []
@@ -152,7 +160,7 @@ def _describe(args: argparse.Namespace) -> int:
         found = describe(model, optimizer(model, loaded))
     else:
         found = describe(loaded)
-    print({"text": str, "mermaid": lambda d: d.to_mermaid(), "svg": lambda d: d.to_svg()}[args.format](found))
+    print(found.to_mermaid() if args.format == "mermaid" else found.to_svg() if args.format == "svg" else found)
     return 0
 
 

@@ -20,15 +20,24 @@ OPTIONAL = {
 
 def report() -> tuple[str, bool]:
     """The findings as text, and whether nothing that nestopt needs is missing."""
-    lines, healthy = [f"nestopt {_version('nestopt') or '(not installed)'}, Python {platform.python_version()}, {platform.platform()}"], True
+    lines, healthy = (
+        [
+            f"nestopt {_version('nestopt') or '(not installed)'}, Python {platform.python_version()}, {platform.platform()}"
+        ],
+        True,
+    )
     for name in NEEDED:
         version = _version(name)
         healthy &= version is not None
         lines.append(f"  {name} {version or 'MISSING: pip install ' + name}")
     for name, use in OPTIONAL.items():
         lines.append(f"  {name} {_version(name) or f'not installed (for {use})'}")
-    lines.append(f"devices: cpu ({os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads){_accelerators()}")
-    lines.append(f"compiler: {shutil.which('g++') or shutil.which('clang++') or 'none (torch.compile and some of DeepSpeed need g++)'}")
+    lines.append(
+        f"devices: cpu ({os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads){_accelerators()}"
+    )
+    lines.append(
+        f"compiler: {shutil.which('g++') or shutil.which('clang++') or 'none (torch.compile and some of DeepSpeed need g++)'}"
+    )
     for plugin in registry.plugins():
         if plugin.error:
             healthy = False

@@ -66,7 +66,9 @@ def test_train_generate_describe_resume(run, text, tmp_path):
 def test_a_config_file_with_overrides(run, text, tmp_path):
     config = tmp_path / "small.yaml"
     config.write_text("model: {mixer: linear_attention}\noptimizer: {stack: [momentum, adam], lr: 0.001}\n")
-    status, _, err = run("train", config, "-q", "--data", text, "--out", tmp_path / "runs", *SMALL, "optimizer.stack[0].beta=0.5")
+    status, _, err = run(
+        "train", config, "-q", "--data", text, "--out", tmp_path / "runs", *SMALL, "optimizer.stack[0].beta=0.5"
+    )
     assert status == 0, err
     saved = Config.from_data(__import__("yaml").safe_load((tmp_path / "runs/001/config.yaml").read_text()))
     assert saved.optimizer.stack.levels["momentum"].beta == 0.5

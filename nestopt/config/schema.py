@@ -120,7 +120,8 @@ class RestConfig(Section):
     """What the stack does not take: embeddings, heads, norms and biases, where the stack is for matrices."""
 
     stack: LevelSpec = Field(
-        default=_spec({"level": "adamw", "betas": [0.9, 0.95], "weight_decay": 0.0}), description="the level that steps them"
+        default=_spec({"level": "adamw", "betas": [0.9, 0.95], "weight_decay": 0.0}),
+        description="the level that steps them",
     )
     lr: Finite | None = Field(default=None, ge=0, description="their learning rate; null: that of the optimizer")
     weight_decay: Finite | None = Field(default=None, ge=0, description="their decay; null: that of the optimizer")

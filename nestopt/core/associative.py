@@ -17,7 +17,7 @@ from nestopt.core.memories import Matrix, Memory, Theta
 from nestopt.core.objectives import Dot, Objective
 from nestopt.core.order import Node
 from nestopt.core.outputs import Output, Plain
-from nestopt.core.part import Number
+from nestopt.core.part import FieldError, Number
 from nestopt.core.retentions import Keep, Retention
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, tree_map
@@ -74,6 +74,13 @@ class AssociativeMemory(Level):
         self.check("step_size", 0.0)
         self.check("chunk", 1)
         self.check_choice("read", ("after", "before", "chunk"))
+        if self._appends:
+            for field in dataclasses.fields(self):  # type: ignore[arg-type]
+                if field.name in ("objective", "rule", "retention", "lr", "step_size", "chunk"):
+                    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+                    if getattr(self, field.name) != default:
+                        problem = f"is not allowed: a memory that appends ({self.memory.label}) learns by no rule; leave it out"
+                        raise FieldError(self.label, field.name, getattr(self, field.name), problem)
 
     # -- learning, the same in both contexts -------------------------------------------------------------------------
 
@@ -119,6 +126,8 @@ class AssociativeMemory(Level):
         return self.memory.learned_start(self.features.dim(dim_k), dim_v)
 
     def begin(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
+        if self._appends and self.period > 1:
+            raise FieldError(self.label, "period", self.period, "is not allowed on tokens: an appending memory takes every pair")
         theta = learned or self.memory.start(self.features.dim(dim_k), dim_v, like)
         state: State = {"memory": theta, "rule": self._rules(theta)}
         if self.chunk > 1:

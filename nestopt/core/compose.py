@@ -38,7 +38,9 @@ def _named(levels: Mapping[str, Level] | Iterable[Level], owner: str) -> dict[st
         if not isinstance(level, Level):
             raise TypeError(f"{owner}: {name}={level!r} is not a level")
         if not name.replace("-", "_").isidentifier():
-            raise ValueError(f"{owner}: {name!r} can't name a level; use letters, digits, '_' and '-' (names are state keys)")
+            raise ValueError(
+                f"{owner}: {name!r} can't name a level; use letters, digits, '_' and '-' (names are state keys)"
+            )
     return named
 
 
@@ -48,7 +50,7 @@ class _Levels(dict[str, Level]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mapping) and list(self.items()) == list(other.items())
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
 
 class _Many(Level):

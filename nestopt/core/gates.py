@@ -53,5 +53,7 @@ def _bind(part: P, values: Mapping[str, Any]) -> P:
             for path, value in below.items():
                 key, _, rest = path.partition(".")
                 split.setdefault(key, {})[rest] = value
-            setattr(bound, name, {key: _bind(item, split[key]) if key in split else item for key, item in child.items()})
+            setattr(
+                bound, name, {key: _bind(item, split[key]) if key in split else item for key, item in child.items()}
+            )
     return bound

@@ -46,7 +46,9 @@ class Level(Part):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.period, bool) or not isinstance(self.period, int) or self.period < 1:
-            raise FieldError(self.label, "period", self.period, "is not allowed; give a whole number of steps, 1 or more")
+            raise FieldError(
+                self.label, "period", self.period, "is not allowed; give a whole number of steps, 1 or more"
+            )
 
     # -- on gradients ----------------------------------------------------------------------------------------------
 

@@ -42,7 +42,9 @@ def ordered(nodes: Sequence[Node]) -> list[list[Node]]:
 
     def visit(node: Node, path: tuple[str, ...]) -> int:
         if node.name in path:
-            raise ValueError(f"memories that need each other in a circle have no order: {' -> '.join((*path, node.name))}")
+            raise ValueError(
+                f"memories that need each other in a circle have no order: {' -> '.join((*path, node.name))}"
+            )
         if node.name not in depth:
             same = [by_name[name] for name in node.after if name in by_name and by_name[name].period == node.period]
             depth[node.name] = 1 + max((visit(other, (*path, node.name)) for other in same), default=-1)

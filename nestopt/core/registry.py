@@ -102,7 +102,7 @@ class Registry:
     def add(self, plugin: object, name: str | None = None) -> None:
         """Take a plugin object now, without an entry point (in a notebook, or a test). Errors are raised."""
         self._load()
-        name = name or getattr(plugin, "__name__", type(plugin).__name__)
+        name = name or str(getattr(plugin, "__name__", type(plugin).__name__))
         if name in self._plugins:
             raise ValueError(f"another plugin is called {name!r} ({self._plugins[name].source})")
         entry = self._take(plugin, name, source=_module_of(plugin))
@@ -122,7 +122,9 @@ class Registry:
             return
         self._loaded = True
         for module in self._builtin:
-            entry = self._take(module, BUILTIN if module is self._builtin[0] else _module_of(module), source=_module_of(module))
+            entry = self._take(
+                module, BUILTIN if module is self._builtin[0] else _module_of(module), source=_module_of(module)
+            )
             if entry.error:
                 raise RuntimeError(f"nestopt's own {entry.source}: {entry.error}")
         switch = os.environ.get(DISABLE, "").strip()
@@ -198,7 +200,9 @@ class Registry:
         if name not in known:
             failed = [f"{p.name}: {p.error}" for p in self._plugins.values() if p.error]
             skipped = f" Skipped plugins: {'; '.join(failed)}." if failed else ""
-            raise UnknownName(f"no {kind} is called {name!r}.{nearest(name, known)} Known: {', '.join(sorted(known))}.{skipped}")
+            raise UnknownName(
+                f"no {kind} is called {name!r}.{nearest(name, known)} Known: {', '.join(sorted(known))}.{skipped}"
+            )
         return known[name][0]
 
     def names(self, kind: str) -> list[str]:
@@ -232,4 +236,3 @@ def _module_of(plugin: object) -> str:
 
 registry = Registry()
 """The registry that nestopt uses."""
-

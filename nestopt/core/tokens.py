@@ -61,6 +61,8 @@ def scan(
     Returns:
         y `[B, T, H, D_v]` and the state. Differentiable throughout; every sequence and head has its own memory.
     """
+    if q.shape[1] == 0:
+        raise ValueError(f"q has the shape {list(q.shape)}: there is no token in it; give one or more")
     gates = dict(gates or {})
     state = begin(level, q, v, learned) if state is None else state
 

@@ -30,7 +30,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Ten
             yield prefix + key, value
 
 
-def nested(flat: Mapping[str, Tensor]) -> State:
+def nested(flat: Mapping[str, Any]) -> State:
     """The tree whose dotted paths are the keys of `flat`: the inverse of `dict(leaves(tree))`."""
     tree: State = {}
     for path, leaf in flat.items():

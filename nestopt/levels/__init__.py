@@ -95,4 +95,3 @@ def __getattr__(name: str) -> type[Level]:
         return registry.get("level", name)  # type: ignore[return-value]
     except UnknownName as error:
         raise AttributeError(str(error)) from None
-

@@ -47,7 +47,9 @@ class Cms(Level):
         super().__post_init__()
         self.periods = tuple(self.periods)
         if not self.periods or any(isinstance(p, bool) or not isinstance(p, int) or p < 1 for p in self.periods):
-            raise FieldError("cms", "periods", self.periods, "is not allowed; give whole numbers of steps, 1 or more each")
+            raise FieldError(
+                "cms", "periods", self.periods, "is not allowed; give whole numbers of steps, 1 or more each"
+            )
         if self.weights is not None:
             self.weights = tuple(self.weights)
             if len(self.weights) != len(self.periods):

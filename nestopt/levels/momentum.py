@@ -46,12 +46,16 @@ class Momentum(Level):
         return {"momentum": torch.zeros_like(param)}
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
-        damped = (1 - self.dampening) * grad  # type: ignore[operator]
-        m = self.beta * state["momentum"] + damped
+        m = _add(self.beta * state["momentum"], grad, 1 - self.dampening)  # type: ignore[operator]
         if self.undamped_start:
             first = signal.step == 1
             m = torch.where(first, grad, m) if isinstance(first, Tensor) else grad if first else m
-        return (grad + self.beta * m if self.nesterov else m), {"momentum": m}
+        return (_add(grad, m, self.beta) if self.nesterov else m), {"momentum": m}  # type: ignore[arg-type]
+
+
+def _add(a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
+    """a + scale · b, rounded once where it can be."""
+    return a + scale * b if isinstance(scale, Tensor) else torch.add(a, b, alpha=scale)
 
 
 class DeltaMomentum(Level):

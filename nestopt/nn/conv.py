@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-class CausalConv(nn.Module):
+class CausalConv(nn.Conv1d):
     r"""A depthwise causal convolution with a residual, $y_t = x_t + \sum_{i<\mathrm{width}} w_i \odot x_{t-i}$.
 
     Args:
@@ -15,18 +15,16 @@ class CausalConv(nn.Module):
     """
 
     def __init__(self, dim: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, dim).uniform_(-1, 1) / width**0.5)
+        super().__init__(dim, dim, width, groups=dim, bias=False)
 
     def init_state(self, batch: int) -> Tensor:
         """No tokens before the first: zeros `[batch, width - 1, dim]`."""
-        width, dim = self.weight.shape
-        return self.weight.new_zeros(batch, width - 1, dim)
+        return self.weight.new_zeros(batch, self.kernel_size[0] - 1, self.in_channels)
 
-    def forward(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Inputs `[B, T, dim]` and the inputs before them `[B, width - 1, dim]`, to y and the last inputs."""
         seen = torch.cat([tail.to(x.dtype), x], dim=1)
         y = x
-        for i, weight in enumerate(self.weight.flip(0)):
+        for i, weight in enumerate(self.weight[:, 0].unbind(-1)):  # the oldest token first
             y = y + weight * seen[:, i : i + x.shape[1]]
         return y, seen[:, x.shape[1] :]

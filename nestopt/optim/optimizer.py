@@ -174,12 +174,12 @@ def _apply(param: Tensor, direction: Tensor, lr: float | Tensor, decay: float) -
     # a narrow parameter is stepped in the wide dtype and rounded once
     wide = param if param.dtype == direction.dtype else param.to(direction.dtype)
     if isinstance(lr, Tensor):
-        lr = lr.to(direction).reshape(())
+        lr = lr.reshape(())
     if decay:
         wide.mul_(1 - lr * decay)
-    if isinstance(lr, Tensor):
-        wide.sub_(direction * lr)
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        wide.sub_(direction * lr)  # a tensor of the device's stays there: nothing waits for its value
     else:
-        wide.add_(direction, alpha=-lr)
+        wide.add_(direction, alpha=-float(lr))
     if wide is not param:
         param.copy_(wide)

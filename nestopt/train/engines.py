@@ -92,6 +92,7 @@ class Ddp(Engine):
                 f"start it with `torchrun --nproc-per-node N -m nestopt train … train.engine={self.name}`",
             )
         super().__init__(config)
+        self._begun = not dist.is_initialized()  # else the caller's group of processes is used, and left as it is
         self._initialise()
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         if self.device.type == "cuda":
@@ -102,7 +103,8 @@ class Ddp(Engine):
             raise ConfigError.refuse("data.batch", config.data.batch, f"give a multiple of the {self.world} processes")
 
     def _initialise(self) -> None:
-        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        if self._begun:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
     def attach(self, model: nn.Module, optimizer: Nested) -> None:
         super().attach(model, optimizer)
@@ -121,7 +123,7 @@ class Ddp(Engine):
         dist.barrier()
 
     def close(self) -> None:
-        if dist.is_initialized():
+        if self._begun:
             dist.barrier()
             dist.destroy_process_group()
 

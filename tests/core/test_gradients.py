@@ -192,7 +192,10 @@ PARTS = {
         adam((0.0, 0.0), 0.0),
         AssociativeMemory(memory=Vector(), retention=Decay(0.0), output=Sign()),
     ),
-    "cms of muons = muons in parallel": (cms((1, 3), weights=(1, 0.5)), parallel(muon(), muon(period=3), weights=(1, 0.5))),
+    "cms of muons = muons in parallel": (
+        cms((1, 3), weights=(1, 0.5)),
+        parallel(muon(), muon(period=3), weights=(1, 0.5)),
+    ),
     "a rule with a memory": (
         AssociativeMemory(memory=Vector(), objective=Dot(), rule=momentum(0.5)),
         chain(momentum(0.5), momentum(1.0)),
@@ -219,7 +222,9 @@ def test_rms_norm_output(grads):
 def test_deep_momentum_row_by_row():
     """eq. 50 with hand-written gradients of the two-layer memory, gradient descent as rule."""
     keep, lr = 0.95, 0.01
-    level = deep_momentum(memory=Mlp(hidden=3, residual=False, activation="tanh"), rule=gd(), retention=Decay(keep), step_size=lr)
+    level = deep_momentum(
+        memory=Mlp(hidden=3, residual=False, activation="tanh"), rule=gd(), retention=Decay(keep), step_size=lr
+    )
     grads = [torch.randn(OUT, IN, dtype=torch.float64) for _ in range(STEPS)]
     state = start(level, grads[0])
     w1, w2 = state["memory"]["W1"].clone(), state["memory"]["W2"].clone()

@@ -55,7 +55,9 @@ def points(monkeypatch):
             return self.thing
 
     monkeypatch.setattr(
-        importlib.metadata, "entry_points", lambda group: [Point(*item) for item in found.items()] if group == "nestopt" else []
+        importlib.metadata,
+        "entry_points",
+        lambda group: [Point(*item) for item in found.items()] if group == "nestopt" else [],
     )
     return found
 

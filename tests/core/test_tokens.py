@@ -81,9 +81,7 @@ def test_deltanet(qkv):
     eta = 2 * torch.rand(B, T, H, dtype=torch.float64)
     y, _ = scan(deltanet(lr=Gate(0.5, 0, 2)), *qkv, gates={"lr": eta})
     eye = torch.eye(D, dtype=torch.float64)
-    want = matrix_loop(
-        *qkv, lambda m, k, v, i: m @ (eye - eta[i] * torch.outer(k, k)) + eta[i] * torch.outer(v, k)
-    )
+    want = matrix_loop(*qkv, lambda m, k, v, i: m @ (eye - eta[i] * torch.outer(k, k)) + eta[i] * torch.outer(v, k))
     same(y, want)
 
 
@@ -270,6 +268,15 @@ def test_adam_has_a_finite_gradient_where_its_second_moment_is_zero():
     y, _ = scan(adam(), q, k, v)
     for g in torch.autograd.grad(y.sum(), (q, k, v)):
         assert g.isfinite().all()
+
+
+def test_mistakes_are_named(qkv):
+    with pytest.raises(ValueError, match="no token"):
+        scan(momentum(), *(x[:, :0] for x in qkv))
+    with pytest.raises(ValueError, match="attention: lr=0.5 .* learns by no rule"):
+        attention(lr=0.5)
+    with pytest.raises(ValueError, match="attention: period=2 .* takes every pair"):
+        scan(attention(period=2), *qkv)
 
 
 def test_state_is_plain_tensors_per_sequence_and_head(qkv):

@@ -68,7 +68,7 @@ def test_is_made_of_what_it_is_told() -> None:
     model = make(deltanet(), blocks=3, mlp=cms(periods=(1, 4)), conv=2)
     assert [block.mixer.level for block in model.blocks] == [deltanet()] * 3
     assert [block.mlp.level.periods for block in model.blocks] == [(1, 4)] * 3
-    assert model.blocks[0].mixer.conv.weight.shape == (2, 8)
+    assert model.blocks[0].mixer.conv.weight.shape == (8, 1, 2)
     assert make(attention(), conv=0).blocks[0].mixer.conv is None
     assert isinstance(HopeLM().blocks[0].mixer.level, attention)
 
@@ -144,11 +144,12 @@ def test_says_what_else_is_wrong() -> None:
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_short_floats_are_near_long_ones(name: str) -> None:
-    model, tokens = make(MIXERS[name]), torch.randint(11, (2, 6))
+    # of the whole: a normalised read that is nearly 0 by cancellation has no digits of its own to keep
+    model, tokens = make(MIXERS[name], dim=32), torch.randint(11, (4, 12))
     true, _ = model(tokens)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         first, state = model(tokens[:, :4])
         second, _ = model(tokens[:, 4:], state)
-    torch.testing.assert_close(torch.cat([first, second], 1).float(), true, rtol=0.1, atol=0.1)
+    assert (torch.cat([first, second], 1).float() - true).norm() < 0.05 * true.norm()
     short, _ = model.bfloat16()(tokens)
-    torch.testing.assert_close(short.float(), true, rtol=0.1, atol=0.1)
+    assert (short.float() - true).norm() < 0.05 * true.norm()

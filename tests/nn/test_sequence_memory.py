@@ -61,7 +61,7 @@ def by_the_equations(module: SequenceMemory, level: Level, x: Tensor, width: int
     if width:
         for t in range(x.shape[1]):
             for i in range(min(width, t + 1)):
-                h[:, t] += p["conv.weight"][i] * x[:, t - i]
+                h[:, t] += p["conv.weight"][:, 0, -1 - i] * x[:, t - i]
     q, k, v = (
         torch.stack((h @ p[f"{name}.weight"].mT).split(module.dim_head, -1), 2) for name in ("query", "key", "value")
     )

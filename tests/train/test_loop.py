@@ -80,7 +80,9 @@ def test_the_saved_model_is_the_one_that_was_measured(text, tmp_path):
 
 def rows(run):
     """What is measured, without what depends on the machine's speed."""
-    return [{k: v for k, v in r.items() if k not in ("seconds", "train/tokens_per_second")} for r in read(run.metrics_file)]
+    return [
+        {k: v for k, v in r.items() if k not in ("seconds", "train/tokens_per_second")} for r in read(run.metrics_file)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(text, tmp_path):
 
 def test_a_time_limit_ends_the_run_with_a_full_schedule(text, tmp_path):
     no_pauses = {"train__eval_every": 0, "train__save_every": 0}
-    result = train(config(text, tmp_path, train__steps=1_000_000, train__seconds=3.0, train__log_every=1, **no_pauses), quiet=True)
+    result = train(
+        config(text, tmp_path, train__steps=1_000_000, train__seconds=3.0, train__log_every=1, **no_pauses), quiet=True
+    )
     assert result.finished
     assert 0 < result.step < 1_000_000
     rates = [r["lr"] for r in read(result.run.metrics_file) if "lr" in r]

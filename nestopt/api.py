@@ -47,7 +47,8 @@ def model(spec: Any = None) -> HopeLM:
     """A language model: `logits, state = model(tokens, state=None)`, tokens `[B, T]`, logits `[B, T, vocab]`.
 
     Args:
-        spec: a config, its model section, a mapping of that section's keys, or the path of a YAML file. None: the default.
+        spec: a config, its model section, a mapping of that section's keys, or the path of a YAML file. None: the
+            default.
 
     Raises:
         ConfigError: a spec that can't be built.
@@ -69,7 +70,7 @@ def describe(thing: Any, optimizer: Optimizer | None = None, **options: Any) -> 
         options: of `nestopt.description.describe`.
     """
     if isinstance(thing, str | os.PathLike | Mapping | Sequence):
-        thing = load(Path(thing)) if _is_file(thing) else build("level", thing)
+        thing = load(thing) if _is_file(thing) else build("level", thing)  # type: ignore[arg-type]  # a file is a path
     if isinstance(thing, Config):
         built = model(thing)
         return describe_object(built, make_optimizer(built, thing), **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import importlib.resources
 import json
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `nestopt`; returns the exit status: 0, 2 for something given that can't be used, 130 for an interrupted run."""
+    """Run `nestopt`. Returns the exit status: 0; 2 where something given can't be used; 130 for an interrupted run."""
     from nestopt.train.checkpoint import CheckpointError
     from nestopt.train.text import CorpusError
 
@@ -95,8 +96,11 @@ def _config(given: Sequence[str], base: Config | None = None) -> Config:
         if not isinstance(loaded, Config):
             raise ConfigError(f"{files[0]} is a stack; put it under optimizer: stack: to train with it")
         return loaded
-    data = (base or Config()).to_data()
-    return Config.from_data(apply(data, overrides))
+    if base is None:
+        default = load(importlib.resources.files("nestopt.config") / "default.yaml", overrides)  # type: ignore[arg-type]
+        assert isinstance(default, Config)
+        return default
+    return Config.from_data(apply(base.to_data(), overrides))
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -107,9 +111,8 @@ def _train(args: argparse.Namespace) -> int:
     if args.resume:
         fixed = [item for item in given if not item.startswith("train.")]
         if fixed or args.data or args.out:
-            raise ConfigError(
-                f"a resumed run has its config already; only train.* can be changed, not {', '.join(fixed) or '--data, --out'}"
-            )
+            what = ", ".join(fixed) or "--data or --out"
+            raise ConfigError(f"a resumed run has its config already; only train.* can be changed, not {what}")
         config = _config(given, Run.open(args.resume).config())
     else:
         given += [f"data.path={json.dumps(args.data)}"] if args.data else []

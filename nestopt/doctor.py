@@ -21,11 +21,10 @@ OPTIONAL = {
 def report() -> tuple[str, bool]:
     """The findings as text, and whether nothing that nestopt needs is missing."""
     lines, healthy = (
-        [
-            f"nestopt {_version('nestopt') or '(not installed)'}, Python {platform.python_version()}, {platform.platform()}"
-        ],
+        [f"nestopt {_version('nestopt')}, Python {platform.python_version()}, {platform.platform()}"],
         True,
     )
+    compiler = shutil.which("g++") or shutil.which("clang++")
     for name in NEEDED:
         version = _version(name)
         healthy &= version is not None
@@ -35,9 +34,7 @@ def report() -> tuple[str, bool]:
     lines.append(
         f"devices: cpu ({os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads){_accelerators()}"
     )
-    lines.append(
-        f"compiler: {shutil.which('g++') or shutil.which('clang++') or 'none (torch.compile and some of DeepSpeed need g++)'}"
-    )
+    lines.append(f"compiler: {compiler or 'none (torch.compile and some of DeepSpeed need g++)'}")
     for plugin in registry.plugins():
         if plugin.error:
             healthy = False

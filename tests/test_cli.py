@@ -102,6 +102,16 @@ def test_mistakes_are_explained_without_a_traceback(run, args, words, tmp_path, 
     assert "Traceback" not in err
 
 
+def test_the_default_run_is_within_its_time():
+    """`nestopt train` alone: the file that says what it does is read, and its limit leaves room in four minutes."""
+    from nestopt.cli import _config
+
+    config = _config([])
+    assert config.train.seconds == 190
+    assert config.data.dataset.label == "stdlib"
+    assert _config(["train.seconds=null"]).train.seconds is None
+
+
 def test_lists(run):
     status, out, _ = run("levels")
     assert status == 0

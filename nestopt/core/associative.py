@@ -1,5 +1,7 @@
-"""The generic level: an associative memory from its parts. It is the meaning of all the named ones that can be written
-as a choice of parts, and the reference for every fast form."""
+"""The generic level: an associative memory from its parts.
+
+It is the meaning of all the named levels that can be written as a choice of parts, and the reference for fast forms.
+"""
 
 from __future__ import annotations
 
@@ -75,12 +77,12 @@ class AssociativeMemory(Level):
         self.check("chunk", 1)
         self.check_choice("read", ("after", "before", "chunk"))
         if self._appends:
-            for field in dataclasses.fields(self):  # type: ignore[arg-type]
-                if field.name in ("objective", "rule", "retention", "lr", "step_size", "chunk"):
-                    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
-                    if getattr(self, field.name) != default:
-                        problem = f"is not allowed: a memory that appends ({self.memory.label}) learns by no rule; leave it out"
-                        raise FieldError(self.label, field.name, getattr(self, field.name), problem)
+            for key, default in _UNUSED_BY_APPENDING.items():
+                if (value := getattr(self, key)) != default:
+                    problem = (
+                        f"is not allowed: the memory {self.memory.label} appends and learns by no rule; leave it out"
+                    )
+                    raise FieldError(self.label, key, value, problem)
 
     # -- learning, the same in both contexts -------------------------------------------------------------------------
 
@@ -127,7 +129,8 @@ class AssociativeMemory(Level):
 
     def begin(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
         if self._appends and self.period > 1:
-            raise FieldError(self.label, "period", self.period, "is not allowed on tokens: an appending memory takes every pair")
+            problem = "is not allowed on tokens: a memory that appends takes every pair"
+            raise FieldError(self.label, "period", self.period, problem)
         theta = learned or self.memory.start(self.features.dim(dim_k), dim_v, like)
         state: State = {"memory": theta, "rule": self._rules(theta)}
         if self.chunk > 1:
@@ -178,3 +181,14 @@ class AssociativeMemory(Level):
         if isinstance(self.rule, Gd) and self.rule.period == 1:
             rule = []  # it remembers nothing
         return [*rule, Node(name, every, tuple(node.name for node in rule) or after, **words, rule=self.rule.label)]
+
+
+_UNUSED_BY_APPENDING = {
+    "objective": Dot(),
+    "rule": Gd(),
+    "retention": Keep(),
+    "lr": 1.0,
+    "step_size": 1.0,
+    "chunk": 1,
+}
+"""What a memory that appends its pairs does not use, at its default."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -100,7 +99,8 @@ class Parallel(_Many):
         if self.weights is not None:
             self.weights = tuple(self.weights)
             if len(self.weights) != len(self.levels):
-                problem = f"has {len(self.weights)} numbers for {len(self.levels)} levels ({', '.join(self.levels)}); give one each"
+                names = ", ".join(self.levels)
+                problem = f"has {len(self.weights)} numbers for {len(self.levels)} levels ({names}); give one each"
                 raise FieldError(self.label, "weights", self.weights, problem)
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:

@@ -22,8 +22,8 @@ class Level(Part):
     Write `init` and `step`, in plain torch operations on one tensor; that is all. The library runs the same object
 
     * **on gradients**, as an optimizer: $W \leftarrow W - \mathrm{lr}\cdot u$ with $u$ the direction `step` returns;
-    * **on tokens**, as a layer: an association $k \to v$ is the gradient $v k^\top$ of the `dot` objective (NL eq. 14-18),
-      the level compresses those, and its direction is read at the query, $y = u\,q$;
+    * **on tokens**, as a layer: an association $k \to v$ is the gradient $v k^\top$ of the `dot` objective (NL eq.
+      14-18), the level compresses those, and its direction is read at the query, $y = u\,q$;
     * **as another level's rule**: shown the inner gradients of that level's memory.
 
     Fields are config keys. A field that holds a number may be given a `Gate` and is then a number per token on tokens.
@@ -70,7 +70,7 @@ class Level(Part):
         return start(self, like.new_zeros(dim_v, dim_k))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
-        """One token of one head: write the pair `k [D_k] -> v [D_v]`, then read at `q [D_k]`. Returns `(y [D_v], state)`."""
+        """One token of one head: write the pair `k [D_k] -> v [D_v]`, read at `q [D_k]`; gives `(y [D_v], state)`."""
         direction, state = advance(self, torch.outer(v, k), state, signal)
         return direction @ q, state
 

@@ -84,11 +84,12 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
 
 def snake_case(name: str) -> str:
+    """`DeltaMomentum` as `delta_momentum`; a capital that begins no word (`AdamW`) begins none."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 @dataclass_transform(field_specifiers=(dataclasses.field,))
-class Part(ABC):
+class Part(ABC):  # noqa: B024  # its subclasses have the abstract methods
     """A piece of a level. Every subclass becomes a dataclass by itself; its fields are its config keys, in Python, in
     YAML and in `describe`. Two parts with equal fields are equal.
     """

@@ -8,7 +8,6 @@ import inspect
 import os
 import warnings
 
-
 import pluggy
 
 from nestopt.core import hookspecs

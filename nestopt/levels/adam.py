@@ -84,8 +84,11 @@ class AdamW(Adam):
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         direction, state = super().step(grad, state, signal)
+        if isinstance(self.weight_decay, int | float) and self.weight_decay == 0:
+            return direction, state
         if signal.param is None:
             raise ValueError(
-                "adamw: weight decay needs the parameter, and a level that is a memory of its own (on tokens) has none; use adam"
+                "adamw: weight decay needs the parameter, and a level that is itself the memory (on tokens) has none; "
+                "use adam"
             )
         return direction + self.weight_decay * signal.param, state  # type: ignore[operator]

@@ -22,8 +22,8 @@ from nestopt.levels.muon import Muon
 class Cms(Level):
     r"""A continuum of memories, one per clock.
 
-    On tokens (static): a chain of blocks, $x \leftarrow x + M^{(\ell)}(\mathrm{rms\_norm}(x))$, level by level; with one
-    level it is a Transformer's MLP. The blocks' weights are parameters, and a level with period C has its weights
+    On tokens (static): a chain of blocks, $x \leftarrow x + M^{(\ell)}(\mathrm{rms\_norm}(x))$, level by level; with
+    one level it is a Transformer's MLP. The blocks' weights are parameters, and a level with period C has its weights
     updated once in C optimizer steps, on the sum of their gradients: `nestopt.optimizer` sees the periods.
 
     On gradients: one copy of `rule` per period, all shown the gradient, directions summed with `weights`: the

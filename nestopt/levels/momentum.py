@@ -63,15 +63,16 @@ class DeltaMomentum(Level):
 
     $$m \leftarrow \beta m - s\,(m\hat g^\top)\hat g + g, \qquad \hat g = g/\lVert g\rVert_F, \qquad u = m$$
 
-    A tensor of more than two dimensions is seen as `[out, rest]`, a vector as one row. Convention: a sum, as `momentum`.
-    With β = ζ = 1 and `normalize=None` it is `AssociativeMemory(memory=matrix, objective=l2)`; on tokens, with unit
-    keys and values and ζ = 1, DeltaNet.
+    A tensor of more than two dimensions is seen as `[out, rest]`, a vector as one row. Convention: a sum, as
+    `momentum`. With β = ζ = 1 and `normalize=None` it is `AssociativeMemory(memory=matrix, objective=l2)`; on tokens,
+    with unit keys and values and ζ = 1, DeltaNet.
 
     Args:
         beta: decay β in [0, 1]. Default 0.9.
         zeta: strength of the forgetting, ζ >= 0; 1 is as printed. Default 1.
         normalize: `"clip"` (default): s = min(1, ζ‖g‖²), eq. 49 to the letter where it can't diverge. `"unit"`:
-            s = min(1, ζ) whatever the gradient's length. None: s = ζ‖g‖², the letter, which diverges for long gradients.
+            s = min(1, ζ) whatever the gradient's length. None: s = ζ‖g‖², the letter, which diverges for long
+            gradients.
         elementwise: keep only the diagonal of ĝᵀĝ with the tensor as one row: entry i fades by s ĝ_i².
     """
 

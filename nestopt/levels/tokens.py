@@ -16,7 +16,9 @@ from nestopt.levels.momentum import Momentum
 
 
 class Attention(AssociativeMemory):
-    r"""Softmax attention: a memory that keeps its pairs (NL eq. 62-63), $y_t = \sum_s \mathrm{softmax}_s(q_t k_s^\top/\sqrt{D_k}) v_s$.
+    r"""Softmax attention: a memory that keeps its pairs (NL eq. 62-63).
+
+    $$y_t = \sum_{s \le t} \mathrm{softmax}_s(k_s^\top q_t/\sqrt{D_k})\, v_s$$
 
     `memory=window(size=c)` keeps the last c only, which it needs on gradients. Other arguments: `associative_memory`.
     """
@@ -25,7 +27,9 @@ class Attention(AssociativeMemory):
 
 
 class LinearAttention(AssociativeMemory):
-    r"""Linear attention: a matrix memory of dot products (NL eq. 14-18, 64), $M_t = M_{t-1} + v_t k_t^\top$, $y_t = M_t q_t$.
+    r"""Linear attention: a matrix memory of dot products (NL eq. 14-18, 64).
+
+    $$M_t = M_{t-1} + v_t k_t^\top, \qquad y_t = M_t q_t$$
 
     `features=elu` makes it Katharopoulos's (without the normaliser), `retention=decay(γ)` RetNet. On gradients it is
     momentum (with β the retention). Other arguments: `associative_memory`.
@@ -36,9 +40,12 @@ class LinearAttention(AssociativeMemory):
 
 
 class Deltanet(AssociativeMemory):
-    r"""DeltaNet: a matrix memory of regressions (NL eq. 65), $M_t = M_{t-1}(I - \eta_t k_t k_t^\top) + \eta_t v_t k_t^\top$.
+    r"""DeltaNet: a matrix memory of regressions (NL eq. 65).
 
-    Layers L2-normalise queries and keys for it. Arguments: `associative_memory`; `lr` is η, a gate in (0, 1) starting at ½.
+    $$M_t = M_{t-1}(I - \eta_t k_t k_t^\top) + \eta_t v_t k_t^\top, \qquad y_t = M_t q_t$$
+
+    Layers L2-normalise queries and keys for it. Arguments: `associative_memory`; `lr` is η, a gate in (0, 1) that
+    starts at ½.
     """
 
     qk_norm: ClassVar[bool] = True
@@ -49,7 +56,9 @@ class Deltanet(AssociativeMemory):
 
 
 class Ttt(AssociativeMemory):
-    r"""Test-time training (Sun et al. 2024): an MLP memory of regressions, $\theta_t = \theta_{t-1} - \eta_t\nabla\ell(\theta_{t-1})$.
+    r"""Test-time training (Sun et al. 2024): an MLP memory of regressions.
+
+    $$\theta_t = \theta_{t-1} - \eta_t\nabla\ell(\theta_{t-1}), \qquad y_t = M(q_t; \theta_t)$$
 
     Layers L2-normalise queries and keys for it and learn θ's start. Arguments: `associative_memory`; `lr` is η, a gate
     in (0, 1) starting at 0.1. The raw step: with many hidden units or long keys it can diverge.
@@ -84,7 +93,8 @@ class Titans(AssociativeMemory):
 class DeepMomentum(AssociativeMemory):
     r"""Deep momentum (DMGD, NL eq. 50): an MLP that learns to answer each row û of the unit-RMS gradient with itself.
 
-    $$\theta \leftarrow \beta\theta - \mathrm{rule}\big(\nabla_\theta \tfrac12\lVert m(\hat u;\theta) - \hat u\rVert^2\big),
+    $$\theta \leftarrow
+      \beta\theta - \mathrm{rule}\big(\nabla_\theta \tfrac12\lVert m(\hat u;\theta) - \hat u\rVert^2\big),
       \qquad u = \mathrm{rms}(g)\, m(\hat u; \theta)$$
 
     What recent gradients have in common it has learned, and passes; what is new to it, it damps. W1 starts at 0, so the

@@ -142,9 +142,13 @@ def _store(item: Item, new: Mapping[str, Tensor]) -> None:
 
 
 def _store_apart(item: Item, state: State, direction: Tensor) -> Tensor:
-    """As `_store`, where what is new may be an old tensor under another key. Returns the direction, safe from that."""
+    """As `_store`, where what is new may be an old tensor under another key. Returns the direction, safe from that.
+
+    So it is from the step of the parameter, which it may be.
+    """
     new, old = dict(leaves(state)), item.state
     written = {_memory(old[key]) for key, leaf in new.items() if key in old and old[key] is not leaf}
+    written.add(_memory(item.param))
     for key, leaf in new.items():
         if leaf is not old.get(key) and _memory(leaf) in written:
             new[key] = leaf.clone()

@@ -126,14 +126,12 @@ def _state(optimizer: Nested, saved: dict[str, Any], param: Tensor, level: Level
             "the checkpoint was saved with another stack"
         )
     for key, want in expected.items():
-        have = tuple(found[key].shape) if isinstance(found[key], Tensor) else None
+        have = found[key]
+        if not isinstance(have, Tensor):
+            raise ValueError(f"{path}.{key}: is {type(have).__name__} in the checkpoint, and should be a tensor")
         # a dimension that starts empty is one that grows
-        if (
-            have is None
-            or len(have) != want.ndim
-            or any(n not in (0, m) for n, m in zip(want.shape, have, strict=True))
-        ):
-            raise ValueError(f"{path}.{key}: has shape {have} in the checkpoint, {tuple(want.shape)} here")
+        if have.ndim != want.ndim or any(n not in (0, m) for n, m in zip(want.shape, have.shape, strict=True)):
+            raise ValueError(f"{path}.{key}: has shape {tuple(have.shape)} in the checkpoint, {tuple(want.shape)} here")
     return {STEP: step} | {
         key: value.detach().to(param.device, expected[key].dtype, copy=True) for key, value in found.items()
     }

@@ -21,7 +21,8 @@ from nestopt.optim.roles import Role, roles, unnamed
 
 log = logging.getLogger("nestopt")
 
-Route = Literal["auto", "hidden_matrices", "all"] | Callable[[str, Tensor], bool]
+Chooser = Callable[[str, Tensor], bool]
+Route = Literal["auto", "hidden_matrices", "all"] | Chooser
 
 
 def optimizer(
@@ -50,7 +51,7 @@ def optimizer(
         rest: the level for the others, or `{"stack": …, "lr": …, "weight_decay": …}` where they differ from the
             stack's. Default: the file's, or "adamw".
         groups: exceptions, each `{"match": regex of names, "stack": …, "lr": …, "weight_decay": …, "period": …}` with
-            only what differs; the first that matches counts, before any routing.
+            only what differs; the first that matches counts. Without a `stack`, it is routed as the others are.
         route: `"auto"` (as above), `"hidden_matrices"` (only those to the stack), `"all"`, or a function of
             (name, tensor) that says whether the stack gets it.
         strict: raise if the stack gets no parameter (else it is logged as a warning). Default: the file's, or False.
@@ -67,12 +68,12 @@ def optimizer(
     known = roles(model_or_params) if isinstance(model_or_params, nn.Module) else unnamed(iter(named.items()))
     chosen = route if callable(route) else None
     rate = lr if isinstance(lr, Tensor) else settings.lr
-    made: dict[tuple[int, int], dict[str, Any]] = {}
-    used: set[int] = set()
-    for name, param in named.items():
-        place = _place(name, param, known[name], settings, chosen, used)
+    places = {name: _place(name, param, known[name], settings, chosen) for name, param in named.items()}
+    _check(settings, places.values(), named)
+    made: dict[tuple[int, int, int], dict[str, Any]] = {}
+    for name, place in places.items():
         group = made.setdefault(
-            (place.order, place.period),
+            place.order,
             {
                 "params": [],
                 "why": [],
@@ -83,10 +84,9 @@ def optimizer(
                 "maximize": maximize,
             },
         )
-        group["params"].append((name, param))
+        group["params"].append((name, named[name]))
         group["why"].append(place.why)
-    _check(settings, made, used, named)
-    in_order = [made[key] for key in sorted(made)]
+    in_order = [made[order] for order in sorted(made)]
     return Nested(in_order, settings.stack, rate, settings.weight_decay, maximize=maximize)
 
 
@@ -138,33 +138,43 @@ def _named(source: nn.Module | Iterable[Any]) -> dict[str, Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where a parameter goes. None: as the optimizer says."""
+    """Where a parameter goes: to the stack, to the rest, or to a group's own stack. None: as the optimizer says."""
 
-    order: int
+    kind: int
     stack: Level
     lr: float | None
     weight_decay: float | None
     period: int
     why: str
+    exception: int = 0
+    """The number of the group it matches, from 1."""
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Of its parameter group among the others: those of the exceptions come last."""
+        return self.exception, self.kind, self.period
 
 
-_STACK, _REST = 0, 1
-"""Order of the parameter groups: the stack's, the rest, then the exceptions."""
+_STACK, _REST, _OWN = 0, 1, 2
 
 
-def _place(
-    name: str,
-    param: Tensor,
-    role: Role,
-    settings: OptimizerConfig,
-    chosen: Callable[[str, Tensor], bool] | None,
-    used: set[int],
-) -> _Place:
-    for i, group in enumerate(settings.groups):
-        if re.search(group.match, name):
-            used.add(i)
-            stack, why = group.stack or settings.stack, f"matches {group.match!r}"
-            return _Place(_REST + 1 + i, stack, group.lr, group.weight_decay, group.period or role.period, why)
+def _place(name: str, param: Tensor, role: Role, settings: OptimizerConfig, chosen: Chooser | None) -> _Place:
+    place = _routed(name, param, role, settings, chosen)
+    for number, group in enumerate(settings.groups, start=1):
+        if not re.search(group.match, name):
+            continue
+        why = f"matches {group.match!r}"
+        if group.stack is not None:
+            place = _Place(_OWN, group.stack, None, None, role.period, why)
+        else:
+            place = dataclasses.replace(place, why=f"{why}; {place.why}")
+        own = {key: getattr(group, key) for key in ("lr", "weight_decay", "period")}
+        given = {key: value for key, value in own.items() if value is not None}
+        return dataclasses.replace(place, exception=number, **given)
+    return place
+
+
+def _routed(name: str, param: Tensor, role: Role, settings: OptimizerConfig, chosen: Chooser | None) -> _Place:
     if chosen is not None:
         takes, why = bool(chosen(name, param)), "as the route function says"
     elif settings.route == "all":
@@ -179,9 +189,10 @@ def _place(
     return _Place(_REST, settings.rest.stack, settings.rest.lr, settings.rest.weight_decay, role.period, why)
 
 
-def _check(settings: OptimizerConfig, made: Mapping[Any, Any], used: set[int], named: Mapping[str, Tensor]) -> None:
+def _check(settings: OptimizerConfig, places: Iterable[_Place], named: Mapping[str, Tensor]) -> None:
+    used, stack_used = {place.exception for place in places}, any(place.kind == _STACK for place in places)
     for i, group in enumerate(settings.groups):
-        if i in used:
+        if i + 1 in used:
             continue
         if any(re.search(group.match, name) for name in named):
             problem = f"all parameters that {group.match!r} matches belong to groups before it; put it before them"
@@ -189,7 +200,7 @@ def _check(settings: OptimizerConfig, made: Mapping[Any, Any], used: set[int], n
             hint = nearest(group.match, named) or f" Names look like {next(iter(named))!r}."
             problem = f"{group.match!r} matches no parameter that requires a gradient.{hint}"
         raise ConfigError(problem, f"groups[{i}].match", group.match)
-    if not any(order == _STACK for order, _ in made):
+    if not stack_used:
         only = ", as it takes hidden matrices only" if "matrix" in settings.stack.needs else ""
         text = f"{settings.stack.label} gets none of the {len(named)} parameters{only}"
         if settings.strict:

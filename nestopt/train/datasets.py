@@ -29,5 +29,6 @@ class Files(Dataset):
 
 @hookimpl
 def nestopt_register_datasets(register: Register) -> None:
+    """Register the datasets of this file."""
     register("stdlib", Stdlib)
     register("files", Files)

@@ -89,7 +89,8 @@ class DeepSpeed(Ddp):
         saved = (values.get("zero_stage", 0), values.get("world", self.world))
         if saved != (self.stage, self.world if self.stage else saved[1]):
             raise CheckpointError(
-                f"saved at ZeRO stage {saved[0]} by {saved[1]} processes; resume it so, not at stage {self.stage} by {self.world}"
+                f"saved at ZeRO stage {saved[0]} by {saved[1]} processes; resume it so, "
+                f"not at stage {self.stage} by {self.world}"
             )
         if not self.stage:
             super().unpack(packed)

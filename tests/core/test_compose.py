@@ -87,7 +87,7 @@ def test_trees_round_trip():
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: chain(), ValueError, "no levels given"),
+        (chain, ValueError, "no levels given"),
         (lambda: chain(x=3), TypeError, "x=3 is not a level"),
         (lambda: Chain({"a.b": gd()}), ValueError, "'a.b'"),
         (lambda: nest(gd(), "adam"), TypeError, "inner='adam' is not a level"),

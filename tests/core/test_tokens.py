@@ -273,9 +273,9 @@ def test_adam_has_a_finite_gradient_where_its_second_moment_is_zero():
 def test_mistakes_are_named(qkv):
     with pytest.raises(ValueError, match="no token"):
         scan(momentum(), *(x[:, :0] for x in qkv))
-    with pytest.raises(ValueError, match="attention: lr=0.5 .* learns by no rule"):
+    with pytest.raises(ValueError, match=r"attention: lr=0\.5 .* learns by no rule"):
         attention(lr=0.5)
-    with pytest.raises(ValueError, match="attention: period=2 .* takes every pair"):
+    with pytest.raises(ValueError, match=r"attention: period=2 .* takes every pair"):
         scan(attention(period=2), *qkv)
 
 

@@ -1,6 +1,7 @@
 """Started by `torchrun`: runs several trainings one after another in the same processes, which saves their start.
 
-Reads a list of [config data, folder to resume or None] from the JSON file given, and writes how each ended, and what it measured, beside it.
+Reads a list of [config data, folder to resume or None] from the JSON file given; writes how each ended, and what it
+measured, beside it.
 """
 
 import json
@@ -11,8 +12,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from nestopt.config import Config
-from nestopt.train.metrics import read
 from nestopt.train.loop import train
+from nestopt.train.metrics import read
 
 
 def main(path: Path) -> None:

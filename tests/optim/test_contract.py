@@ -643,6 +643,21 @@ def test_a_named_class_takes_a_period_too() -> None:
         assert param.item() == [0, 0, -111, -111, -111, -111111][t]
 
 
+class Decay(Level):
+    """Its direction is the parameter itself."""
+
+    def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        assert signal.param is not None
+        return signal.param, state
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_direction_may_be_the_parameter(count: int) -> None:
+    optimizer = Nested([torch.full((2,), 8.0, requires_grad=True) for _ in range(count)], Decay(), 0.25, 1.0)
+    feed(optimizer, range(1))
+    assert all(torch.equal(param.detach(), torch.full((2,), 8 - 2 - 2.0)) for param in weights(optimizer))
+
+
 class Counting(Level):
     """Its direction is the number of its step."""
 

@@ -1,0 +1,184 @@
+"""What the author of a level runs to see whether it keeps the contract: `check_level(Lion())` in a test of theirs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from nestopt.config import ConfigError, build, to_spec
+from nestopt.core.clock import advance, start
+from nestopt.core.gates import bind
+from nestopt.core.level import Level
+from nestopt.core.signal import Signal
+from nestopt.core.tree import State, leaves, tree_map
+from nestopt.nn import layer as make_layer
+from nestopt.optim import Nested
+
+STEPS = 6
+
+
+def check_level(level: Level, shape: Sequence[int] = (5, 3)) -> None:
+    """Assert that `level` does in every role what the library relies on.
+
+    On gradients: `step` is a pure function (it changes none of its arguments, and the same arguments give the same
+    result), keeps the gradient's shape and dtype and the state's keys, stays finite on zeros, does the same for a stack
+    of tensors as for each of them, and on a clock sees sums. As an optimizer: a run that is saved and loaded goes on
+    bit for bit. As a spec: writing and reading it gives an equal level. On tokens: `check_layer`.
+
+    Args:
+        level: to check. It is not changed.
+        shape: of the parameters it is tried on; a level of matrices needs two dimensions.
+
+    Raises:
+        AssertionError: it does not, in words.
+    """
+    before, generator = copy.deepcopy(level), torch.Generator().manual_seed(0)
+    grads = [torch.randn(*shape, generator=generator, dtype=torch.float64) for _ in range(STEPS)]
+    _check_purity(bind(level), grads)
+    _check_stacks(bind(level), grads)
+    _check_clock(bind(level), grads)
+    _check_optimizer(level, grads)
+    _check_spec(level)
+    check_layer(level)
+    assert level == before, f"{level.label}: running it changed its own fields"
+
+
+def check_layer(level: Level, dim: int = 8, heads: int = 2) -> None:
+    """Assert that `level` as a layer is causal, streams as it runs in parallel, and keeps sequences apart.
+
+    Raises:
+        AssertionError: it does not, in words.
+    """
+    torch.manual_seed(0)
+    layer = make_layer(level, dim, heads).double()
+    x = torch.randn(2, 7, dim, dtype=torch.float64)
+    y, _ = layer(x)
+    assert y.shape == x.shape, f"{level.label}: y has the shape {list(y.shape)}, x {list(x.shape)}"
+    assert y.isfinite().all(), f"{level.label}: y is not finite"
+    first, state = layer(x[:, :3])
+    second, _ = layer(x[:, 3:], state)
+    _same(torch.cat([first, second], 1), y, f"{level.label}: two halves of a sequence differ from the whole")
+    changed = x.clone()
+    changed[0, 4] += 1
+    other, _ = layer(changed)
+    _same(other[0, :4], y[0, :4], f"{level.label}: a token changes what was read before it")
+    _same(other[1], y[1], f"{level.label}: a sequence changes another of its batch")
+
+
+def _check_purity(level: Level, grads: list[Tensor]) -> None:
+    name, param = level.label, torch.zeros_like(grads[0])
+    state = start(level, param)
+    assert isinstance(state, dict), f"{name}: init gives {type(state).__name__}, not a dict of tensors"
+    for path, leaf in leaves(state):
+        assert isinstance(leaf, Tensor), f"{name}: init's {path!r} is {type(leaf).__name__}, not a tensor"
+    for t, grad in enumerate([*grads, torch.zeros_like(param)], start=1):
+        kept = grad.clone(), tree_map(torch.clone, state), param.clone()
+        direction, new = advance(level, grad, state, Signal(t, param))
+        again, _ = advance(level, grad, state, Signal(t, param))
+        assert torch.equal(grad, kept[0]), f"{name}: step changes the gradient in place"
+        assert torch.equal(param, kept[2]), f"{name}: step changes the parameter in place"
+        for path, leaf in leaves(kept[1]):
+            assert torch.equal(dict(leaves(state))[path], leaf), f"{name}: step changes the state's {path!r} in place"
+        assert direction.isfinite().all(), f"{name}: the direction is not finite (step {t})"
+        assert torch.equal(direction, again), (
+            f"{name}: the same step twice gives two results; keep all state in `state`"
+        )
+        assert direction.shape == grad.shape, (
+            f"{name}: the direction is {list(direction.shape)}, not {list(grad.shape)}"
+        )
+        assert direction.dtype == grad.dtype, f"{name}: the direction is {direction.dtype}, the gradient {grad.dtype}"
+        keys = [path for path, _ in leaves(new)]
+        assert sorted(keys) == sorted(path for path, _ in leaves(state)), (
+            f"{name}: step changes the state's keys: {keys}"
+        )
+        state = new
+
+
+def _check_stacks(level: Level, grads: list[Tensor]) -> None:
+    pairs = list(zip(grads[::2], grads[1::2], strict=True))
+    torch.manual_seed(0)
+    alone = [_run(level, [pair[i] for pair in pairs], start(level, pairs[0][i])) for i in range(2)]
+    torch.manual_seed(0)
+    states = [start(level, pairs[0][i]) for i in range(2)]
+    state = tree_map(lambda *each: torch.stack(each), *states)
+    stacked = [torch.stack(pair) for pair in pairs]
+    if level.batched:
+        together = _run(level, stacked, state)
+    else:
+        try:
+            together = _run(level, stacked, state, batched=True)
+        except RuntimeError:
+            return  # decides by values, which vmap can't: the optimizer will run it tensor by tensor
+    for i in range(2):
+        _same(together[:, i], alone[i], f"{level.label}: a stack of tensors gives other directions than each alone")
+
+
+def _run(level: Level, grads: list[Tensor], state: State, batched: bool = False) -> Tensor:
+    out = []
+    for t, grad in enumerate(grads, start=1):
+
+        def step(g: Tensor, s: State, t: int = t) -> tuple[Tensor, State]:
+            return advance(level, g, s, Signal(t, torch.zeros_like(g)))
+
+        direction, state = vmap(step)(grad, state) if batched else step(grad, state)
+        out.append(direction)
+    return torch.stack(out)
+
+
+def _check_clock(level: Level, grads: list[Tensor]) -> None:
+    if level.period > 1:
+        return
+    slow = dataclasses.replace(level, period=2)
+    torch.manual_seed(0)
+    got = _run(slow, grads, start(slow, grads[0]))
+    torch.manual_seed(0)
+    want = _run(level, [a + b for a, b in zip(grads[::2], grads[1::2], strict=True)], start(level, grads[0]))
+    _same(got[1::2], want, f"{level.label}: with period=2 it does not see the sums of two gradients")
+
+
+def _check_optimizer(level: Level, grads: list[Tensor]) -> None:
+    def make() -> Any:
+        param = torch.nn.Parameter(torch.ones_like(grads[0]))
+        return param, Nested([param], copy.deepcopy(level), lr=0.1)
+
+    def steps(param: Tensor, optimizer: Nested, some: list[Tensor]) -> None:
+        for grad in some:
+            param.grad = grad.clone()
+            optimizer.step()
+
+    param, optimizer = make()
+    steps(param, optimizer, grads[:3])
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other, loaded = make()
+    with torch.no_grad():
+        other.copy_(param)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    steps(param, optimizer, grads[3:])
+    steps(other, loaded, grads[3:])
+    assert torch.equal(param, other), f"{level.label}: a run that was saved and loaded goes on otherwise"
+
+
+def _check_spec(level: Level) -> None:
+    try:
+        spec = to_spec(level)
+    except ConfigError:
+        return  # not registered, which is allowed
+    assert build("level", spec) == level, f"{level.label}: written as {spec} and read back, it is another level"
+
+
+def _same(got: Tensor, want: Tensor, words: str) -> None:
+    error = (got - want).abs().max() if got.numel() else torch.zeros(())
+    assert got.shape == want.shape, words
+    assert bool(error <= 1e-8 * (1 + want.abs().max())), f"{words} (by {float(error):.2g})"
+
+
+__all__ = ["check_layer", "check_level"]

@@ -7,12 +7,16 @@ import importlib.metadata
 import pydoc
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
+import yaml
 from docutils.nodes import Element
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+
+from nestopt.config import schema
 
 project = "nestopt"
 author = "The nestopt authors"
@@ -32,6 +36,7 @@ exclude_patterns = ["_build", "_static", "api/modules.rst"]
 html_theme = "furo"
 html_title = f"nestopt {release}"
 html_static_path = ["_static"]
+html_css_files = ["nestopt.css"]
 html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}
 
@@ -53,7 +58,7 @@ apidoc_modules = [
     }
 ]
 # Each object is described once, where it is defined; `resolve_public_name` leads its shorter public names there.
-autodoc_default_options = {"ignore-module-all": True}
+autodoc_default_options = {"ignore-module-all": True, "exclude-members": "model_config"}
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
@@ -96,6 +101,34 @@ def prepare_docstring(app: Sphinx, what: str, name: str, obj: object, options: A
     lines[:] = text.split("\n")
 
 
+def write_keys(app: Sphinx) -> None:
+    """Tables of the keys of configurations, which the page on them includes, from the schema."""
+    folder = Path(app.srcdir, "api")
+    folder.mkdir(exist_ok=True)
+    for section in (schema.ModelConfig, schema.OptimizerConfig, schema.DataConfig, schema.TrainConfig):
+        _write_table(section, section().model_dump(), folder)
+    _write_table(schema.RestConfig, schema.RestConfig().model_dump(), folder)
+    _write_table(schema.GroupConfig, dict.fromkeys(schema.GroupConfig.model_fields), folder)
+
+
+def _write_table(section: type[schema.Section], defaults: dict[str, Any], folder: Path) -> None:
+    rows = ["| key | default | what it is |", "| --- | --- | --- |"]
+    for key, field in section.model_fields.items():
+        default = yaml.safe_dump(defaults[key], default_flow_style=True, width=1000).removesuffix("...\n").strip()
+        shown = "must be given" if field.is_required() else f"`{default}`"
+        rows.append(f"| `{key}` | {shown} | {field.description} |")
+    name = section.__name__.removesuffix("Config").lower()
+    (folder / f"keys-{name}.inc").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def describe_field(app: Sphinx, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:
+    """Show what the schema says about a key of a configuration, where it has no docstring."""
+    owner, _, key = name.rpartition(".")
+    field = getattr(pydoc.locate(owner), "model_fields", {}).get(key) if what == "attribute" else None
+    if field is not None and not any(lines):
+        lines[:] = [f"{field.description[0].upper()}{field.description[1:]}."]
+
+
 def resolve_public_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: Element) -> Element | None:
     """Lead `nestopt.Level` to `nestopt.core.level.Level`, where it is defined and described."""
     target = node.get("reftarget", "")
@@ -110,6 +143,8 @@ def resolve_public_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, 
 
 
 def setup(app: Sphinx) -> None:
-    """Connect the two hooks above."""
+    """Connect the hooks above."""
+    app.connect("builder-inited", write_keys)
+    app.connect("autodoc-process-docstring", describe_field, priority=300)
     app.connect("autodoc-process-docstring", prepare_docstring, priority=400)  # before napoleon's 500
     app.connect("missing-reference", resolve_public_name)

@@ -28,7 +28,7 @@ SMALL = [
     "data.window=32",
     "data.batch=4",
     "train.steps=6",
-    "train.eval_bytes=300",
+    "train.final_bytes=300",
     "train.sample_bytes=10",
     "train.device=cpu",
 ]

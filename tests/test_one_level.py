@@ -90,9 +90,7 @@ def test_one_momentum_is_an_optimizer_a_layer_and_a_rule() -> None:
     torch.testing.assert_close(scan(level, q, k, v)[0], wanted, **exact)
     layer = nestopt.layer(level, dim=12, heads=3, conv=0, out_norm=False).double()
     x = torch.randn(2, 9, 12, dtype=torch.float64)
-    q, k, v = (
-        (x @ part.weight.detach().T).reshape(2, 9, 3, 4) for part in (layer.query, layer.key, layer.value)
-    )
+    q, k, v = ((x @ part.weight.detach().T).reshape(2, 9, 3, 4) for part in (layer.query, layer.key, layer.value))
     wanted = linear_attention_by_hand(q, k, v, BETA).reshape(2, 9, 12) @ layer.out.weight.detach().T
     torch.testing.assert_close(layer(x)[0].detach(), wanted, **exact)
 

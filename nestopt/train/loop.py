@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -83,7 +85,7 @@ class _Training:
             raise ConfigError.refuse("model.vocab", config.model.vocab, "bytes need 256 or more")
         self.corpus = dataset.load()
         self.tokens = torch.from_numpy(self.corpus.train)
-        self.text = held_out_text(self.corpus.held_out, config.train.eval_bytes)
+        self.text = held_out_text(self.corpus.held_out, config.train.final_bytes)
         model = build_model(config).to(engine.device)
         self.optimizer = make_optimizer(model, config)
         for group in self.optimizer.param_groups:
@@ -117,7 +119,8 @@ class _Training:
                 log.close()
             report.interrupted(self.step)
             return Result(self.run, self.step, None, {}, False)
-        score = self._evaluate()
+        report.say(f"measuring on {len(self.text):,} held-out bytes …")
+        score = self._evaluate(self.text)
         if log:
             self.run.save_model(self.lm, {"step": self.step, "bits_per_byte": score})
             report.sample(self.lm, self.step, self.config)
@@ -205,7 +208,7 @@ class _Training:
         )
 
     def _middle(self, log: MetricsLog | None, report: Report, bar: Any) -> None:
-        score = self._evaluate()
+        score = self._evaluate(held_out_text(self.corpus.held_out, self.config.train.eval_bytes))
         if log:
             log.append({"step": self.step, "seconds": self.elapsed, "eval/bits_per_byte": score})
             report.sample(self.lm, self.step, self.config)
@@ -213,10 +216,9 @@ class _Training:
             if not self.quiet:
                 bar.write(f"step {self.step}: held out {score:.3f} bits per byte")
 
-    def _evaluate(self) -> float:
-        data = self.config.data
-        text = torch.from_numpy(self.text).to(self.engine.device)
-        engine = self.engine
+    def _evaluate(self, held_out: npt.NDArray[np.uint8]) -> float:
+        data, engine = self.config.data, self.engine
+        text = torch.from_numpy(held_out).to(engine.device)
         return bits_per_byte(
             self.lm,
             text,

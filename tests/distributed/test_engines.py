@@ -68,6 +68,7 @@ def data(tmp_path_factory):
                 "log_every": 1,
                 "eval_every": 5,
                 "eval_bytes": 400,
+                "final_bytes": 400,
                 "save_every": 0,
                 "sample_bytes": 8,
                 "clip": 0.5,

@@ -23,7 +23,9 @@ def blocks(language: str) -> dict[str, str]:
         if match[1]:
             heading = match[1]
         elif match[2] == language:
-            name = heading if heading not in found else f"{heading}, {sum(key.startswith(heading) for key in found) + 1}"
+            name = (
+                heading if heading not in found else f"{heading}, {sum(key.startswith(heading) for key in found) + 1}"
+            )
             found[name] = match[3]
     return found
 

@@ -55,7 +55,9 @@ def test_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 def test_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text("She sells sea shells by the sea shore, and the shells she sells are sea shells.\n" * 100)
+    Path("text.txt").write_text(
+        "She sells sea shells by the sea shore, and the shells she sells are sea shells.\n" * 100
+    )
     arguments = ["train", str(EXAMPLES / "own_text.yaml"), "--data", "text.txt", "-q"]
     arguments += ["train.steps=12", "train.eval_every=0", "train.eval_bytes=256", "data.window=32", "train.log_every=1"]
     assert cli.main([*arguments, "train.sample_bytes=0"]) == 0

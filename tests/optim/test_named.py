@@ -164,22 +164,30 @@ def test_learning_rate_of_one_element_on_a_parameter_without_dimensions(name: st
 
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "StepLR": lambda o: lr_scheduler.StepLR(o, 7, 0.5),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.02, total_steps=60),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.02, total_steps=40),
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 / (1 + t)),
     "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 9),
     "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=2),
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Muon"])
-def test_torch_schedulers(name: str, scheduler: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("SGD", torch.float32),
+        ("SGD", torch.float64),
+        ("Adam", torch.float32),
+        ("AdamW", torch.float64),
+        ("Muon", torch.float64),
+    ],
+)
+def test_torch_schedulers(name: str, dtype: torch.dtype, scheduler: str) -> None:
     flags = {"momentum": 0.9} if name in ("SGD", "Muon") else {}
     theirs, ours = twins(name, MATRICES if name == "Muon" else ANY, dtype, lr=0.01, **flags)
     schedules = SCHEDULERS[scheduler](theirs), SCHEDULERS[scheduler](ours)
     seen = set()
-    for t in range(60):
+    for t in range(40):
         step(theirs, ours)
         for schedule in schedules:
             schedule.step(*([float(t < 20)] if scheduler == "ReduceLROnPlateau" else []))

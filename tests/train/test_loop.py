@@ -38,6 +38,7 @@ def config(text, out, **changes):
             "steps": 20,
             "eval_every": 10,
             "eval_bytes": 500,
+            "final_bytes": 500,
             "log_every": 5,
             "save_every": 10,
             "sample_bytes": 20,

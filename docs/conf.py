@@ -66,8 +66,9 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
-# In docstrings a single backtick marks code, and $…$ mathematics, as in the MyST pages.
+# In docstrings a single backtick marks code, $…$ and $$…$$ mathematics, as in the MyST pages.
 default_role = "code"
+DISPLAY_MATH = re.compile(r"^([ \t]*)\$\$(.+?)\$\$[ \t]*$", re.MULTILINE | re.DOTALL)
 DOLLAR_MATH = re.compile(r"(?<![\\$`\w])\$(?=[^\s$])([^$`]*?[^\s$`\\])\$(?![\w$`])")
 
 # -- cross-references: every one is checked, except into other projects --------------------------------------------
@@ -94,10 +95,11 @@ torch.manual_seed(0)
 
 
 def prepare_docstring(app: Sphinx, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:
-    """Turn `$x$` into the math role; keep napoleon from reading "Words: more" under an attribute as a type."""
+    """Turn `$x$` and `$$x$$` into mathematics; keep napoleon from reading "Words: more" of an attribute as a type."""
     if what in {"attribute", "data", "property"} and lines:
         lines[:1] = lines[0].replace(": ", ":\n").split("\n")  # a type needs a description on its own line
-    text = DOLLAR_MATH.sub(lambda match: f":math:`{' '.join(match[1].split())}`", "\n".join(lines))
+    text = DISPLAY_MATH.sub(lambda match: f"{match[1]}.. math:: {' '.join(match[2].split())}", "\n".join(lines))
+    text = DOLLAR_MATH.sub(lambda match: f":math:`{' '.join(match[1].split())}`", text)
     lines[:] = text.split("\n")
 
 
@@ -121,12 +123,11 @@ def _write_table(section: type[schema.Section], defaults: dict[str, Any], folder
     (folder / f"keys-{name}.inc").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
-def describe_field(app: Sphinx, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:
-    """Show what the schema says about a key of a configuration, where it has no docstring."""
-    owner, _, key = name.rpartition(".")
-    field = getattr(pydoc.locate(owner), "model_fields", {}).get(key) if what == "attribute" else None
-    if field is not None and not any(lines):
-        lines[:] = [f"{field.description[0].upper()}{field.description[1:]}."]
+def describe_fields(app: Sphinx, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:
+    """Show what the schema says about the keys of a section of a configuration."""
+    if isinstance(obj, type) and issubclass(obj, schema.Section) and obj.model_fields:
+        # a list, not "Args:", which would show each key's type with all its validators
+        lines += ["", *(f"* `{key}`: {field.description}" for key, field in obj.model_fields.items()), ""]
 
 
 def resolve_public_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: Element) -> Element | None:
@@ -145,6 +146,6 @@ def resolve_public_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, 
 def setup(app: Sphinx) -> None:
     """Connect the hooks above."""
     app.connect("builder-inited", write_keys)
-    app.connect("autodoc-process-docstring", describe_field, priority=300)
+    app.connect("autodoc-process-docstring", describe_fields, priority=300)
     app.connect("autodoc-process-docstring", prepare_docstring, priority=400)  # before napoleon's 500
     app.connect("missing-reference", resolve_public_name)

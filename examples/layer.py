@@ -49,7 +49,8 @@ def main(steps: int = 100) -> None:
         whole, _ = model(tokens)
         _, state = model(tokens[:, :4])
         rest, _ = model(tokens[:, 4:], state)
-    print(f"right on {(whole[:, -1].argmax(1) == wanted).float().mean():.0%} of new sequences (by chance: on one in eight)")
+    right = (whole[:, -1].argmax(1) == wanted).float().mean()
+    print(f"right on {right:.0%} of new sequences (by chance: on one in eight)")
     print(f"in two pieces: differs by at most {(whole[:, 4:] - rest).abs().max():.0e}")
 
 

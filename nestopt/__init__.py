@@ -1,6 +1,11 @@
 """nestopt: associative-memory levels that are optimizers, layers and each other's learning rules."""
 
+# ruff: noqa: E402  # some of these have to come before others
 import importlib.metadata
+
+from nestopt._process import settle
+
+settle()  # before torch is imported
 
 from nestopt import levels
 from nestopt.core import (
@@ -20,9 +25,9 @@ from nestopt.train import datasets
 registry.add_builtin(levels)
 registry.add_builtin(datasets)
 
-from nestopt import core, models, nn, ops, optim  # noqa: E402
-from nestopt.api import describe, layer, model, optimizer  # noqa: E402
-from nestopt.config import Config, ConfigError, build, load, to_spec  # noqa: E402
+from nestopt import core, models, nn, ops, optim
+from nestopt.api import describe, layer, model, optimizer
+from nestopt.config import Config, ConfigError, build, load, to_spec
 
 __version__ = importlib.metadata.version("nestopt")
 

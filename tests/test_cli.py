@@ -107,7 +107,7 @@ def test_the_default_run_is_within_its_time():
     from nestopt.cli import _config
 
     config = _config([])
-    assert config.train.seconds == 190
+    assert config.train.seconds == 180
     assert config.data.dataset.label == "stdlib"
     assert _config(["train.seconds=null"]).train.seconds is None
 

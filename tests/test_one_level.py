@@ -50,7 +50,7 @@ def linear_attention_by_hand(q: Tensor, k: Tensor, v: Tensor, decay: float) -> T
 
 
 def titans_by_hand(q: Array, k: Array, v: Array, eta: Array, alpha: Array, w1: Array, w2: Array, beta: float) -> Array:
-    """One sequence and head of Titans (NL table 2, Behrouz et al. 2025), the gradients derived by hand.
+    """One sequence and head of Titans (Behrouz et al. 2025), the gradients derived by hand.
 
     With z = W2 k, a = silu(z) and the error e = k + W1 a - v of the loss ½‖e‖²: ∂W1 = e aᵀ and
     ∂W2 = ((W1ᵀ e) ⊙ silu'(z)) kᵀ. Then S ← β S + η ∂W, W ← α W - S, and the read is q + W1 silu(W2 q).
@@ -109,4 +109,6 @@ def test_one_momentum_is_an_optimizer_a_layer_and_a_rule() -> None:
             np.testing.assert_allclose(y[b, :, h].numpy(), by_hand, rtol=0, atol=1e-12)
     assert set(state["level"]["rule"]["W1"]) == {"momentum"}
 
-    assert level == momentum(BETA) and memory.rule is level  # three roles, one object, unchanged
+    # three roles, one object, unchanged
+    assert memory.rule is level
+    assert level == momentum(BETA)

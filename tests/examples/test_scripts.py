@@ -31,7 +31,7 @@ def test_swap_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     out = printed("swap_optimizer.py", tmp_path, monkeypatch, capsys)
     theirs, ours, muon = (float(number) for number in re.findall(r"(?:AdamW|rest) (\d\.\d+)", out))
     assert theirs == ours
-    assert theirs < 0.05 and muon < 0.05  # from log 10 = 2.3
+    assert max(theirs, muon) < 0.05  # from log 10 = 2.3
     assert "4.weight   10×64  adamw  0.003  1       the last linear layer, taken for the output" in out
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import nestopt
+from nestopt.testing import check_level
 
 
 def test_it_is_found_by_its_entry_point() -> None:
@@ -59,6 +60,10 @@ def test_as_the_rule_of_titans_it_learns_within_the_sequence() -> None:
     assert set(memory["rule"]["W1"]) == {"momentum"}
     moved = (memory["memory"]["W1"] - layer.start["W1"]).detach().abs()
     assert 0 < float(moved.max()) <= 12 * 0.02 + 1e-6  # every entry moves by 0.02 a token, or not at all
+
+
+def test_it_keeps_the_contract_of_levels() -> None:
+    check_level(nestopt.levels.lion())
 
 
 def test_in_yaml_by_name(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ class Gd(Level):
 
 
 class AssociativeMemory(Level):
-    r"""A memory $M(\cdot;\theta)$ that learns its associations by a rule (NL Def. 1).
+    r"""A memory of any kind that learns its associations by any rule (NL Def. 1).
 
     $$\theta_t = \mathrm{retain}(\theta_{t-1}) - \mathrm{step\_size}\cdot
       \mathrm{rule}\big(\mathrm{lr}\cdot\nabla_\theta\,\ell(M(\phi(k_t);\theta), v_t)\big), \qquad

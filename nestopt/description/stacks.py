@@ -117,8 +117,7 @@ def _nest(level: Nest, name: str, state: State) -> Sizes:
             below = below.get(key, {})
         found.append(measure(level.outer, f"{name}.outer", below))
         starts.append(leaf)
-    outer = level.outer.nodes(f"{name}.outer")[0].name
-    return add([*found, {outer: Size(0, _size(starts).bytes)}])
+    return add([*found, {f"{name}.start": _size(starts)}])
 
 
 def _associative(level: AssociativeMemory, name: str, state: State) -> Sizes:

@@ -68,7 +68,9 @@ class Adam(Level):
 
 
 class AdamW(Adam):
-    r"""Adam with decoupled weight decay (Loshchilov & Hutter 2019): $u = u_{\mathrm{Adam}} + \lambda W$.
+    r"""Adam with decoupled weight decay (Loshchilov & Hutter 2019).
+
+    $$u = u_{\mathrm{Adam}} + \lambda W$$
 
     The decay is part of the direction, so it is scaled by the learning rate. Inside a memory it makes the memory fade.
 

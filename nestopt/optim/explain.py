@@ -44,7 +44,10 @@ class Explanation(list[Row]):
         for row in self:
             count = totals.setdefault(row.level, [0, 0])
             count[0], count[1] = count[0] + 1, count[1] + math.prod(row.shape)
-        total = [f"{level}: {tensors} tensors, {numbers:,} numbers" for level, (tensors, numbers) in totals.items()]
+        total = [
+            f"{level}: {tensors} tensor{'s' if tensors > 1 else ''}, {numbers:,} numbers"
+            for level, (tensors, numbers) in totals.items()
+        ]
         return "\n".join([*lines, "", *total])
 
 

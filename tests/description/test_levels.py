@@ -68,6 +68,7 @@ def test_a_memory_is_slower_than_the_rule_it_learns_by() -> None:
 
 def test_the_outer_level_of_a_nest_is_slower() -> None:
     assert names(describe(nest(momentum(period=64), adam()))) == [
+        ["nest.start"],
         ["nest.outer"],
         ["nest.inner.exp_avg", "nest.inner.exp_avg_sq"],
     ]

@@ -31,7 +31,7 @@ optimizer:
         slow: {level: momentum, period: 8}
     - newton_schulz
 data: {window: 32, batch: 8}
-train: {steps: 60, log_every: 5, eval_every: 0, eval_bytes: 512, save_every: 40, sample_bytes: 0, threads: 1}
+train: {steps: 60, log_every: 5, eval_every: 0, final_bytes: 512, save_every: 40, sample_bytes: 0, threads: 1}
 """
 
 

@@ -220,7 +220,7 @@ def test_explain_as_text() -> None:
         ["weight", "2×3", "muon", "0.02", "1", "a hidden matrix"],
         ["bias", "2", "adamw", "0.02", "1", "a vector"],
     ]
-    assert text[3:] == ["", "muon: 1 tensors, 6 numbers", "adamw: 1 tensors, 2 numbers"]
+    assert text[3:] == ["", "muon: 1 tensor, 6 numbers", "adamw: 1 tensor, 2 numbers"]
 
 
 def test_explain_of_a_hand_made_optimizer() -> None:

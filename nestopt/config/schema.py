@@ -199,6 +199,12 @@ class TrainConfig(Section):
             raise ConfigError.refuse("decay", self.decay, f"give at most 1 - warmup = {1 - self.warmup:g}")
         return self
 
+    @model_validator(mode="after")
+    def _stage_has_its_engine(self) -> Self:
+        if self.zero_stage and self.engine != "deepspeed":
+            raise ConfigError.refuse("zero_stage", self.zero_stage, f"it needs engine=deepspeed, not {self.engine}")
+        return self
+
 
 class Config(Section):
     """A whole run. `Config()` is the one that `nestopt train` alone starts."""

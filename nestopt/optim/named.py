@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from nestopt.core.associative import Gd
@@ -14,6 +15,7 @@ from nestopt.levels.adam import Adam as AdamLevel
 from nestopt.levels.momentum import Momentum
 from nestopt.levels.muon import Muon as MuonLevel
 from nestopt.optim.optimizer import Nested
+from nestopt.optim.views import work_dtype
 
 
 def _refuse(optimizer: type[Nested], **flags: bool) -> None:
@@ -65,6 +67,14 @@ class SGD(Nested):
         if group["momentum"] == 0:
             return Gd()
         return Momentum(group["momentum"], group["dampening"], group["nesterov"], undamped_start=True)
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        if group["momentum"] != 0:  # a schedule may begin without momentum: it starts then from nothing
+            for param in group["params"]:
+                state = self.state.get(param)
+                if state and "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(param, dtype=work_dtype(param))
+        super()._step_group(group)
 
     def coupled(self, group: dict[str, Any]) -> bool:
         return True

@@ -51,7 +51,7 @@ class Report:
         stacks = ", ".join(dict.fromkeys(optimizer.level(group).label for group in optimizer.param_groups))
         section = config.model
         self.say(
-            f"{self.name}: {len(self._train):,} bytes to train on; {len(self.text):,} of those held out are measured\n"
+            f"{self.name}: {len(self._train):,} bytes to train on, {len(self.text):,} held-out bytes to measure on\n"
             f"model: {size:,} parameters, {section.blocks} blocks of {section.mixer.label} and {section.mlp.label}, "
             f"width {section.dim}; optimizer: {stacks}\n"
             f"run: {self.run.path}"

@@ -107,7 +107,7 @@ def test_defaults_are_not_shared() -> None:
                     "steps": st.integers(1),
                     "seconds": st.none() | st.floats(1, 1e9),
                     "clip": st.none() | st.floats(0.1, 9),
-                    "zero_stage": st.sampled_from([0, 1, 2]),
+                    "zero_stage": st.just(0),
                     "out": st.text(),
                 },
             ),

@@ -75,10 +75,12 @@ def compose(children: st.SearchStrategy[Level]) -> st.SearchStrategy[Level]:
 
     @st.composite
     def memory(draw: st.DrawFn) -> Level:
+        store, phi = draw(memories), draw(features)
+        if isinstance(store, Window):  # learns by no rule, and takes no arguments for one
+            return L.attention(memory=store, output=draw(outputs), read=draw(st.sampled_from(["after", "before"])))
         cls = draw(st.sampled_from([L.associative_memory, L.titans, L.deltanet]))
-        phi = draw(features)
         return cls(
-            memory=draw(memories),
+            memory=store,
             objective=draw(st.sampled_from([Dot(), L2()])),
             rule=draw(children),
             retention=draw(retentions),

@@ -59,7 +59,13 @@ def test_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         "She sells sea shells by the sea shore, and the shells she sells are sea shells.\n" * 100
     )
     arguments = ["train", str(EXAMPLES / "own_text.yaml"), "--data", "text.txt", "-q"]
-    arguments += ["train.steps=12", "train.eval_every=0", "train.final_bytes=256", "data.window=32", "train.log_every=1"]
+    arguments += [
+        "train.steps=12",
+        "train.eval_every=0",
+        "train.final_bytes=256",
+        "data.window=32",
+        "train.log_every=1",
+    ]
     assert cli.main([*arguments, "train.sample_bytes=0"]) == 0
     losses = [record["train/loss"] for record in metrics.read("runs/001/metrics.jsonl") if "train/loss" in record]
     assert losses[-1] < losses[0] - 1

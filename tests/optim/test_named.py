@@ -296,3 +296,15 @@ def test_speed_hints_of_torch_are_taken(name: str) -> None:
 def test_muon_refuses_a_vector_by_name() -> None:
     with pytest.raises(ValueError, match=r"muon takes matrices, and bias has shape \(3,\)"):
         nestopt.optim.Muon([("bias", torch.ones(3, requires_grad=True))])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_momentum_may_begin_later(dtype: torch.dtype) -> None:
+    """A schedule that starts at momentum 0, turns it on, and off again."""
+    theirs, ours = twins("SGD", ANY, dtype, lr=0.05)
+    for momentum in (0.0, 0.9, 0.0, 0.5):
+        for optimizer in (theirs, ours):
+            for group in optimizer.param_groups:
+                group["momentum"] = momentum
+        feed(theirs, ours, 5)
+    assert distance(theirs, ours) <= TOLERANCE[dtype]

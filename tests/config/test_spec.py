@@ -77,7 +77,8 @@ def compose(children: st.SearchStrategy[Level]) -> st.SearchStrategy[Level]:
     def memory(draw: st.DrawFn) -> Level:
         store, phi = draw(memories), draw(features)
         if isinstance(store, Window):  # learns by no rule, and takes no arguments for one
-            return L.attention(memory=store, output=draw(outputs), read=draw(st.sampled_from(["after", "before"])))
+            window = L.attention(memory=store, output=draw(outputs), read=draw(st.sampled_from(["after", "before"])))
+            return chain(window, draw(children))
         cls = draw(st.sampled_from([L.associative_memory, L.titans, L.deltanet]))
         return cls(
             memory=store,

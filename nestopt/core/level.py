@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,6 +14,14 @@ from nestopt.core.order import Node
 from nestopt.core.part import FieldError, Part
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, leaves
+
+
+@runtime_checkable
+class Descends(Protocol):
+    """A level that can also step a parameter in place: the optimizer then does so, with fewer passes over memory."""
+
+    def descend(self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float) -> None:
+        """`param ← param - lr · u` and `state` as `step` would give it, both in place; `grad` stays as it is."""
 
 
 class Level(Part):

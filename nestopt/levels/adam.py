@@ -66,6 +66,18 @@ class Adam(Level):
             root, m = root / (1 - beta2**t) ** 0.5, m / (1 - beta1**t)
         return m / (root + self.eps), new
 
+    def descend(self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float) -> None:
+        """`step` in place, in the order of operations of `torch.optim.Adam`: the same numbers to the bit."""
+        (beta1, beta2), t = self.betas, int(signal.step)
+        m, h = state["exp_avg"].lerp_(grad, 1 - beta1), state["exp_avg_sq"].mul_(beta2)
+        h.addcmul_(grad, grad, value=1 - beta2)
+        if self.amsgrad:
+            h = torch.maximum(state["max_exp_avg_sq"], h, out=state["max_exp_avg_sq"])
+        root = h.sqrt()
+        if self.bias_correction:
+            root, lr = root.div_((1 - beta2**t) ** 0.5), lr / (1 - beta1**t)
+        param.addcdiv_(m, root.add_(self.eps), value=-lr)
+
 
 class AdamW(Adam):
     r"""Adam with decoupled weight decay (Loshchilov & Hutter 2019).
@@ -94,3 +106,8 @@ class AdamW(Adam):
                 "use adam"
             )
         return direction + self.weight_decay * signal.param, state  # type: ignore[operator]
+
+    def descend(self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float) -> None:
+        """`step` in place, in the order of operations of `torch.optim.AdamW`."""
+        param.mul_(1 - lr * self.weight_decay)  # type: ignore[operator]
+        super().descend(param, grad, state, signal, lr)

@@ -52,6 +52,15 @@ class Momentum(Level):
             m = torch.where(first, grad, m) if isinstance(first, Tensor) else grad if first else m
         return (_add(grad, m, self.beta) if self.nesterov else m), {"momentum": m}  # type: ignore[arg-type]
 
+    def descend(self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float) -> None:
+        """`step` in place."""
+        m = state["momentum"]
+        if self.undamped_start and signal.step == 1:
+            m.copy_(grad)
+        else:
+            m.mul_(self.beta).add_(grad, alpha=1 - self.dampening)  # type: ignore[operator]
+        param.add_(_add(grad, m, self.beta) if self.nesterov else m, alpha=-lr)  # type: ignore[arg-type]
+
 
 def _add(a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
     """a + scale · b, rounded once where it can be."""

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from nestopt.config.spec import build
 from nestopt.core.clock import due
 from nestopt.core.gates import bind
-from nestopt.core.level import Level
+from nestopt.core.level import Descends, Level
+from nestopt.core.signal import Signal
 from nestopt.optim import checkpoint
 from nestopt.optim.buckets import STEP, SUM, Item, Runner
 from nestopt.optim.checks import check_gradients, check_group, check_parameters
@@ -133,7 +134,19 @@ class Nested(Optimizer):
                 grad, count = total.clone(), count // period
                 total.zero_()
             items.append(Item(param, grad, state, count))
+        self._move(level, items, group)
+
+    def _move(self, level: Level, items: list[Item], group: dict[str, Any]) -> None:
+        """Step the parameters of `items`: in place where the level can, else along the directions it gives."""
         lr, decay = group["lr"], 0.0 if self.coupled(group) else group["weight_decay"]
+        lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
+        if isinstance(level, Descends) and level.period == 1 and not _on_device(lr):
+            rate = float(lr)
+            for item in [item for item in items if item.param.dtype == item.grad.dtype]:
+                if decay:
+                    item.param.mul_(1 - lr * decay)
+                level.descend(item.param, item.grad, item.state, Signal(item.step, item.param), rate)
+            items = [item for item in items if item.param.dtype != item.grad.dtype]
         for item, direction in self._runner.run(level, items):
             _apply(item.param, direction, lr, decay)
 
@@ -170,15 +183,17 @@ class Nested(Optimizer):
         self._runner = Runner()
 
 
+def _on_device(lr: float | Tensor) -> bool:
+    return isinstance(lr, Tensor) and lr.device.type != "cpu"
+
+
 def _apply(param: Tensor, direction: Tensor, lr: float | Tensor, decay: float) -> None:
     # a narrow parameter is stepped in the wide dtype and rounded once
     wide = param if param.dtype == direction.dtype else param.to(direction.dtype)
-    if isinstance(lr, Tensor):
-        lr = lr.reshape(())
     if decay:
         wide.mul_(1 - lr * decay)
-    if isinstance(lr, Tensor) and lr.device.type != "cpu":
-        wide.sub_(direction * lr)  # a tensor of the device's stays there: nothing waits for its value
+    if _on_device(lr):
+        wide.sub_(direction * lr)  # stays there: nothing waits for its value
     else:
         wide.add_(direction, alpha=-float(lr))
     if wide is not param:

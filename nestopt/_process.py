@@ -14,5 +14,6 @@ def settle() -> None:
     times a step: a step of the default model took 3.7 s instead of 0.13 s on two busy cores. OpenMP reads the
     environment when torch loads it, so this comes first; a program that imports nestopt keeps its own settings.
     """
-    if Path(sys.argv[0]).stem == "nestopt" or sys.argv[0] == "-m":  # the console script, or `python -m nestopt`
+    as_module = ("-m", "nestopt") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
+    if as_module or Path(sys.argv[0]).stem == "nestopt":  # `python -m nestopt`, or the console script
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

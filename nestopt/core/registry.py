@@ -75,6 +75,7 @@ class Registry:
     def __init__(self, group: str = hookspecs.PROJECT) -> None:
         self.group = group
         self._builtin: list[object] = []
+        self._added: dict[str, object] = {}
         self._blocked: set[str] = set()
         self._reset()
 
@@ -108,10 +109,11 @@ class Registry:
         if entry.error:
             del self._plugins[name]
             raise ValueError(f"plugin {name!r}: {entry.error}")
+        self._added[name] = plugin
 
     def remove(self, name: str) -> None:
         """Forget a plugin taken by `add`, and all that it registered."""
-        if name in self._plugins:
+        if self._added.pop(name, None) is not None:
             self._manager.unregister(name=name)
             self._forget(name)
             del self._plugins[name]
@@ -137,11 +139,15 @@ class Registry:
             try:
                 plugin = point.load()
             except Exception as error:
-                self._plugins[point.name] = Plugin(point.name, source, error=f"import failed: {_say(error)}")
+                entry = Plugin(point.name, source, error=f"import failed: {_say(error)}")
+                self._plugins.setdefault(point.name, entry)
             else:
-                self._take(plugin, point.name, source)
-            if failed := self._plugins[point.name].error:
-                warnings.warn(f"plugin {point.name!r} ({source}) is skipped: {failed}", PluginWarning, stacklevel=2)
+                entry = self._take(plugin, point.name, source)
+            if entry.error:
+                text = f"plugin {point.name!r} ({source}) is skipped: {entry.error}"
+                warnings.warn(text, PluginWarning, stacklevel=2)
+        for name, plugin in self._added.items():
+            self._take(plugin, name, source=_module_of(plugin))
 
     def _take(self, plugin: object, name: str, source: str) -> Plugin:
         """Register `plugin` and run its hooks. All or nothing: an error leaves none of its names behind."""

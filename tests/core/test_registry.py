@@ -140,6 +140,24 @@ def test_a_plugin_is_blocked_by_name(registry, points):
     assert "lion" not in registry.names("level")
 
 
+def test_a_plugin_taken_by_hand_stays_when_another_is_blocked(registry, points):
+    points["other"] = plugin("other")
+    registry.add(plugin("mine"), "mine")
+    registry.block("other")
+    assert registry.get("level", "mine") is Lion
+    assert "other" not in registry.names("level")
+    registry.remove("mine")
+    registry.block("nothing")
+    assert "mine" not in registry.names("level")
+
+
+def test_two_plugins_of_one_name_are_both_listed(registry, points):
+    points["nestopt"] = plugin("impostor")
+    with pytest.warns(PluginWarning, match="another plugin is called 'nestopt'"):
+        assert "impostor" not in registry.names("level")
+    assert len([p for p in registry.plugins() if p.name == "nestopt"]) == 2
+
+
 def test_unknown_names_suggest_the_nearest_and_tell_of_skipped_plugins(registry, points):
     points["broken"] = ImportError("gone")
     with pytest.warns(PluginWarning), pytest.raises(UnknownName) as error:

@@ -10,9 +10,9 @@ from pathlib import Path
 def settle() -> None:
     """Let OpenMP's threads sleep while they wait, unless the user has said otherwise.
 
-    They spin by default, and two that share a core with anything else then wait for whole time slices, some hundred
-    times a step: a step of the default model took 3.7 s instead of 0.13 s on two busy cores. OpenMP reads the
-    environment when torch loads it, so this comes first; a program that imports nestopt keeps its own settings.
+    They spin by default, and where anything else wants their cores they then wait for whole time slices, some hundred
+    times a step. OpenMP reads the environment when torch loads it, so this comes first; a program that imports nestopt
+    keeps its own settings.
     """
     as_module = ("-m", "nestopt") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
     if as_module or Path(sys.argv[0]).stem == "nestopt":  # `python -m nestopt`, or the console script

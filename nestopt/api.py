@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from torch import nn
 from torch.optim import Optimizer
 
 from nestopt.config import Config, ModelConfig, build, load
-from nestopt.core.level import Level
+from nestopt.config.load import names_file
 from nestopt.description import Description
 from nestopt.description import describe as describe_object
 from nestopt.models import HopeLM, build_model
 from nestopt.nn import CMS, SequenceMemory
 from nestopt.nn import layer as make_layer
 from nestopt.optim import optimizer
+from nestopt.optim import optimizer as make_optimizer
 
 
 def layer(spec: Any, dim: int, heads: int = 4, **options: Any) -> SequenceMemory | CMS:
@@ -38,7 +37,7 @@ def layer(spec: Any, dim: int, heads: int = 4, **options: Any) -> SequenceMemory
     >>> y.shape
     torch.Size([1, 5, 8])
     """
-    if _is_file(spec):
+    if names_file(spec):
         spec = load(spec)
     return make_layer(build("level", spec), dim, heads, **options)
 
@@ -53,7 +52,7 @@ def model(spec: Any = None) -> HopeLM:
     Raises:
         ConfigError: a spec that can't be built.
     """
-    if _is_file(spec):
+    if names_file(spec):
         spec = load(spec)
     section = spec.model if isinstance(spec, Config) else spec
     if section is None or isinstance(section, Mapping):
@@ -70,18 +69,11 @@ def describe(thing: Any, optimizer: Optimizer | None = None, **options: Any) -> 
         options: of `nestopt.description.describe`.
     """
     if isinstance(thing, str | os.PathLike | Mapping | Sequence):
-        thing = load(thing) if _is_file(thing) else build("level", thing)  # type: ignore[arg-type]  # a file is a path
+        thing = load(thing) if names_file(thing) else build("level", thing)  # type: ignore[arg-type]  # a file is a path
     if isinstance(thing, Config):
         built = model(thing)
         return describe_object(built, make_optimizer(built, thing), **options)
     return describe_object(thing, optimizer, **options)
 
 
-make_optimizer = optimizer  # `describe` has an argument of that name
-
-
-def _is_file(spec: Any) -> bool:
-    return isinstance(spec, os.PathLike) or (isinstance(spec, str) and Path(spec).suffix in (".yaml", ".yml"))
-
-
-__all__ = ["Level", "describe", "layer", "model", "nn", "optimizer"]
+__all__ = ["describe", "layer", "model", "optimizer"]

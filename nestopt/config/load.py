@@ -53,6 +53,11 @@ def save(what: Config | Level, path: str | os.PathLike[str]) -> None:
     write(what.to_yaml() if isinstance(what, Config) else dump(to_spec(what)), path)
 
 
+def names_file(spec: object) -> bool:
+    """Whether a spec is the path of a file: a path object, or a string that ends in `.yaml` or `.yml`."""
+    return isinstance(spec, os.PathLike) or (isinstance(spec, str) and Path(spec).suffix in (".yaml", ".yml"))
+
+
 def _complete(data: Any) -> Any:
     """`data` with every default written out; those of an empty configuration where it is not valid (yet)."""
     try:

@@ -95,7 +95,7 @@ def measure(level: Level, name: str, state: Mapping[str, Any]) -> Sizes:
     own = {key: value for key, value in state.items() if key not in (SUM, READ)}
     clock = [state[key] for key in (SUM, READ) if isinstance(state.get(key), Tensor)]
     if isinstance(level, Chain | Parallel | Cms):
-        children = level.clocks() if isinstance(level, Cms) else level.levels
+        children = level.clocks().levels if isinstance(level, Cms) else level.levels
         found = add(measure(child, f"{name}.{key}", own.get(key, {})) for key, child in children.items())
     elif isinstance(level, Nest):
         found = _nest(level, name, own)

@@ -10,8 +10,6 @@ from torch import Tensor
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Jordan 2024: the steepest at 0, singular values end in about [0.7, 1.2]."""
-CUBIC = (1.5, -0.5, 0.0)
-"""The classical iteration: converges to 1 exactly, slowly."""
 
 TINY = 8
 """Short sides below this: torch's batched product of so small matrices rounds bfloat16 otherwise than its plain one."""

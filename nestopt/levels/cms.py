@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestopt.core.clock import advance, start
+from nestopt.core.compose import Parallel
 from nestopt.core.level import Level
 from nestopt.core.memories import Memory, Mlp
 from nestopt.core.order import Node
@@ -63,20 +62,17 @@ class Cms(Level):
 
     # -- on gradients ------------------------------------------------------------------------------------------------
 
-    def clocks(self) -> dict[str, Level]:
-        """The rule at each period, by state key."""
+    def clocks(self) -> Parallel:
+        """The rule at each period, side by side: what a cms is on gradients."""
         names = level_names(self.periods)
-        return {name: dataclasses.replace(self.rule, period=p) for name, p in zip(names, self.periods, strict=True)}
+        levels = {name: dataclasses.replace(self.rule, period=p) for name, p in zip(names, self.periods, strict=True)}
+        return Parallel(levels, weights=self.weights)
 
     def init(self, param: Tensor) -> State:
-        return {name: start(level, param) for name, level in self.clocks().items()}
+        return self.clocks().init(param)
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
-        total, new = torch.zeros_like(grad), {}
-        for weight, (name, level) in zip(self.weights or [1.0] * len(self.periods), self.clocks().items(), strict=True):
-            direction, new[name] = advance(level, grad, state[name], signal)
-            total = total + weight * direction
-        return total, new
+        return self.clocks().step(grad, state, signal)
 
     # -- on tokens ---------------------------------------------------------------------------------------------------
 
@@ -104,11 +100,7 @@ class Cms(Level):
         return x, state
 
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
-        return [
-            node
-            for key, level in self.clocks().items()
-            for node in level.nodes(f"{name}.{key}", period * self.period, after)
-        ]
+        return self.clocks().nodes(name, period * self.period, after)
 
 
 def level_names(periods: tuple[int, ...]) -> list[str]:

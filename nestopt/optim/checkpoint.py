@@ -68,7 +68,7 @@ def load(optimizer: Nested, state_dict: dict[str, Any]) -> None:
         if index not in params:
             raise ValueError(f"state[{index}]: the checkpoint has no such parameter in its groups")
         param, level = params[index]
-        state[param] = _state(optimizer, saved_state, param, level, f"state[{index}]")
+        state[param] = checked_state(optimizer, saved_state, param, level, f"state[{index}]")
     optimizer.__setstate__({"state": state, "param_groups": new_groups})
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
@@ -109,7 +109,7 @@ def _kinds(part: Part) -> Any:
     return type(part), [(name, _kinds(inner)) for name, inner in part.parts()]
 
 
-def _state(optimizer: Nested, saved: dict[str, Any], param: Tensor, level: Level, path: str) -> dict[str, Any]:
+def checked_state(optimizer: Nested, saved: dict[str, Any], param: Tensor, level: Level, path: str) -> dict[str, Any]:
     """A copy of the state of one parameter on its device, if it is what the level keeps."""
     found = {optimizer.renamed.get(key, key): value for key, value in saved.items() if value is not None}
     if not found:

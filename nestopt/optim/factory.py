@@ -6,13 +6,13 @@ import dataclasses
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from nestopt.config import Config, load
 from nestopt.config.errors import ConfigError
+from nestopt.config.load import names_file
 from nestopt.config.schema import GroupConfig, OptimizerConfig
 from nestopt.core.level import Level
 from nestopt.core.part import nearest
@@ -94,7 +94,7 @@ def _settings(
     spec: Any, lr: Any, weight_decay: Any, rest: Any, groups: Any, route: Any, strict: Any
 ) -> OptimizerConfig:
     """All that was given, as one config section; arguments go before what a file says."""
-    if isinstance(spec, Path) or (isinstance(spec, str) and Path(spec).suffix in (".yaml", ".yml")):
+    if names_file(spec):
         spec = load(spec)
     if isinstance(spec, Config):
         spec = spec.optimizer

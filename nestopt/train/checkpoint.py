@@ -65,65 +65,6 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> tu
         raise CheckpointError(f"{path}: cannot be read, it is cut short, damaged or no checkpoint ({error})") from error
 
 
-def flatten(tree: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Take a tree of dicts apart into its tensors and its other values, each under its dotted path.
-
-    A dot inside a key is written ``%2E``, and a percent sign ``%25``, so that no two paths are alike. `unflatten`
-    gives the tree back.
-
-    Args:
-        tree: dicts with string keys, to any depth; its leaves are tensors and values that JSON has. A list is a leaf.
-
-    Returns:
-        The tensors, and the other leaves (with ``{}`` for an empty dict), fit for `save` as part of ``meta``.
-
-    Raises:
-        TypeError: for a key that is not a string, or a leaf that is neither a tensor nor a JSON value.
-
-    Example:
-        >>> flatten({"state": {"a.weight": torch.ones(1), "step": 3}})
-        ({'state.a%2Eweight': tensor([1.])}, {'state.step': 3})
-    """
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
-
-    def visit(node: Mapping[str, Any], path: tuple[str, ...]) -> None:
-        for key, child in node.items():
-            if not isinstance(key, str):
-                raise TypeError(f"keys must be strings: {'.'.join(path) or 'the tree'} has the key {key!r}")
-            here = (*path, key.replace("%", "%25").replace(".", "%2E"))
-            if isinstance(child, Mapping) and child:
-                visit(child, here)
-            elif isinstance(child, Tensor):
-                tensors[".".join(here)] = child
-            else:
-                _check_json(child, ".".join(here))
-                values[".".join(here)] = child
-
-    visit(tree, ())
-    return tensors, values
-
-
-def unflatten(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Put a tree together again: the inverse of `flatten`, up to the order of keys.
-
-    Raises:
-        ValueError: if a path is given twice, or is both a leaf and a branch.
-    """
-    tree: dict[str, Any] = {}
-    for name, leaf in [*tensors.items(), *values.items()]:
-        *path, last = (key.replace("%2E", ".").replace("%25", "%") for key in name.split("."))
-        node = tree
-        for key in path:
-            node = node.setdefault(key, {})
-            if not isinstance(node, dict):
-                raise ValueError(f"{name!r} lies below {key!r}, which is a leaf")
-        if last in node:
-            raise ValueError(f"{name!r} is given twice, or is both a leaf and a branch")
-        node[last] = {} if isinstance(leaf, dict) else leaf
-    return tree
-
-
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Replace a file at once: write to the path that this gives, and when the block ends that file becomes ``path``.

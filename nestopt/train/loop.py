@@ -42,7 +42,7 @@ class Result:
         run: its folder.
         step: optimizer steps taken in all.
         bits_per_byte: on the held-out text, or None where the run was interrupted.
-        baselines: those of simple models on the same text.
+        baselines: those of simple models on the same text; in the first process only.
         finished: False if it was interrupted (its checkpoint is saved, and `train(resume=…)` goes on).
     """
 
@@ -128,7 +128,7 @@ class _Training:
             log.close()
             report.end(score, self.elapsed)
         self.engine.wait()
-        return Result(self.run, self.step, score, report.baselines, True)
+        return Result(self.run, self.step, score, report.baselines if writes else {}, True)
 
     def _steps(self, log: MetricsLog | None, report: Report, stop: threading.Event) -> bool:
         """Train until the end (True) or until asked to stop (False)."""
@@ -143,7 +143,7 @@ class _Training:
                 loss, norm = self._update()
                 losses.append(loss)
                 self.step += 1
-                self.elapsed = time.monotonic() - begin
+                self.elapsed = self._seconds_since(begin)
                 bar.update()
                 if self.step % settings.log_every == 0:
                     now = time.monotonic()
@@ -157,12 +157,14 @@ class _Training:
                     since = (time.monotonic(), self.step)
                 if settings.save_every and self.step % settings.save_every == 0 and not ended:
                     self._save()
-                if settings.seconds is not None:
-                    # all processes end together, whatever their clocks say
-                    self.elapsed = float(
-                        self.engine.mean(torch.tensor(time.monotonic() - begin, device=self.engine.device))
-                    )
         return True
+
+    def _seconds_since(self, begin: float) -> float:
+        """Time on this process's clock; where time limits the run, on the mean of all, so that they act alike."""
+        elapsed = time.monotonic() - begin
+        if self.config.train.seconds is None:
+            return elapsed
+        return float(self.engine.mean(torch.tensor(elapsed, dtype=torch.float64, device=self.engine.device)))
 
     def _progress(self) -> float:
         """How much of the run is over, from 0 to 1."""

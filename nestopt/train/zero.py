@@ -10,7 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nestopt.config import Config, ConfigError
+from nestopt.core.gates import bind
+from nestopt.core.level import Level
 from nestopt.optim import Nested
+from nestopt.optim.checkpoint import checked_state
 from nestopt.train.checkpoint import CheckpointError
 from nestopt.train.engines import Ddp, Packed
 from nestopt.train.snapshot import MODEL
@@ -97,14 +100,19 @@ class DeepSpeed(Ddp):
             return
         for i, group in enumerate(self.optimizer.param_groups):
             for j, flat in enumerate(group["params"]):
-                name = f"flat.{i}.{j}"
-                with torch.no_grad():
-                    flat.copy_(tensors[name])
-                state = {
-                    key.split("|")[1]: value.clone() for key, value in tensors.items() if key.startswith(f"{name}|")
-                }
-                self.optimizer.state[flat].update(state)
+                self._load_slice(f"flat.{i}.{j}", tensors, flat, bind(self.optimizer.level(group)))
         self._load_weights(tensors)
+
+    def _load_slice(self, name: str, tensors: dict[str, Tensor], flat: Tensor, level: Level) -> None:
+        if name not in tensors or tensors[name].shape != flat.shape:
+            raise CheckpointError(f"the checkpoint is of another model: {name} differs")
+        saved = {key.partition("|")[2]: value for key, value in tensors.items() if key.startswith(f"{name}|")}
+        try:
+            self.optimizer.state[flat] = checked_state(self.optimizer, saved, flat, level, name)
+        except ValueError as error:
+            raise CheckpointError(f"the checkpoint is of another optimizer: {error}") from error
+        with torch.no_grad():
+            flat.copy_(tensors[name])
 
     def _load_weights(self, tensors: dict[str, Tensor]) -> None:
         """The weights are in the first process's file; the others get them from it."""

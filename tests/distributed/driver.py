@@ -12,6 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from nestopt.config import Config
+from nestopt.train.checkpoint import CheckpointError
 from nestopt.train.loop import train
 from nestopt.train.metrics import read
 
@@ -24,7 +25,7 @@ def main(path: Path) -> None:
             config = Config.from_data(data) if data is not None else None
             run = train(config, resume=resume, quiet=True).run
             ends.append({"folder": str(run.path), "records": read(run.metrics_file)})
-        except ValueError as error:
+        except (ValueError, CheckpointError) as error:
             ends.append({"refused": str(error)})
     dist.barrier()
     dist.destroy_process_group()

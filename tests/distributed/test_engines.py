@@ -109,6 +109,13 @@ def together(data, tmp_path_factory):
         add(("whole", engine, stage), data("elementwise", **section))
         # its last checkpoint is in the middle of a period, four steps before the end: go on from there once more
         add(("again", engine, stage), None, str(out / "001"))
+    # the last of those folders holds slices of ZeRO 2: another stack and another model can't take them
+    for case, changes in {"stack": {"stack": "adam"}, "model": {"dim": 32}}.items():
+        other = copy.deepcopy(data("elementwise", engine="deepspeed", zero_stage=2))
+        other["optimizer" if case == "stack" else "model"].update(changes)
+        add(("other", case), other, str(out / "001"))
+    short = {"seconds": 2.0, "steps": 100_000, "eval_every": 3, "save_every": 4}
+    add(("timed",), data("elementwise", engine="ddp", **short))
     path = tmp_path_factory.mktemp("jobs") / "jobs.json"
     path.write_text(json.dumps(jobs))
     status, output = torchrun(Path(__file__).with_name("driver.py"), path)
@@ -150,6 +157,18 @@ def test_a_run_resumes_exactly(together, engine, stage):
     # the last four steps were really taken twice
     seconds = [[line["seconds"] for line in run["records"] if line["step"] == 12] for run in (whole, again)]
     assert seconds[0] != seconds[1]
+
+
+@pytest.mark.parametrize("case", ["stack", "model"])
+def test_slices_of_something_else_are_refused(together, case):
+    assert f"of another {'optimizer' if case == 'stack' else 'model'}" in together["other", case]["refused"]
+
+
+def test_processes_that_are_limited_by_time_act_alike(together):
+    """Each has its own clock; if one evaluated, saved or ended where the other did not, both would wait for ever."""
+    records = together["timed",]["records"]
+    assert 0 < records[-1]["step"] < 100_000
+    assert "eval/bits_per_byte" in records[-1]
 
 
 def test_the_command_of_the_documentation(data, tmp_path):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from nestopt.train.checkpoint import VERSION, CheckpointError, flatten, load, replacing, save, unflatten
+from nestopt.train.checkpoint import VERSION, CheckpointError, load, replacing, save
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64,
@@ -40,15 +40,6 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
     return made.transpose(0, -1) if len(shape) > 1 and draw(st.booleans()) else made
 
 
-trees = st.dictionaries(
-    keys,
-    st.recursive(
-        tensors() | scalars | st.lists(scalars, max_size=3), lambda inner: st.dictionaries(keys, inner, max_size=4)
-    ),
-    max_size=4,
-)
-
-
 def same(one: Any, other: Any) -> bool:
     """Equal in value, shape, dtype and type, all the way down."""
     if isinstance(one, torch.Tensor):
@@ -68,23 +59,6 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, named: dict, meta:
     back, back_meta = load(path)
     assert same(named, back)
     assert same(meta, back_meta)
-
-
-@given(trees)
-@settings(max_examples=50, deadline=None)
-def test_a_tree_comes_back_through_a_file(tmp_path_factory: pytest.TempPathFactory, tree: dict) -> None:
-    path = tmp_path_factory.mktemp("run") / "c.safetensors"
-    named, values = flatten(tree)
-    save(path, named, {"values": values})
-    back, meta = load(path)
-    assert same(tree, unflatten(back, meta["values"]))
-
-
-def test_dotted_names_are_readable() -> None:
-    one, two = torch.ones(1), torch.ones(2)
-    named, values = flatten({"a": {"b": one, "c.d": two, "lr": 0.1}, "none": {}})
-    assert named == {"a.b": one, "a.c%2Ed": two}
-    assert values == {"a.lr": 0.1, "none": {}}
 
 
 def test_shared_memory_views_and_parameters_are_written_in_full(tmp_path: Path) -> None:
@@ -215,31 +189,6 @@ def test_what_cannot_come_back_is_refused_and_the_old_file_stays(
         save(tmp_path / "c", named, meta)
     assert load(tmp_path / "c")[1] == {"step": 1}
     assert os.listdir(tmp_path) == ["c"]
-
-
-@pytest.mark.parametrize(
-    ("tree", "reason"),
-    [
-        ({"state": {0: torch.ones(1)}}, "keys must be strings: state has the key 0"),
-        ({"a": [torch.ones(1)]}, r"a\[0\]: .* Tensor"),
-        ({"a": {"b": object()}}, r"a\.b: .* object"),
-    ],
-)
-def test_flatten_refuses(tree: dict, reason: str) -> None:
-    with pytest.raises(TypeError, match=reason):
-        flatten(tree)
-
-
-@pytest.mark.parametrize("values", [{"a": 1, "a.b": 2}, {"a.b": 2, "a": 1}, {"w": 1}, {"w.x": 1}])
-def test_unflatten_refuses_paths_that_cannot_both_be(values: dict) -> None:
-    with pytest.raises(ValueError, match="leaf"):
-        unflatten({"w": torch.ones(1)}, values)
-
-
-def test_a_tree_is_apart_from_the_meta_it_came_from() -> None:
-    values: dict = {"a": {}}
-    unflatten({}, values)["a"]["new"] = 1
-    assert values == {"a": {}}
 
 
 def test_replacing_keeps_the_old_file_when_the_block_raises(tmp_path: Path) -> None:

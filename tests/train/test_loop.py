@@ -16,6 +16,7 @@ from nestopt.train.evaluate import bits_per_byte, held_out_text
 from nestopt.train.loop import train
 from nestopt.train.metrics import read
 from nestopt.train.run import Run
+from nestopt.train.text import from_path
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +69,7 @@ def test_a_run_learns_and_leaves_what_it_says(text, tmp_path, capsys):
 
 
 def test_the_saved_model_is_the_one_that_was_measured(text, tmp_path):
-    settings = config(text, tmp_path)
-    result = train(settings, quiet=True)
-    corpus = settings.data.dataset if settings.data.path is None else None
-    assert corpus is None
-    from nestopt.train.text import from_path
-
+    result = train(config(text, tmp_path), quiet=True)
     held_out = torch.from_numpy(held_out_text(from_path(text).held_out, 500))
     again = bits_per_byte(result.run.load_model(), held_out, window=32, batch=16)
     assert again == pytest.approx(result.bits_per_byte, rel=1e-6)

@@ -8,10 +8,12 @@ import importlib.resources
 import json
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from nestopt.config import Config, ConfigError, load
 from nestopt.config.overrides import apply
+from nestopt.core.part import nearest
 from nestopt.core.registry import KINDS, registry
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
@@ -78,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     describe.set_defaults(run=_describe)
 
     levels = commands.add_parser("levels", help="the levels and parts that can be used by name")
+    levels.add_argument(
+        "pattern", nargs="?", default="*", metavar="PATTERN", help='such as "*momentum*" (default: all)'
+    )
     levels.set_defaults(run=_levels)
     plugins = commands.add_parser("plugins", help="the plugins that were found, and what is wrong with those skipped")
     plugins.set_defaults(run=_plugins)
@@ -168,10 +173,15 @@ def _describe(args: argparse.Namespace) -> int:
 
 
 def _levels(args: argparse.Namespace) -> int:
-    for kind in KINDS:
+    found = {kind: [name for name in registry.names(kind) if fnmatchcase(name, args.pattern)] for kind in KINDS}
+    if not any(found.values()):
+        hint = nearest(args.pattern, [name for kind in KINDS for name in registry.names(kind)])
+        raise ConfigError(f"nothing is called {args.pattern!r}.{hint}")
+    for kind, names in found.items():
+        if not names:
+            continue
         print(f"{kind}:")
-        names = registry.names(kind)
-        width = max(map(len, names), default=0)
+        width = max(map(len, names))
         for name in names:
             owner = registry.owner(kind, name)
             line = (registry.get(kind, name).__doc__ or "").strip().splitlines() or [""]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from nestopt.config import ConfigError, build, to_spec
-from nestopt.core.clock import advance, start
+from nestopt.core.clock import advance, advance_, start
 from nestopt.core.gates import bind
 from nestopt.core.level import Level
 from nestopt.core.signal import Signal
@@ -22,6 +22,7 @@ from nestopt.nn import layer as make_layer
 from nestopt.optim import Nested
 
 STEPS = 6
+LR = 0.1
 
 
 def check_level(level: Level, shape: Sequence[int] = (5, 3)) -> None:
@@ -29,7 +30,8 @@ def check_level(level: Level, shape: Sequence[int] = (5, 3)) -> None:
 
     On gradients: `step` is a pure function (it changes none of its arguments, and the same arguments give the same
     result), keeps the gradient's shape and dtype and the state's keys, stays finite on zeros, does the same for a stack
-    of tensors as for each of them, and on a clock sees sums. As an optimizer: a run that is saved and loaded goes on
+    of tensors as for each of them, and on a clock sees sums; `step_` does the same in place, and a level that calls
+    itself `entrywise` does the same on pieces. As an optimizer: a run that is saved and loaded goes on
     bit for bit. As a spec: writing and reading it gives an equal level. On tokens: `check_layer`.
 
     Args:
@@ -43,10 +45,13 @@ def check_level(level: Level, shape: Sequence[int] = (5, 3)) -> None:
     grads = [torch.randn(*shape, generator=generator, dtype=torch.float64) for _ in range(STEPS)]
     _check_purity(bind(level), grads)
     _check_stacks(bind(level), grads)
+    _check_in_place(bind(level), grads)
+    _check_entrywise(bind(level), grads)
     _check_clock(bind(level), grads)
     _check_optimizer(level, grads)
     _check_spec(level)
-    check_layer(level)
+    if "inputs" not in level.needs:
+        check_layer(level)
     assert level == before, f"{level.label}: running it changed its own fields"
 
 
@@ -80,8 +85,8 @@ def _check_purity(level: Level, grads: list[Tensor]) -> None:
         assert isinstance(leaf, Tensor), f"{name}: init's {path!r} is {type(leaf).__name__}, not a tensor"
     for t, grad in enumerate([*grads, torch.zeros_like(param)], start=1):
         kept = grad.clone(), tree_map(torch.clone, state), param.clone()
-        direction, new = advance(level, grad, state, Signal(t, param))
-        again, _ = advance(level, grad, state, Signal(t, param))
+        direction, new = advance(level, grad, state, Signal(t, param, LR))
+        again, _ = advance(level, grad, state, Signal(t, param, LR))
         assert torch.equal(grad, kept[0]), f"{name}: step changes the gradient in place"
         assert torch.equal(param, kept[2]), f"{name}: step changes the parameter in place"
         for path, leaf in leaves(kept[1]):
@@ -125,15 +130,39 @@ def _run(level: Level, grads: list[Tensor], state: State, batched: bool = False)
     for t, grad in enumerate(grads, start=1):
 
         def step(g: Tensor, s: State, t: int = t) -> tuple[Tensor, State]:
-            return advance(level, g, s, Signal(t, torch.zeros_like(g)))
+            return advance(level, g, s, Signal(t, torch.zeros_like(g), LR))
 
         direction, state = vmap(step)(grad, state) if batched else step(grad, state)
         out.append(direction)
     return torch.stack(out)
 
 
+def _check_in_place(level: Level, grads: list[Tensor]) -> None:
+    name, param = level.label, torch.zeros_like(grads[0])
+    torch.manual_seed(0)
+    state = start(level, param)
+    own = tree_map(torch.clone, state)
+    for t, grad in enumerate(grads, start=1):
+        shown = grad.clone()
+        direction, state = advance(level, grad, state, Signal(t, param, LR))
+        _same(advance_(level, shown, own, Signal(t, param, LR)), direction, f"{name}: step_ gives another direction")
+        assert torch.equal(shown, grad), f"{name}: step_ changes the gradient"
+        for path, leaf in leaves(state):
+            _same(dict(leaves(own))[path], leaf, f"{name}: step_ leaves another {path!r} in the state")
+
+
+def _check_entrywise(level: Level, grads: list[Tensor]) -> None:
+    if not level.is_entrywise:
+        return
+    whole = _run(level, grads, start(level, grads[0]))
+    cut = [grad.flatten().split(4) for grad in grads]
+    pieces = [_run(level, [grad[i] for grad in cut], start(level, cut[0][i])) for i in range(len(cut[0]))]
+    joined = torch.cat(pieces, dim=1).reshape(whole.shape)
+    _same(joined, whole, f"{level.label}: says it is entrywise, and pieces of a tensor give other directions")
+
+
 def _check_clock(level: Level, grads: list[Tensor]) -> None:
-    if level.period > 1:
+    if level.period > 1 or "inputs" in level.needs:  # a clock sums gradients, not inputs
         return
     slow = dataclasses.replace(level, period=2)
     torch.manual_seed(0)
@@ -146,7 +175,7 @@ def _check_clock(level: Level, grads: list[Tensor]) -> None:
 def _check_optimizer(level: Level, grads: list[Tensor]) -> None:
     def make() -> Any:
         param = torch.nn.Parameter(torch.ones_like(grads[0]))
-        return param, Nested([param], copy.deepcopy(level), lr=0.1)
+        return param, Nested([param], copy.deepcopy(level), lr=LR)
 
     def steps(param: Tensor, optimizer: Nested, some: list[Tensor]) -> None:
         for grad in some:

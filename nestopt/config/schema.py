@@ -97,6 +97,15 @@ class ModelConfig(Section):
         return self
 
 
+class ViewConfig(Section):
+    """A parameter as several matrices of one size, for levels that take matrices: fused projections, heads."""
+
+    split: Whole = Field(ge=1, description="how many matrices; must divide the dimension")
+    dim: Annotated[Literal[0, 1], no_bool("give 0 or 1")] = Field(
+        default=0, description="the dimension to cut: 0, outputs (rows), or 1, inputs (columns)"
+    )
+
+
 class GroupConfig(Section):
     """Parameters with a stack or settings of their own. What is not given is as for the other parameters."""
 
@@ -105,6 +114,9 @@ class GroupConfig(Section):
     lr: Finite | None = Field(default=None, ge=0, description="their learning rate")
     weight_decay: Finite | None = Field(default=None, ge=0, description="their decoupled weight decay")
     period: Whole | None = Field(default=None, ge=1, description="they change once in so many steps")
+    view: ViewConfig | None = Field(
+        default=None, description="show levels of matrices each as several: `{split: 3}` for a fused QKV projection"
+    )
 
     @field_validator("match")
     @classmethod
@@ -150,6 +162,12 @@ class OptimizerConfig(Section):
     route: Literal["auto", "hidden_matrices", "all"] = Field(
         default="auto",
         description="what the stack takes: hidden_matrices, all, or auto: what it can take, as its levels require",
+    )
+    layer_decay: Finite = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="the last layer has the learning rate, and each layer this factor of the next one's; 1 for none",
     )
     strict: Bool = Field(default=True, description="refuse to run where a level gets no parameters")
 

@@ -49,12 +49,14 @@ def careful(hint: Any) -> Any:
         return hint
     if origin is Annotated:
         return Annotated[(careful(args[0]), *args[1:])]
+    if not args or isinstance(args[0], list):
+        return hint
     inner = tuple(arg if arg is ... else careful(arg) for arg in args)
     if origin in (Union, types.UnionType):
         return Union[inner]  # noqa: UP007  # built at run time
     if origin is tuple and ... not in args:
         return Annotated[(tuple[inner], BeforeValidator(functools.partial(_of_length, len(args))))]  # type: ignore[valid-type]
-    return hint if not args or isinstance(args[0], list) else origin[inner]
+    return origin[inner]
 
 
 def _of_length(count: int, value: Any) -> Any:

@@ -7,7 +7,7 @@ from nestopt.core.dataset import Dataset
 from nestopt.core.features import Features
 from nestopt.core.gates import bind, gates_of
 from nestopt.core.hookspecs import hookimpl
-from nestopt.core.level import Descends, Level
+from nestopt.core.level import Level
 from nestopt.core.memories import Memory
 from nestopt.core.objectives import Objective
 from nestopt.core.order import Node, ordered
@@ -23,7 +23,6 @@ __all__ = [
     "AssociativeMemory",
     "Chain",
     "Dataset",
-    "Descends",
     "Features",
     "Gate",
     "Gd",

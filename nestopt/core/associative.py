@@ -28,8 +28,14 @@ from nestopt.core.tree import State, tree_map
 class Gd(Level):
     """Gradient descent: the direction is the gradient (NL eq. 32). `W ← W - lr·g`; no state."""
 
+    batched: ClassVar[bool] = True
+    entrywise: ClassVar[bool] = True
+
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         return grad, state
+
+    def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
+        return grad
 
 
 class AssociativeMemory(Level):

@@ -50,3 +50,23 @@ def advance(level: Level, grad: Tensor, state: State, signal: Signal) -> tuple[T
     direction = torch.where(now, direction, state[READ])
     own = tree_map(lambda new, old: torch.where(now, new, old), written, own)
     return direction, {SUM: torch.where(now, torch.zeros_like(total), total), READ: direction, **own}
+
+
+def advance_(level: Level, grad: Tensor, state: State, signal: Signal) -> Tensor:
+    """`advance` in place, for a step that is a Python int; returns the direction (see `Level.step_`)."""
+    if level.period == 1:
+        return _reported(level.step_(grad, state, signal), signal)
+    total, read = state[SUM].add_(grad), state[READ]
+    if due(signal.step, level.period):
+        own = {key: value for key, value in state.items() if key not in (SUM, READ)}
+        direction = level.step_(total, own, signal.every(level.period))
+        read.copy_(_reported(direction, signal))
+        state.update(own)  # what has grown
+        total.zero_()
+    return read
+
+
+def _reported(direction: Tensor, signal: Signal) -> Tensor:
+    signal.report("writes", lambda: torch.ones(()))
+    signal.report("update_rms", lambda: direction.square().mean().sqrt())
+    return direction

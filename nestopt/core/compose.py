@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from nestopt.core.clock import advance, due, start
+from nestopt.core.clock import advance, advance_, due, start
 from nestopt.core.level import Level
 from nestopt.core.order import Node
 from nestopt.core.part import FieldError
@@ -53,6 +53,9 @@ class _Levels(dict[str, Level]):
 
 
 class _Many(Level):
+    batched: ClassVar[bool] = True
+    entrywise: ClassVar[bool] = True
+
     levels: dict[str, Level]
 
     def __post_init__(self) -> None:
@@ -72,8 +75,13 @@ class Chain(_Many):
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         new = {}
         for name, level in self.levels.items():
-            grad, new[name] = advance(level, grad, state[name], signal)
+            grad, new[name] = advance(level, grad, state[name], signal.inside(name))
         return grad, new
+
+    def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
+        for name, level in self.levels.items():
+            grad = advance_(level, grad, state[name], signal.inside(name))
+        return grad
 
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
         found: list[Node] = []
@@ -106,9 +114,17 @@ class Parallel(_Many):
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         total, new = torch.zeros_like(grad), {}
         for weight, (name, level) in zip(self.weights or [1.0] * len(self.levels), self.levels.items(), strict=True):
-            direction, new[name] = advance(level, grad, state[name], signal)
+            direction, new[name] = advance(level, grad, state[name], signal.inside(name))
             total = total + weight * direction
         return total, new
+
+    def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
+        total: Tensor | None = None
+        for weight, (name, level) in zip(self.weights or [1.0] * len(self.levels), self.levels.items(), strict=True):
+            direction = advance_(level, grad, state[name], signal.inside(name))
+            total = direction * weight if total is None else total.add_(direction, alpha=weight)
+        assert total is not None  # there is one level at least
+        return total
 
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
         return [

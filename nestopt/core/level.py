@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,15 +13,7 @@ from nestopt.core.clock import advance, start
 from nestopt.core.order import Node
 from nestopt.core.part import FieldError, Part
 from nestopt.core.signal import Signal
-from nestopt.core.tree import State, leaves
-
-
-@runtime_checkable
-class Descends(Protocol):
-    """A level that can also step a parameter in place: the optimizer then does so, with fewer passes over memory."""
-
-    def descend(self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float) -> None:
-        """`param ← param - lr · u` and `state` as `step` would give it, both in place; `grad` stays as it is."""
+from nestopt.core.tree import State, leaves, store
 
 
 class Level(Part):
@@ -49,6 +41,11 @@ class Level(Part):
     batched: ClassVar[bool] = False
     """Whether `step` may be shown a stack `[n, *shape]` of tensors as it stands; otherwise the library uses `vmap`."""
 
+    entrywise: ClassVar[bool] = False
+    """Whether an entry of the direction and of the state depends on that entry of the gradient, state and parameter
+    alone, and all state has the parameter's shape: the library may then cut tensors to pieces and glue them together,
+    which is a great deal faster. It holds for the level by itself; `is_entrywise` asks for those within it, too."""
+
     period: int = dataclasses.field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -70,6 +67,24 @@ class Level(Part):
 
         Must be a pure function: it changes nothing in place and keeps nothing on `self`.
         """
+
+    def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
+        """`step` in place: writes over the tensors of `state` and returns the direction.
+
+        The direction may be a tensor of the state or the gradient itself: it is to be read before the next step, and
+        not written to. A level overrides this where it can do with fewer passes over memory; never `signal.param`,
+        nor `grad`, is changed.
+        """
+        direction, new = self.step(grad, state, signal)
+        return store(state, new, direction)
+
+    @property
+    def is_entrywise(self) -> bool:
+        """Whether this level and all levels within it are `entrywise`, and no number of theirs has a shape."""
+        numbers = (getattr(self, field.name) for field in dataclasses.fields(self))
+        if not self.entrywise or any(isinstance(number, Tensor) and number.ndim for number in numbers):
+            return False
+        return all(part.is_entrywise for _, part in self.parts() if isinstance(part, Level))
 
     # -- on tokens -------------------------------------------------------------------------------------------------
 

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
+
+from nestopt.core.inputs import Inputs
+
+Note = Callable[[str, Tensor], None]
+"""Takes what a level reports of its work, by name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,10 +22,17 @@ class Signal:
     Attributes:
         step: which step of the level's own context this is, from 1. A Python int, or an integer tensor under `vmap`.
         param: the tensor that the level's direction will change, if there is one.
+        lr: the learning rate by which the direction will be multiplied, where that is known: the optimizer's.
+        inputs: what the layer that `param` belongs to was shown, for levels that require `"inputs"`; None where it
+            was never seen.
+        note: where a level reports numbers about its work (`signal.report`); None while nobody listens.
     """
 
     step: int | Tensor
     param: Tensor | None = None
+    lr: float | Tensor | None = None
+    inputs: Inputs | None = None
+    note: Note | None = None
 
     def every(self, period: int) -> Signal:
         """The signal of a level that acts once in `period` steps: its step counts its own writes."""
@@ -30,5 +45,26 @@ class Signal:
         """`step` as a number to calculate with: an int, or a tensor in the dtype of `like`."""
         return self.step.to(like.dtype) if isinstance(self.step, Tensor) else self.step
 
+    def correction(self, beta: float, like: Tensor) -> float | Tensor:
+        """1 - β^step, by which an average with decay β is divided to undo its start at 0 (Kingma & Ba 2015)."""
+        if not isinstance(self.step, Tensor):
+            return 1.0 - beta**self.step
+        # 1 - β^t would lose its digits where β^t is close to 1
+        count = self.step.to(like.dtype)
+        return -torch.expm1(count * math.log(beta)) if beta else torch.ones_like(count)
+
     def on(self, param: Tensor | None) -> Signal:
-        return dataclasses.replace(self, param=param)
+        """The signal of a level that learns `param`, which is no layer's weight: a memory's, or another's state."""
+        return dataclasses.replace(self, param=param, lr=None, inputs=None)
+
+    def inside(self, name: str) -> Signal:
+        """The signal of the part `name` of a level: what it reports is filed under that name."""
+        note = self.note
+        if note is None:
+            return self
+        return dataclasses.replace(self, note=lambda key, value: note(f"{name}.{key}", value))
+
+    def report(self, key: str, value: Callable[[], Tensor]) -> None:
+        """Report a number (a tensor of one element) to whoever listens; `value` is only called if someone does."""
+        if self.note is not None:
+            self.note(key, value())

@@ -40,3 +40,36 @@ def nested(flat: Mapping[str, Any]) -> State:
             node = node.setdefault(key, {})
         node[last] = leaf
     return tree
+
+
+def store(old: State, new: Mapping[str, Any], direction: Tensor) -> Tensor:
+    """Write `new` over the tensors of `old`, in place, and return `direction`, safe from that.
+
+    Copied, never kept: a level may return the gradient itself as its state, or an old tensor under another key. Only a
+    tensor that has changed its shape (a memory that grows) takes the place of the old one.
+    """
+    before, after = dict(leaves(old)), dict(leaves(new))
+    written = {_storage(before[key]) for key, leaf in after.items() if leaf is not before[key]}
+    for key, leaf in after.items():
+        if leaf is not before[key] and _storage(leaf) in written:
+            after[key] = leaf.clone()
+    if _storage(direction) in written:
+        direction = direction.clone()
+    _write(old, nested(after))
+    return direction
+
+
+def _write(old: State, new: Mapping[str, Any]) -> None:
+    for key, value in new.items():
+        have = old[key]
+        if isinstance(value, Mapping):
+            _write(have, value)
+        elif value is not have:
+            if have.shape == value.shape:
+                have.copy_(value)
+            else:
+                old[key] = value.clone()
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

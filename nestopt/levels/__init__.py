@@ -12,11 +12,22 @@ from nestopt.core.registry import UnknownName, registry
 from nestopt.levels.adam import Adam as adam
 from nestopt.levels.adam import AdamW as adamw
 from nestopt.levels.cms import Cms as cms
+from nestopt.levels.dgd import Dgd as dgd
+from nestopt.levels.dgd import Ggd as ggd
+from nestopt.levels.listing import names as list
+from nestopt.levels.m3 import M3 as m3
 from nestopt.levels.momentum import DeltaMomentum as delta_momentum
 from nestopt.levels.momentum import Momentum as momentum
 from nestopt.levels.muon import Muon as muon
 from nestopt.levels.muon import NewtonSchulz as newton_schulz
 from nestopt.levels.muon import NewtonSchulzOutput
+from nestopt.levels.preconditioned import FeatureMomentum as feature_momentum
+from nestopt.levels.preconditioned import PreconditionedMomentum as preconditioned_momentum
+from nestopt.levels.preconditioned import SignedPower
+from nestopt.levels.regression import RegressionOptimum as regression_optimum
+from nestopt.levels.second_moment import SecondMoment as second_moment
+from nestopt.levels.shampoo import MatrixAdagrad as matrix_adagrad
+from nestopt.levels.shampoo import Shampoo as shampoo
 from nestopt.levels.tokens import Attention as attention
 from nestopt.levels.tokens import DeepMomentum as deep_momentum
 from nestopt.levels.tokens import Deltanet as deltanet
@@ -33,11 +44,20 @@ __all__ = [
     "deep_momentum",
     "delta_momentum",
     "deltanet",
+    "dgd",
+    "feature_momentum",
     "gd",
+    "ggd",
     "linear_attention",
+    "m3",
+    "matrix_adagrad",
     "momentum",
     "muon",
     "newton_schulz",
+    "preconditioned_momentum",
+    "regression_optimum",
+    "second_moment",
+    "shampoo",
     "titans",
     "ttt",
 ]
@@ -77,6 +97,7 @@ def nestopt_register_features(register: Register) -> None:
     register("identity", features.Identity)
     register("elu", features.Elu)
     register("polynomial", features.Polynomial)
+    register("signed_power", SignedPower)
 
 
 @hookimpl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from nestopt.core.level import Level
 from nestopt.core.part import FieldError, Number
 from nestopt.core.signal import Signal
-from nestopt.core.tree import State
+from nestopt.core.tree import State, store
+from nestopt.kernels import fused
 
 
 class Adam(Level):
@@ -29,6 +31,7 @@ class Adam(Level):
     """
 
     batched: ClassVar[bool] = True
+    entrywise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"exp_avg": "l2 to g", "exp_avg_sq": "l2 to g²", "max_exp_avg_sq": "max"}
     follows: ClassVar[dict[str, str]] = {"max_exp_avg_sq": "exp_avg_sq"}
 
@@ -54,7 +57,7 @@ class Adam(Level):
         return state
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
-        (beta1, beta2), t = self.betas, signal.count(grad)
+        beta1, beta2 = self.betas
         m = torch.lerp(state["exp_avg"], grad, 1 - beta1)
         h = (state["exp_avg_sq"] * beta2).addcmul(grad, grad, value=1 - beta2)
         new = {"exp_avg": m, "exp_avg_sq": h}
@@ -63,20 +66,29 @@ class Adam(Level):
         # the root of an exact 0 has no gradient, and a level must be differentiable
         root = h.clamp_min(torch.finfo(h.dtype).tiny).sqrt()
         if self.bias_correction:
-            root, m = root / (1 - beta2**t) ** 0.5, m / (1 - beta1**t)
+            root, m = root / signal.correction(beta2, grad) ** 0.5, m / signal.correction(beta1, grad)
         return m / (root + self.eps), new
 
-    def descend(self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float) -> None:
-        """`step` in place, in the order of operations of `torch.optim.Adam`: the same numbers to the bit."""
-        (beta1, beta2), t = self.betas, int(signal.step)
-        m, h = state["exp_avg"].lerp_(grad, 1 - beta1), state["exp_avg_sq"].mul_(beta2)
-        h.addcmul_(grad, grad, value=1 - beta2)
-        if self.amsgrad:
-            h = torch.maximum(state["max_exp_avg_sq"], h, out=state["max_exp_avg_sq"])
-        root = h.sqrt()
-        if self.bias_correction:
-            root, lr = root.div_((1 - beta2**t) ** 0.5), lr / (1 - beta1**t)
-        param.addcdiv_(m, root.add_(self.eps), value=-lr)
+    def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
+        if self.eps == 0 or not fused.available(grad.device.type, grad.dtype):
+            plain, new = Adam.step(self, grad, state, signal)
+            return store(state, new, plain)
+        # the kernel steps a parameter: one of zeros, at a rate of -1, arrives at the direction
+        direction = torch.zeros_like(grad)
+        largest = [state["max_exp_avg_sq"]] if self.amsgrad else []
+        step = float(signal.step) if self.bias_correction else math.inf
+        fused.adam(
+            [direction],
+            [grad],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            largest,
+            step,
+            lr=-1.0,
+            betas=self.betas,
+            eps=self.eps,
+        )
+        return direction
 
 
 class AdamW(Adam):
@@ -98,16 +110,17 @@ class AdamW(Adam):
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         direction, state = super().step(grad, state, signal)
+        return self._decayed(direction, signal), state
+
+    def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
+        return self._decayed(super().step_(grad, state, signal), signal)
+
+    def _decayed(self, direction: Tensor, signal: Signal) -> Tensor:
         if isinstance(self.weight_decay, int | float) and self.weight_decay == 0:
-            return direction, state
+            return direction
         if signal.param is None:
             raise ValueError(
                 "adamw: weight decay needs the parameter, and a level that is itself the memory (on tokens) has none; "
                 "use adam"
             )
-        return direction + self.weight_decay * signal.param, state  # type: ignore[operator]
-
-    def descend(self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float) -> None:
-        """`step` in place, in the order of operations of `torch.optim.AdamW`."""
-        param.mul_(1 - lr * self.weight_decay)  # type: ignore[operator]
-        super().descend(param, grad, state, signal, lr)
+        return direction + self.weight_decay * signal.param  # type: ignore[operator]

@@ -74,6 +74,9 @@ class Cms(Level):
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         return self.clocks().step(grad, state, signal)
 
+    def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
+        return self.clocks().step_(grad, state, signal)
+
     # -- on tokens ---------------------------------------------------------------------------------------------------
 
     def learned_start(self, dim_k: int, dim_v: int) -> dict[str, Tensor]:

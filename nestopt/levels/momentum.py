@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from nestopt.core.associative import Gd
+from nestopt.core.clock import advance, start
 from nestopt.core.level import Level
 from nestopt.core.memories import rows
-from nestopt.core.part import Number
+from nestopt.core.order import Node
+from nestopt.core.part import Gate, Number
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State
+from nestopt.levels.within import nodes_of_momentum
 
 
 class Momentum(Level):
@@ -31,6 +36,7 @@ class Momentum(Level):
     """
 
     batched: ClassVar[bool] = True
+    entrywise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"momentum": "dot"}
 
     beta: Number = 0.9
@@ -52,14 +58,19 @@ class Momentum(Level):
             m = torch.where(first, grad, m) if isinstance(first, Tensor) else grad if first else m
         return (_add(grad, m, self.beta) if self.nesterov else m), {"momentum": m}  # type: ignore[arg-type]
 
-    def descend(self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float) -> None:
-        """`step` in place."""
-        m = state["momentum"]
+    def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
+        m, beta, dampening = state["momentum"], self.beta, self.dampening
+        if isinstance(beta, Tensor | Gate) or isinstance(dampening, Tensor | Gate):
+            return super().step_(grad, state, signal)
         if self.undamped_start and signal.step == 1:
             m.copy_(grad)
+        elif dampening == 0:
+            torch.add(grad, m, alpha=beta, out=m)
+        elif dampening == beta:
+            m.lerp_(grad, 1 - beta)
         else:
-            m.mul_(self.beta).add_(grad, alpha=1 - self.dampening)  # type: ignore[operator]
-        param.add_(_add(grad, m, self.beta) if self.nesterov else m, alpha=-lr)  # type: ignore[arg-type]
+            m.mul_(beta).add_(grad, alpha=1 - dampening)
+        return torch.add(grad, m, alpha=beta) if self.nesterov else m
 
 
 def _add(a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
@@ -68,13 +79,13 @@ def _add(a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
 
 
 class DeltaMomentum(Level):
-    r"""Momentum that forgets along what it is shown: a gradient step on ½‖m gᵀ - I‖² (NL eq. 48-49).
+    r"""Momentum that forgets along what it is shown: a gradient step on ½‖m gᵀ - P‖² (NL eq. 48-49).
 
-    $$m \leftarrow \beta m - s\,(m\hat g^\top)\hat g + g, \qquad \hat g = g/\lVert g\rVert_F, \qquad u = m$$
+    $$m \leftarrow \beta m - s\,(m\hat g^\top)\hat g + P(g), \qquad \hat g = g/\lVert g\rVert_F, \qquad u = m$$
 
     A tensor of more than two dimensions is seen as `[out, rest]`, a vector as one row. Convention: a sum, as
-    `momentum`. With β = ζ = 1 and `normalize=None` it is `AssociativeMemory(memory=matrix, objective=l2)`; on tokens,
-    with unit keys and values and ζ = 1, DeltaNet.
+    `momentum`. With P = `gd` (the default), β = ζ = 1 and `normalize=None` it is
+    `AssociativeMemory(memory=matrix, objective=l2)`; on tokens, with unit keys and values and ζ = 1, DeltaNet.
 
     Args:
         beta: decay β in [0, 1]. Default 0.9.
@@ -83,6 +94,7 @@ class DeltaMomentum(Level):
             s = min(1, ζ) whatever the gradient's length. None: s = ζ‖g‖², the letter, which diverges for long
             gradients.
         elementwise: keep only the diagonal of ĝᵀĝ with the tensor as one row: entry i fades by s ĝ_i².
+        P: what the memory is to answer with, any level. Default `gd`: the gradient itself.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"shape"})
@@ -92,6 +104,7 @@ class DeltaMomentum(Level):
     zeta: Number = 1.0
     normalize: Literal["clip", "unit"] | None = "clip"
     elementwise: bool = False
+    P: Level = dataclasses.field(default_factory=Gd)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,7 +113,7 @@ class DeltaMomentum(Level):
         self.check_choice("normalize", ("clip", "unit", None))
 
     def init(self, param: Tensor) -> State:
-        return {"momentum": torch.zeros_like(param)}
+        return {"momentum": torch.zeros_like(param), "P": start(self.P, param)}
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         m, g = state["momentum"], rows(grad)
@@ -120,5 +133,9 @@ class DeltaMomentum(Level):
             mr = m.reshape(g.shape)
             # the same product either way round; the smaller Gram matrix is the cheaper
             forget = ((mr @ g.mT) @ g if g.shape[0] <= g.shape[1] else mr @ (g.mT @ g)).reshape(grad.shape)
-        m = self.beta * m - share * forget + grad
-        return m, {"momentum": m}
+        value, inner = advance(self.P, grad, state["P"], signal.inside("P"))
+        m = self.beta * m - share * forget + value
+        return m, {"momentum": m, "P": inner}
+
+    def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
+        return nodes_of_momentum(self, self.P, name, period, after)

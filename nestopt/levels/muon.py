@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from nestopt.core.level import Level
 from nestopt.core.outputs import Output
-from nestopt.core.part import FieldError, Number
+from nestopt.core.part import FieldError, Number, Part
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State
-from nestopt.kernels.newton_schulz import QUINTIC, newton_schulz
+from nestopt.kernels.newton_schulz import QUINTIC, SETS, Form, newton_schulz
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64, "float16": torch.float16}
 
 
-def _check(part: NewtonSchulz | NewtonSchulzOutput | Muon) -> None:
+def check_iteration(part: Part) -> None:
+    """Raise FieldError unless a part's fields `steps`, `coefficients`, `dtype` and `form` are what the kernel takes."""
     part.check("steps", 0, 99)
-    part.coefficients = tuple(part.coefficients)  # type: ignore[assignment]
-    if len(part.coefficients) != 3:
-        raise FieldError(part.label, "coefficients", part.coefficients, "is not allowed; give three numbers (a, b, c)")
+    coefficients = part.coefficients  # type: ignore[attr-defined]
+    if isinstance(coefficients, str):
+        part.check_choice("coefficients", SETS)
+    else:
+        part.coefficients = tuple(coefficients)  # type: ignore[attr-defined]
+        if len(coefficients) != 3:
+            problem = f"is not allowed; give three numbers (a, b, c) or one of {list(SETS)}"
+            raise FieldError(part.label, "coefficients", coefficients, problem)
     part.check_choice("dtype", (None, *DTYPES))
+    part.check_choice("form", get_args(Form))
 
 
 class NewtonSchulzOutput(Output):
@@ -35,15 +42,17 @@ class NewtonSchulzOutput(Output):
     requires: ClassVar[frozenset[str]] = frozenset({"matrix"})
 
     steps: int = 5
-    coefficients: tuple[float, float, float] = QUINTIC
+    coefficients: str | tuple[float, float, float] = QUINTIC
     dtype: str | None = None
+    form: Form = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self)
+        check_iteration(self)
 
     def __call__(self, read: Tensor) -> Tensor:
-        return newton_schulz(read, self.steps, self.coefficients, dtype=DTYPES.get(self.dtype or "")).to(read.dtype)
+        dtype = DTYPES.get(self.dtype or "")
+        return newton_schulz(read, self.steps, self.coefficients, dtype=dtype, form=self.form).to(read.dtype)
 
 
 class NewtonSchulz(Level):
@@ -53,25 +62,35 @@ class NewtonSchulz(Level):
 
     Args:
         steps: iterations. Default 5.
-        coefficients: (a, b, c) of aX + b(XXᵀ)X + c(XXᵀ)²X. Default: Jordan's quintic.
+        coefficients: (a, b, c) of aX + b(XXᵀ)X + c(XXᵀ)²X, or the name of a set: "quintic" (Jordan's, the default),
+            "cubic" (1.5, -0.5, 0), "polar_express" (Amsel et al. 2025, its own (a, b, c) at each step).
         dtype: to iterate in, by name. Default: that of `nestopt.kernels.newton_schulz.work_dtype`: bfloat16 where the
             hardware multiplies in it.
+        form: `"standard"`, as written; `"gram"`, by powers of the Gram matrix; `"auto"` (default): the faster one.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"matrix"})
     batched: ClassVar[bool] = True
 
     steps: int = 5
-    coefficients: tuple[float, float, float] = QUINTIC
+    coefficients: str | tuple[float, float, float] = QUINTIC
     dtype: str | None = None
+    form: Form = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self)
+        check_iteration(self)
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
-        direction = newton_schulz(grad, self.steps, self.coefficients, dtype=DTYPES.get(self.dtype or ""))
-        return direction.to(grad.dtype), state
+        return self._orthogonal(grad), state
+
+    def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
+        return self._orthogonal(grad, detached=True)
+
+    def _orthogonal(self, x: Tensor, *, detached: bool = False) -> Tensor:
+        dtype = DTYPES.get(self.dtype or "")
+        found = newton_schulz(x, self.steps, self.coefficients, dtype=dtype, form=self.form, detached=detached)
+        return found.to(x.dtype)
 
 
 class Muon(Level):
@@ -84,7 +103,7 @@ class Muon(Level):
     Args:
         beta: decay in [0, 1]. Default 0.95.
         nesterov: default True.
-        steps, coefficients, dtype: of `newton_schulz`.
+        steps, coefficients, dtype, form: of `newton_schulz`.
         scale: c, by shape `[m, n]`. `"original"` (default): √max(1, m/n). `"match_rms_adamw"`: 0.2 √max(m, n), which
             lets a learning rate tuned for AdamW serve. None: 1.
         eps: least norm divided by. Default 1e-7.
@@ -97,15 +116,16 @@ class Muon(Level):
     beta: Number = 0.95
     nesterov: bool = True
     steps: int = 5
-    coefficients: tuple[float, float, float] = QUINTIC
+    coefficients: str | tuple[float, float, float] = QUINTIC
     scale: Literal["original", "match_rms_adamw"] | None = "original"
     eps: float = 1e-7
     dtype: str | None = None
+    form: Form = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check("beta", 0.0, 1.0)
-        _check(self)
+        check_iteration(self)
         self.check_choice("scale", ("original", "match_rms_adamw", None))
 
     def init(self, param: Tensor) -> State:
@@ -114,8 +134,18 @@ class Muon(Level):
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         m = torch.lerp(state["momentum"], grad, 1 - self.beta)  # type: ignore[operator]
         seen = torch.lerp(grad, m, self.beta) if self.nesterov else m  # type: ignore[arg-type]
-        direction = newton_schulz(seen, self.steps, self.coefficients, self.eps, DTYPES.get(self.dtype or ""))
-        return self.factor(*grad.shape[-2:]) * direction.to(grad.dtype), {"momentum": m}
+        return self._orthogonal(seen), {"momentum": m}
+
+    def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
+        if isinstance(self.beta, Tensor):
+            return super().step_(grad, state, signal)
+        m = state["momentum"].lerp_(grad, 1 - self.beta)  # type: ignore[operator]
+        return self._orthogonal(torch.lerp(grad, m, self.beta) if self.nesterov else m, detached=True)  # type: ignore[arg-type]
+
+    def _orthogonal(self, x: Tensor, *, detached: bool = False) -> Tensor:
+        dtype = DTYPES.get(self.dtype or "")
+        found = newton_schulz(x, self.steps, self.coefficients, self.eps, dtype, form=self.form, detached=detached)
+        return found.to(x.dtype) * self.factor(*x.shape[-2:])
 
     def factor(self, out: int, into: int) -> float:
         """c for a matrix `[out, into]`."""

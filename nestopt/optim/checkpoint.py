@@ -18,15 +18,15 @@ from nestopt.core.gates import bind
 from nestopt.core.level import Level
 from nestopt.core.part import Part
 from nestopt.core.tree import leaves
-from nestopt.optim.buckets import STEP, SUM
 from nestopt.optim.checks import check_group, check_parameters
+from nestopt.optim.lanes import STEP, SUM
 from nestopt.optim.views import layout, work_dtype
 
 if TYPE_CHECKING:
     from nestopt.optim.optimizer import Nested
 
-LATER = frozenset({"maximize", "decoupled_weight_decay", "differentiable"})
-"""Settings that not every version of torch's optimizers saves. All others must be there."""
+LATER = frozenset({"maximize", "decoupled_weight_decay", "differentiable", "ns_form"})
+"""Settings that torch's optimizers do not save, or not in every version. All others must be there."""
 
 
 def to_plain(state_dict: dict[str, Any]) -> dict[str, Any]:

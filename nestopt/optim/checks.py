@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,12 +46,30 @@ def check_parameters(group: dict[str, Any], index: int, level: Level) -> None:
             )
 
 
-def check_gradients(groups: list[dict[str, Any]]) -> None:
-    """Raise RuntimeError for a gradient that no level takes."""
-    for g, group in enumerate(groups):
-        for i, param in enumerate(group["params"]):
-            if param.grad is not None and param.grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"{names(group, g)[i]} has a sparse gradient, which levels do not take; "
-                    "use sparse=False in its embedding"
-                )
+def raise_nonfinite(groups: Sequence[dict[str, Any]], grads: Sequence[Sequence[Tensor | None]]) -> None:
+    """Raise RuntimeError naming the gradients that are not finite."""
+    bad = [
+        name
+        for index, (group, own) in enumerate(zip(groups, grads, strict=True))
+        for name, grad in zip(names(group, index), own, strict=True)
+        if grad is not None and not grad.isfinite().all()
+    ]
+    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    raise RuntimeError(f"gradients with an infinity or a NaN: {', '.join(bad[:5])}{more}; nothing has been changed")
+
+
+def check_gradients(group: dict[str, Any], index: int, grads: Sequence[Tensor | None]) -> None:
+    """Raise RuntimeError for a gradient of group `index` that no level takes."""
+    for i, (param, grad) in enumerate(zip(group["params"], grads, strict=True)):
+        if grad is None:
+            continue
+        if grad.layout is not torch.strided:
+            raise RuntimeError(
+                f"{names(group, index)[i]} has a sparse gradient, which levels do not take; "
+                "use sparse=False in its embedding"
+            )
+        if grad.shape != param.shape:
+            raise RuntimeError(
+                f"{names(group, index)[i]} has shape {tuple(param.shape)}, its gradient {tuple(grad.shape)}; "
+                "compute the gradient anew after a parameter has changed its shape"
+            )

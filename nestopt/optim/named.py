@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nestopt.core.associative import Gd
 from nestopt.core.level import Level
-from nestopt.kernels.newton_schulz import QUINTIC
+from nestopt.kernels.newton_schulz import QUINTIC, Form
 from nestopt.levels.adam import Adam as AdamLevel
 from nestopt.levels.momentum import Momentum
 from nestopt.levels.muon import Muon as MuonLevel
@@ -68,13 +68,10 @@ class SGD(Nested):
             return Gd()
         return Momentum(group["momentum"], group["dampening"], group["nesterov"], undamped_start=True)
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        if group["momentum"] != 0:  # a schedule may begin without momentum: it starts then from nothing
-            for param in group["params"]:
-                state = self.state.get(param)
-                if state and "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(param, dtype=work_dtype(param))
-        super()._step_group(group)
+    def complete(self, state: dict[str, Any], param: Tensor) -> None:
+        # a schedule may begin without momentum: it starts then from nothing
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(param, dtype=work_dtype(param))
 
     def coupled(self, group: dict[str, Any]) -> bool:
         return True
@@ -161,8 +158,11 @@ class AdamW(Adam):
 
 
 class Muon(Nested):
-    """`torch.optim.Muon`: the level `muon`, decoupled weight decay, Newton-Schulz in bfloat16. Arguments, defaults and
-    results as there. Matrices only.
+    """`torch.optim.Muon`: the level `muon`, decoupled weight decay. Arguments and defaults as there. Matrices only.
+
+    Newton-Schulz runs in the form of fewest FLOPs, and in bfloat16 where the hardware multiplies in it, else in
+    float32: its rounding is another than torch's, which works in bfloat16 always (a percent of the direction's length).
+    `ns_form="standard"` does as torch does, for the same numbers.
 
     Raises:
         ValueError: a value out of range, or a parameter that is not a matrix.
@@ -181,6 +181,8 @@ class Muon(Nested):
         eps: float = 1e-7,
         ns_steps: int = 5,
         adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None,
+        *,
+        ns_form: Form = "auto",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -191,6 +193,7 @@ class Muon(Nested):
             "eps": eps,
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
+            "ns_form": ns_form,
             "maximize": False,
         }
         self._start(params, defaults)
@@ -203,5 +206,6 @@ class Muon(Nested):
             tuple(group["ns_coefficients"]),
             group["adjust_lr_fn"] or "original",
             group["eps"],
-            dtype="bfloat16",
+            dtype="bfloat16" if group["ns_form"] == "standard" else None,
+            form=group["ns_form"],
         )

@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nestopt.config.spec import build
-from nestopt.core.clock import due
 from nestopt.core.gates import bind
-from nestopt.core.level import Descends, Level
-from nestopt.core.signal import Signal
+from nestopt.core.inputs import Inputs
+from nestopt.core.level import Level
+from nestopt.core.part import nearest
 from nestopt.optim import checkpoint
-from nestopt.optim.buckets import STEP, SUM, Item, Runner
-from nestopt.optim.checks import check_gradients, check_group, check_parameters
+from nestopt.optim.checks import check_gradients, check_group, check_parameters, raise_nonfinite
 from nestopt.optim.explain import Explanation, explain
-from nestopt.optim.views import work_dtype
+from nestopt.optim.inputs import Scale, Watcher
+from nestopt.optim.lanes import Rates
+from nestopt.optim.metrics import Recorder, finite, memory_norms
+from nestopt.optim.plan import Plan, chosen
+from nestopt.optim.traced import begin, traced_step
+
+log = logging.getLogger("nestopt")
+
+OnNonfinite = Literal["ignore", "skip", "raise"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ways:
+    """How an optimizer goes about its steps; see the arguments of `Nested`."""
+
+    on_nonfinite: OnNonfinite = "ignore"
+    capturable: bool = False
+    compile: bool = False
+    metrics: bool = False
+
+    def __post_init__(self) -> None:
+        if self.on_nonfinite not in (allowed := get_args(OnNonfinite)):
+            hint = nearest(str(self.on_nonfinite), allowed)
+            raise ValueError(f"on_nonfinite={self.on_nonfinite!r} is not allowed; give one of {list(allowed)}.{hint}")
+        if self.capturable and (self.compile or self.metrics or self.on_nonfinite != "ignore"):
+            raise ValueError("capturable=True looks at no value; leave out compile, metrics and on_nonfinite")
 
 
 class Nested(Optimizer):
@@ -39,6 +65,13 @@ class Nested(Optimizer):
         period: on a group, accumulate gradients (their sum) and step once in so many calls; parameters stay as they
             are in between (NL eq. 71). Default 1.
         maximize: ascend instead. Default False.
+        on_nonfinite: what to do about a gradient with an infinity or a NaN: `"ignore"` it (default, as torch does),
+            `"skip"` the whole step, or `"raise"`. The latter two look at every gradient first, and wait for the device.
+        capturable: keep step counts on the device, and let no value decide what is done: such a step can be traced by
+            `torch.compile` and captured in a CUDA graph. Give `lr` as a tensor, or each new value is compiled anew.
+        compile: run each elementwise stack as one kernel, compiled at the first step (which takes a while; a C++
+            compiler is needed on the CPU). Other levels run as they do without.
+        metrics: have the levels report at every step (see `metrics`), tensor by tensor and so more slowly.
 
     Raises:
         ValueError: a value out of range, a level of matrices (muon) given a parameter that is none, a parameter that
@@ -57,6 +90,10 @@ class Nested(Optimizer):
         *,
         period: int = 1,
         maximize: bool = False,
+        on_nonfinite: OnNonfinite = "ignore",
+        capturable: bool = False,
+        compile: bool = False,
+        metrics: bool = False,
     ) -> None:
         defaults = {
             "stack": build("level", stack, "stack"),
@@ -65,11 +102,19 @@ class Nested(Optimizer):
             "period": period,
             "maximize": maximize,
         }
-        self._start(params, defaults)
+        self._start(params, defaults, Ways(on_nonfinite, capturable, compile, metrics))
 
-    def _start(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
-        self._runner = Runner()
+    def _start(self, params: Iterable[Any], defaults: dict[str, Any], ways: Ways | None = None) -> None:
+        self.ways = ways or Ways()
+        self._settle()
         super().__init__(params, defaults)
+
+    def _settle(self) -> None:
+        """What is worked out anew after loading, unpickling or copying."""
+        self._plan = Plan(self.complete, compiled=self.ways.compile)
+        self._recorder: Recorder | None = None
+        self._watcher: Watcher | None = None
+        self._warned = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; it may have its own `stack`. Nothing is added if anything in it is wrong."""
@@ -109,54 +154,86 @@ class Nested(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        check_gradients(self.param_groups)
-        for group in self.param_groups:
-            self._step_group(group)
+        if self.ways.capturable:
+            self._step_traced()
+            return loss
+        grads = [[param.grad for param in group["params"]] for group in self.param_groups]
+        if self.ways.on_nonfinite != "ignore" and not finite(grads):
+            if self.ways.on_nonfinite == "raise":
+                raise_nonfinite(self.param_groups, grads)
+            return loss
+        levels = [bind(self.level(group)) for group in self.param_groups]
+        shares = self._plan.shares(self.param_groups, levels, grads, self.state)
+        self._recorder = Recorder() if self.ways.metrics else None
+        for i, (group, share, own) in enumerate(zip(self.param_groups, shares, grads, strict=True)):
+            rates, inputs = self._rates(group), self._inputs(share.level)
+            for lane, places in share.lanes:
+                notes = [self._recorder.note(i, param) for param in lane.params] if self._recorder else None
+                lane.step(share.level, chosen(own, places), rates, inputs, notes)
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        level, period, items = bind(self.level(group)), group.get("period", 1), []
-        for param in group["params"]:
-            if param.grad is None or not param.numel():
-                continue
-            state = self.state[param]
-            if not state:
-                state[STEP] = torch.zeros(())
-                state.update(self._runner.start(level, param))
-            state[STEP] += 1
-            count = int(state[STEP])
-            grad = self._gradient(param, group)
-            if period > 1:
-                total = state.setdefault(SUM, torch.zeros_like(grad))
-                total += grad
-                if not due(count, period):
-                    continue
-                grad, count = total.clone(), count // period
-                total.zero_()
-            items.append(Item(param, grad, state, count))
-        self._move(level, items, group)
+    def _step_traced(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            level, rates = bind(self.level(group)), self._rates(group)
+            check_gradients(group, index, [param.grad for param in group["params"]])
+            for param in group["params"]:
+                if param.grad is not None and param.numel():
+                    state = self.state[param]
+                    if not state:
+                        state.update(begin(level, param, rates.period))
+                    traced_step(level, param, param.grad, state, rates)
 
-    def _move(self, level: Level, items: list[Item], group: dict[str, Any]) -> None:
-        """Step the parameters of `items`: in place where the level can, else along the directions it gives."""
-        lr, decay = group["lr"], 0.0 if self.coupled(group) else group["weight_decay"]
-        lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
-        if isinstance(level, Descends) and level.period == 1 and not _on_device(lr):
-            rate = float(lr)
-            for item in [item for item in items if item.param.dtype == item.grad.dtype]:
-                if decay:
-                    item.param.mul_(1 - lr * decay)
-                level.descend(item.param, item.grad, item.state, Signal(item.step, item.param), rate)
-            items = [item for item in items if item.param.dtype != item.grad.dtype]
-        for item, direction in self._runner.run(level, items):
-            _apply(item.param, direction, lr, decay)
+    def watch(self, model: nn.Module, loss_scale: Scale | None = None) -> None:
+        """Sum up what the layers of `model` are shown from now on, for levels that ask for it (`dgd`, `ggd`).
 
-    def _gradient(self, param: Tensor, group: dict[str, Any]) -> Tensor:
-        grad = param.grad.to(work_dtype(param))  # type: ignore[union-attr]
-        if group["maximize"]:
-            grad = -grad
-        if self.coupled(group) and group["weight_decay"] != 0:
-            grad = grad.add(param, alpha=group["weight_decay"])
-        return grad
+        `nestopt.optimizer(model, …)` does so by itself. Needed again after unpickling or copying.
+
+        Args:
+            model: whose layers to watch.
+            loss_scale: what the loss is multiplied with before `backward`, a number or a function that gives it
+                (`GradScaler.get_scale`); only a nonlinear `ggd` has to know.
+        """
+        levels = {param: self.level(group) for group in self.param_groups for param in group["params"]}
+        self._watcher = Watcher(model, levels, loss_scale=loss_scale)
+
+    def _inputs(self, level: Level) -> Callable[[Tensor], Inputs | None] | None:
+        """Where a level that asks for layer inputs gets them."""
+        if "inputs" not in level.needs:
+            return None
+        if not self._warned:
+            self._warned = True
+            unseen = self._watcher.unseen() if self._watcher else ["all its parameters (no model is watched)"]
+            if unseen:
+                log.warning(
+                    "%s has not seen the inputs of %s: there it does without; optimizer.watch(model) shows it those of "
+                    "linear and convolution layers",
+                    level.label,
+                    ", ".join(unseen),
+                )
+        return self._watcher.take if self._watcher else lambda param: None
+
+    def metrics(self) -> dict[str, Tensor]:
+        """What the levels have been doing, as numbers by name: `"0.fast.update_rms"` is of the level `fast` in group 0.
+
+        Always there: `norm` of each memory, over all tensors of the group. From the last step, if the optimizer was
+        made with `metrics=True`: `update_rms` (of directions), `writes` (how many tensors were written), and what the
+        level itself reports, such as `inner_loss` and `clips`.
+        """
+        reported = self._recorder.metrics() if self._recorder else {}
+        return memory_norms(self.param_groups, self.state) | reported
+
+    def _rates(self, group: dict[str, Any]) -> Rates:
+        lr, decay = group["lr"], group["weight_decay"]
+        return Rates(
+            lr.reshape(()) if isinstance(lr, Tensor) else lr,
+            decay=0.0 if self.coupled(group) else decay,
+            coupled=decay if self.coupled(group) else 0.0,
+            maximize=group["maximize"],
+            period=group.get("period", 1),
+        )
+
+    def complete(self, state: dict[str, Any], param: Tensor) -> None:
+        """Add to the state of a parameter what its group's level has come to need."""
 
     def explain(self) -> Explanation:
         """For each parameter: which level has it, at which learning rate and period, and why. Print it."""
@@ -180,21 +257,9 @@ class Nested(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._runner = Runner()
+        watcher = self.__dict__.get("_watcher")
+        self._settle()
+        self._watcher = watcher  # loading leaves the model as it is
 
-
-def _on_device(lr: float | Tensor) -> bool:
-    return isinstance(lr, Tensor) and lr.device.type != "cpu"
-
-
-def _apply(param: Tensor, direction: Tensor, lr: float | Tensor, decay: float) -> None:
-    # a narrow parameter is stepped in the wide dtype and rounded once
-    wide = param if param.dtype == direction.dtype else param.to(direction.dtype)
-    if decay:
-        wide.mul_(1 - lr * decay)
-    if _on_device(lr):
-        wide.sub_(direction * lr)  # stays there: nothing waits for its value
-    else:
-        wide.add_(direction, alpha=-float(lr))
-    if wide is not param:
-        param.copy_(wide)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "ways": self.ways}

@@ -6,8 +6,11 @@ import dataclasses
 from collections.abc import Iterator
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+from nestopt.optim.rows import multiplies
+
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _CONVOLUTIONS = nn.modules.conv._ConvNd
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.RMSNorm)
 
@@ -18,56 +21,70 @@ class Role:
     hidden: whether this is a hidden matrix.
     why: what decided it, in words.
     period: of the module that holds it: the slow memories of a CMS have one above 1.
+    layer: whether it is the weight of a linear or convolution layer whose inputs can be watched, and of nothing else.
+    parts: how many matrices of one size it holds, one above the other.
     """
 
     hidden: bool
     why: str
     period: int = 1
+    layer: bool = False
+    parts: int = 1
 
 
 def roles(model: nn.Module) -> dict[str, Role]:
     """The role of each parameter by name, tied ones once. The type of the module that holds it decides, not names."""
-    head, why_head = _head(model)
+    head, why_head = head_of(model)
     periods = _periods(model)
     found: dict[int, Role] = {}
     for module in model.modules():
-        for param in module.parameters(recurse=False):
-            if isinstance(module, _EMBEDDINGS):
+        for name, param in module.named_parameters(recurse=False):
+            if isinstance(module, EMBEDDINGS):
                 role = Role(False, "an embedding")
             elif isinstance(module, _NORMS):
                 role = Role(False, "of a normalisation")
             elif param.ndim < 2:
                 role = Role(False, "a vector" if param.ndim else "a scalar")
-            elif param is head:
+            elif head is not None and param is head.weight:
                 role = Role(False, why_head)
             else:
-                role = _matrix(module, param)
+                role = _matrix(module, name, param)
+            role = dataclasses.replace(role, period=periods.get(id(param), 1), layer=_watched(module, name))
             before = found.get(id(param))
-            if before is None or (before.hidden and not role.hidden):  # a tied weight is what its least ordinary use is
-                found[id(param)] = dataclasses.replace(role, period=periods.get(id(param), 1))
+            if before is not None:  # a tied weight is what its least ordinary use is
+                usual = role if before.hidden and not role.hidden else before
+                role = dataclasses.replace(usual, layer=before.layer and role.layer)
+            found[id(param)] = role
     return {name: found[id(param)] for name, param in model.named_parameters()}
 
 
-def _matrix(module: nn.Module, param: Tensor) -> Role:
+def _matrix(module: nn.Module, name: str, param: Tensor) -> Role:
     if isinstance(module, _CONVOLUTIONS):
         if module.in_channels == module.groups > 1:
             return Role(False, "a depthwise convolution, which mixes no channels")
         return Role(True, f"a convolution, seen as {param.shape[0]}×{param[0].numel()}")
     if param.ndim > 2:
         return Role(False, f"{param.ndim}-dimensional, and not a convolution")
+    if isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
+        return Role(True, "the hidden matrices of queries, keys and values")
     return Role(True, "a hidden matrix")
 
 
-def _head(model: nn.Module) -> tuple[Tensor | None, str]:
-    """The weight of the output layer: as the model says it (Hugging Face's method), else its last linear layer."""
+def _watched(module: nn.Module, name: str) -> bool:
+    """Whether this is the weight of a layer that is called as a layer (that of MultiheadAttention never is)."""
+    return name == "weight" and multiplies(module) and not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def head_of(model: nn.Module) -> tuple[nn.Module | None, str]:
+    """The output layer, and why: as the model says it (Hugging Face's method), else its last linear layer."""
     says = getattr(model, "get_output_embeddings", None)
     layer = says() if callable(says) else None
     if layer is not None and getattr(layer, "weight", None) is not None:
-        return layer.weight, "the output layer, by get_output_embeddings()"
+        return layer, "the output layer, by get_output_embeddings()"
     mixing = [m for m in model.modules() if isinstance(m, nn.Linear | _CONVOLUTIONS)]
     linear = [m for m in mixing if isinstance(m, nn.Linear)]
     if len(mixing) > 1 and linear and mixing[-1] is linear[-1]:
-        return linear[-1].weight, "the last linear layer, taken for the output"
+        return linear[-1], "the last linear layer, taken for the output"
     return None, ""
 
 

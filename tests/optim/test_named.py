@@ -16,7 +16,8 @@ import nestopt.optim
 
 STEPS = 100
 DTYPES = [torch.float32, torch.float64]
-TOLERANCE = {torch.float32: 1e-7, torch.float64: 1e-12}
+TOLERANCE = {torch.float32: 2e-7, torch.float64: 1e-12}
+"""Of the distance after 100 steps. torch's own forms (a loop, fused) differ by as much from each other."""
 
 ANY = [(6, 5), (6, 5), (4,), (2, 3, 2), ()]
 """Shapes that come twice are stacked."""
@@ -33,9 +34,10 @@ def twins(
     name: str, shapes: list[tuple[int, ...]], dtype: torch.dtype, **flags: Any
 ) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     """torch's optimizer and ours on equal parameters."""
+    own = {"ns_form": "standard"} if name == "Muon" else {}
     theirs = params(shapes, dtype)
     ours = [param.detach().clone().requires_grad_() for param in theirs]
-    return getattr(torch.optim, name)(theirs, **flags), getattr(nestopt.optim, name)(ours, **flags)
+    return getattr(torch.optim, name)(theirs, **flags), getattr(nestopt.optim, name)(ours, **flags, **own)
 
 
 def weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -129,7 +131,7 @@ def test_muon(flags: dict[str, Any], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Muon"])
 def test_defaults_one_tensor_at_a_time(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nestopt.optim.buckets, "SMALL", 0)
+    monkeypatch.setattr(nestopt.optim.lanes.pieces, "SMALL", 0)
     check(name, MATRICES if name == "Muon" else ANY, dtype)
 
 
@@ -226,7 +228,9 @@ def test_checkpoint_of_torch_goes_on_here(name: str, flags: dict[str, Any], dtyp
     torch.save(theirs.state_dict(), file)
     file.seek(0)
     # other settings: the checkpoint's count
-    ours = getattr(nestopt.optim, name)([w.detach().clone().requires_grad_() for w in weights(theirs)], lr=0.5)
+    own = {"ns_form": "standard"} if name == "Muon" else {}
+    start = [w.detach().clone().requires_grad_() for w in weights(theirs)]
+    ours = getattr(nestopt.optim, name)(start, lr=0.5, **own)
     ours.load_state_dict(torch.load(file, weights_only=True))
     assert ours.param_groups[0]["lr"] == 0.01
     feed(theirs, ours, 40)

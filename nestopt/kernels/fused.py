@@ -1,0 +1,90 @@
+"""torch's own fused kernels: one pass over memory for a whole step of Adam or of momentum."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+NAMES = ("_fused_adam_", "_fused_adamw_", "_fused_sgd_")
+
+
+@functools.cache
+def available(device: str, dtype: torch.dtype) -> bool:
+    """Whether torch has the kernels for tensors of `dtype` on a device of this type."""
+    return (
+        device in ("cpu", "cuda")
+        and dtype in (torch.float32, torch.float64)
+        and all(hasattr(torch, name) for name in NAMES)
+    )
+
+
+def adam(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    step: float,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    maximize: bool = False,
+) -> None:
+    """A step of Adam on every parameter and its memories, in place. AMSGrad where `max_exp_avg_sqs` is not empty.
+
+    `step` counts from 1; `float("inf")` leaves out the bias correction. Weight decay is added to the gradient, or
+    taken off the parameter if `decoupled`.
+    """
+    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    kernel(  # type: ignore[call-overload]
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        [torch.full((), step, device=params[0].device)] * len(params),
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=bool(max_exp_avg_sqs),
+        maximize=maximize,
+    )
+
+
+def sgd(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    first: bool = False,
+) -> None:
+    """A step of momentum on every parameter and its memory, in place; plain descent where `momenta` is empty.
+
+    Weight decay is added to the gradient. `first`: the memory is set to the gradient, whatever `dampening`.
+    """
+    torch._fused_sgd_(  # type: ignore[call-overload]
+        params,
+        grads,
+        momenta,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        lr=lr,
+        dampening=dampening,
+        nesterov=nesterov,
+        maximize=maximize,
+        is_first_step=first,
+    )

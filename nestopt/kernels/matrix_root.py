@@ -1,0 +1,52 @@
+"""Inverse roots of symmetric matrices, batched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def inverse_root(gram: Tensor, order: int, eps: float = 1e-6) -> Tensor:
+    r"""$(A + \epsilon\,\lambda_{\max} I)^{-1/p}$ by eigendecomposition.
+
+    Negative eigenvalues (rounding) count as 0. A matrix of zeros has the identity as its root. On a GPU the
+    decomposition waits for the device, as `torch.linalg.eigh` checks there that it converged.
+
+    It can be differentiated once, also where eigenvalues coincide, where the derivative of the eigenvectors does not
+    exist and that of the root does.
+
+    Args:
+        gram: A `[..., n, n]`, symmetric, positive semidefinite; each matrix on its own.
+        order: p, a power of 2.
+        eps: ε > 0.
+
+    Returns:
+        `[..., n, n]` in the dtype of `gram`; calculated in float32 or wider.
+    """
+    if order < 1 or order & (order - 1):
+        raise ValueError(f"order={order!r} is not allowed; give a power of 2")
+    a = gram.to(torch.promote_types(gram.dtype, torch.float32))
+    values, vectors = torch.linalg.eigh(a.detach())
+    largest = values[..., -1:].clamp_min(0)
+    values = values.clamp_min(0) + torch.where(largest > 0, eps * largest, 1.0)
+    roots = values ** (1 / order)
+    inverse = (vectors / roots.unsqueeze(-2)) @ vectors.mT
+    if torch.is_grad_enabled():
+        inverse = inverse + _derivative(a - a.detach(), roots, vectors, order, eps)
+    return inverse.to(gram.dtype)
+
+
+def _derivative(change: Tensor, roots: Tensor, vectors: Tensor, order: int, eps: float) -> Tensor:
+    """What a `change` of A does to the inverse root in first order (Daleckii & Krein): here 0 with a derivative.
+
+    In the eigenbasis it is the change times the divided differences of x^(-1/p), which for r = x^(1/p) are
+    -1 / (r_i r_j (r_i + r_j)(r_i² + r_j²)(r_i⁴ + r_j⁴)…): nothing cancels where two eigenvalues are close.
+    """
+    change = vectors.mT @ change @ vectors
+    shift = eps * change[..., -1, -1]  # the largest eigenvalue changes, too
+    change = change + torch.diag_embed(shift.unsqueeze(-1).expand(change.shape[:-1]))
+    r, s = roots.unsqueeze(-1), roots.unsqueeze(-2)
+    below, power = r * s, 1
+    while power < order:
+        below, power = below * (r**power + s**power), 2 * power
+    return vectors @ (-change / below.clamp_min(torch.finfo(below.dtype).tiny)) @ vectors.mT

@@ -1,0 +1,82 @@
+"""Adam and momentum as one closed-form regression on gradients (NL eq. 101-105)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from nestopt.core.level import Level
+from nestopt.core.part import FieldError
+from nestopt.core.signal import Signal
+from nestopt.core.tree import State
+
+
+class RegressionOptimum(Level):
+    r"""The entrywise memory m that best answers every gradient so far with a target P (NL eq. 101-105).
+
+    $$u = \arg\min_m \sum_i w_i\lVert m\odot g_i - P\rVert^2 + \lambda\lVert m\rVert^2 = \frac{P\, s_1}{s_2 + \lambda},
+      \qquad s_1 \leftarrow \beta_1 s_1 + (1-\beta_1) g, \quad s_2 \leftarrow \beta_2 s_2 + (1-\beta_2) g^2$$
+
+    With $P = s_2^{1/2}$ (the total root of the squares) it is Adam's direction, up to ε and λ; with $P = s_2$ (the
+    squares) it is momentum (eq. 104). It is the optimum where β1 = β2, so that one set of weights $w_i$ stands in both
+    sums; Adam's own pair differs. Convention: averages, corrected for their start.
+
+    Args:
+        betas: β1 and β2 in [0, 1). Default (0.9, 0.999).
+        target: P: `"root"` (default), `"square"`, or the power p >= 0 of $P = s_2^p$; 0 asks for the same answer to
+            every gradient.
+        ridge: λ >= 0. Default 1e-16, the square of Adam's usual ε.
+        bias_correction: divide s_i by 1 - β_i^t, which makes both weighted means. Default True.
+
+    Raises:
+        FieldError: a number out of range, or a target of another name.
+    """
+
+    batched: ClassVar[bool] = True
+    entrywise: ClassVar[bool] = True
+    objectives: ClassVar[dict[str, str]] = {"exp_avg": "l2 to P", "exp_avg_sq": "l2 to P"}
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    target: Literal["root", "square"] | float = "root"
+    ridge: float = 1e-16
+    bias_correction: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.betas = tuple(self.betas)  # type: ignore[assignment]
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise FieldError(self.label, "betas", self.betas, "is not allowed; give two numbers in [0, 1)")
+        if isinstance(self.target, str):
+            self.check_choice("target", POWERS)
+        else:
+            self.check("target", 0.0)
+        self.check("ridge", 0.0)
+
+    def init(self, param: Tensor) -> State:
+        return {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+
+    def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        beta1, beta2 = self.betas
+        s1 = torch.lerp(state["exp_avg"], grad, 1 - beta1)
+        s2 = (state["exp_avg_sq"] * beta2).addcmul(grad, grad, value=1 - beta2)
+        return self._optimum(s1, s2, signal), {"exp_avg": s1, "exp_avg_sq": s2}
+
+    def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
+        beta1, beta2 = self.betas
+        s1 = state["exp_avg"].lerp_(grad, 1 - beta1)
+        s2 = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        return self._optimum(s1, s2, signal)
+
+    def _optimum(self, s1: Tensor, s2: Tensor, signal: Signal) -> Tensor:
+        if self.bias_correction:
+            s1, s2 = s1 / signal.correction(self.betas[0], s1), s2 / signal.correction(self.betas[1], s2)
+        # 0 / 0 where nothing but zeros has been seen, and a root without a derivative
+        s2 = s2.clamp_min(torch.finfo(s2.dtype).tiny)
+        power = POWERS[self.target] if isinstance(self.target, str) else self.target
+        return s2.pow(power) / (s2 + self.ridge) * s1
+
+
+POWERS = {"root": 0.5, "square": 1.0}
+"""p of the target P = s_2^p."""

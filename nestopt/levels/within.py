@@ -1,0 +1,44 @@
+"""What levels that hold another level, or have modes, share."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from nestopt.core.clock import start
+from nestopt.core.level import Level
+from nestopt.core.order import Node
+from nestopt.core.part import FieldError, Part
+from nestopt.core.tree import leaves
+
+
+def nodes_within(level: Level, name: str, period: int, after: tuple[str, ...]) -> list[Node]:
+    """The memories of a level inside another; none for one that remembers nothing."""
+    remembers = any(leaves(start(level, torch.zeros(2, 2))))
+    return level.nodes(name, period, after) if remembers else []
+
+
+def nodes_of_momentum(level: Level, P: Level, name: str, period: int, after: tuple[str, ...]) -> list[Node]:
+    """The memories of a `level` that sums what `P` makes of gradients: those of P, and then its own."""
+    every = period * level.period
+    inner = nodes_within(P, f"{name}.P", every, after)
+    own = f"{name}.momentum" if inner else name
+    needs = tuple(node.name for node in inner) or after
+    return [*inner, Node(own, every, needs, "vector", level.objectives["momentum"], level.label)]
+
+
+def refuse_unused(part: Part, keys: tuple[str, ...], where: str) -> None:
+    """Raise FieldError for fields that were given although they have no effect: those `keys` not at their default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(part)}  # type: ignore[arg-type]
+    for key in keys:
+        if (value := getattr(part, key)) != defaults[key]:
+            raise FieldError(part.label, key, value, f"has no effect with {where}; leave it out")
+
+
+def check_whole(part: Part, *keys: str) -> None:
+    """Raise FieldError for fields that are not whole numbers of 1 or more."""
+    for key in keys:
+        value = getattr(part, key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise FieldError(part.label, key, value, "is not allowed; give a whole number, 1 or more")

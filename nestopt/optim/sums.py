@@ -1,0 +1,118 @@
+"""Running sums over the rows that one weight was multiplied with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nestopt.core.inputs import Inputs, Wants
+from nestopt.optim.rows import Rows
+
+
+class Sums:
+    """What `wants` asks for, summed over rows in `dtype`, until `take` makes means of it.
+
+    Attributes:
+        n: rows since the last take.
+        ever: whether there were rows at all since this was made.
+    """
+
+    def __init__(self, wants: Wants, dtype: torch.dtype) -> None:
+        self.wants, self.dtype, self.ever = wants, dtype, False
+        self._clear()
+
+    def _clear(self) -> None:
+        self.n = 0
+        self._sums: dict[str, Tensor] = {}
+        self._keys: list[Tensor] = []
+
+    def add(self, rows: Rows, y: Tensor, bias: Tensor | None = None) -> None:
+        """Add the rows of one use, of which the layer made `y` (laid out as `Rows.outputs`), a `bias` included."""
+        if not rows.n:
+            return
+        squares, inverse = rows.squares(self.dtype), None
+        if self.wants.normalize:
+            seen = squares > 0
+            inverse = torch.where(seen, squares, 1).reciprocal() * seen
+            squares = seen.to(self.dtype)
+        if self.wants.decay:
+            self._add("decay", self._decay(rows, y, bias, inverse))
+            self._add("energy", squares.sum([dim for dim in range(squares.ndim) if dim != 1]))
+        if self.wants.gram:
+            matrix = rows.matrix().to(self.dtype, copy=True)
+            if inverse is not None:
+                matrix.mul_(inverse.sqrt().movedim(1, 0).reshape(rows.groups, rows.n, 1))
+            self._remember(matrix)
+        self.n, self.ever = self.n + rows.n, True
+
+    def add_surprise(self, rows: Rows, errors: Tensor) -> None:
+        """Add Σ e_i x_iᵀ of the rows' errors (laid out as `Rows.outputs`); their number is counted by `add`."""
+        self._add("surprise", _product(rows, errors, self.dtype))
+
+    def merge(self, other: Sums, keep: bool) -> None:
+        """Add the sums of `other`, which are copied if it is to `keep` them, and may be taken over if not."""
+        kept = other._keys
+        if "gram" in other._sums:
+            kept, self._keys = [*kept, *self._keys], []
+        for key, value in other._sums.items():
+            self._add(key, value.clone() if keep and key not in self._sums else value)
+        for matrix in kept:
+            self._remember(matrix)
+        self.n, self.ever = self.n + other.n, self.ever or other.ever
+
+    def take(self, shape: torch.Size) -> Inputs | None:
+        """The means for a weight of this shape, and a new start; None if there were no rows."""
+        if not self.n:
+            return None
+        means = {key: value.div_(self.n) for key, value in self._sums.items()}
+        if "energy" in means:
+            energy = means["energy"]
+            if len(energy) > 1:
+                energy = energy.repeat_interleave(shape[0] // len(energy))
+            means["energy"] = energy.reshape(-1, *(1,) * (len(shape) - 1)) if len(energy) > 1 else energy.reshape(())
+        if self._keys:
+            means["keys"] = torch.cat(self._keys, dim=1).div_(self.n**0.5)
+        for key in ("gram", "keys"):
+            if key in means and len(means[key]) == 1:
+                means[key] = means[key][0]
+        self._clear()
+        return Inputs(**means)
+
+    def _decay(self, rows: Rows, y: Tensor, bias: Tensor | None, inverse: Tensor | None) -> Tensor:
+        """Σ (y_i - b) x_iᵀ, of normalised rows where there is an `inverse` of their squared lengths."""
+        if inverse is not None:
+            if bias is not None:
+                y = y - bias.reshape(-1, *(1,) * (y.ndim - 2)).to(y.dtype)
+            return _product(rows, rows.scaled(y, inverse).to(y.dtype), self.dtype)
+        product = _product(rows, y, self.dtype)
+        if bias is None:
+            return product
+        # Y is not copied to subtract b from it
+        by_group = product.reshape(rows.groups, -1, product[0].numel())
+        total = rows.total(self.dtype).reshape(rows.groups, 1, -1)
+        by_group.baddbmm_(bias.to(self.dtype).reshape(rows.groups, -1, 1), total, alpha=-1)
+        return by_group.reshape(product.shape)
+
+    def _remember(self, matrix: Tensor) -> None:
+        """Rows as they are while they are fewer than columns, then their Gram matrix."""
+        if "gram" not in self._sums:
+            self._keys.append(matrix)
+            if sum(some.shape[1] for some in self._keys) < matrix.shape[2]:
+                return
+            matrix, self._keys = torch.cat(self._keys, dim=1), []
+        self._add("gram", matrix.mT @ matrix)
+
+    def _add(self, key: str, value: Tensor) -> None:
+        if key in self._sums:
+            self._sums[key].add_(value)
+        else:
+            self._sums[key] = value
+
+
+def _product(rows: Rows, e: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ e_i x_iᵀ in `dtype`, multiplied in the dtype of `e`, as the layer's own gradient is."""
+    if e.dtype is not torch.float16:
+        return rows.product(e).to(dtype)
+    # a sum over many rows would pass float16's largest number
+    scale = 2.0 ** -(rows.n.bit_length() // 2)
+    return rows.product(e * scale, scale).to(dtype) / scale**2

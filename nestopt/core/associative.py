@@ -101,7 +101,8 @@ class AssociativeMemory(Level):
         """One step of the rule on `surprise`, the gradient by parameter."""
         new, states = {}, {}
         for name, param in theta.items():
-            direction, states[name] = advance(self.rule, surprise[name], rules[name], signal.on(param))
+            own = signal.on(param).inside(f"rule.{name}")
+            direction, states[name] = advance(self.rule, surprise[name], rules[name], own)
             new[name] = self.retention(param) - self.step_size * direction  # type: ignore[operator]
         return new, states
 
@@ -123,6 +124,7 @@ class AssociativeMemory(Level):
         k, v = self.memory.pairs(grad)
         appended = self.memory.append(theta, k, v)
         if appended is None:
+            signal.report("inner_loss", lambda: self.objective(self.memory.read(state["memory"], k), v) / len(v))
             theta, rules = self.write(theta, rules, self.gradient(theta, k, v), signal)
         else:
             theta = appended

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Literal
 
@@ -18,19 +20,7 @@ from nestopt.core.tree import State, leaves, nested, tree_map
 
 def _named(levels: Mapping[str, Level] | Iterable[Level], owner: str) -> dict[str, Level]:
     """Children by name. One without a name is called after what it is, so that its state keys say so."""
-    if isinstance(levels, Mapping):
-        named = dict(levels)
-    else:
-        named = {}
-        for level in levels:
-            base = getattr(level, "label", type(level).__name__)
-            if getattr(level, "period", 1) > 1:
-                base += f"_every_{level.period}"
-            name, count = base, 1
-            while name in named:
-                count += 1
-                name = f"{base}_{count}"
-            named[name] = level
+    named = dict(levels) if isinstance(levels, Mapping) else _name(list(levels))
     if not named:
         raise ValueError(f"{owner}: no levels given; give one or more")
     for name, level in named.items():
@@ -41,6 +31,44 @@ def _named(levels: Mapping[str, Level] | Iterable[Level], owner: str) -> dict[st
                 f"{owner}: {name!r} can't name a level; use letters, digits, '_' and '-' (names are state keys)"
             )
     return named
+
+
+def _name(levels: list[Level]) -> dict[str, Level]:
+    """Names that do not depend on the order of siblings: where they are alike, they say in what they differ."""
+    bases = [_base(level) for level in levels]
+    named: dict[str, Level] = {}
+    for level, base in zip(levels, bases, strict=True):
+        alike = [other for other, its in zip(levels, bases, strict=True) if its == base]
+        name = own = base + "".join(f"_{key}_{_word(getattr(level, key))}" for key in _differing(alike))
+        count = 1
+        while name in named:  # twins, of which either may be the first
+            count += 1
+            name = f"{own}_{count}"
+        named[name] = level
+    return named
+
+
+def _base(level: Level) -> str:
+    base = getattr(level, "label", type(level).__name__)
+    return base + (f"_every_{level.period}" if getattr(level, "period", 1) > 1 else "")
+
+
+def _differing(levels: list[Level]) -> list[str]:
+    """The fields with plain values in which levels of one kind differ."""
+    if len(levels) < 2 or not all(isinstance(level, Level) for level in levels):
+        return []
+    keys = [field.name for field in dataclasses.fields(levels[0])]
+    return [
+        key
+        for key in keys
+        if all(isinstance(getattr(level, key), int | float | str | tuple | None) for level in levels)
+        and len({getattr(level, key) for level in levels}) > 1
+    ]
+
+
+def _word(value: object) -> str:
+    """A value as part of a name: `0.9` as `0_9`."""
+    return re.sub(r"\W+", "_", str(value)).strip("_")
 
 
 class _Levels(dict[str, Level]):

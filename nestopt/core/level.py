@@ -79,6 +79,11 @@ class Level(Part):
         return store(state, new, direction)
 
     @property
+    def is_batched(self) -> bool:
+        """Whether this level and all levels within it are `batched`."""
+        return self.batched and all(part.is_batched for _, part in self.parts() if isinstance(part, Level))
+
+    @property
     def is_entrywise(self) -> bool:
         """Whether this level and all levels within it are `entrywise`, and no number of theirs has a shape."""
         numbers = (getattr(self, field.name) for field in dataclasses.fields(self))

@@ -14,7 +14,7 @@ from nestopt.levels.adam import AdamW as adamw
 from nestopt.levels.cms import Cms as cms
 from nestopt.levels.dgd import Dgd as dgd
 from nestopt.levels.dgd import Ggd as ggd
-from nestopt.levels.listing import names as list
+from nestopt.levels.listing import names as list  # noqa: F401  # not in __all__, whose names are all levels
 from nestopt.levels.m3 import M3 as m3
 from nestopt.levels.momentum import DeltaMomentum as delta_momentum
 from nestopt.levels.momentum import Momentum as momentum

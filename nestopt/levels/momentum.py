@@ -127,6 +127,8 @@ class DeltaMomentum(Level):
             share = zeta.clamp(max=1.0) * inverse
         else:
             share = zeta
+        if self.normalize:
+            signal.report("clips", lambda: (zeta * (length if self.normalize == "clip" else 1) > 1).to(g.dtype))
         if self.elementwise:
             forget = m * grad.square()
         else:

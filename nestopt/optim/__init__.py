@@ -1,7 +1,24 @@
 """Levels on gradients: `torch.optim` optimizers."""
 
 from nestopt.optim.factory import optimizer
+from nestopt.optim.functional import functional_step
 from nestopt.optim.named import SGD, Adam, AdamW, Muon
 from nestopt.optim.optimizer import Nested
+from nestopt.optim.own import DGD, M3, DeepMomentum, DeltaMomentum, Shampoo
+from nestopt.optim.views import Split
 
-__all__ = ["SGD", "Adam", "AdamW", "Muon", "Nested", "optimizer"]
+__all__ = [
+    "DGD",
+    "M3",
+    "SGD",
+    "Adam",
+    "AdamW",
+    "DeepMomentum",
+    "DeltaMomentum",
+    "Muon",
+    "Nested",
+    "Shampoo",
+    "Split",
+    "functional_step",
+    "optimizer",
+]

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from nestopt.config.errors import ConfigError
 from nestopt.config.spec import build, to_spec
+from nestopt.core.compose import Parallel
 from nestopt.core.gates import bind
 from nestopt.core.level import Level
 from nestopt.core.part import Part
 from nestopt.core.tree import leaves
 from nestopt.optim.checks import check_group, check_parameters
 from nestopt.optim.lanes import STEP, SUM
-from nestopt.optim.views import layout, work_dtype
+from nestopt.optim.views import Split, layout, work_dtype
 
 if TYPE_CHECKING:
     from nestopt.optim.optimizer import Nested
@@ -31,19 +32,20 @@ LATER = frozenset({"maximize", "decoupled_weight_decay", "differentiable", "ns_f
 
 def to_plain(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Levels in the groups of a state dict become specs."""
-    groups = [
-        {key: _plain(value) if isinstance(value, Level) else value for key, value in group.items()}
-        for group in state_dict["param_groups"]
-    ]
+    groups = [{key: _plain(value) for key, value in group.items()} for group in state_dict["param_groups"]]
     return {**state_dict, "param_groups": groups}
 
 
-def _plain(level: Level) -> Any:
+def _plain(value: Any) -> Any:
+    if isinstance(value, Split):
+        return {"split": value.parts, "dim": value.dim}
+    if not isinstance(value, Level):
+        return value
     try:
-        return to_spec(level)
+        return to_spec(value)
     except ConfigError:
         # a class that no plugin has registered: the optimizer it is loaded into has it already
-        return {"unregistered": repr(level)}
+        return {"unregistered": repr(value)}
 
 
 def load(optimizer: Nested, state_dict: dict[str, Any]) -> None:
@@ -56,19 +58,22 @@ def load(optimizer: Nested, state_dict: dict[str, Any]) -> None:
     if len(saved_groups) != len(groups):
         raise ValueError(f"the checkpoint has {len(saved_groups)} parameter groups, this optimizer {len(groups)}")
     new_groups: list[dict[str, Any]] = []
-    params: dict[Any, tuple[Tensor, Level]] = {}
+    params: dict[Any, tuple[Tensor, Level, Split | None]] = {}
     for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
         new = _group(optimizer, saved, group, i)
         level = bind(optimizer.level(new))
         check_parameters(new, i, level)
-        params.update((index, (param, level)) for index, param in zip(saved["params"], group["params"], strict=True))
+        view = None if level.is_entrywise else new.get("view")
+        params.update(
+            (index, (param, level, view)) for index, param in zip(saved["params"], group["params"], strict=True)
+        )
         new_groups.append(new)
     state: defaultdict[Tensor, Any] = defaultdict(dict)
     for index, saved_state in state_dict["state"].items():
         if index not in params:
             raise ValueError(f"state[{index}]: the checkpoint has no such parameter in its groups")
-        param, level = params[index]
-        state[param] = checked_state(optimizer, saved_state, param, level, f"state[{index}]")
+        param, level, view = params[index]
+        state[param] = checked_state(optimizer, saved_state, param, level, f"state[{index}]", view)
     optimizer.__setstate__({"state": state, "param_groups": new_groups})
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
@@ -86,6 +91,10 @@ def _group(optimizer: Nested, saved: dict[str, Any], group: dict[str, Any], i: i
     new = {**group, **copy.deepcopy({key: value for key, value in saved.items() if key != "params"})}
     if "stack" in group:
         new["stack"] = _level(saved["stack"], group["stack"], f"{path}.stack")
+    if saved.get("view") != _plain(group.get("view")):
+        raise ValueError(f"{path}.view: the checkpoint's is {saved.get('view')}, this optimizer's {group.get('view')}")
+    if "view" in group:
+        new["view"] = group["view"]
     check_group(new)
     return new
 
@@ -106,17 +115,21 @@ def _level(saved: Any, present: Level, path: str) -> Level:
 
 def _kinds(part: Part) -> Any:
     """What a part is made of, without its numbers."""
-    return type(part), [(name, _kinds(inner)) for name, inner in part.parts()]
+    inner = [(name, _kinds(inner)) for name, inner in part.parts()]
+    # side by side there is no first and second
+    return type(part), dict(inner) if isinstance(part, Parallel) else inner
 
 
-def checked_state(optimizer: Nested, saved: dict[str, Any], param: Tensor, level: Level, path: str) -> dict[str, Any]:
+def checked_state(
+    optimizer: Nested, saved: dict[str, Any], param: Tensor, level: Level, path: str, view: Split | None = None
+) -> dict[str, Any]:
     """A copy of the state of one parameter on its device, if it is what the level keeps."""
     found = {optimizer.renamed.get(key, key): value for key, value in saved.items() if value is not None}
     if not found:
         return {}
     # torch's SGD and Muon do not count; what matters is that there was a first step
     step = torch.as_tensor(found.pop(STEP, 1.0), dtype=torch.float32).detach().cpu().clone()
-    expected = dict(leaves(layout(level, param)))
+    expected = dict(leaves(layout(level, param, view)))
     if SUM in found:
         expected[SUM] = torch.empty_like(param, device="meta", dtype=work_dtype(param))
     missing, surplus = expected.keys() - found, found.keys() - expected

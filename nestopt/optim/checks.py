@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nestopt.core.level import Level
+from nestopt.optim.views import Split
 
 
 def names(group: dict[str, Any], index: int) -> list[str]:
@@ -32,13 +33,19 @@ def check_group(group: dict[str, Any]) -> None:
 
 def check_parameters(group: dict[str, Any], index: int, level: Level) -> None:
     """Raise ValueError for a parameter that comes twice, or that the level can't take."""
-    needs_matrices, seen = "matrix" in level.needs, set()
+    needs_matrices, seen, view = "matrix" in level.needs, set(), group.get("view")
+    if view is not None and not isinstance(view, Split):
+        raise TypeError(f"view={view!r} is not a view; give nestopt.optim.Split(parts, dim)")
+    if view is not None and "inputs" in level.needs:
+        raise ValueError(f"{level.label} takes layer inputs, which are not split; leave out view={view!r}")
     for name, param in zip(names(group, index), group["params"], strict=True):
         if param in seen:
             raise ValueError(f"{name} is in the group twice; a tied weight is one parameter: give it once")
         seen.add(param)
         if not param.is_floating_point():
             raise ValueError(f"{name} is {param.dtype}; levels take real floating-point parameters")
+        if view is not None and not view.fits(param):
+            raise ValueError(f"{name} has shape {tuple(param.shape)}, which is no matrix of {view.parts} equal parts")
         if needs_matrices and param.ndim < 2:
             raise ValueError(
                 f"{level.label} takes matrices, and {name} has shape {tuple(param.shape)}; give such parameters "

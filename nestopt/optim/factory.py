@@ -15,6 +15,7 @@ from nestopt.optim.depth import layers
 from nestopt.optim.optimizer import Nested
 from nestopt.optim.places import WHOLE, Chooser, Place, check, place
 from nestopt.optim.roles import roles, unnamed
+from nestopt.optim.views import Split
 
 Route = Literal["auto", "hidden_matrices", "all"] | Chooser
 LayerOf = Callable[[str], int]
@@ -128,8 +129,6 @@ def _groups(
                 "maximize": maximize,
             }
             if found.view != WHOLE:
-                from nestopt.optim.views import Split
-
                 made[found.order]["view"] = Split(*found.view)
         made[found.order]["params"].append((name, named[name]))
         made[found.order]["why"].append(found.why)

@@ -23,7 +23,7 @@ from nestopt.optim.inputs import Scale, Watcher
 from nestopt.optim.lanes import Rates
 from nestopt.optim.metrics import Recorder, finite, memory_norms
 from nestopt.optim.plan import Plan, chosen
-from nestopt.optim.traced import begin, traced_step
+from nestopt.optim.traced import begin_traced, traced_step
 
 log = logging.getLogger("nestopt")
 
@@ -175,13 +175,14 @@ class Nested(Optimizer):
     def _step_traced(self) -> None:
         for index, group in enumerate(self.param_groups):
             level, rates = bind(self.level(group)), self._rates(group)
+            view = None if level.is_entrywise else group.get("view")
             check_gradients(group, index, [param.grad for param in group["params"]])
             for param in group["params"]:
                 if param.grad is not None and param.numel():
                     state = self.state[param]
                     if not state:
-                        state.update(begin(level, param, rates.period))
-                    traced_step(level, param, param.grad, state, rates)
+                        state.update(begin_traced(level, param, rates.period, view))
+                    traced_step(level, param, param.grad, state, rates, view)
 
     def watch(self, model: nn.Module, loss_scale: Scale | None = None) -> None:
         """Sum up what the layers of `model` are shown from now on, for levels that ask for it (`dgd`, `ggd`).
@@ -195,6 +196,15 @@ class Nested(Optimizer):
         """
         levels = {param: self.level(group) for group in self.param_groups for param in group["params"]}
         self._watcher = Watcher(model, levels, loss_scale=loss_scale)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, as in torch, and the layer inputs that belong to them."""
+        super().zero_grad(set_to_none)
+        if self._watcher is not None:
+            for group in self.param_groups:
+                if group.get("period", 1) == 1:  # else they go on adding up, as the gradients' sum does
+                    for param in group["params"]:
+                        self._watcher.take(param)
 
     def _inputs(self, level: Level) -> Callable[[Tensor], Inputs | None] | None:
         """Where a level that asks for layer inputs gets them."""

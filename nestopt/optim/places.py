@@ -35,7 +35,7 @@ class Place:
     period: steps between two changes of the parameter.
     why: in words.
     exception: the number of the group it matches, from 1; 0 is none.
-    view: how many matrices side by side it is, and along which dimension.
+    view: of how many matrices it consists, and along which dimension.
     scale: what the learning rate is multiplied with, as its layer says.
     """
 
@@ -60,24 +60,28 @@ def place(
 ) -> Place:
     """Where one parameter goes, which is in layer `layer` of 0 … `top`."""
     found = _routed(name, param, role, settings, chosen)
-    view, own_rate = (role.parts, 0), False
+    own_view = own_rate = None
     for number, group in enumerate(settings.groups, start=1):
         if re.search(group.match, name):
-            found, own_rate = _excepted(found, group, number, role), group.lr is not None
-            view = view if group.view is None else (group.view.split, group.view.dim)
+            found, own_view, own_rate = _excepted(found, group, number, role), group.view, group.lr
             break
-    if view[0] > 1 and sees_shapes(found.stack, param):
+    view = WHOLE
+    if own_view is not None and _seen_as_matrix(found.stack, param):
+        view = own_view.split, own_view.dim
+    elif own_view is None and not found.stack.needs.isdisjoint(("matrix", "shape")) and INPUTS not in found.stack.needs:
+        view = role.parts, 0
+    if view[0] > 1:
         found = dataclasses.replace(found, view=view, why=f"{found.why}; seen as {view[0]} matrices")
     scale = settings.layer_decay ** (top - layer)
-    if scale != 1 and not own_rate:
+    if scale != 1 and own_rate is None:
         why = f"{found.why}; layer {layer} of 0…{top}, lr × {scale:.3g}"
         found = dataclasses.replace(found, scale=scale, why=why)
     return found
 
 
-def sees_shapes(level: Level, param: Tensor) -> bool:
-    """Whether it matters to `level` which matrices a parameter consists of."""
-    return param.ndim > 1 and not level.needs.isdisjoint(("matrix", "shape"))
+def _seen_as_matrix(level: Level, param: Tensor) -> bool:
+    """Whether `level` does with the entries of `param` anything but one by one."""
+    return param.ndim > 1 and not level.is_entrywise
 
 
 def _excepted(found: Place, group: GroupConfig, number: int, role: Role) -> Place:
@@ -147,13 +151,15 @@ def _unmatched(group: GroupConfig, i: int, named: Mapping[str, Tensor]) -> Confi
 def _check_view(group: GroupConfig, path: str, mine: Mapping[str, tuple[Place, Tensor]]) -> None:
     assert group.view is not None
     split, dim = group.view.split, group.view.dim
-    shown = {name: param for name, (found, param) in mine.items() if sees_shapes(found.stack, param)}
+    shown = {name: param for name, (found, param) in mine.items() if _seen_as_matrix(found.stack, param)}
     if not shown:
         labels = ", ".join(sorted({found.stack.label for found, _ in mine.values()}))
-        problem = f"changes nothing: what {group.match!r} matches goes to {labels}, which sees no matrices there"
+        problem = f"changes nothing: what {group.match!r} matches goes to {labels}, which works entry by entry there"
         raise ConfigError(problem, path, group.view)
     for name, param in shown.items():
-        sizes = param.shape[0], param[0].numel()
-        if sizes[dim] % split:
-            problem = f"{split} does not divide dimension {dim} of {name}, which is {sizes[0]}×{sizes[1]}"
+        shape = "×".join(map(str, param.shape))
+        if param.ndim > 2:
+            raise ConfigError(f"only matrices can be split, and {name} is {shape}", path, group.view)
+        if param.shape[dim] % split:
+            problem = f"{split} does not divide dimension {dim} of {name}, which is {shape}"
             raise ConfigError(problem, f"{path}.split", split)

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestopt.core.clock import start
 from nestopt.core.level import Level
 from nestopt.core.part import Part
 from nestopt.core.tree import leaves
 from nestopt.optim.checks import check_gradients
 from nestopt.optim.lanes import STEP, SUM, Lane, Member, lanes_for
-from nestopt.optim.views import layout, matrix_view, work_dtype
+from nestopt.optim.views import Split, begin, layout, work_dtype
 
 RESTLESS = 3
 """After so many changes of which parameters have a gradient, states are no longer moved into common buffers."""
@@ -108,10 +107,10 @@ class Plan:
     def _settle(
         self, group: dict[str, Any], level: Level, shapes: list[torch.Size | None], state: dict[Tensor, Any]
     ) -> Share:
-        params = list(group["params"])
+        params, view = list(group["params"]), None if level.is_entrywise else group.get("view")
         # an empty tensor has nothing to learn, and no state
         places = [i for i, shape in enumerate(shapes) if shape is not None and shape.numel()]
-        members = [self._member(level, params[i], state[params[i]]) for i in places]
+        members = [self._member(level, params[i], state[params[i]], view) for i in places]
         lanes = lanes_for(level, members, packed=self._changes < RESTLESS, compiled=self._compiled) if members else []
         where = {id(params[i]): i for i in places}
         found: list[tuple[Lane, list[int] | None]] = []
@@ -120,10 +119,10 @@ class Plan:
             found.append((lane, None if order == list(range(len(params))) else order))
         return Share(level, params, shapes, found)
 
-    def _member(self, level: Level, param: Tensor, state: dict[str, Any]) -> Member:
+    def _member(self, level: Level, param: Tensor, state: dict[str, Any], view: Split | None) -> Member:
         if not state:
             state[STEP] = torch.zeros(())
-            tree = start(level, matrix_view(param.detach().to(work_dtype(param)), level))
+            tree = begin(level, param.detach().to(work_dtype(param)), view)
             if taken := tree.keys() & {STEP, SUM}:
                 state.clear()
                 raise ValueError(
@@ -132,10 +131,10 @@ class Plan:
             state.update({path: leaf.clone() for path, leaf in leaves(tree)})
         else:
             # a level's parts without state have no key to be found by
-            tree = layout(level, param)
+            tree = layout(level, param, view)
             if any(path not in state for path, _ in leaves(tree)):
                 self._fill(state, param)
-        return Member(param, state, tree)
+        return Member(param, state, tree, view)
 
 
 def chosen(grads: Sequence[Any], places: list[int] | None) -> Sequence[Any]:

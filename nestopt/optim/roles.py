@@ -66,7 +66,7 @@ def _matrix(module: nn.Module, name: str, param: Tensor) -> Role:
     if param.ndim > 2:
         return Role(False, f"{param.ndim}-dimensional, and not a convolution")
     if isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
-        return Role(True, "the hidden matrices of queries, keys and values")
+        return Role(True, "the hidden matrices of queries, keys and values", parts=3)
     return Role(True, "a hidden matrix")
 
 
@@ -77,10 +77,11 @@ def _watched(module: nn.Module, name: str) -> bool:
 
 def head_of(model: nn.Module) -> tuple[nn.Module | None, str]:
     """The output layer, and why: as the model says it (Hugging Face's method), else its last linear layer."""
-    says = getattr(model, "get_output_embeddings", None)
-    layer = says() if callable(says) else None
-    if layer is not None and getattr(layer, "weight", None) is not None:
-        return layer, "the output layer, by get_output_embeddings()"
+    for module in model.modules():  # the model may be wrapped, or be a part of another
+        says = getattr(module, "get_output_embeddings", None)
+        layer = says() if callable(says) else None
+        if layer is not None and getattr(layer, "weight", None) is not None:
+            return layer, "the output layer, by get_output_embeddings()"
     mixing = [m for m in model.modules() if isinstance(m, nn.Linear | _CONVOLUTIONS)]
     linear = [m for m in mixing if isinstance(m, nn.Linear)]
     if len(mixing) > 1 and linear and mixing[-1] is linear[-1]:

@@ -1,13 +1,17 @@
-"""How a parameter is shown to a level: in which dtype, and as which matrix."""
+"""How a parameter is shown to a level: in which dtype, and as which matrix or matrices."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
+from torch.func import vmap
 
-from nestopt.core.clock import start
+from nestopt.core.clock import advance, advance_, start
 from nestopt.core.level import Level
-from nestopt.core.tree import State
+from nestopt.core.signal import Signal
+from nestopt.core.tree import State, store, tree_map
 
 
 def work_dtype(param: Tensor) -> torch.dtype:
@@ -15,11 +19,82 @@ def work_dtype(param: Tensor) -> torch.dtype:
     return torch.float32 if param.dtype in (torch.float16, torch.bfloat16) else param.dtype
 
 
-def matrix_view(tensor: Tensor, level: Level) -> Tensor:
-    """`tensor` as `level` takes it: `[out, in·kh·kw]` for a convolution's kernel where the level needs matrices."""
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A parameter that is several matrices side by side: a fused query, key and value, or the heads of a layer.
+
+    Levels that look at whole matrices are shown each by itself. Give one as `"view"` of a parameter group.
+
+    Args:
+        parts: how many.
+        dim: along which dimension they lie: 0 for outputs (`qkv.weight` is `Split(3)`), 1 for inputs.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    parts: int
+    dim: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.parts, bool) or not isinstance(self.parts, int) or self.parts < 1:
+            raise ValueError(f"parts={self.parts!r} is not allowed; give a whole number of matrices, 1 or more")
+        if self.dim not in (0, 1):
+            raise ValueError(f"dim={self.dim!r} is not allowed; give 0 (outputs) or 1 (inputs)")
+
+    def fits(self, param: Tensor) -> bool:
+        """Whether `param` is a matrix of so many equal parts."""
+        return param.ndim == 2 and param.shape[self.dim] % self.parts == 0
+
+    def cut(self, matrix: Tensor) -> Tensor:
+        """`[out, in]` as `[parts, out, in]`, the divided dimension that much shorter."""
+        return torch.stack(matrix.chunk(self.parts, self.dim))
+
+    def join(self, stack: Tensor) -> Tensor:
+        """What `cut` took apart."""
+        return torch.cat(stack.unbind(), self.dim)
+
+
+def matrix_view(tensor: Tensor, level: Level, view: Split | None = None) -> Tensor:
+    """`tensor` as `level` takes it: cut by `view`; `[out, in·kh·kw]` for a convolution where it needs matrices."""
+    if view is not None:
+        return view.cut(tensor)
     return tensor.flatten(1) if tensor.ndim > 2 and "matrix" in level.needs else tensor
 
 
-def layout(level: Level, param: Tensor) -> State:
-    """The state that `level` starts with on `param`, without its numbers: tensors on the meta device."""
-    return start(level, matrix_view(torch.empty_like(param, device="meta", dtype=work_dtype(param)), level))
+def back(direction: Tensor, param: Tensor, view: Split | None) -> Tensor:
+    """A direction for what `matrix_view` showed, in the shape of the parameter."""
+    return view.join(direction) if view is not None else direction.reshape(param.shape)
+
+
+def begin(level: Level, param: Tensor, view: Split | None = None) -> State:
+    """The state that `level` starts with on `param`: of the parts of a view, each its own, stacked."""
+    seen = matrix_view(param, level, view)
+    if view is None:
+        return start(level, seen)
+    return tree_map(lambda *each: torch.stack(each), *(start(level, part) for part in seen))
+
+
+def layout(level: Level, param: Tensor, view: Split | None = None) -> State:
+    """As `begin`, without its numbers: tensors on the meta device."""
+    return begin(level, torch.empty_like(param, device="meta", dtype=work_dtype(param)), view)
+
+
+def advance_stack(level: Level, grads: Tensor, states: State, signal: Signal) -> tuple[Tensor, State]:
+    """`advance` for a stack `[n, *shape]` of tensors. Raises RuntimeError if `level` does what `vmap` can't."""
+    if level.is_batched:
+        return advance(level, grads, states, signal)
+
+    def alone(grad: Tensor, state: State, param: Tensor) -> tuple[Tensor, State]:
+        return advance(level, grad, state, dataclasses.replace(signal, param=param))
+
+    assert signal.param is not None  # an optimizer always has one
+    return vmap(alone)(grads, states, signal.param)
+
+
+def advance_stack_(level: Level, grads: Tensor, states: State, signal: Signal) -> Tensor:
+    """`advance_stack` in place. When it raises, nothing has changed."""
+    if level.is_batched:
+        return advance_(level, grads, states, signal)
+    directions, new = advance_stack(level, grads, states, signal)
+    return store(states, new, directions)

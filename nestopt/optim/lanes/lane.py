@@ -16,7 +16,7 @@ from nestopt.core.inputs import Inputs
 from nestopt.core.level import Level
 from nestopt.core.signal import Note, Signal
 from nestopt.core.tree import State, leaves
-from nestopt.optim.views import matrix_view, work_dtype
+from nestopt.optim.views import Split, advance_stack_, back, matrix_view, work_dtype
 
 Shown = Callable[[Tensor], Inputs | None]
 
@@ -63,8 +63,8 @@ class Rates:
 class Member:
     """One parameter of a lane, its state as the optimizer keeps it (flat keys), and as its level made it (a tree)."""
 
-    def __init__(self, param: Tensor, state: dict[str, Any], layout: State) -> None:
-        self.param, self.state = param, state
+    def __init__(self, param: Tensor, state: dict[str, Any], layout: State, view: Split | None = None) -> None:
+        self.param, self.state, self.view = param, state, view
         self.tree = placed(layout, state)
 
     def keep(self, leaves_by_path: dict[str, Tensor]) -> None:
@@ -183,12 +183,14 @@ def _alone(level: Level, member: Member, grad: Tensor, rates: Rates, signal: Sig
     # a narrow parameter is stepped in the wide dtype and rounded once
     wide = param if param.dtype == work_dtype(param) else param.to(work_dtype(param))
     grad = rates.gradient(grad.to(wide.dtype), wide)
-    seen = matrix_view(grad, level)
-    direction = advance_(level, seen, member.tree, dataclasses.replace(signal, param=matrix_view(wide, level)))
+    view = member.view
+    seen = matrix_view(grad, level, view)
+    run = advance_ if view is None else advance_stack_
+    direction = run(level, seen, member.tree, dataclasses.replace(signal, param=matrix_view(wide, level, view)))
     check_shape(level, direction, seen)
     grown = {path: leaf for path, leaf in leaves(member.tree) if member.state[path] is not leaf}
     member.state.update(grown)
-    rates.apply(wide, direction.to(wide.dtype).reshape(wide.shape))
+    rates.apply(wide, back(direction.to(wide.dtype), wide, view))
     if wide is not param:
         param.copy_(wide)
     return bool(grown)

@@ -7,14 +7,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
-from nestopt.core.clock import advance, advance_
 from nestopt.core.level import Level
 from nestopt.core.signal import Signal
-from nestopt.core.tree import leaves, store
+from nestopt.core.tree import leaves
 from nestopt.optim.lanes.lane import Lane, Member, Rates, check_shape, placed
-from nestopt.optim.views import matrix_view, work_dtype
+from nestopt.optim.views import advance_stack_, matrix_view, work_dtype
 
 log = logging.getLogger("nestopt")
 
@@ -42,38 +40,19 @@ class StackLane(Lane):
         shown = rates.gradient(torch.stack(list(grads)).to(params.dtype), params)
         shape = (len(self.params), *matrix_view(first, level).shape)
         try:
-            directions = self._advance(level, shown.reshape(shape), Signal(step, params.reshape(shape), rates.lr))
-        except _NotBatched as error:
+            signal = Signal(step, params.reshape(shape), rates.lr)
+            directions = advance_stack_(level, shown.reshape(shape), self.tree, signal)
+        except RuntimeError as error:
+            if level.is_batched:
+                raise
             # `step` is pure, so nothing has changed; a mistake in it will be raised again, one by one
             self._alone = True
             log.info("%s can't be batched and runs one tensor at a time: %s", level.label, error)
             super().move(level, grads, rates, step)
             return
-        rates.apply(params, directions.to(params.dtype).reshape(params.shape))
-        torch._foreach_copy_(self.params, list(params.unbind()))
-
-    def _advance(self, level: Level, grads: Tensor, signal: Signal) -> Tensor:
-        if is_batched(level):
-            directions = advance_(level, grads, self.tree, signal)
-        else:
-            step, lr = signal.step, signal.lr
-            alone = vmap(lambda g, s, p: advance(level, g, s, Signal(step, p, lr)))
-            try:
-                directions, new = alone(grads, self.tree, signal.param)
-            except RuntimeError as error:
-                raise _NotBatched(str(error)) from error
-            directions = store(self.tree, new, directions)
-        check_shape(level, directions, grads)
+        check_shape(level, directions, shown.reshape(shape))
         buffers = dict(leaves(self.tree))
         if any(buffers[path] is not buffer for path, buffer in self._buffers.items()):
             self._keep(buffers)  # it has grown
-        return directions
-
-
-class _NotBatched(Exception):
-    """`vmap` does not take what a level does."""
-
-
-def is_batched(level: Level) -> bool:
-    """Whether `level` and all levels in it take stacks of tensors."""
-    return level.batched and all(is_batched(part) for _, part in level.parts() if isinstance(part, Level))
+        rates.apply(params, directions.to(params.dtype).reshape(params.shape))
+        torch._foreach_copy_(self.params, list(params.unbind()))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import builtins
 import importlib.metadata
+import os
 import pydoc
 import re
+import runpy
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +77,14 @@ DOLLAR_MATH = re.compile(r"(?<![\\$`\w])\$(?=[^\s$])([^$`]*?[^\s$`\\])\$(?![\w$`
 # -- cross-references: every one is checked, except into other projects --------------------------------------------
 
 nitpicky = True
-LIBRARIES = ("annotated_types", "numpy", "np", "pluggy", "pydantic", "pydantic_core", "safetensors", "torch", "yaml")
+LIBRARIES = ("annotated_types", "numpy", "np", "pluggy", "pydantic", "pydantic_core", "safetensors", "torch", "nn", "yaml")
 nitpick_ignore_regex = [
     (r"py:.*", r"nestopt\..*\._\w+"),  # a private alias or type variable, shown in a signature
     (r"py:.*", rf"({'|'.join((*LIBRARIES, *sys.stdlib_module_names))})(\..*)?"),
     (r"py:.*", rf"({'|'.join(dir(builtins))})"),
     (r"py:.*", r"(Any|Callable|ClassVar|Iterable|Iterator|Literal|Mapping|Module|Path|Sequence|Tensor)"),
     # names of our own type aliases and validators, which the fields of a schema show as they are written
-    (r"py:class", r"(BeforeValidator|Bool|Bytes|DatasetSpec|Finite|LevelSpec|Whole|_rest|no_bool)"),
+    (r"py:class", r"(BeforeValidator|Bool|Bytes|DatasetSpec|Finite|LevelSpec|OnNonfinite|Whole|_rest|no_bool)"),
 ]
 
 # -- examples ------------------------------------------------------------------------------------------------------
@@ -111,6 +114,19 @@ def write_keys(app: Sphinx) -> None:
         _write_table(section, section().model_dump(), folder)
     _write_table(schema.RestConfig, schema.RestConfig().model_dump(), folder)
     _write_table(schema.GroupConfig, dict.fromkeys(schema.GroupConfig.model_fields), folder)
+
+
+def measure_levels(app: Sphinx) -> None:
+    """The pictures and tables of the pages on levels: half a minute, and so only if code has changed since the last."""
+    root = Path(app.srcdir).parent
+    for name in ("trajectories", "level_table"):
+        script, stamp = Path(app.srcdir, "figures", f"{name}.py"), Path(app.srcdir, "levels", "made", f".{name}")
+        code = [script, *(root / "nestopt").rglob("*.py")]
+        if not stamp.exists() or stamp.stat().st_mtime < max(file.stat().st_mtime for file in code):
+            begun = time.time()
+            runpy.run_path(str(script))["main"]()
+            stamp.touch()
+            os.utime(stamp, (begun, begun))  # what was changed meanwhile may not have been seen
 
 
 def _write_table(section: type[schema.Section], defaults: dict[str, Any], folder: Path) -> None:
@@ -146,6 +162,7 @@ def resolve_public_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, 
 def setup(app: Sphinx) -> None:
     """Connect the hooks above."""
     app.connect("builder-inited", write_keys)
+    app.connect("builder-inited", measure_levels)
     app.connect("autodoc-process-docstring", describe_fields, priority=300)
     app.connect("autodoc-process-docstring", prepare_docstring, priority=400)  # before napoleon's 500
     app.connect("missing-reference", resolve_public_name)

@@ -10,6 +10,7 @@ from nestopt.config.schema import (
     OptimizerConfig,
     RestConfig,
     TrainConfig,
+    ViewConfig,
 )
 from nestopt.config.spec import build, to_spec
 
@@ -22,6 +23,7 @@ __all__ = [
     "OptimizerConfig",
     "RestConfig",
     "TrainConfig",
+    "ViewConfig",
     "build",
     "load",
     "save",

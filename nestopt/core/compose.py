@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from nestopt.core.clock import advance, advance_, due, start
+from nestopt.core.clock import advance, advance_, descend_, due, start
 from nestopt.core.level import Level
 from nestopt.core.order import Node
 from nestopt.core.part import FieldError
@@ -110,6 +110,14 @@ class Chain(_Many):
         for name, level in self.levels.items():
             grad = advance_(level, grad, state[name], signal.inside(name))
         return grad
+
+    def descend_(
+        self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float | Tensor, decay: float = 0.0
+    ) -> None:
+        *before, last = self.levels.items()
+        for name, level in before:
+            grad = advance_(level, grad, state[name], signal)
+        descend_(last[1], param, grad, state[last[0]], signal, lr, decay)
 
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
         found: list[Node] = []

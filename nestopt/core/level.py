@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nestopt.core.clock import advance, start
+from nestopt.core.clock import advance, apply_, start
 from nestopt.core.order import Node
 from nestopt.core.part import FieldError, Part
 from nestopt.core.signal import Signal
@@ -77,6 +77,16 @@ class Level(Part):
         """
         direction, new = self.step(grad, state, signal)
         return store(state, new, direction)
+
+    def descend_(
+        self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float | Tensor, decay: float = 0.0
+    ) -> None:
+        """`param ← (1 - lr · decay) param - lr · u` and `state` as `step_` gives them, both in place.
+
+        A level overrides this where one kernel does it all. `signal.param` is `param`.
+        """
+        direction = self.step_(grad, state, signal)
+        apply_(param, direction, lr, decay)
 
     @property
     def is_batched(self) -> bool:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from nestopt.core.inputs import Inputs
 
+Debiases = Callable[[float, int], Tensor]
+"""What gives 1 / (1 - β^(step // period)) ready made."""
+
 Note = Callable[[str, Tensor], None]
 """Takes what a level reports of its work, by name."""
 
@@ -26,6 +29,9 @@ class Signal:
         inputs: what the layer that `param` belongs to was shown, for levels that require `"inputs"`; None where it
             was never seen.
         note: where a level reports numbers about its work (`signal.report`); None while nobody listens.
+        divided: how many steps of the outermost context one step of this one is.
+        debiases: where `debias` gets its factors from, if not from `step`: inside a compiled kernel a power would be
+            calculated anew for every entry of a tensor.
     """
 
     step: int | Tensor
@@ -33,25 +39,30 @@ class Signal:
     lr: float | Tensor | None = None
     inputs: Inputs | None = None
     note: Note | None = None
+    divided: int = 1
+    debiases: Debiases | None = None
 
     def every(self, period: int) -> Signal:
         """The signal of a level that acts once in `period` steps: its step counts its own writes."""
         if isinstance(self.step, Tensor):
             # never 0: the branch that is not taken must stay finite for the gradient of `where`
-            return dataclasses.replace(self, step=(self.step // period).clamp(min=1))
-        return dataclasses.replace(self, step=self.step // period)
+            step: int | Tensor = (self.step // period).clamp(min=1)
+        else:
+            step = self.step // period
+        return dataclasses.replace(self, step=step, divided=self.divided * period)
 
     def count(self, like: Tensor) -> int | Tensor:
         """`step` as a number to calculate with: an int, or a tensor in the dtype of `like`."""
         return self.step.to(like.dtype) if isinstance(self.step, Tensor) else self.step
 
-    def correction(self, beta: float, like: Tensor) -> float | Tensor:
-        """1 - β^step, by which an average with decay β is divided to undo its start at 0 (Kingma & Ba 2015)."""
+    def debias(self, average: Tensor, beta: float) -> Tensor:
+        """average / (1 - β^step): what an average with decay β would be, had it not started at 0 (Kingma & Ba 2015)."""
+        if self.debiases is not None:
+            return average * self.debiases(beta, self.divided)
         if not isinstance(self.step, Tensor):
-            return 1.0 - beta**self.step
+            return average / (1.0 - beta**self.step)
         # 1 - β^t would lose its digits where β^t is close to 1
-        count = self.step.to(like.dtype)
-        return -torch.expm1(count * math.log(beta)) if beta else torch.ones_like(count)
+        return average / -torch.expm1(self.step.to(average.dtype) * math.log(beta)) if beta else average
 
     def on(self, param: Tensor | None) -> Signal:
         """The signal of a level that learns `param`, which is no layer's weight: a memory's, or another's state."""

@@ -21,6 +21,21 @@ def available(device: str, dtype: torch.dtype) -> bool:
     )
 
 
+def takes(*tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors as they are: they read contiguous memory, whatever the strides say."""
+    first = tensors[0]
+    return (
+        available(first.device.type, first.dtype)
+        and all(map(Tensor.is_contiguous, tensors))
+        and {tensor.dtype for tensor in tensors} == {first.dtype}
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _on_cpu(step: float) -> Tensor:
+    return torch.tensor(step, dtype=torch.float32)
+
+
 def adam(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -41,6 +56,8 @@ def adam(
     `step` counts from 1; `float("inf")` leaves out the bias correction. Weight decay is added to the gradient, or
     taken off the parameter if `decoupled`.
     """
+    device = params[0].device
+    count = _on_cpu(step) if device.type == "cpu" else torch.full((), step, device=device)
     kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
     kernel(  # type: ignore[call-overload]
         params,
@@ -48,7 +65,7 @@ def adam(
         exp_avgs,
         exp_avg_sqs,
         max_exp_avg_sqs,
-        [torch.full((), step, device=params[0].device)] * len(params),
+        [count] * len(params),
         lr=lr,
         beta1=betas[0],
         beta2=betas[1],

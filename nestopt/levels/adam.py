@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from nestopt.core.part import FieldError, Number
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, store
 from nestopt.kernels import fused
+from nestopt.kernels.scratch import scratch_like
 
 
 class Adam(Level):
@@ -63,32 +65,48 @@ class Adam(Level):
         new = {"exp_avg": m, "exp_avg_sq": h}
         if self.amsgrad:
             h = new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], h)
-        # the root of an exact 0 has no gradient, and a level must be differentiable
-        root = h.clamp_min(torch.finfo(h.dtype).tiny).sqrt()
         if self.bias_correction:
-            root, m = root / signal.correction(beta2, grad) ** 0.5, m / signal.correction(beta1, grad)
-        return m / (root + self.eps), new
+            m, h = signal.debias(m, beta1), signal.debias(h, beta2)
+        # the root of an exact 0 has no gradient, and a level must be differentiable
+        return m / (h.clamp_min(torch.finfo(h.dtype).tiny).sqrt() + self.eps), new
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
-        if self.eps == 0 or not fused.available(grad.device.type, grad.dtype):
+        if self.eps == 0 or not fused.takes(grad, *state.values()):
             plain, new = Adam.step(self, grad, state, signal)
             return store(state, new, plain)
         # the kernel steps a parameter: one of zeros, at a rate of -1, arrives at the direction
-        direction = torch.zeros_like(grad)
-        largest = [state["max_exp_avg_sq"]] if self.amsgrad else []
-        step = float(signal.step) if self.bias_correction else math.inf
+        direction = scratch_like(grad).zero_()
+        self._kernel(direction, grad, state, signal, -1.0, 0.0)
+        return direction
+
+    def descend_(
+        self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float | Tensor, decay: float = 0.0
+    ) -> None:
+        if self.eps == 0 or not fused.takes(param, grad, *state.values()):
+            Level.descend_(self, param, grad, state, signal, lr, decay)
+        else:
+            self._kernel(param, grad, state, signal, lr, decay + self._own_decay)
+
+    @property
+    def _own_decay(self) -> float:
+        return 0.0
+
+    def _kernel(
+        self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float | Tensor, decay: float
+    ) -> None:
         fused.adam(
-            [direction],
+            [param],
             [grad],
             [state["exp_avg"]],
             [state["exp_avg_sq"]],
-            largest,
-            step,
-            lr=-1.0,
+            [state["max_exp_avg_sq"]] if self.amsgrad else [],
+            float(signal.step) if self.bias_correction else math.inf,
+            lr=lr,
             betas=self.betas,
             eps=self.eps,
+            weight_decay=decay,
+            decoupled=True,
         )
-        return direction
 
 
 class AdamW(Adam):
@@ -114,6 +132,16 @@ class AdamW(Adam):
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
         return self._decayed(super().step_(grad, state, signal), signal)
+
+    def descend_(
+        self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float | Tensor, decay: float = 0.0
+    ) -> None:
+        run = super().descend_ if isinstance(self.weight_decay, int | float) else partial(Level.descend_, self)
+        run(param, grad, state, signal, lr, decay)
+
+    @property
+    def _own_decay(self) -> float:
+        return self.weight_decay  # type: ignore[return-value]
 
     def _decayed(self, direction: Tensor, signal: Signal) -> Tensor:
         if isinstance(self.weight_decay, int | float) and self.weight_decay == 0:

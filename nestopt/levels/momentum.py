@@ -16,6 +16,7 @@ from nestopt.core.order import Node
 from nestopt.core.part import Gate, Number
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State
+from nestopt.kernels import fused
 from nestopt.levels.within import nodes_of_momentum
 
 
@@ -71,6 +72,27 @@ class Momentum(Level):
         else:
             m.mul_(beta).add_(grad, alpha=1 - dampening)
         return torch.add(grad, m, alpha=beta) if self.nesterov else m
+
+
+    def descend_(
+        self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float | Tensor, decay: float = 0.0
+    ) -> None:
+        beta, dampening = self.beta, self.dampening
+        numbers = not isinstance(beta, Tensor | Gate) and not isinstance(dampening, Tensor | Gate)
+        if decay or not numbers or not fused.takes(param, grad, state["momentum"]):
+            super().descend_(param, grad, state, signal, lr, decay)
+            return
+        first = self.undamped_start and bool(signal.step == 1)
+        fused.sgd(
+            [param],
+            [grad],
+            [state["momentum"]],
+            lr=lr,
+            momentum=beta,  # type: ignore[arg-type]
+            dampening=dampening,  # type: ignore[arg-type]
+            nesterov=self.nesterov,
+            first=first,
+        )
 
 
 def _add(a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:

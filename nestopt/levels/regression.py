@@ -71,7 +71,7 @@ class RegressionOptimum(Level):
 
     def _optimum(self, s1: Tensor, s2: Tensor, signal: Signal) -> Tensor:
         if self.bias_correction:
-            s1, s2 = s1 / signal.correction(self.betas[0], s1), s2 / signal.correction(self.betas[1], s2)
+            s1, s2 = signal.debias(s1, self.betas[0]), signal.debias(s2, self.betas[1])
         # 0 / 0 where nothing but zeros has been seen, and a root without a derivative
         s2 = s2.clamp_min(torch.finfo(s2.dtype).tiny)
         power = POWERS[self.target] if isinstance(self.target, str) else self.target

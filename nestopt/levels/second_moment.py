@@ -14,6 +14,7 @@ from nestopt.core.level import Level
 from nestopt.core.order import Node
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State
+from nestopt.kernels.scratch import scratch_like
 from nestopt.levels.within import nodes_within, refuse_unused
 
 
@@ -62,19 +63,18 @@ class SecondMoment(Level):
         direction, of = advance(self.of, grad, state["of"], signal.inside("of"))
         keep, take = self._weights
         h = (keep * state["exp_avg_sq"]).addcmul(grad, grad, value=take)
+        square = signal.debias(h, self.beta2) if self._corrects else h
         # the root of an exact 0 has no gradient, and a level must be differentiable
-        root = h.clamp_min(torch.finfo(h.dtype).tiny).sqrt()
-        if self._corrects:
-            root = root / signal.correction(self.beta2, grad) ** 0.5
+        root = square.clamp_min(torch.finfo(h.dtype).tiny).sqrt()
         return direction / (root + self.eps), {"exp_avg_sq": h, "of": of}
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
         direction = advance_(self.of, grad, state["of"], signal.inside("of"))
         keep, take = self._weights
         h = state["exp_avg_sq"].mul_(keep).addcmul_(grad, grad, value=take)
-        root = h.sqrt() if self.eps else h.clamp_min(torch.finfo(h.dtype).tiny).sqrt_()
-        if self._corrects:
-            root.div_(signal.correction(self.beta2, grad) ** 0.5)
+        square = signal.debias(h, self.beta2) if self._corrects else h
+        tiny = torch.finfo(h.dtype).tiny
+        root = torch.sqrt(square if self.eps else square.clamp_min(tiny), out=scratch_like(direction))
         return torch.div(direction, root.add_(self.eps), out=root)
 
     @property

@@ -100,7 +100,7 @@ class MatrixPreconditioner(Level):
         if now is False:
             return old
         if self.mode == "ema" and self.bias_correction:
-            gram = gram / signal.correction(self.beta2, gram)
+            gram = signal.debias(gram, self.beta2)
         new = inverse_root(gram, 2 * len(_kept(state)), self.eps)
         return torch.where(now, new, old) if isinstance(now, Tensor) else new
 
@@ -109,7 +109,7 @@ class MatrixPreconditioner(Level):
         for side in _kept(state):
             root = state[side]["root"]
             m = root @ m if side == "left" else m @ root
-        return m / signal.correction(self.beta, m) if self.beta and self.bias_correction else m
+        return signal.debias(m, self.beta) if self.beta and self.bias_correction else m
 
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
         every = period * self.period

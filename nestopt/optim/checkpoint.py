@@ -26,7 +26,7 @@ from nestopt.optim.views import Split, layout, work_dtype
 if TYPE_CHECKING:
     from nestopt.optim.optimizer import Nested
 
-LATER = frozenset({"maximize", "decoupled_weight_decay", "differentiable", "ns_form"})
+LATER = frozenset({"maximize", "decoupled_weight_decay", "differentiable", "ns_form", "coupled"})
 """Settings that torch's optimizers do not save, or not in every version. All others must be there."""
 
 
@@ -129,6 +129,8 @@ def checked_state(
         return {}
     # torch's SGD and Muon do not count; what matters is that there was a first step
     step = torch.as_tensor(found.pop(STEP, 1.0), dtype=torch.float32).detach().cpu().clone()
+    if optimizer.ways.capturable:
+        step = step.to(param.device)
     expected = dict(leaves(layout(level, param, view)))
     if SUM in found:
         expected[SUM] = torch.empty_like(param, device="meta", dtype=work_dtype(param))
@@ -142,9 +144,13 @@ def checked_state(
         have = found[key]
         if not isinstance(have, Tensor):
             raise ValueError(f"{path}.{key}: is {type(have).__name__} in the checkpoint, and should be a tensor")
-        # a dimension that starts empty is one that grows
-        if have.ndim != want.ndim or any(n not in (0, m) for n, m in zip(want.shape, have.shape, strict=True)):
+        if not keeps_shape(have, want):
             raise ValueError(f"{path}.{key}: has shape {tuple(have.shape)} in the checkpoint, {tuple(want.shape)} here")
     return {STEP: step} | {
         key: value.detach().to(param.device, expected[key].dtype, copy=True) for key, value in found.items()
     }
+
+
+def keeps_shape(state: Tensor, layout: Tensor) -> bool:
+    """Whether `state` has the shape that it started with; a dimension that starts empty is one that grows."""
+    return state.ndim == layout.ndim and all(n in (0, m) for n, m in zip(layout.shape, state.shape, strict=True))

@@ -15,22 +15,23 @@ _LISTS = (nn.ModuleList, nn.Sequential)
 def layers(model: nn.Module) -> dict[str, int]:
     """The layer of each parameter by name, tied ones once: 0 before the blocks, 1 … n in them, n + 1 after.
 
-    Blocks are the modules of the class that stands most often in the model's `ModuleList`s and `Sequential`s (not in
-    those within a block). Outside of them an embedding is in layer 0, the output layer in n + 1, and what stands
-    between two blocks (in the order of definition) in the layer of the one before it. With a rate lr·decayⁿ⁺¹⁻ⁱ in
-    layer i this is BEiT's layer-wise decay (Bao et al. 2021, arXiv 2106.08254).
+    Blocks are what a list (`ModuleList` or `Sequential`) outside of other blocks repeats: its items of the class that
+    is most frequent in it. Blocks of several classes are counted on (an encoder's, then a decoder's), but for classes
+    with at most half as many blocks as another. Outside of blocks an embedding is in layer 0, the output layer in
+    n + 1, and what stands between two blocks (in the order of definition) in the layer of the one before it. With a
+    rate lr·decayⁿ⁺¹⁻ⁱ in layer i this is BEiT's layer-wise decay (Bao et al. 2021, arXiv 2106.08254).
 
     Raises:
-        ValueError: the model has no such list.
+        ValueError: no list of the model repeats anything.
     """
-    counts = Counter(type(module) for module in _items(model))
-    if not counts:
+    blocks = list(dict.fromkeys(_repeated(model)))
+    if not blocks:
         raise ValueError(
-            f"layer_decay can't tell the layers of {type(model).__name__}: no ModuleList or Sequential in it; "
-            "give layer_of, a function from a parameter's name to the number of its layer"
+            f"layer_decay can't tell the layers of {type(model).__name__}: no ModuleList or Sequential in it repeats "
+            "anything; give layer_of, a function from a parameter's name to the number of its layer"
         )
-    kind = max(counts, key=lambda cls: counts[cls])  # of equals the first, which is the outermost
-    blocks = list(dict.fromkeys(module for module in _items(model, kind) if type(module) is kind))
+    counts = Counter(map(type, blocks))
+    blocks = [block for block in blocks if 2 * counts[type(block)] > max(counts.values())]
     within = _ids((i, block) for i, block in enumerate(blocks, start=1))
     head = head_of(model)[0]
     outside = _ids((0, module) for module in model.modules() if isinstance(module, EMBEDDINGS))
@@ -44,14 +45,27 @@ def layers(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def _items(module: nn.Module, kind: type | None = None) -> Iterator[nn.Module]:
-    """What stands in lists, with parameters: the outermost, and in lists within lists unless these are of `kind`."""
-    for child in module.children():
-        if isinstance(module, _LISTS) and next(child.parameters(), None) is not None:
+def _repeated(module: nn.Module) -> Iterator[nn.Module]:
+    """What lists repeat, in the order of definition; a list that does nothing but repeat is looked into instead."""
+    children = _children(module)
+    counts = Counter(type(child) for child in children if not _repeats_only(child))
+    kind, number = counts.most_common(1)[0] if counts and isinstance(module, _LISTS) else (None, 0)
+    alone = len(children) == 1 and not isinstance(children[0], _LISTS)
+    for child in children:
+        if type(child) is kind and not _repeats_only(child) and (number > 1 or alone):
             yield child
-            if type(child) is kind or not isinstance(child, _LISTS):
-                continue
-        yield from _items(child, kind)
+        else:
+            yield from _repeated(child)
+
+
+def _repeats_only(module: nn.Module) -> bool:
+    children = _children(module)
+    return isinstance(module, _LISTS) and len(children) > 1 and len(set(map(type, children))) == 1
+
+
+def _children(module: nn.Module) -> list[nn.Module]:
+    """Those that have parameters."""
+    return [child for child in module.children() if next(child.parameters(), None) is not None]
 
 
 def _ids(numbered: Iterable[tuple[int, nn.Module]]) -> dict[int, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,8 +13,9 @@ from nestopt.config import Config, load
 from nestopt.config.load import names_file
 from nestopt.config.schema import GroupConfig, OptimizerConfig
 from nestopt.core.inputs import INPUTS
+from nestopt.core.part import nearest
 from nestopt.optim.depth import layers
-from nestopt.optim.optimizer import Nested
+from nestopt.optim.optimizer import Nested, Ways
 from nestopt.optim.places import WHOLE, Chooser, Place, check, place
 from nestopt.optim.roles import roles, unnamed
 from nestopt.optim.views import Split
@@ -69,7 +72,9 @@ def optimizer(
     Raises:
         ConfigError: a spec that can't be built, a group that matches nothing, a view that does not fit.
         ValueError: nothing to optimize; `strict` and nothing for the stack; layers that can't be told.
+        TypeError: an argument that there is not.
     """
+    _check_ways(ways)
     settings = _settings(
         spec,
         {
@@ -106,6 +111,14 @@ def optimizer(
     if model is not None and any(INPUTS in built.level(group).needs for group in built.param_groups):
         built.watch(model)
     return built
+
+
+def _check_ways(ways: Mapping[str, Any]) -> None:
+    allowed = [field.name for field in dataclasses.fields(Ways)]
+    for name in ways:
+        if name not in allowed:
+            known = [*inspect.signature(optimizer).parameters, *allowed]
+            raise TypeError(f"nestopt.optimizer has no argument {name!r}.{nearest(name, known)}")
 
 
 def _groups(

@@ -14,19 +14,22 @@ from nestopt.kernels.newton_schulz import QUINTIC, Form
 from nestopt.levels.adam import Adam as AdamLevel
 from nestopt.levels.momentum import Momentum
 from nestopt.levels.muon import Muon as MuonLevel
-from nestopt.optim.optimizer import Nested
+from nestopt.optim.optimizer import Nested, Ways
 from nestopt.optim.views import work_dtype
 
 
-def _refuse(optimizer: type[Nested], **flags: bool) -> None:
-    for flag, value in flags.items():
-        if value:
-            raise ValueError(f"{flag}=True is not supported by nestopt.optim.{optimizer.__name__}; leave it out")
+def _refuse_differentiable(optimizer: type[Nested], differentiable: bool) -> None:
+    if differentiable:
+        name = optimizer.__name__
+        raise ValueError(
+            f"nestopt.optim.{name}: differentiable=True is not allowed, as its steps are in place; "
+            "to differentiate through steps use nestopt.optim.functional_step"
+        )
 
 
 class SGD(Nested):
     """`torch.optim.SGD`: the level `momentum` (or `gd`), coupled weight decay. Arguments, defaults and results as
-    there; `foreach` and `fused` change nothing.
+    there; `foreach` and `fused` change nothing: it is torch's fused kernel where there is one.
 
     Raises:
         ValueError: a value out of range; nesterov without momentum, or with dampening.
@@ -60,7 +63,7 @@ class SGD(Nested):
             "nesterov": nesterov,
             "maximize": maximize,
         }
-        _refuse(SGD, differentiable=differentiable)
+        _refuse_differentiable(SGD, differentiable)
         self._start(params, defaults)
 
     def level(self, group: dict[str, Any]) -> Level:
@@ -79,7 +82,7 @@ class SGD(Nested):
 
 class Adam(Nested):
     """`torch.optim.Adam`: the level `adam`, coupled weight decay unless `decoupled_weight_decay`. Arguments, defaults
-    and results as there; `foreach` and `fused` change nothing.
+    and results as there; `foreach` and `fused` change nothing: it is torch's fused kernel where there is one.
 
     Raises:
         ValueError: a value out of range.
@@ -110,8 +113,8 @@ class Adam(Nested):
             "maximize": maximize,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        _refuse(type(self), capturable=capturable, differentiable=differentiable)
-        self._start(params, defaults)
+        _refuse_differentiable(type(self), differentiable)
+        self._start(params, defaults, Ways(capturable=capturable))
 
     def level(self, group: dict[str, Any]) -> Level:
         return AdamLevel(tuple(group["betas"]), group["eps"], amsgrad=group["amsgrad"])
@@ -122,7 +125,7 @@ class Adam(Nested):
 
 class AdamW(Adam):
     """`torch.optim.AdamW`: the level `adam` with decoupled weight decay. Arguments, defaults and results as there;
-    `foreach` and `fused` change nothing.
+    `foreach` and `fused` change nothing: it is torch's fused kernel where there is one.
 
     Raises:
         ValueError: a value out of range.

@@ -61,7 +61,8 @@ class Nested(Optimizer):
             of one), `lr`, `weight_decay`, `period` and `maximize`.
         stack: the level, or a spec of one (a name, a mapping, a list for a chain).
         lr: step size, a number or a tensor of one element. Default 1e-3.
-        weight_decay: decoupled, λ above. Default 0.
+        weight_decay: λ above. Default 0.
+        coupled: add λW to the gradient instead of taking it off the weights (L2 regularisation). Default False.
         period: on a group, accumulate gradients (their sum) and step once in so many calls; parameters stay as they
             are in between (NL eq. 71). Default 1.
         maximize: ascend instead. Default False.
@@ -88,6 +89,7 @@ class Nested(Optimizer):
         lr: float | Tensor = 1e-3,
         weight_decay: float = 0.0,
         *,
+        coupled: bool = False,
         period: int = 1,
         maximize: bool = False,
         on_nonfinite: OnNonfinite = "ignore",
@@ -99,6 +101,7 @@ class Nested(Optimizer):
             "stack": build("level", stack, "stack"),
             "lr": lr,
             "weight_decay": weight_decay,
+            "coupled": coupled,
             "period": period,
             "maximize": maximize,
         }
@@ -138,7 +141,7 @@ class Nested(Optimizer):
 
     def coupled(self, group: dict[str, Any]) -> bool:
         """Whether a group's weight decay is added to the gradient (L2) instead of taken off the weights."""
-        return False
+        return group.get("coupled", False)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from nestopt.core.level import Level
 from nestopt.core.part import Part
-from nestopt.core.tree import leaves
-from nestopt.optim.checks import check_gradients
+from nestopt.core.tree import State, leaves
+from nestopt.optim.checkpoint import keeps_shape
+from nestopt.optim.checks import check_gradients, names
 from nestopt.optim.lanes import STEP, SUM, Lane, Member, lanes_for
 from nestopt.optim.views import Split, begin, layout, work_dtype
 
@@ -91,7 +92,7 @@ class Plan:
             if old is not None:
                 self._changes += not fits[i]
                 old.leave()
-            self._shares[i : i + 1] = [self._settle(group, level, shapes[i], state)]
+            self._shares[i : i + 1] = [self._settle(group, i, level, shapes[i], state)]
             self._known = list(state.values())
         return self._shares
 
@@ -105,12 +106,13 @@ class Plan:
         self._shares, self._known = [], []
 
     def _settle(
-        self, group: dict[str, Any], level: Level, shapes: list[torch.Size | None], state: dict[Tensor, Any]
+        self, group: dict[str, Any], index: int, level: Level, shapes: list[torch.Size | None], state: dict[Tensor, Any]
     ) -> Share:
         params, view = list(group["params"]), None if level.is_entrywise else group.get("view")
+        called = names(group, index)
         # an empty tensor has nothing to learn, and no state
         places = [i for i, shape in enumerate(shapes) if shape is not None and shape.numel()]
-        members = [self._member(level, params[i], state[params[i]], view) for i in places]
+        members = [self._member(level, params[i], state[params[i]], view, called[i]) for i in places]
         lanes = lanes_for(level, members, packed=self._changes < RESTLESS, compiled=self._compiled) if members else []
         where = {id(params[i]): i for i in places}
         found: list[tuple[Lane, list[int] | None]] = []
@@ -119,7 +121,7 @@ class Plan:
             found.append((lane, None if order == list(range(len(params))) else order))
         return Share(level, params, shapes, found)
 
-    def _member(self, level: Level, param: Tensor, state: dict[str, Any], view: Split | None) -> Member:
+    def _member(self, level: Level, param: Tensor, state: dict[str, Any], view: Split | None, name: str) -> Member:
         if not state:
             state[STEP] = torch.zeros(())
             tree = begin(level, param.detach().to(work_dtype(param)), view)
@@ -134,7 +136,23 @@ class Plan:
             tree = layout(level, param, view)
             if any(path not in state for path, _ in leaves(tree)):
                 self._fill(state, param)
+            _check_state(level, param, state, tree, name)
         return Member(param, state, tree, view)
+
+
+def _check_state(level: Level, param: Tensor, state: dict[str, Any], tree: State, name: str) -> None:
+    """Raise RuntimeError for a state that `level` can't have left: put there by hand, or outgrown by a new `.data`."""
+    wanted = {STEP: torch.zeros(()), **dict(leaves(tree))}
+    if SUM in state:
+        wanted[SUM] = param
+    for key, want in wanted.items():
+        have = state.get(key)
+        if not isinstance(have, Tensor) or not keeps_shape(have, want):
+            found = f"has shape {tuple(have.shape)}" if isinstance(have, Tensor) else f"is {have!r}"
+            raise RuntimeError(
+                f"{name}: the state {key!r} {found}, and {level.label} keeps a tensor of shape {tuple(want.shape)} for "
+                f"a parameter of shape {tuple(param.shape)}; to start anew, optimizer.state.pop(parameter)"
+            )
 
 
 def chosen(grads: Sequence[Any], places: list[int] | None) -> Sequence[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,10 @@ class Lion(nestopt.Level):
         beta1: share of the memory in the direction. Default 0.9.
         beta2: decay of the memory. Default 0.99.
     """
+
+    # all of it is entry by entry: tensors may be stacked, cut and glued together, which is a great deal faster
+    batched: ClassVar[bool] = True
+    entrywise: ClassVar[bool] = True
 
     beta1: float = 0.9
     beta2: float = 0.99

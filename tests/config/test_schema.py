@@ -20,11 +20,12 @@ from nestopt.config import (
     OptimizerConfig,
     RestConfig,
     TrainConfig,
+    ViewConfig,
 )
 from nestopt.config.io import parse
 from nestopt.core import Dataset, chain
 
-SECTIONS = [Config, ModelConfig, OptimizerConfig, GroupConfig, RestConfig, DataConfig, TrainConfig]
+SECTIONS = [Config, ModelConfig, OptimizerConfig, GroupConfig, RestConfig, ViewConfig, DataConfig, TrainConfig]
 
 
 def errors_of(data: Any) -> dict[str, str]:

@@ -120,6 +120,35 @@ def test_a_run_goes_on_from_a_checkpoint(hf: SimpleNamespace, name: str, tmp_pat
     assert_equal(weights(whole), weights(resumed))
 
 
+def test_layers_are_watched_in_the_trainer(hf: SimpleNamespace, tmp_path: Path, caplog: Any) -> None:
+    found = []
+    for spec in ("dgd", {"level": "dgd", "delta": 0}):
+        model = hf.language_model()
+        made = nestopt.optimizer(model, spec, lr=0.1)
+        with caplog.at_level("WARNING", "nestopt"):
+            hf.trainer(model, str(tmp_path), steps=4, optimizers=(made, None)).train()
+        found.append(weights(model))
+    assert not [record for record in caplog.records if record.name == "nestopt"]
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(found[0][name], found[1][name])
+
+
+def test_layers_of_their_models(hf: SimpleNamespace) -> None:
+    """As many layers as the configuration says, an encoder's before a decoder's."""
+    library, layers = importlib.import_module("transformers"), nestopt.optim.depth.layers
+    gpt2 = layers(library.GPT2LMHeadModel(library.GPT2Config(n_embd=8, n_layer=3, n_head=2, vocab_size=9)))
+    sizes = {"d_model": 8, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "vocab_size": 9}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_layers": 3, "decoder_layers": 2}
+    bart = layers(library.BartForConditionalGeneration(library.BartConfig(**sizes)))
+    for found, lists in ((gpt2, {r"\.h": 1}), (bart, {r"encoder\.layers": 1, r"decoder\.layers": 4})):
+        for name, layer in found.items():
+            for path, first in lists.items():
+                if match := re.search(rf"{path}\.(\d+)", name):
+                    assert layer == first + int(match[1]), name
+    assert gpt2["transformer.wpe.weight"] == bart["model.shared.weight"] == 0
+    assert gpt2["transformer.ln_f.weight"] == 4
+
+
 # -- Lightning ---------------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 import nestopt
+from nestopt.cli import main
 from nestopt.core import Level, hookimpl, registry
 
 
@@ -47,3 +50,14 @@ def test_a_star_import_leaves_the_list_of_python() -> None:
     exec("from nestopt.levels import *", names)
     assert names["momentum"] is nestopt.levels.momentum
     assert "list" not in names
+
+
+def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["levels", "*momentum*"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "level:"
+    assert [line.split()[0] for line in lines[1:]] == nestopt.levels.list("*momentum*")
+    assert main(["levels", "newton_schulz"]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line.endswith(":")] == ["level:", "output:"]
+    assert main(["levels", "muno"]) == 2
+    assert "nothing is called 'muno'. Did you mean 'muon'" in capsys.readouterr().err

@@ -108,6 +108,17 @@ class Translator(nn.Module):
         return self.readout
 
 
+class TwoKinds(nn.Module):
+    """As BART: an encoder and a decoder of different blocks; and lists too short to count."""
+
+    def __init__(self, decoder: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1))
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 4, enable_nested_tensor=False)
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 8), decoder)
+        self.heads = nn.ModuleList([nn.Linear(8, 2), nn.Linear(8, 3)])
+
+
 class Pairs(nn.Module):
     """Each block is a list of its parts."""
 
@@ -148,7 +159,44 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
             "late_table": 0,
         },
     ),
+    "two kinds": (
+        lambda: TwoKinds(decoder=3),
+        {
+            "stem": 0,
+            **{f"encoder.layers.{i}": i + 1 for i in range(4)},
+            **{f"decoder.layers.{i}": i + 5 for i in range(3)},
+            "heads": 8,
+        },
+    ),
+    "a short second kind": (
+        lambda: TwoKinds(decoder=2),
+        {"stem": 0, **{f"encoder.layers.{i}": i + 1 for i in range(4)}, "decoder": 5, "heads": 5},
+    ),
+    "one module with blocks in a list": (
+        lambda: nn.Sequential(
+            nn.Embedding(5, 8),
+            nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 2, enable_nested_tensor=False),
+            nn.Linear(8, 5),
+        ),
+        {"0": 0, "1.layers.0": 1, "1.layers.1": 2, "2": 3},
+    ),
+    "blocks of several linear layers": (
+        lambda: nn.Sequential(
+            nn.Linear(4, 4), *(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(3))
+        ),
+        {"0": 0, "1": 1, "2": 2, "3": 3},
+    ),
     "pairs": (Pairs, {"layers.0": 1, "layers.1": 2, "layers.2": 3, "out": 4}),
+    "lists in lists": (
+        lambda: nn.Sequential(
+            nn.Embedding(5, 4),
+            nn.ModuleList(
+                [nn.ModuleList([nn.LayerNorm(4), nn.ModuleList([nn.Linear(4, 4), nn.GELU()])]) for _ in range(3)]
+            ),
+            nn.Linear(4, 5),
+        ),
+        {"0": 0, "1.0": 1, "1.1": 2, "1.2": 3, "2": 4},
+    ),
     "tied head": (TiedHead, {"embed": 0, "blocks.0": 1, "blocks.1": 2}),
     "sequential": (
         lambda: nn.Sequential(nn.Embedding(5, 4), Residual(), Residual(), nn.LayerNorm(4), nn.Linear(4, 5)),
@@ -240,7 +288,9 @@ def test_layers_by_a_function() -> None:
 
 
 def test_what_can_not_be_told_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"can't tell the layers of Linear: no ModuleList.*give layer_of"):
+    with pytest.raises(
+        ValueError, match=r"can't tell the layers of Linear: no ModuleList or Sequential in it repeats.*give layer_of"
+    ):
         optimizer(nn.Linear(2, 2), "momentum", layer_decay=0.9)
     with pytest.raises(ValueError, match="layer_decay needs a model, or layer_of"):
         optimizer([torch.ones(2, requires_grad=True)], "momentum", layer_decay=0.9)

@@ -141,6 +141,40 @@ def test_the_output_layer_that_the_model_names() -> None:
     assert why(built)["readout.weight"] == "the output layer, by get_output_embeddings()"
 
 
+class HeadFirst(nn.Module):
+    """As Hugging Face ties them, with the use as an output layer defined before the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lm_head = nn.Linear(8, 11, bias=False)
+        self.body = nn.Linear(8, 8, bias=False)
+        self.embed = nn.Embedding(11, 8)
+        self.lm_head.weight = self.embed.weight
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+
+def test_a_tie_is_found_by_identity() -> None:
+    model = HeadFirst()
+    built = optimizer(model, "muon")
+    assert_complete(built, model)
+    assert where(built) == {"lm_head.weight": "adamw", "body.weight": "muon"}
+    model.lm_head.weight = nn.Parameter(torch.zeros(11, 8))  # equal in shape is not tied
+    model.get_output_embeddings = lambda: None  # type: ignore[assignment]
+    assert taken(optimizer(model, "muon"), "muon") == {"lm_head.weight"}  # now body is the last, and so the output
+    assert where(optimizer(model, "muon"))["embed.weight"] == "adamw"
+
+
+def test_a_model_within_another_still_names_its_output() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = SaysItsOutput()
+
+    assert taken(optimizer(Wrapper(), "muon"), "muon") == {"model.body.weight"}
+
+
 def test_a_single_linear_layer_is_hidden() -> None:
     assert where(optimizer(nn.Linear(3, 2), "muon")) == {"weight": "muon", "bias": "adamw"}
 
@@ -376,6 +410,24 @@ def test_later_groups_have_the_same_settings() -> None:
     built.add_param_group({"params": [("late", torch.ones(2, requires_grad=True))]})
     late = built.param_groups[-1]
     assert (late["stack"], late["lr"], late["weight_decay"], late["maximize"]) == (levels.momentum(), 0.3, 0.2, True)
+
+
+def test_ways_of_the_optimizer() -> None:
+    model = mlp()
+    built = optimizer(model, "muon", metrics=True, on_nonfinite="raise")
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    built.step()
+    assert built.metrics()["0.update_rms"] > 0
+    model[0].weight.grad.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match=r"0\.weight"):
+        built.step()
+    with pytest.raises(TypeError, match=r"nestopt.optimizer has no argument 'metric'\. Did you mean 'metrics'"):
+        optimizer(model, "muon", metric=True)
+    with pytest.raises(TypeError, match=r"has no argument 'layerdecay'\. Did you mean 'layer_decay'"):
+        optimizer(model, "muon", layerdecay=0.9)
+    with pytest.raises(TypeError, match="has no argument 'period'"):
+        optimizer(model, "muon", period=2)
 
 
 def test_defaults() -> None:

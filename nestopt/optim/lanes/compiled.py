@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from nestopt.core.clock import advance
 from nestopt.core.level import Level
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, tree_map
-from nestopt.optim.lanes.lane import Rates
+from nestopt.optim.lanes.lane import Member, Rates
 from nestopt.optim.lanes.pieces import PiecesLane
 from nestopt.optim.views import work_dtype
 
@@ -24,35 +24,72 @@ class CompiledLane(PiecesLane):
     """
 
     whole = True
-    _kernels: list[tuple[tuple[Level, bool, float], Callable[..., None]]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._kernels = []
+        self._kernels: list[_Kernel] = []
+
+    def move(self, level: Level, grads: Sequence[Tensor], rates: Rates, step: int) -> None:
+        kernel = self._kernel_for(level, rates)
+        self._now = kernel.run, kernel.numbers(step, rates)
+        super().move(level, grads, rates, step)
 
     def descend(self, level: Level, param: Tensor, grad: Tensor, state: State, rates: Rates, step: int) -> None:
-        numbers = [torch.as_tensor(value, dtype=torch.float64) for value in (step, rates.lr, rates.decay)]
-        self._kernel(level, rates)(param, grad, state, *numbers)
+        run, numbers = self._now
+        run(param, grad, state, *numbers)
 
-    def _kernel(self, level: Level, rates: Rates) -> Callable[..., None]:
-        wanted = (level, rates.maximize, rates.coupled)
-        for made, kernel in self._kernels:
-            if made == wanted:
+    def _kernel_for(self, level: Level, rates: Rates) -> _Kernel:
+        for kernel in self._kernels:
+            if kernel.level == level and (kernel.rates.maximize, kernel.rates.coupled) == (
+                rates.maximize,
+                rates.coupled,
+            ):
                 return kernel
-        kernel = torch.compile(_descent(level, rates), dynamic=True, fullgraph=True)
-        self._kernels.append((wanted, kernel))
-        return kernel
+        self._kernels.append(_Kernel(level, rates, self.members[0]))
+        return self._kernels[-1]
 
 
-def _descent(level: Level, rates: Rates) -> Callable[..., None]:
+class _Kernel:
     """One step of `level` on flat tensors, in place; what changes from step to step comes as tensors."""
 
-    def descend(param: Tensor, grad: Tensor, state: State, step: Tensor, lr: Tensor, decay: Tensor) -> None:
-        wide = param.to(work_dtype(param))
-        shown = rates.gradient(grad.to(wide.dtype), wide)
-        rate, fade = lr.to(wide.dtype), (1 - lr * decay).to(wide.dtype)
-        direction, new = advance(level, shown, state, Signal(step, wide, rate))
-        tree_map(lambda old, leaf: old.copy_(leaf), state, new)
-        param.copy_(wide * fade - rate * direction)
+    def __init__(self, level: Level, rates: Rates, member: Member) -> None:
+        self.level, self.rates, self.dtype = level, rates, work_dtype(member.param)
+        self.device = member.param.device
+        self.asked = _asked(level, member)
+        self.run = torch.compile(self._descend, dynamic=True, fullgraph=True)
 
-    return descend
+    def numbers(self, step: int, rates: Rates) -> tuple[Tensor, ...]:
+        """The step, the learning rate, what decay leaves, and 1 / (1 - β^t) of each average."""
+        lr = rates.lr
+        fade = 1 - lr * rates.decay
+        factors = [1 / (1 - beta ** max(1, step // period)) for beta, period in self.asked]
+        step_count = torch.tensor(step, device=self.device)
+        return step_count, *(
+            torch.as_tensor(number, dtype=self.dtype, device=self.device) for number in (lr, fade, *factors)
+        )
+
+    def _descend(
+        self, param: Tensor, grad: Tensor, state: State, step: Tensor, lr: Tensor, fade: Tensor, *factors: Tensor
+    ) -> None:
+        wide = param.to(self.dtype)
+        shown = self.rates.gradient(grad.to(self.dtype), wide)
+        known = dict(zip(self.asked, factors, strict=True))
+        signal = Signal(step, wide, lr, debiases=lambda beta, period: known[beta, period])
+        direction, new = advance(self.level, shown, state, signal)
+        tree_map(lambda old, leaf: old.copy_(leaf), state, new)
+        param.copy_(wide * fade - lr * direction)
+
+
+def _asked(level: Level, member: Member) -> list[tuple[float, int]]:
+    """The (β, period) of every average whose start `level` corrects, found by asking it."""
+    asked: dict[tuple[float, int], None] = {}
+
+    def note(beta: float, period: int) -> Tensor:
+        asked[beta, period] = None
+        return torch.ones((), dtype=one.dtype, device=one.device)
+
+    one = torch.ones(1, dtype=work_dtype(member.param), device=member.param.device)
+    state = tree_map(lambda leaf: leaf.flatten()[:1].clone(), member.tree)
+    step = torch.ones((), dtype=torch.int64, device=one.device)
+    advance(level, one, state, Signal(step, one, 0.0, debiases=note))
+    return list(asked)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestopt.core.clock import advance_, due
+from nestopt.core.clock import advance_, apply_, due
 from nestopt.core.inputs import Inputs
 from nestopt.core.level import Level
 from nestopt.core.signal import Note, Signal
@@ -42,6 +42,11 @@ class Rates:
     maximize: bool = False
     period: int = 1
 
+    @property
+    def plain(self) -> bool:
+        """Whether the level is shown the gradient as it is."""
+        return not self.maximize and not self.coupled
+
     def gradient(self, grad: Tensor, param: Tensor) -> Tensor:
         """What the level is shown; `grad` stays as it is."""
         if self.maximize:
@@ -50,14 +55,7 @@ class Rates:
 
     def apply(self, param: Tensor, direction: Tensor) -> None:
         """`param ← (1 - lr · decay) param - lr · direction`, in place."""
-        if self.decay:
-            if shared(param, direction):  # a level may return the parameter itself
-                direction = direction.clone()
-            param.mul_(1 - self.lr * self.decay)
-        if isinstance(self.lr, Tensor) and self.lr.device.type != "cpu":
-            param.sub_(direction * self.lr)  # stays there: nothing waits for its value
-        else:
-            param.add_(direction, alpha=-float(self.lr))
+        apply_(param, direction, self.lr, self.decay)
 
 
 class Member:
@@ -194,11 +192,6 @@ def _alone(level: Level, member: Member, grad: Tensor, rates: Rates, signal: Sig
     if wide is not param:
         param.copy_(wide)
     return bool(grown)
-
-
-def shared(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are in one piece of memory."""
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def check_shape(level: Level, direction: Tensor, grad: Tensor) -> None:

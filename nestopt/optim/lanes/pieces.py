@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from nestopt.core.clock import advance_
+from nestopt.core.clock import descend_
 from nestopt.core.level import Level
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, leaves, tree_map
@@ -18,7 +19,7 @@ from nestopt.optim.views import work_dtype
 SMALL = 1 << 16
 """Tensors of up to so many elements are glued together: above, the time of a kernel's launch no longer shows."""
 
-PIECE = 1 << 17
+PIECE = 1 << 18
 """Elements of a piece, per thread: the half dozen tensors of a stack of levels then share a core's part of the cache,
 and a piece's work is still several times that of launching it."""
 
@@ -87,9 +88,8 @@ class PiecesLane(Lane):
             if piece is None or param.numel() <= piece:
                 self.descend(level, flat(param), flat(grad), tree_map(flat, tree), rates, step)
                 continue
-            leaf_pieces = {path: flat(leaf).split(piece) for path, leaf in leaves(tree)}
-            for j, (p, g) in enumerate(zip(flat(param).split(piece), flat(grad).split(piece), strict=True)):
-                part = placed(tree, {path: parts[j] for path, parts in leaf_pieces.items()})
+            parts = zip(flat(param).split(piece), flat(grad).split(piece), _cut(tree, piece), strict=False)
+            for p, g, part in parts:
                 self.descend(level, p, g, part, rates, step)
 
     def _move_packs(self, level: Level, grads: Sequence[Tensor], rates: Rates, step: int) -> None:
@@ -116,10 +116,20 @@ class PiecesLane(Lane):
     def descend(self, level: Level, param: Tensor, grad: Tensor, state: State, rates: Rates, step: int) -> None:
         """One step of one piece, in place. All are flat."""
         wide = param if param.dtype == work_dtype(param) else param.to(work_dtype(param))
-        grad = rates.gradient(grad.to(wide.dtype), wide)
-        rates.apply(wide, advance_(level, grad, state, Signal(step, wide, rates.lr)))
+        grad = grad if grad.dtype == wide.dtype else grad.to(wide.dtype)
+        grad = grad if rates.plain else rates.gradient(grad, wide)
+        descend_(level, wide, grad, state, Signal(step, wide, rates.lr), rates.lr, rates.decay)
         if wide is not param:
             param.copy_(wide)
+
+
+def _cut(tree: State, piece: int) -> Iterator[State]:
+    """`tree` once for every piece of its leaves, flattened."""
+    keys = list(tree)
+    if not keys:
+        return itertools.repeat({})
+    parts = [_cut(node, piece) if isinstance(node, dict) else flat(node).split(piece) for node in tree.values()]
+    return (dict(zip(keys, each, strict=True)) for each in zip(*parts, strict=False))
 
 
 def _portions(sizes: Sequence[int]) -> list[slice]:

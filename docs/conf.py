@@ -77,7 +77,18 @@ DOLLAR_MATH = re.compile(r"(?<![\\$`\w])\$(?=[^\s$])([^$`]*?[^\s$`\\])\$(?![\w$`
 # -- cross-references: every one is checked, except into other projects --------------------------------------------
 
 nitpicky = True
-LIBRARIES = ("annotated_types", "numpy", "np", "pluggy", "pydantic", "pydantic_core", "safetensors", "torch", "nn", "yaml")
+LIBRARIES = (
+    "annotated_types",
+    "numpy",
+    "np",
+    "pluggy",
+    "pydantic",
+    "pydantic_core",
+    "safetensors",
+    "torch",
+    "nn",
+    "yaml",
+)
 nitpick_ignore_regex = [
     (r"py:.*", r"nestopt\..*\._\w+"),  # a private alias or type variable, shown in a signature
     (r"py:.*", rf"({'|'.join((*LIBRARIES, *sys.stdlib_module_names))})(\..*)?"),

@@ -26,10 +26,26 @@ from nestopt.optim import Nested
 
 MADE = Path(__file__).parents[1] / "levels" / "made"
 
-LEVELS = (
-    "gd momentum preconditioned_momentum feature_momentum delta_momentum deep_momentum "
-    "adam adamw regression_optimum second_moment matrix_adagrad shampoo newton_schulz muon m3 cms dgd ggd"
-).split()
+LEVELS = [
+    "gd",
+    "momentum",
+    "preconditioned_momentum",
+    "feature_momentum",
+    "delta_momentum",
+    "deep_momentum",
+    "adam",
+    "adamw",
+    "regression_optimum",
+    "second_moment",
+    "matrix_adagrad",
+    "shampoo",
+    "newton_schulz",
+    "muon",
+    "m3",
+    "cms",
+    "dgd",
+    "ggd",
+]
 SHAPE = (256, 512)
 ROWS = 32
 STEPS = 16
@@ -100,7 +116,7 @@ def measure(level: Level, shape: tuple[int, int] = SHAPE) -> Measured:
         optimizer.watch(layer)
     plain = torch.nn.Linear(shape[1], shape[0], bias=False)
     moved = flops = 0
-    start = getattr(level, "root_every", 0)  # until then shampoo works out its roots at every step
+    start = getattr(level, "root_every", 1)  # the first step makes the state; in these shampoo always has a root to do
     for step in range(start + STEPS):
         inputs = torch.randn(ROWS, shape[1])
         with FlopCounterMode(display=False) as products, Traffic() as traffic:
@@ -134,7 +150,7 @@ def number(value: float) -> str:
 
 
 def row(name: str, level: Level, found: Measured) -> str:
-    cells = f"[`{name}`]({name}.md)", memories(level), what(level), number(sum(found.state.values()))
+    cells = f"[`{name}`]({name}.md)<br>{what(level)}", memories(level), number(sum(found.state.values()))
     return f"| {' | '.join(cells)} | {number(found.passes)} | {number(found.flops)} |"
 
 
@@ -173,8 +189,8 @@ def _products(found: Measured) -> str:
 
 def main() -> None:
     MADE.mkdir(parents=True, exist_ok=True)
-    head = "| level | memory | what it is | state, bytes a parameter | bytes moved, × parameter | FLOPs a parameter |"
-    rows = [head, "| --- | --- | --- | ---: | ---: | ---: |"]
+    head = "| level and what it is | memory | state, bytes a parameter | bytes moved, × parameter | FLOPs a parameter |"
+    rows = [head, "| --- | --- | ---: | ---: | ---: |"]
     for name in LEVELS:
         level = nestopt.build("level", name)
         found = measure(level)

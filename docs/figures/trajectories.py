@@ -108,8 +108,8 @@ class Layer(Plane):
 
 class Target(Problem):
     words = (
-        "16 × 24 weights that are to become $T$, $f = \\frac12\\lVert A\\,(W-T)\\,C\\rVert_F^2$ from $W = 0$, where $A$ "
-        "and $C$ have singular values from 1 to 0.18 and the entries of $T$ are random"
+        "16 × 24 weights that are to become $T$, $f = \\frac12\\lVert A\\,(W-T)\\,C\\rVert_F^2$ from $W = 0$, where "
+        "$A$ and $C$ have singular values from 1 to 0.18 and the entries of $T$ are random"
     )
 
     def __init__(self) -> None:
@@ -193,7 +193,11 @@ def draw(kind: type[Problem], shown: Mapping[str, Run], references: Mapping[str,
             _draw_losses(left, lines)
             _draw_spectra(right, lines)
         figure.legend(
-            *left.get_legend_handles_labels(), loc="outside upper center", ncols=len(lines), frameon=False, handlelength=3
+            *left.get_legend_handles_labels(),
+            loc="outside upper center",
+            ncols=min(4, len(lines)),
+            frameon=False,
+            handlelength=3,
         )
         figure.savefig(file, transparent=True, metadata={"Date": None})
 
@@ -275,14 +279,16 @@ PICTURES = {
 def caption(kind: type[Problem], runs: Mapping[str, Run]) -> str:
     """What is seen, how learning rates were chosen, and where each run ended."""
     ends = "; ".join(f"{name} {run.loss:.1e} (lr {run.rate:g})" for name, run in runs.items())
-    what = "Left, the way down from above; right, the loss." if issubclass(kind, Plane) else (
-        "Left, the loss; right, the singular values of a step relative to the largest, the median of all steps."
+    what = (
+        "Left, the way down from above; right, the loss."
+        if issubclass(kind, Plane)
+        else ("Left, the loss; right, the singular values of a step relative to the largest, the median of all steps.")
     )
     return (
         f"On {kind.words}. {what} Grey: gradient descent (dotted) and momentum with β = 0.9 (dashed). All take "
         f"{STEPS} steps at a rate that falls linearly to 0 from the best, by the loss at the end, of the same "
-        f"{len(RATES)} from {RATES[0]:g} to {RATES[-1]:g} (of rates within 1 % of it, the least; none that let the loss "
-        f"pass {DIVERGED:g} times the first). Losses at the end: {ends}."
+        f"{len(RATES)} from {RATES[0]:g} to {RATES[-1]:g} (of rates within 1 % of it, the least; none that let the "
+        f"loss pass {DIVERGED:g} times the first). Losses at the end: {ends}."
     )
 
 

@@ -44,9 +44,14 @@ STRIPS, STRIP = 4, 64
 """A symmetric product is made in so many strips, where one is this high at least: 10/16 of the FLOPs."""
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _multiplies_bfloat16(device: str) -> bool:
     """Whether matrix products in bfloat16 are native there. A CPU that emulates them takes ten times float32's time."""
+    return _native_bfloat16(device)  # the decorator above does not take a cached function
+
+
+@functools.cache
+def _native_bfloat16(device: str) -> bool:
     return device != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

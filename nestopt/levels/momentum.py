@@ -73,7 +73,6 @@ class Momentum(Level):
             m.mul_(beta).add_(grad, alpha=1 - dampening)
         return torch.add(grad, m, alpha=beta) if self.nesterov else m
 
-
     def descend_(
         self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float | Tensor, decay: float = 0.0
     ) -> None:

@@ -22,7 +22,7 @@ ELSEWHERE = {
 }
 """Levels that are explained on another page: the generic one, and those whose place is in a layer."""
 
-OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+OPTIONS = doctest.ELLIPSIS
 
 
 def builtin() -> set[str]:
@@ -44,7 +44,9 @@ def test_the_index_lists_every_page_and_the_scripts_draw_and_measure_each() -> N
     assert contents is not None
     assert sorted(contents[1].split()) == sorted([*levels, "composing"])
     assert sorted(runpy.run_path(str(DOCS / "figures" / "level_table.py"))["LEVELS"]) == levels
-    assert sorted(runpy.run_path(str(DOCS / "figures" / "trajectories.py"))["PICTURES"]) == sorted([*levels, "composing"])
+    assert sorted(runpy.run_path(str(DOCS / "figures" / "trajectories.py"))["PICTURES"]) == sorted(
+        [*levels, "composing"]
+    )
 
 
 @pytest.mark.parametrize("name", sorted(set(PAGES) - {"index"}))

@@ -44,9 +44,7 @@ def lanes_for(level: Level, members: Sequence[Member], *, packed: bool = True, c
                 made += [kind(level, others, packed=packed)] if others else []
         else:
             limit = pieces.SMALL if alike[0].param.device.type == "cpu" else ACCELERATOR
-            small, large = _split(
-                whole, lambda m, limit=limit: packed and m.view is None and m.param.numel() <= limit
-            )
+            small, large = _split(whole, lambda m, limit=limit: packed and m.view is None and m.param.numel() <= limit)
             odd += large
             for same in _by(small, lambda m: m.param.shape):
                 size = max(1, STACK // same[0].param.numel())

@@ -124,8 +124,8 @@ class Mlp(Memory):
     is the read at those rows, scaled back; W1 starts at 0 there, so that the first direction is the gradient.
 
     Args:
-        hidden: width of the hidden layers. Default: 2 · D_k on tokens; half of min(rows, columns) on gradients,
-            where a two-layer memory then has no more parameters than the tensor has entries.
+        hidden: width of the hidden layers. Default: 2 · D_k on tokens; min(rows, columns) on gradients,
+            where a two-layer memory then has at most twice as many parameters as the tensor has entries.
         depth: number of weight matrices, 2 or more (1 with no hidden layer).
         activation: one of silu, gelu, relu, tanh, identity.
         residual: whether k is added to the read; needs D_k = D_v.
@@ -166,7 +166,7 @@ class Mlp(Memory):
 
     def start_on(self, param: Tensor) -> Theta:
         n, width = rows(param).shape
-        return self._weights(width, width, self.hidden or max(1, min(n, width) // 2), 0.0, param)
+        return self._weights(width, width, self.hidden or max(1, min(n, width)), 0.0, param)
 
     def read(self, theta: Theta, k: Tensor) -> Tensor:
         act, z = ACTIVATIONS[self.activation], k

@@ -99,7 +99,7 @@ class DeepMomentum(AssociativeMemory):
 
     What recent gradients have in common it has learned, and passes; what is new to it, it damps. W1 starts at 0, so the
     first steps are short. Convention: the direction grows to about the gradient's own size. State: with the default
-    Adam as rule and half of min(rows, columns) hidden units, at most 3 numbers per entry of a matrix.
+    Adam as rule and min(rows, columns) hidden units, at most 6 numbers per entry of a matrix; with half as many, half.
 
     Arguments: `associative_memory`; `retention` is β.
     """

@@ -131,7 +131,7 @@ class DeepMomentum(OfLevel):
     Args:
         params: named or in groups.
         lr: of directions about as long as the gradient. Default 1e-3.
-        hidden: width of the MLP. Default half of min(rows, columns) of the tensor.
+        hidden: width of the MLP. Default min(rows, columns) of the tensor.
         activation: of the MLP. Default `"silu"`.
         rule: the level by which the MLP learns, or a spec of one. Default `adam(betas=(0.9, 0.99))`.
         step_size: of that rule. Default 0.02.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestopt.core.inputs import wants_of
 from nestopt.core.level import Level
 from nestopt.optim.views import Split
 
@@ -51,6 +52,20 @@ def check_parameters(group: dict[str, Any], index: int, level: Level) -> None:
                 f"{level.label} takes matrices, and {name} has shape {tuple(param.shape)}; give such parameters "
                 "another stack, or let nestopt.optimizer(model, ...) send them to `rest`"
             )
+
+
+def check_inputs(group: dict[str, Any], level: Level, *, capturable: bool) -> None:
+    """Raise ValueError for a level that asks for layer inputs where it can't have them, or not in time."""
+    wants = wants_of(level)
+    if wants is None:
+        return
+    if capturable:
+        raise ValueError(f"{level.label} takes layer inputs, which capturable=True does not hand on; leave it out")
+    if wants.surprise is not None and group["maximize"]:
+        raise ValueError(
+            f"{level.label} makes its steps of what the backward pass brings, which maximize=True does not turn; "
+            "negate the loss instead"
+        )
 
 
 def raise_nonfinite(groups: Sequence[dict[str, Any]], grads: Sequence[Sequence[Tensor | None]]) -> None:

@@ -17,7 +17,7 @@ from nestopt.core.inputs import Inputs
 from nestopt.core.level import Level
 from nestopt.core.part import nearest
 from nestopt.optim import checkpoint
-from nestopt.optim.checks import check_gradients, check_group, check_parameters, raise_nonfinite
+from nestopt.optim.checks import check_gradients, check_group, check_inputs, check_parameters, raise_nonfinite
 from nestopt.optim.explain import Explanation, explain
 from nestopt.optim.inputs import Scale, Watcher
 from nestopt.optim.lanes import Rates
@@ -118,6 +118,7 @@ class Nested(Optimizer):
         self._recorder: Recorder | None = None
         self._watcher: Watcher | None = None
         self._warned = False
+        self._skipped = 0
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; it may have its own `stack`. Nothing is added if anything in it is wrong."""
@@ -131,6 +132,7 @@ class Nested(Optimizer):
         added = self.param_groups[index]
         try:
             check_parameters(added, index, self.level(added))
+            check_inputs(added, self.level(added), capturable=self.ways.capturable)
         except Exception:
             self.param_groups.pop()
             raise
@@ -151,7 +153,8 @@ class Nested(Optimizer):
             closure: computes the loss anew and returns it, as in torch.
 
         Raises:
-            RuntimeError: a gradient is sparse. Nothing has been changed then.
+            RuntimeError: a gradient is sparse, of another shape than its parameter, or, with `on_nonfinite="raise"`,
+                not finite. Nothing has been changed then.
         """
         loss = None
         if closure is not None:
@@ -164,6 +167,7 @@ class Nested(Optimizer):
         if self.ways.on_nonfinite != "ignore" and not finite(grads):
             if self.ways.on_nonfinite == "raise":
                 raise_nonfinite(self.param_groups, grads)
+            self._skipped += 1
             return loss
         levels = [bind(self.level(group)) for group in self.param_groups]
         shares = self._plan.shares(self.param_groups, levels, grads, self.state)
@@ -177,9 +181,10 @@ class Nested(Optimizer):
 
     def _step_traced(self) -> None:
         for index, group in enumerate(self.param_groups):
+            check_gradients(group, index, [param.grad for param in group["params"]])
+        for group in self.param_groups:
             level, rates = bind(self.level(group)), self._rates(group)
             view = None if level.is_entrywise else group.get("view")
-            check_gradients(group, index, [param.grad for param in group["params"]])
             for param in group["params"]:
                 if param.grad is not None and param.numel():
                     state = self.state[param]
@@ -230,9 +235,11 @@ class Nested(Optimizer):
 
         Always there: `norm` of each memory, over all tensors of the group. From the last step, if the optimizer was
         made with `metrics=True`: `update_rms` (of directions), `writes` (how many tensors were written), and what the
-        level itself reports, such as `inner_loss` and `clips`.
+        level itself reports, such as `inner_loss` and `clips`. With `on_nonfinite="skip"`, `skipped`: how many steps.
         """
         reported = self._recorder.metrics() if self._recorder else {}
+        if self.ways.on_nonfinite == "skip":
+            reported["skipped"] = torch.tensor(self._skipped)
         return memory_norms(self.param_groups, self.state) | reported
 
     def _rates(self, group: dict[str, Any]) -> Rates:

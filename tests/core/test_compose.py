@@ -102,3 +102,16 @@ def test_mistakes_are_named(make, error, words):
 def test_equal_stacks_are_equal():
     assert chain(momentum(0.9), adam()) == chain(momentum(0.9), adam())
     assert chain(momentum(0.9), adam()) != chain(momentum(0.8), adam())
+
+
+def test_names_do_not_depend_on_the_order_of_siblings() -> None:
+    several = [momentum(0.9), momentum(0.99), momentum(0.9, period=4), adam(), adam((0.8, 0.9))]
+    one, other = parallel(*several), parallel(*reversed(several))
+    assert dict(one.levels) == dict(other.levels)
+    assert set(one.levels) == {
+        "momentum_beta_0_9",
+        "momentum_beta_0_99",
+        "momentum_every_4",
+        "adam_betas_0_9_0_999",
+        "adam_betas_0_8_0_9",
+    }

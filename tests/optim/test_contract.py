@@ -674,3 +674,17 @@ def test_a_level_counts_its_own_writes() -> None:
         param.grad = torch.ones(1)
         optimizer.step()
     assert param.item() == -(1 + 2 + 3)
+
+
+def test_siblings_may_change_places_between_saving_and_loading() -> None:
+    """State keys say what a level is, not where it stood: side by side there is no first and second."""
+    slow, fast, scaled = levels.momentum(0.99), levels.momentum(0.5), levels.adam()
+    saved = Nested([torch.ones(3, requires_grad=True)], parallel(slow, fast, scaled), lr=0.1)
+    feed(saved, range(3))
+    other = Nested([saved.param_groups[0]["params"][0].detach().clone().requires_grad_()], parallel(scaled, fast, slow))
+    other.load_state_dict(saved.state_dict())
+    assert list(saved.param_groups[0]["stack"].levels) == ["momentum_beta_0_99", "momentum_beta_0_5", "adam"]
+    feed(saved, range(3, 6))
+    feed(other, range(3, 6))
+    for a, b in zip(saved.param_groups[0]["params"], other.param_groups[0]["params"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)

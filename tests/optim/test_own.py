@@ -135,3 +135,21 @@ def test_dgd_says_what_it_has_not_seen(caplog: pytest.LogCaptureFixture) -> None
     assert "dgd has not seen the inputs" in caplog.text
     assert model.weight.grad is not None
     torch.testing.assert_close(model.weight.detach(), before - 0.1 * model.weight.grad)
+
+
+def test_where_inputs_can_not_be_had() -> None:
+    weights = [layer()[0].weight]
+    with pytest.raises(ValueError, match="capturable=True"):
+        Nested(weights, "dgd", capturable=True)
+    with pytest.raises(ValueError, match="negate the loss"):
+        Nested(weights, levels.ggd(value="sign"), maximize=True)
+
+
+def test_skipped_steps_are_counted() -> None:
+    param = torch.ones(2, requires_grad=True)
+    optimizer = Nested([param], "gd", lr=0.1, on_nonfinite="skip")
+    for value in (1.0, float("nan"), float("inf"), 1.0):
+        param.grad = torch.tensor([value, 1.0])
+        optimizer.step()
+    assert optimizer.metrics()["skipped"] == 2
+    torch.testing.assert_close(param.detach(), torch.full((2,), 0.8))

@@ -332,3 +332,29 @@ def test_stacks_of_levels_make_pieces_only() -> None:
 def test_the_measure_sees_what_torch_makes() -> None:
     params = [torch.randn(1000).requires_grad_()]
     assert transient(torch.optim.Adam(params, foreach=True)) == 4000
+
+
+@pytest.mark.slow
+def test_kernels_of_one_process_do_not_take_each_others_place() -> None:
+    """What is compiled is not checked when it is called, so each kernel must have code that no other shares."""
+    stacks = [
+        levels.momentum(0.9),
+        levels.momentum(0.5),
+        levels.second_moment(),
+        chain(levels.momentum(0.9), levels.adam()),
+    ]
+    # the last is of one number, which no kernel takes
+    shapes = [(300, 300), (7,), (1,)]
+    for level in (*stacks, *reversed(stacks)):
+        results = []
+        for compile in (False, True):
+            torch.manual_seed(0)
+            params = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+            optimizer = Nested(params, level, lr=0.1, compile=compile)
+            for _ in range(3):
+                for param in params:
+                    param.grad = torch.randn_like(param)
+                optimizer.step()
+            results.append(params)
+        for eager, compiled in zip(*results, strict=True):
+            torch.testing.assert_close(compiled, eager, rtol=1e-9, atol=1e-12)

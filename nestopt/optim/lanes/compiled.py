@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import types
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +13,8 @@ from torch import Tensor
 from nestopt.core.clock import advance
 from nestopt.core.level import Level
 from nestopt.core.signal import Signal
-from nestopt.core.tree import State, tree_map
-from nestopt.optim.lanes.lane import Member, Rates
+from nestopt.core.tree import State, leaves, tree_map
+from nestopt.optim.lanes.lane import Member, Rates, placed
 from nestopt.optim.lanes.pieces import PiecesLane
 from nestopt.optim.views import work_dtype
 
@@ -31,19 +33,19 @@ class CompiledLane(PiecesLane):
 
     def move(self, level: Level, grads: Sequence[Tensor], rates: Rates, step: int) -> None:
         kernel = self._kernel_for(level, rates)
-        self._now = kernel.run, kernel.numbers(step, rates)
+        self._now = kernel, kernel.numbers(step, rates)
         super().move(level, grads, rates, step)
 
     def descend(self, level: Level, param: Tensor, grad: Tensor, state: State, rates: Rates, step: int) -> None:
-        run, numbers = self._now
-        run(param, grad, state, *numbers)
+        if param.numel() < 2:  # compilers take a length of one for a promise
+            super().descend(level, param, grad, state, rates, step)
+            return
+        kernel, numbers = self._now
+        kernel.run([param, grad, *(leaf for _, leaf in leaves(state))], numbers)
 
     def _kernel_for(self, level: Level, rates: Rates) -> _Kernel:
         for kernel in self._kernels:
-            if kernel.level == level and (kernel.rates.maximize, kernel.rates.coupled) == (
-                rates.maximize,
-                rates.coupled,
-            ):
+            if kernel.serves(level, rates):
                 return kernel
         self._kernels.append(_Kernel(level, rates, self.members[0]))
         return self._kernels[-1]
@@ -53,31 +55,60 @@ class _Kernel:
     """One step of `level` on flat tensors, in place; what changes from step to step comes as tensors."""
 
     def __init__(self, level: Level, rates: Rates, member: Member) -> None:
-        self.level, self.rates, self.dtype = level, rates, work_dtype(member.param)
-        self.device = member.param.device
-        self.asked = _asked(level, member)
-        self.run = torch.compile(self._descend, dynamic=True, fullgraph=True)
+        self.level, self.rates = level, rates
+        self.dtype, self.device = work_dtype(member.param), member.param.device
+        self.tree, self.asked = member.tree, _asked(level, member)
+        self.compiled = torch.compile(_own_copy(_descend), fullgraph=True, options=_options())
+        self.fresh = True
 
-    def numbers(self, step: int, rates: Rates) -> tuple[Tensor, ...]:
+    def serves(self, level: Level, rates: Rates) -> bool:
+        """Whether this is the kernel of `level` for gradients that are treated so."""
+        return self.level == level and (self.rates.maximize, self.rates.coupled) == (rates.maximize, rates.coupled)
+
+    def numbers(self, step: int, rates: Rates) -> list[Tensor]:
         """The step, the learning rate, what decay leaves, and 1 / (1 - β^t) of each average."""
-        lr = rates.lr
-        fade = 1 - lr * rates.decay
+        fade = 1 - rates.lr * rates.decay
         factors = [1 / (1 - beta ** max(1, step // period)) for beta, period in self.asked]
-        step_count = torch.tensor(step, device=self.device)
-        return step_count, *(
-            torch.as_tensor(number, dtype=self.dtype, device=self.device) for number in (lr, fade, *factors)
-        )
+        found = [torch.as_tensor(n, dtype=self.dtype, device=self.device) for n in (rates.lr, fade, *factors)]
+        return [torch.tensor(step, device=self.device), *found]
 
-    def _descend(
-        self, param: Tensor, grad: Tensor, state: State, step: Tensor, lr: Tensor, fade: Tensor, *factors: Tensor
-    ) -> None:
-        wide = param.to(self.dtype)
-        shown = self.rates.gradient(grad.to(self.dtype), wide)
-        known = dict(zip(self.asked, factors, strict=True))
-        signal = Signal(step, wide, lr, debiases=lambda beta, period: known[beta, period])
-        direction, new = advance(self.level, shown, state, signal)
-        tree_map(lambda old, leaf: old.copy_(leaf), state, new)
-        param.copy_(wide * fade - lr * direction)
+    def run(self, tensors: list[Tensor], numbers: list[Tensor]) -> None:
+        """Step a flat parameter; `tensors` are it, its gradient, and its state's leaves."""
+        if self.fresh:
+            self.fresh = False
+            for tensor in tensors:
+                torch._dynamo.mark_dynamic(tensor, 0)  # compiled once for every length
+        self.compiled(self, tensors, numbers)
+
+
+def _descend(kernel: _Kernel, tensors: list[Tensor], numbers: list[Tensor]) -> None:
+    param, grad, *old = tensors
+    step, lr, fade, *factors = numbers
+    paths = [path for path, _ in leaves(kernel.tree)]
+    state = placed(kernel.tree, dict(zip(paths, old, strict=True)))
+    wide = param.to(kernel.dtype)
+    known = dict(zip(kernel.asked, factors, strict=True))
+    signal = Signal(step, wide, lr, debiases=lambda beta, period: known[beta, period])
+    direction, new = advance(kernel.level, kernel.rates.gradient(grad.to(kernel.dtype), wide), state, signal)
+    tree_map(lambda kept, leaf: kept.copy_(leaf), state, new)
+    param.copy_(wide * fade - lr * direction)
+
+
+_copies = itertools.count()
+
+
+def _own_copy(function: Callable[..., None]) -> Callable[..., None]:
+    """`function` with code of its own: the compiler keeps what it has made by the code object."""
+    name = f"{function.__name__}_{next(_copies)}"
+    return types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
+
+
+def _options() -> dict[str, Any]:
+    """A kernel never meets another level, dtype or layout than its lane's, so none of that has to be checked at every
+    call, which would take longer than the step of a small tensor.
+    """
+    unguarded = getattr(torch.compiler, "skip_all_guards_unsafe", None)
+    return {} if unguarded is None else {"guard_filter_fn": unguarded}
 
 
 def _asked(level: Level, member: Member) -> list[tuple[float, int]]:

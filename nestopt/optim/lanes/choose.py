@@ -15,11 +15,11 @@ from nestopt.optim.lanes.lane import STEP, Lane, Member
 from nestopt.optim.lanes.pieces import PiecesLane, is_dense
 from nestopt.optim.lanes.stacks import StackLane
 
-STACK = 1 << 22
-"""Elements of a stack at most: what its copies of gradients and parameters take is bounded by it."""
+STACK = 1 << 20
+"""Elements of a stack at most, on the CPU: what its copies of gradients and parameters take is bounded by it."""
 
 ACCELERATOR = 1 << 22
-"""On an accelerator, tensors of up to so many elements are stacked: it takes that much to fill it."""
+"""On an accelerator, tensors of up to so many elements are stacked, to eight times as many: it takes that much work."""
 
 
 def lanes_for(level: Level, members: Sequence[Member], *, packed: bool = True, compiled: bool = False) -> list[Lane]:
@@ -43,11 +43,12 @@ def lanes_for(level: Level, members: Sequence[Member], *, packed: bool = True, c
                 kind = CompiledLane if compiled else PiecesLane
                 made += [kind(level, others, packed=packed)] if others else []
         else:
-            limit = pieces.SMALL if alike[0].param.device.type == "cpu" else ACCELERATOR
+            on_cpu = alike[0].param.device.type == "cpu"
+            limit, most = (pieces.SMALL, STACK) if on_cpu else (ACCELERATOR, 8 * ACCELERATOR)
             small, large = _split(whole, lambda m, limit=limit: packed and m.view is None and m.param.numel() <= limit)
             odd += large
             for same in _by(small, lambda m: m.param.shape):
-                size = max(1, STACK // same[0].param.numel())
+                size = max(1, most // same[0].param.numel())
                 for start in range(0, len(same), size):
                     part = same[start : start + size]
                     if len(part) > 1:

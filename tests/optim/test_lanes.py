@@ -334,6 +334,7 @@ def test_the_measure_sees_what_torch_makes() -> None:
     assert transient(torch.optim.Adam(params, foreach=True)) == 4000
 
 
+@torchs_own
 @pytest.mark.slow
 def test_kernels_of_one_process_do_not_take_each_others_place() -> None:
     """What is compiled is not checked when it is called, so each kernel must have code that no other shares."""

@@ -21,7 +21,7 @@ from nestopt.levels.within import nodes_of_momentum
 
 
 class SignedPower(Features):
-    r"""φ(k) = sign(k)·|k|^exponent, entry by entry: an odd map, for `feature_momentum`.
+    r"""$\varphi(k) = \mathrm{sign}(k)\,\lvert k\rvert^{\mathrm{exponent}}$, entry by entry: for `feature_momentum`.
 
     1 is the identity; below it large entries count for less (0: only their signs), above for more.
 

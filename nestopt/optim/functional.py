@@ -42,7 +42,7 @@ def functional_step(
         weight_decay: decoupled, λ above.
 
     Returns:
-        The new parameters and the new state: `{"step": int, "levels": {name: state of the level}}`.
+        `(params, state)`, both new. The state holds `"step"`, a number, and `"levels"`, by name the state of the level.
 
     Raises:
         KeyError: a gradient of an unknown parameter.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import nestopt
-from benchmarks.peer_rows import ADAMW, LION, LR, M3_BYTES, MUON, MUON_FLOAT32, SGD, SHAMPOO, Build
+from benchmarks.peer_rows import ADAMW, LION, LR, M3_BYTES, MUON, MUON_FLOAT32, SGD, SHAMPOO_EVERY_10, Build
 from benchmarks.rows import Missing, Row, Stepper
 from benchmarks.work import Work, elementwise, passes, quintic, shampoo
 from nestopt.kernels.newton_schulz import work_dtype
@@ -63,7 +63,7 @@ def matrix_rows() -> list[Row]:
 
 
 def second_order_rows() -> list[Row]:
-    return [Row("nestopt shampoo, roots every 10", nested(level("shampoo")), shampoo(), SHAMPOO, steps=10)]
+    return [Row("nestopt shampoo, roots every 10", nested(level("shampoo")), shampoo(), SHAMPOO_EVERY_10, steps=10)]
 
 
 def _mixed_stack() -> nestopt.Level:

@@ -19,6 +19,7 @@ LR = 1e-4
 SGD, ADAMW = "torch SGD-momentum fused", "torch AdamW fused"
 MUON, MUON_FLOAT32 = "torch Muon", "torch Muon, in float32"
 LION, SHAMPOO = "pytorch-optimizer Lion", "pytorch-optimizer Shampoo"
+SHAMPOO_EVERY_10 = f"{SHAMPOO}, roots every 10"
 MUON_WORK = Work(passes(3, 2), quintic(5), "bfloat16")
 M3_BYTES = passes(6, 4)  # parameter, gradient, two momenta, second moment and the slow direction, which is only read
 
@@ -58,7 +59,7 @@ def second_order_rows() -> list[Row]:
     return [
         Row(ADAMW, functools.partial(torch.optim.AdamW, lr=LR, fused=True), elementwise(2)),
         Row(SHAMPOO, _pytorch_optimizer("Shampoo"), shampoo()),
-        Row(f"{SHAMPOO}, roots every 10", _pytorch_optimizer("Shampoo", **every), shampoo(), steps=10),
+        Row(SHAMPOO_EVERY_10, _pytorch_optimizer("Shampoo", **every), shampoo(), steps=10),
     ]
 
 

@@ -100,6 +100,12 @@ class Chain(_Many):
     State keys are the levels' names. Args: `levels`, by name (or a sequence, named after what they are).
     """
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._several = {
+            name: any(isinstance(p, Level) for _, p in level.parts()) for name, level in self.levels.items()
+        }
+
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         new = {}
         for name, level in self.levels.items():
@@ -107,17 +113,21 @@ class Chain(_Many):
         return grad, new
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
-        for name, level in self.levels.items():
-            grad = advance_(level, grad, state[name], signal.inside(name))
+        for i, (name, level) in enumerate(self.levels.items()):
+            grad = advance_(level, self._shown(name, grad, i), state[name], signal.inside(name))
         return grad
+
+    def _shown(self, name: str, grad: Tensor, place: int) -> Tensor:
+        """What level `name` is shown: a direction lasts until another level's step, and it may have several within."""
+        return grad.clone() if place and self._several[name] else grad
 
     def descend_(
         self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float | Tensor, decay: float = 0.0
     ) -> None:
-        *before, last = self.levels.items()
-        for name, level in before:
-            grad = advance_(level, grad, state[name], signal)
-        descend_(last[1], param, grad, state[last[0]], signal, lr, decay)
+        *before, (final, last) = self.levels.items()
+        for i, (name, level) in enumerate(before):
+            grad = advance_(level, self._shown(name, grad, i), state[name], signal)
+        descend_(last, param, self._shown(final, grad, len(before)), state[final], signal, lr, decay)
 
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
         found: list[Node] = []

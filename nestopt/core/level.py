@@ -71,9 +71,9 @@ class Level(Part):
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
         """`step` in place: writes over the tensors of `state` and returns the direction.
 
-        The direction may be a tensor of the state or the gradient itself: it is to be read before the next step, and
-        not written to. A level overrides this where it can do with fewer passes over memory; never `signal.param`,
-        nor `grad`, is changed.
+        The direction may be a tensor of the state, the gradient itself, or a place that other levels use too: it is to
+        be read before the `step_` of any other level, or copied, and not written to. A level overrides this where it
+        can do with fewer passes over memory; never `signal.param`, nor `grad`, is changed.
         """
         direction, new = self.step(grad, state, signal)
         return store(state, new, direction)

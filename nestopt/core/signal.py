@@ -51,10 +51,6 @@ class Signal:
             step = self.step // period
         return dataclasses.replace(self, step=step, divided=self.divided * period)
 
-    def count(self, like: Tensor) -> int | Tensor:
-        """`step` as a number to calculate with: an int, or a tensor in the dtype of `like`."""
-        return self.step.to(like.dtype) if isinstance(self.step, Tensor) else self.step
-
     def debias(self, average: Tensor, beta: float) -> Tensor:
         """average / (1 - β^step): what an average with decay β would be, had it not started at 0 (Kingma & Ba 2015)."""
         if self.debiases is not None:

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from nestopt.core import Signal, advance, chain, nest, parallel, start
+from nestopt.core.clock import advance_, descend_
 from nestopt.core.compose import Chain
 from nestopt.core.tree import leaves, nested
-from nestopt.levels import adam, gd, momentum, muon
+from nestopt.levels import adam, gd, momentum, muon, second_moment
 
 
 def run(level, grads):
@@ -115,3 +116,29 @@ def test_names_do_not_depend_on_the_order_of_siblings() -> None:
         "adam_betas_0_9_0_999",
         "adam_betas_0_8_0_9",
     }
+
+
+@pytest.mark.parametrize(
+    "level",
+    [
+        chain(adam(), parallel(chain(momentum(0.9), adam()), momentum(0.5))),
+        chain(adam(), second_moment(of=chain(momentum(0.9), adam()))),
+        chain(adam(), chain(momentum(0.9), parallel(chain(momentum(0.5), adam()), gd())), adam()),
+        chain(second_moment(), parallel(second_moment(of=momentum(0.5)), gd())),
+    ],
+    ids=repr,
+)
+def test_a_gradient_that_several_levels_see_stays_what_it_was(level):
+    """In place, directions may share a place for intermediate results: not with what is still to be read."""
+    generator = torch.Generator().manual_seed(0)
+    like = torch.zeros(6, dtype=torch.float64)
+    state, own, other = (start(level, like) for _ in range(3))
+    for t in range(1, 5):
+        grad = torch.randn(6, generator=generator, dtype=torch.float64)
+        wanted, state = advance(level, grad, state, Signal(t, like))
+        torch.testing.assert_close(advance_(level, grad, own, Signal(t, like)), wanted, rtol=1e-9, atol=1e-12)
+        param = like.clone()
+        descend_(level, param, grad, other, Signal(t, param), 0.1)
+        torch.testing.assert_close(param, -0.1 * wanted, rtol=1e-9, atol=1e-12)
+        for tree in (own, other):
+            torch.testing.assert_close(dict(leaves(tree)), dict(leaves(state)), rtol=1e-9, atol=1e-12)

@@ -11,6 +11,7 @@ from nestopt import levels
 from nestopt.core import (
     AssociativeMemory,
     Gate,
+    Heads,
     Level,
     Signal,
     chain,
@@ -36,6 +37,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Gate",
+    "Heads",
     "Level",
     "Signal",
     "build",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nestopt.config.errors import ConfigError, join, show
 from nestopt.config.values import convert, number
-from nestopt.core import Gate, Level, Part, UnknownName, chain, registry
+from nestopt.core import Gate, Heads, Level, Part, UnknownName, chain, registry
 from nestopt.core.part import FieldError
 from nestopt.core.registry import KINDS
 
@@ -222,6 +222,8 @@ def _to_spec(part: Part, path: str) -> Spec:
 def _plain(value: Any, path: str) -> Any:
     if isinstance(value, Part):
         return _to_spec(value, path)
+    if isinstance(value, Heads):
+        return {"heads": value.init if value.ratio == 0.5 else {"init": value.init, "ratio": value.ratio}}
     if isinstance(value, Gate):
         if (value.low, value.high) == (0.0, 1.0):
             return {"gate": value.init}

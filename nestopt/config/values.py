@@ -15,7 +15,7 @@ from pydantic import AllowInfNan, BeforeValidator, ConfigDict, PydanticUserError
 from torch import Tensor
 
 from nestopt.config.errors import ConfigError, join, translate
-from nestopt.core import Gate, Number
+from nestopt.core import Gate, Heads, Number
 
 
 def no_bool(allowed: str) -> BeforeValidator:
@@ -82,7 +82,10 @@ def convert(hint: Any, value: object, path: str) -> Any:
 
 
 def number(value: object, path: str) -> Number:
-    """A constant, a tensor, a `Gate`, or one written as `{gate: 0.9}` or `{gate: {init: 0.5, low: 0, high: 2}}`."""
+    """A constant, a tensor, a `Gate`, or one written as `{gate: 0.9}` or `{gate: {init: 0.5, low: 0, high: 2}}`.
+
+    A constant per head is `{heads: 0.97}` or `{heads: {init: 0.97, ratio: 0.5}}`.
+    """
     if isinstance(value, Gate | Tensor):
         return value
     if not isinstance(value, Mapping):
@@ -93,25 +96,33 @@ def number(value: object, path: str) -> Number:
                 path, value, "give a number, or {gate: NUMBER} for one that the data choose"
             ) from None
     for key in value:
-        if key != "gate":
-            raise ConfigError.unknown_key(path, key, value[key], "a number that the data choose", ["gate"])
-    if not value:
-        raise ConfigError.refuse(path, value, "give a number, or {gate: NUMBER} for one that the data choose")
-    return _gate(value["gate"], join(path, "gate"))
+        if key not in _GATES:
+            raise ConfigError.unknown_key(path, key, value[key], "a number that the data or the head choose", _GATES)
+    if len(value) != 1:
+        raise ConfigError.refuse(path, dict(value), "give a number, or {gate: NUMBER} for one that the data choose")
+    (key, spec), *_ = value.items()
+    return _gate(key, spec, join(path, key))
 
 
-def _gate(spec: object, path: str) -> Gate:
+_GATES: dict[str, tuple[type[Gate], tuple[str, ...]]] = {
+    "gate": (Gate, ("init", "low", "high")),
+    "heads": (Heads, ("init", "ratio")),
+}
+
+
+def _gate(kind: str, spec: object, path: str) -> Gate:
+    cls, allowed = _GATES[kind]
     if not isinstance(spec, Mapping):
         spec, keys = {"init": spec}, {"init": path}
     else:
-        keys = {key: join(path, key) for key in ("init", "low", "high")}
+        keys = {key: join(path, key) for key in allowed}
         for key in spec:
             if key not in keys:
-                raise ConfigError.unknown_key(path, key, spec[key], "a gate", keys)
+                raise ConfigError.unknown_key(path, key, spec[key], f"a number by {kind}", keys)
         if "init" not in spec:
-            raise ConfigError.refuse(path, dict(spec), "give init, the value that the gate starts at")
+            raise ConfigError.refuse(path, dict(spec), "give init, the value that it starts at")
     numbers = {key: convert(float, value, keys[key]) for key, value in spec.items()}
     try:
-        return Gate(**numbers)
+        return cls(**numbers)
     except ValueError as error:
         raise ConfigError(str(error), keys["init"], spec["init"]) from None

@@ -12,7 +12,7 @@ from nestopt.core.memories import Memory
 from nestopt.core.objectives import Objective
 from nestopt.core.order import Node, ordered
 from nestopt.core.outputs import Output
-from nestopt.core.part import Gate, Number, Part
+from nestopt.core.part import Gate, Heads, Number, Part
 from nestopt.core.registry import Plugin, PluginWarning, Registry, UnknownName, registry
 from nestopt.core.retentions import Retention
 from nestopt.core.signal import Signal
@@ -26,6 +26,7 @@ __all__ = [
     "Features",
     "Gate",
     "Gd",
+    "Heads",
     "Level",
     "Memory",
     "Nest",

@@ -6,14 +6,19 @@ It is the meaning of all the named levels that can be written as a choice of par
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.func import grad as gradient_of
+from torch.func import vmap
 
 from nestopt.core.clock import advance, due, start
 from nestopt.core.features import Features, Identity
+from nestopt.core.gates import bind
+from nestopt.core.inputs import INPUTS, Inputs, wants_of
 from nestopt.core.level import Level
 from nestopt.core.memories import Matrix, Memory, Theta
 from nestopt.core.objectives import Dot, Objective
@@ -23,6 +28,10 @@ from nestopt.core.part import FieldError, Number
 from nestopt.core.retentions import Keep, Retention
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, tree_map
+
+
+Shown = Callable[[str, Tensor], Inputs]
+"""What a weight of a memory, by name and as it is now, was shown."""
 
 
 class Gd(Level):
@@ -49,8 +58,9 @@ class AssociativeMemory(Level):
 
     Args:
         memory: `vector`, `matrix`, `mlp` or `window`, or a plugin's.
-        objective: `dot` or `l2`, or a plugin's.
-        rule: any level; it is shown this memory's gradients. Default `gd`.
+        objective: `dot`, `l2`, `lp`, `huber` or `oja`, or a plugin's.
+        rule: any level; it is shown this memory's gradients. Default `gd`. With `dgd` each weight also forgets what it
+            answers to its own input, $-\delta\,\mathrm{lr}\,(W a)a^\top$ (NL eq. 57, 88).
         retention: `keep` (all) or `decay`.
         features: of keys and queries, on tokens. Default identity.
         output: what is done to the memory as it is read. Default nothing.
@@ -60,6 +70,13 @@ class AssociativeMemory(Level):
             eq. 90), and applied token by token. 1 is the exact recurrence.
         read: on tokens, whether a token reads the memory `"after"` its own write, `"before"` it, or as the present
             `"chunk"` found it.
+        write: on tokens, whether the rule takes a step per `"token"`, or one per `"chunk"`, at its last token, on the sum
+            of the chunk's gradients.
+        normalized: multiply lr, in (0, 1], by `bound` · α · (the rule's damping) / (ε + n), so that the chunk's step on its
+            errors never passes `bound`: a memory of weights then does not diverge. Default: lr as it is.
+        bound: of the normalised step, in (0, 2).
+        fade: whether the retention acts `"with"` the write, whose gradient is of the memory as it was, or `"before"` it,
+            as in gated DeltaNet (`chunk` is then 1).
     """
 
     memory: Memory = dataclasses.field(default_factory=Matrix)
@@ -72,16 +89,32 @@ class AssociativeMemory(Level):
     step_size: Number = 1.0
     chunk: int = 1
     read: Literal["after", "before", "chunk"] = "after"
+    write: Literal["token", "chunk"] = "token"
+    normalized: bool = False
+    bound: float = 1.0
+    fade: Literal["with", "before"] = "with"
 
     qk_norm: ClassVar[bool] = False
     """Whether a layer should L2-normalise queries and keys for this level."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check("lr", 0.0)
+        self.check("lr", 0.0, 1.0 if self.normalized else math.inf)
         self.check("step_size", 0.0)
         self.check("chunk", 1)
+        self.check("bound", 0.0, 2.0, closed="()")
         self.check_choice("read", ("after", "before", "chunk"))
+        self.check_choice("write", ("token", "chunk"))
+        self.check_choice("fade", ("with", "before"))
+        if self.fade == "before" and self.chunk > 1:
+            problem = "is not allowed with chunk above 1: a chunk's gradients are of the memory it began with"
+            raise FieldError(self.label, "fade", self.fade, problem)
+        if self.write == "chunk" and self.period > 1:
+            problem = "is not allowed with write='chunk', which writes once in a chunk; leave one of them out"
+            raise FieldError(self.label, "period", self.period, problem)
+        if self.normalized and type(self.memory).layers is Memory.layers:
+            problem = f"is not allowed: the memory {self.memory.label} has no weights; give matrix or mlp, or leave it out"
+            raise FieldError(self.label, "normalized", self.normalized, problem)
         if self._appends:
             for key, default in _UNUSED_BY_APPENDING.items():
                 if (value := getattr(self, key)) != default:
@@ -92,19 +125,75 @@ class AssociativeMemory(Level):
 
     # -- learning, the same in both contexts -------------------------------------------------------------------------
 
-    def gradient(self, theta: Theta, k: Tensor, v: Tensor) -> Theta:
-        """lr · ∇_θ ℓ(M(k; θ), v), by parameter."""
-        found = gradient_of(lambda th: self.objective(self.memory.read(th, k), v))(theta)
-        return {name: self.lr * g for name, g in found.items()}
+    def gradient(self, theta: Theta, k: Tensor, v: Tensor, rate: Tensor | None = None) -> Theta:
+        """Σ rate · ∇_θ ℓ(M(k; θ), v) over pairs `[n, D]` with a rate `[n]` each; without, `lr` is that of all."""
+        if rate is None:
+            found = gradient_of(lambda th: self.objective.loss(self.memory, th, k, v))(theta)
+            return {name: self.lr * g for name, g in found.items()}
 
-    def write(self, theta: Theta, rules: State, surprise: Theta, signal: Signal) -> tuple[Theta, State]:
-        """One step of the rule on `surprise`, the gradient by parameter."""
+        def loss(theta: Theta) -> Tensor:
+            return (rate * vmap(lambda k, v: self.objective.loss(self.memory, theta, k, v))(k, v)).sum()
+
+        return gradient_of(loss)(theta)
+
+    def rates(self, theta: Theta, k: Tensor, lr: Tensor, damping: Tensor) -> Tensor:
+        """The normalised step sizes `[n]` of pairs with keys `[n, D_k]`, given lr and α · damping `[n]` each.
+
+        See `nestopt.kernels.step_size` for what is computed and why it does not diverge.
+        """
+        layers = self.memory.layers(theta, k)
+        assert layers is not None
+        near: list[Tensor] = [(a @ a.mT).abs() for a, _ in layers.values()]
+        close = sum(g * j[:, None] * j[None, :] for g, (_, j) in zip(near, layers.values(), strict=True))
+        if (delta := self._delta) is not None:
+            close = close + delta * torch.stack(near).amax(0)
+        root = torch.diagonal(close).clamp_min(torch.finfo(k.dtype).tiny).sqrt()
+        shares = root[:, None] * close / root  # of token s (row) in the whole step, by the token t (column) it is felt at
+        if self.read == "chunk" or self.write == "chunk":
+            n = shares.sum(-1)
+        else:
+            n = shares.tril().sum(-1) * sum(1 / i for i in range(1, self.chunk + 1))
+        return self.bound * lr * damping / (1e-4 + n)
+
+    def learn(
+        self, theta: Theta, rules: State, surprise: Theta, signal: Signal, shown: Shown | None = None
+    ) -> tuple[Theta, State]:
+        """One step of the rule on `surprise`, the gradient by parameter, and the retention."""
         new, states = {}, {}
+        kept = theta if self.fade == "before" else {name: self.retention(param) for name, param in theta.items()}
         for name, param in theta.items():
             own = signal.on(param).inside(f"rule.{name}")
+            if shown is not None:
+                own = dataclasses.replace(own, lr=1.0, inputs=shown(name, param))
             direction, states[name] = advance(self.rule, surprise[name], rules[name], own)
-            new[name] = self.retention(param) - self.step_size * direction  # type: ignore[operator]
+            new[name] = kept[name] - self.step_size * direction  # type: ignore[operator]
         return new, states
+
+    def shown(self, theta: Theta, k: Tensor, rate: Tensor) -> Shown | None:
+        """For a rule that asks for the weights' inputs, these at θ: keys `[n, D_k]` with their rates `[n]`."""
+        wants = wants_of(self.rule)
+        if wants is None:
+            return None
+        layers = self.memory.layers(theta, k)
+        if layers is None or wants.surprise is not None or wants.normalize:
+            what = f"the memory {self.memory.label}" if layers is None else "an objective or normalize_inputs of its own"
+            problem = f"is not allowed as a memory's rule with {what}"
+            raise FieldError(self.label, "rule", self.rule, problem)
+
+        def inputs(name: str, param: Tensor) -> Inputs:
+            a = layers[name][0]
+            # the rates stand where a layer has its mean and the optimizer its learning rate; no energy: eq. 88 has no
+            # denominator
+            return Inputs(
+                decay=(rate[:, None] * (a @ param.mT)).mT @ a, energy=a.new_zeros(()), keys=rate.sqrt()[:, None] * a
+            )
+
+        return inputs
+
+    @property
+    def _delta(self) -> Number | None:
+        """The strength of the delta decay, if the rule has one."""
+        return getattr(self.rule, "delta", None) if INPUTS in self.rule.needs else None
 
     def _rules(self, theta: Theta) -> State:
         return {name: start(self.rule, param) for name, param in theta.items()} if not self._appends else {}
@@ -124,16 +213,37 @@ class AssociativeMemory(Level):
         k, v = self.memory.pairs(grad)
         appended = self.memory.append(theta, k, v)
         if appended is None:
-            signal.report("inner_loss", lambda: self.objective(self.memory.read(state["memory"], k), v) / len(v))
-            theta, rules = self.write(theta, rules, self.gradient(theta, k, v), signal)
+            if self.fade == "before":
+                theta = {name: self.retention(param) for name, param in theta.items()}
+            signal.report("inner_loss", lambda: self.objective.loss(self.memory, state["memory"], k, v) / len(v))
+            rate = self._rate(theta, k)
+            surprise = self.gradient(theta, k, v, rate if self.normalized else None)
+            theta, rules = self.learn(theta, rules, surprise, signal, self.shown(theta, k, rate))
         else:
             theta = appended
         return self.memory.direction(theta, grad, self.output), {"memory": theta, "rule": rules}
+
+    def _rate(self, theta: Theta, k: Tensor) -> Tensor:
+        """The rates `[n]` of pairs that come together."""
+        lr = torch.as_tensor(self.lr, dtype=k.dtype, device=k.device).expand(k.shape[0])
+        if not self.normalized:
+            return lr
+        return self.rates(theta, k, lr, torch.as_tensor(self._damping, dtype=k.dtype, device=k.device).expand_as(lr))
+
+    @property
+    def _damping(self) -> Number:
+        """α times the rule's damping."""
+        keep = getattr(self.retention, "keep", 1.0)
+        return keep * self.rule.damping
 
     # -- on tokens ---------------------------------------------------------------------------------------------------
 
     def learned_start(self, dim_k: int, dim_v: int) -> dict[str, Tensor]:
         return self.memory.learned_start(self.features.dim(dim_k), dim_v)
+
+    @property
+    def span(self) -> int:
+        return 1 if self._appends else self.chunk
 
     def begin(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
         if self._appends and self.period > 1:
@@ -141,8 +251,6 @@ class AssociativeMemory(Level):
             raise FieldError(self.label, "period", self.period, problem)
         theta = learned or self.memory.start(self.features.dim(dim_k), dim_v, like)
         state: State = {"memory": theta, "rule": self._rules(theta)}
-        if self.chunk > 1:
-            state["chunk"] = theta
         if self.period > 1:
             state["sum"] = {name: torch.zeros_like(param) for name, param in theta.items()}
         return state
@@ -154,24 +262,78 @@ class AssociativeMemory(Level):
         if appended is not None:
             return self._answer(appended if self.read == "after" else before, q), {**state, "memory": appended}
         at = before
-        if self.chunk > 1:
-            first = (signal.step - 1) % self.chunk == 0
-            at = tree_map(lambda now, old: torch.where(first, now, old), before, state["chunk"])  # type: ignore[arg-type]
-        surprise = self.gradient(at, k, v)
-        new: State = {"chunk": at} if self.chunk > 1 else {}
-        if self.period > 1:
-            surprise = tree_map(torch.add, surprise, state["sum"])
-            theta, rules = self.write(before, state["rule"], surprise, signal.every(self.period))
-            now = torch.as_tensor(due(signal.step, self.period), device=q.device)
-            theta, rules = (
-                tree_map(lambda new, old: torch.where(now, new, old), written, kept)
-                for written, kept in ((theta, before), (rules, state["rule"]))
-            )
-            new["sum"] = tree_map(lambda s: torch.where(now, torch.zeros_like(s), s), surprise)
-        else:
-            theta, rules = self.write(before, state["rule"], surprise, signal)
-        seen = {"after": theta, "before": before, "chunk": at}[self.read]
-        return self._answer(seen, q), {"memory": theta, "rule": rules, **new}
+        if self.fade == "before":
+            at = {name: self.retention(param) for name, param in before.items()}
+        rate = self._rate(at, k[None])
+        surprise = self.gradient(at, k, v) if not self.normalized else self.gradient(at, k[None], v[None], rate)
+        new = self._written({**state, "memory": at}, surprise, signal, self.shown(at, k[None], rate))
+        seen = new["memory"] if self.read == "after" else before
+        return self._answer(seen, q), new
+
+    def attend_chunk(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor], live: Tensor, state: State, signal: Signal
+    ) -> tuple[Tensor, State]:
+        length = k.shape[0]
+        bound = [bind(self, {path: gate[t] for path, gate in gates.items()}) for t in range(length)]
+        q = torch.stack([level.features(row) for level, row in zip(bound, q, strict=True)])
+        k = torch.stack([level.features(row) for level, row in zip(bound, k, strict=True)])
+        at: Theta = state["memory"]
+        rate = self._numbers([level.lr for level in bound], k) * live
+        if self.normalized:
+            k = k * live[:, None]
+            rate = self.rates(at, k, rate, self._numbers([level._damping for level in bound], k))
+        if self.write == "chunk":
+            return self._chunk_at_once(bound, q, k, v, rate, state, signal)
+        each = vmap(lambda k, v, r: self.gradient(at, k[None], v[None], r[None]))(k, v, rate)
+        answers, now = [], state
+        for t, level in enumerate(bound):
+            one = dataclasses.replace(signal, step=signal.step + live[: t + 1].sum())
+            surprise = {name: g[t] for name, g in each.items()}
+            new = level._written(now, surprise, one, level.shown(at, k[t : t + 1], rate[t : t + 1]))
+            new = tree_map(lambda new, old: torch.where(live[t], new, old), new, now)  # noqa: B023
+            answers.append(level._answer({"after": new["memory"], "before": now["memory"], "chunk": at}[self.read], q[t]))
+            now = new
+        return torch.stack(answers), now
+
+    def _chunk_at_once(
+        self,
+        bound: list[AssociativeMemory],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rate: Tensor,
+        state: State,
+        signal: Signal,
+    ) -> tuple[Tensor, State]:
+        """One step on the sum of a chunk's gradients, at its last token, whose gates it takes."""
+        at, last = state["memory"], bound[-1]
+        now = state
+        if len(bound) == self.chunk:
+            once = dataclasses.replace(signal, step=signal.step // self.chunk + 1)
+            now = last._written(state, self.gradient(at, k, v, rate), once, self.shown(at, k, rate))
+        answers = vmap(lambda q: self._answer(at, q))(q)
+        if self.read == "after" and len(bound) == self.chunk:
+            answers = torch.cat([answers[:-1], last._answer(now["memory"], q[-1])[None]])
+        return answers, now
+
+    def _written(self, state: State, surprise: Theta, signal: Signal, shown: Shown | None) -> State:
+        """The state after a write of `surprise`, which this level's clock may put off."""
+        if self.period == 1:
+            theta, rules = self.learn(state["memory"], state["rule"], surprise, signal, shown)
+            return {"memory": theta, "rule": rules}
+        surprise = tree_map(torch.add, surprise, state["sum"])
+        theta, rules = self.learn(state["memory"], state["rule"], surprise, signal.every(self.period), shown)
+        now = torch.as_tensor(due(signal.step, self.period), device=next(iter(theta.values())).device)
+        theta, rules = (
+            tree_map(lambda new, old: torch.where(now, new, old), written, kept)
+            for written, kept in ((theta, state["memory"]), (rules, state["rule"]))
+        )
+        left = tree_map(lambda s: torch.where(now, torch.zeros_like(s), s), surprise)
+        return {"memory": theta, "rule": rules, "sum": left}
+
+    @staticmethod
+    def _numbers(values: list[Number], like: Tensor) -> Tensor:
+        return torch.stack([torch.as_tensor(value, dtype=like.dtype, device=like.device) for value in values])
 
     def _answer(self, theta: Theta, q: Tensor) -> Tensor:
         if self.memory.linear:
@@ -198,5 +360,7 @@ _UNUSED_BY_APPENDING = {
     "lr": 1.0,
     "step_size": 1.0,
     "chunk": 1,
+    "write": "token",
+    "fade": "with",
 }
 """What a memory that appends its pairs does not use, at its default."""

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from nestopt.core.part import Gate, Part
+from nestopt.core.part import Gate, Heads, Part
 
 P = TypeVar("P", bound=Part)
 
@@ -24,6 +24,15 @@ def gates_of(part: Part, prefix: str = "") -> dict[str, Gate]:
     for name, inner in part.parts():
         found |= gates_of(inner, f"{prefix}{name}.")
     return found
+
+
+def per_head(part: Part, like: Tensor) -> dict[str, Tensor]:
+    """The constants per head of `part` by dotted path, `[B, T, H]` for tokens like `like` `[B, T, H, D]`."""
+    return {
+        path: like.new_tensor(gate.values(like.shape[2])).expand(like.shape[:3])
+        for path, gate in gates_of(part).items()
+        if isinstance(gate, Heads)
+    }
 
 
 def bind(part: P, values: Mapping[str, Tensor] | None = None) -> P:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from nestopt.core.clock import advance, apply_, start
 from nestopt.core.order import Node
-from nestopt.core.part import FieldError, Part
+from nestopt.core.part import FieldError, Number, Part
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, leaves, store
 
@@ -101,7 +102,20 @@ class Level(Part):
             return False
         return all(part.is_entrywise for _, part in self.parts() if isinstance(part, Level))
 
+    @property
+    def damping(self) -> Number:
+        """What a step is to be multiplied by, so that all that comes of it in the end is one such step.
+
+        1 - β for momentum, which adds a gradient again and again; 1 for a level that passes it on once.
+        """
+        return 1.0
+
     # -- on tokens -------------------------------------------------------------------------------------------------
+
+    @property
+    def span(self) -> int:
+        """How many tokens are shown at a time: with more than 1, by `attend_chunk`."""
+        return 1
 
     def begin(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
         """The state of one sequence and head before its first token; `learned` is the start a layer has learned."""
@@ -111,6 +125,16 @@ class Level(Part):
         """One token of one head: write the pair `k [D_k] -> v [D_v]`, read at `q [D_k]`; gives `(y [D_v], state)`."""
         direction, state = advance(self, torch.outer(v, k), state, signal)
         return direction @ q, state
+
+    def attend_chunk(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor], live: Tensor, state: State, signal: Signal
+    ) -> tuple[Tensor, State]:
+        """Up to `span` tokens of one head, from the start of a chunk: `[C, D_k]`, `[C, D_v]`, gates and `live` `[C]`.
+
+        Gives `(y [C, D_v], state)`. Tokens that are not `live` are not written. The level is as it was configured:
+        `gates` are values of its gates by dotted path. `signal.step` counts the tokens before the chunk.
+        """
+        raise NotImplementedError(f"{self.label} has span={self.span} and no attend_chunk")
 
     def learned_start(self, dim_k: int, dim_v: int) -> dict[str, Tensor]:
         """What a layer should learn as this level's initial memory, at its own initial value. Empty: starts at zero."""

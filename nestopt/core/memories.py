@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import grad as gradient_of
 
 from nestopt.core.outputs import Output
 from nestopt.core.part import Part
@@ -57,6 +58,14 @@ class Memory(Part):
         """θ with the pair appended, for a memory that keeps pairs as they are; None for one that a rule must write."""
         return None
 
+    def layers(self, theta: Theta, k: Tensor) -> dict[str, tuple[Tensor, Tensor]] | None:
+        r"""For each weight the input a it meets at keys `[n, D_k]`, and its sensitivity j: `([n, in], [n])` by name.
+
+        j bounds $\lVert\partial M(k)/\partial(W a)\rVert$. Needed for the delta decay and the normalised step; None for
+        a memory that is not made of weights.
+        """
+        return None
+
 
 def rows(grad: Tensor) -> Tensor:
     """A gradient as rows, each a vector in the space of the layer's inputs: vectors are one row."""
@@ -100,6 +109,9 @@ class Matrix(Memory):
     def read(self, theta: Theta, k: Tensor) -> Tensor:
         return k @ theta["m"].mT
 
+    def layers(self, theta: Theta, k: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        return {"m": (k, torch.ones_like(k[..., 0]))}
+
     def pairs(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         keys = rows(grad)
         return keys, torch.eye(len(keys), dtype=keys.dtype, device=keys.device)
@@ -129,6 +141,7 @@ class Mlp(Memory):
         depth: number of weight matrices, 2 or more (1 with no hidden layer).
         activation: one of silu, gelu, relu, tanh, identity.
         residual: whether k is added to the read; needs D_k = D_v.
+        norm: whether what W1 gives is divided by its root mean square, as in TTT (Sun et al. 2024).
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"shape"})
@@ -138,6 +151,7 @@ class Mlp(Memory):
     depth: int = 2
     activation: Literal["silu", "gelu", "relu", "tanh", "identity"] = "silu"
     residual: bool = True
+    norm: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,7 +187,26 @@ class Mlp(Memory):
         for i in range(self.depth, 1, -1):
             z = act(z @ theta[f"W{i}"].mT)
         y = z @ theta["W1"].mT
+        if self.norm:
+            y = y * _inverse_rms(y)
         return k + y if self.residual else y
+
+    def layers(self, theta: Theta, k: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        act, a, found = ACTIVATIONS[self.activation], k, {}
+        slopes: dict[str, Tensor] = {}
+        for i in range(self.depth, 1, -1):
+            z = a @ theta[f"W{i}"].mT
+            found[f"W{i}"] = a
+            a, slopes[f"W{i}"] = act(z), gradient_of(lambda z: act(z).sum())(z)
+        found["W1"] = a
+        last = a @ theta["W1"].mT
+        j = _inverse_rms(last)[..., 0] if self.norm else torch.ones_like(last[..., 0])
+        sensitive = {"W1": j}
+        for i in range(2, self.depth + 1):
+            squares = slopes[f"W{i}"].square() * theta[f"W{i - 1}"].square().sum(-2)
+            j = j * squares.sum(-1).clamp_min(1e-30).sqrt()  # the Frobenius norm of W diag(σ′)
+            sensitive[f"W{i}"] = j
+        return {name: (a, sensitive[name]) for name, a in found.items()}
 
     def pairs(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         unit = rows(grad) / rms(grad)
@@ -188,6 +221,10 @@ def rms(grad: Tensor) -> Tensor:
     """Root mean square over the tensor, kept away from 0 so that a gradient of zeros stays one."""
     tiny = torch.finfo(grad.dtype).tiny
     return grad.square().mean().clamp_min(tiny).sqrt()
+
+
+def _inverse_rms(y: Tensor) -> Tensor:
+    return (y.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
 class Window(Memory):

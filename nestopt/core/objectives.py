@@ -6,7 +6,9 @@ from abc import abstractmethod
 from typing import ClassVar
 
 from torch import Tensor
+from torch.nn.functional import huber_loss
 
+from nestopt.core.memories import Matrix, Memory, Theta
 from nestopt.core.part import Part
 
 
@@ -17,6 +19,10 @@ class Objective(Part):
 
     @abstractmethod
     def __call__(self, y: Tensor, v: Tensor) -> Tensor: ...
+
+    def loss(self, memory: Memory, theta: Theta, k: Tensor, v: Tensor) -> Tensor:
+        """Of the read at keys `[..., D_k]`. An objective overrides this where it is one of the memory itself, too."""
+        return self(memory.read(theta, k), v)
 
 
 class Dot(Objective):
@@ -31,3 +37,49 @@ class L2(Objective):
 
     def __call__(self, y: Tensor, v: Tensor) -> Tensor:
         return 0.5 * (y - v).square().sum()
+
+
+class Lp(Objective):
+    """‖y - v‖_p^p / p: p = 2 is `l2`; p = 1 moves by signs, whatever the size of the error.
+
+    Args:
+        p: 1 or more. Default 3.
+    """
+
+    p: float = 3.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("p", 1.0)
+
+    def __call__(self, y: Tensor, v: Tensor) -> Tensor:
+        return (y - v).abs().pow(self.p).sum() / self.p
+
+
+class Huber(Objective):
+    """½e² where |e| <= delta, and delta · (|e| - delta/2) beyond, of each entry e of y - v: long errors count less.
+
+    Args:
+        delta: above 0. Default 1.
+    """
+
+    delta: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("delta", 0.0, closed="()")
+
+    def __call__(self, y: Tensor, v: Tensor) -> Tensor:
+        return huber_loss(y, v, reduction="sum", delta=self.delta)
+
+
+class Oja(Objective):
+    r"""Oja's rule, $-\langle M k, v\rangle + \tfrac12\lVert M^\top v\rVert^2$ of a matrix memory M (NL eq. 66-67)."""
+
+    def __call__(self, y: Tensor, v: Tensor) -> Tensor:
+        raise ValueError("oja is an objective of a matrix memory itself, not of its read alone; give memory=matrix")
+
+    def loss(self, memory: Memory, theta: Theta, k: Tensor, v: Tensor) -> Tensor:
+        if not isinstance(memory, Matrix):
+            raise ValueError(f"oja: a {memory.label} memory is not allowed; give memory=matrix")
+        return -(memory.read(theta, k) * v).sum() + 0.5 * (v @ theta["m"]).square().sum()

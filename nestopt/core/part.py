@@ -41,7 +41,7 @@ class Gate:
         return math.log(share / (1 - share))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Gate) and (self.init, self.low, self.high) == (other.init, other.low, other.high)
+        return type(other) is Gate and (self.init, self.low, self.high) == (other.init, other.low, other.high)
 
     def __hash__(self) -> int:
         return hash((self.init, self.low, self.high))
@@ -49,6 +49,40 @@ class Gate:
     def __repr__(self) -> str:
         span = "" if (self.low, self.high) == (0.0, 1.0) else f", low={self.low}, high={self.high}"
         return f"Gate({self.init}{span})"
+
+
+class Heads(Gate):
+    """A constant for each head, nothing learned: 1 - (1 - init) · ratio^h for head h = 0, 1, …
+
+    RetNet's decays are `Heads(1 - 2**-5)`: what a head forgets is half of what the one before it does. Where there are
+    no heads (on gradients), it is `init`.
+
+    Args:
+        init: of the first head, strictly between 0 and 1.
+        ratio: of what 1 lacks from head to head, above 0 and at most 1.
+
+    Raises:
+        ValueError: for a number out of range.
+    """
+
+    def __init__(self, init: float, ratio: float = 0.5) -> None:
+        super().__init__(init)
+        if not 0 < ratio <= 1:
+            raise ValueError(f"heads: ratio={ratio!r} is not allowed; give a number above 0 and at most 1")
+        self.ratio = float(ratio)
+
+    def values(self, heads: int) -> list[float]:
+        """The constants of so many heads."""
+        return [1 - (1 - self.init) * self.ratio**h for h in range(heads)]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Heads) and (self.init, self.ratio) == (other.init, other.ratio)
+
+    def __hash__(self) -> int:
+        return hash((self.init, self.ratio))
+
+    def __repr__(self) -> str:
+        return f"Heads({self.init}{'' if self.ratio == 0.5 else f', ratio={self.ratio}'})"
 
 
 class FieldError(ValueError):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from nestopt.core.gates import bind
+from nestopt.core.gates import bind, gates_of, per_head
 from nestopt.core.level import Level
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, tree_map
@@ -21,9 +21,11 @@ def begin(level: Level, q: Tensor, v: Tensor, learned: Mapping[str, Tensor] | No
     """The state before the first token of sequences like `q`, `v` `[B, T, H, D]`.
 
     `learned` is the start that a layer learned, `[H, ...]` each. Leaves of the state are `[B, H, ...]`; `"step"`
-    counts the tokens seen, `[B, H]`.
+    counts the tokens seen, `[B, H]`. Of a level with a `span` above 1, `"level"` is the state at the start of a chunk that is
+    not over, and `"pending"` has its tokens so far: k, v, which of them are live, and the gates by path, `[B, H, n, ..]`.
     """
     batch, _, heads, dim_k = q.shape
+    gates = gates_of(level)
     level = bind(level)
 
     def one(learned: State) -> State:
@@ -35,7 +37,16 @@ def begin(level: Level, q: Tensor, v: Tensor, learned: Mapping[str, Tensor] | No
         first = one({})
         state = tree_map(lambda leaf: leaf.expand(heads, *leaf.shape), first)
     state = tree_map(lambda leaf: leaf.expand(batch, *leaf.shape), state)
-    return {"step": torch.zeros(batch, heads, dtype=torch.int64, device=v.device), "level": state}
+    whole: State = {"step": torch.zeros(batch, heads, dtype=torch.int64, device=v.device), "level": state}
+    if level.span > 1:
+        none = (batch, heads, 0)
+        whole[PENDING] = {
+            "k": v.new_zeros(*none, dim_k),
+            "v": v.new_zeros(*none, v.shape[-1]),
+            "live": torch.zeros(none, dtype=torch.bool, device=v.device),
+            "gates": {path: v.new_zeros(none) for path in gates},
+        }
+    return whole
 
 
 def scan(
@@ -47,8 +58,9 @@ def scan(
     gates: Mapping[str, Tensor] | None = None,
     state: State | None = None,
     learned: Mapping[str, Tensor] | None = None,
+    live: Tensor | None = None,
 ) -> tuple[Tensor, State]:
-    """Run `level` over tokens, one by one.
+    """Run `level` over tokens, one by one; or, where it has a `span` of more, a chunk of tokens after the other.
 
     Args:
         level: any level; its gates that are not in `gates` take their initial value.
@@ -57,14 +69,18 @@ def scan(
         gates: values of the level's gates by dotted path, `[B, T, H]` each.
         state: from a former call, to go on from there; None starts anew (from `learned`).
         learned: the start a layer learned, `[H, ...]` by name (`Level.learned_start`).
+        live: `[B, T, H]`, which tokens are written; None is all. The others take their place in a chunk, and leave
+            everything else as it was.
 
     Returns:
         y `[B, T, H, D_v]` and the state. Differentiable throughout; every sequence and head has its own memory.
     """
     if q.shape[1] == 0:
         raise ValueError(f"q has the shape {list(q.shape)}: there is no token in it; give one or more")
-    gates = dict(gates or {})
     state = begin(level, q, v, learned) if state is None else state
+    gates = {**per_head(level, v), **(gates or {})}
+    if level.span > 1:
+        return _scan_chunks(level, q, k, v, every_gate(level, gates, v), state, live)
 
     def token(q: Tensor, k: Tensor, v: Tensor, now: State, before: State, step: Tensor) -> tuple[Tensor, State]:
         return bind(level, now).attend(q, k, v, before, Signal(step=step))
@@ -72,8 +88,62 @@ def scan(
     batched = vmap(vmap(token))
     step, memory, ys = state["step"], state["level"], []
     for t in range(q.shape[1]):
-        step = step + 1
+        step = step + 1 if live is None else step + live[:, t]
         now = {path: gate[:, t] for path, gate in gates.items()}
-        y, memory = batched(q[:, t], k[:, t], v[:, t], now, memory, step)
+        y, new = batched(q[:, t], k[:, t], v[:, t], now, memory, step if live is None else step.clamp_min(1))
+        memory = new if live is None else _where(live[:, t], new, memory)
         ys.append(y)
     return torch.stack(ys, dim=1), {"step": step, "level": memory}
+
+
+def every_gate(level: Level, gates: Mapping[str, Tensor], v: Tensor) -> dict[str, Tensor]:
+    """A value `[B, T, H]` for each gate of `level`: its initial one where none is given."""
+    return {path: gates.get(path, v.new_full(v.shape[:3], gate.init)) for path, gate in gates_of(level).items()}
+
+
+def _scan_chunks(
+    level: Level,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Mapping[str, Tensor],
+    state: State,
+    live: Tensor | None,
+) -> tuple[Tensor, State]:
+    pending = state[PENDING]
+    done, length = pending["k"].shape[2], q.shape[1]
+    live = torch.ones(v.shape[:3], dtype=torch.bool, device=v.device) if live is None else live
+    fresh = {"k": k, "v": v, "live": live, "gates": dict(gates)}
+    held = tree_map(lambda old, new: torch.cat([old, new.transpose(1, 2)], dim=2), pending, fresh)
+    # tokens that were answered before ask nothing
+    queries = torch.nn.functional.pad(q.transpose(1, 2), (0, 0, done, 0))
+
+    def chunk(q: Tensor, held: State, before: State, step: Tensor) -> tuple[Tensor, State]:
+        return level.attend_chunk(q, held["k"], held["v"], held["gates"], held["live"], before, Signal(step=step))
+
+    batched = vmap(vmap(chunk))
+    memory, ys, rest = state["level"], [], tree_map(lambda x: x[:, :, :0], held)
+    step = state["step"] - pending["live"].sum(-1)
+    for first in range(0, done + length, level.span):
+        part = tree_map(lambda x: x[:, :, first : first + level.span], held)  # noqa: B023
+        y, new = batched(queries[:, :, first : first + level.span], part, memory, step)
+        ys.append(y)
+        if part["k"].shape[2] == level.span:
+            memory, step = new, step + part["live"].sum(-1)
+        else:
+            rest = part
+    whole = {"step": step + rest["live"].sum(-1), "level": memory, PENDING: rest}
+    return torch.cat(ys, dim=2)[:, :, done:].transpose(1, 2), whole
+
+
+def _where(live: Tensor, new: State, old: State) -> State:
+    """`new` where `live` `[B, H]`, else `old`; a memory that has grown is taken as it is."""
+
+    def choose(new: Tensor, old: Tensor) -> Tensor:
+        return torch.where(live.reshape(*live.shape, *(1,) * (new.ndim - 2)), new, old) if new.shape == old.shape else new
+
+    return tree_map(choose, new, old)
+
+
+PENDING = "pending"
+"""Key of a state: the tokens of a chunk that is not over."""

@@ -21,6 +21,7 @@ from nestopt.levels.momentum import Momentum as momentum
 from nestopt.levels.muon import Muon as muon
 from nestopt.levels.muon import NewtonSchulz as newton_schulz
 from nestopt.levels.muon import NewtonSchulzOutput
+from nestopt.levels.omega import Omega as omega
 from nestopt.levels.preconditioned import FeatureMomentum as feature_momentum
 from nestopt.levels.preconditioned import PreconditionedMomentum as preconditioned_momentum
 from nestopt.levels.preconditioned import SignedPower
@@ -31,9 +32,15 @@ from nestopt.levels.shampoo import Shampoo as shampoo
 from nestopt.levels.tokens import Attention as attention
 from nestopt.levels.tokens import DeepMomentum as deep_momentum
 from nestopt.levels.tokens import Deltanet as deltanet
+from nestopt.levels.tokens import Dla as dla
+from nestopt.levels.tokens import GatedDeltanet as gated_deltanet
+from nestopt.levels.tokens import GatedLinear as gated_linear
 from nestopt.levels.tokens import LinearAttention as linear_attention
+from nestopt.levels.tokens import OjaMemory as oja
+from nestopt.levels.tokens import Retnet as retnet
 from nestopt.levels.tokens import Titans as titans
 from nestopt.levels.tokens import Ttt as ttt
+from nestopt.levels.tokens import WindowAttention as window_attention
 
 __all__ = [
     "adam",
@@ -45,7 +52,10 @@ __all__ = [
     "delta_momentum",
     "deltanet",
     "dgd",
+    "dla",
     "feature_momentum",
+    "gated_deltanet",
+    "gated_linear",
     "gd",
     "ggd",
     "linear_attention",
@@ -54,12 +64,16 @@ __all__ = [
     "momentum",
     "muon",
     "newton_schulz",
+    "oja",
+    "omega",
     "preconditioned_momentum",
     "regression_optimum",
+    "retnet",
     "second_moment",
     "shampoo",
     "titans",
     "ttt",
+    "window_attention",
 ]
 
 
@@ -84,6 +98,9 @@ def nestopt_register_memories(register: Register) -> None:
 def nestopt_register_objectives(register: Register) -> None:
     register("dot", objectives.Dot)
     register("l2", objectives.L2)
+    register("lp", objectives.Lp)
+    register("huber", objectives.Huber)
+    register("oja", objectives.Oja)
 
 
 @hookimpl

@@ -97,6 +97,10 @@ class Dgd(_OnLayers):
             return None
         return Wants(normalize=self.normalize_inputs, gram=self.solver == "exact")
 
+    @property
+    def damping(self) -> Number:
+        return self.of.damping
+
     def init(self, param: Tensor) -> State:
         return {"of": start(self.of, param)}
 

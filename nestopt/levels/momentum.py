@@ -49,6 +49,10 @@ class Momentum(Level):
         super().__post_init__()
         self.check("beta", 0.0)
 
+    @property
+    def damping(self) -> Number:
+        return _less(self.beta) / _less(self.dampening)
+
     def init(self, param: Tensor) -> State:
         return {"momentum": torch.zeros_like(param)}
 
@@ -92,6 +96,11 @@ class Momentum(Level):
             nesterov=self.nesterov,
             first=first,
         )
+
+
+def _less(number: Number) -> float | Tensor:
+    """1 - number, of a gate its initial value."""
+    return 1 - (number.init if isinstance(number, Gate) else number)
 
 
 def _add(a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:

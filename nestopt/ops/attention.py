@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestopt.ops.given import check_finite, check_mask, packed
+from nestopt.ops.padding import from_places, places, to_places
 from nestopt.ops.shapes import check_tokens
 
 
@@ -18,19 +21,29 @@ def attention(
     *,
     window: int | None = None,
     state: Mapping[str, Tensor] | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Any = None,
+    validate: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     r"""A memory that keeps its pairs (NL eq. 62-63), $y_t = \sum_s \mathrm{softmax}_s(q_t k_s^\top/\sqrt{D_k})\, v_s$.
 
-    The sum runs over the tokens up to t: all of them, or the last `window`, t among them.
+    The sum runs over the tokens up to t: all of them, or the last `window`, t among them. With a window, blocks of that
+    many tokens see their own and the block before, so that time and memory grow as T · window.
 
     Args:
         q, k: `[B, T, H, D_k]`, T >= 1.
         v: `[B, T, H, D_v]`.
         window: how many pairs are kept; None keeps all.
-        state: the pairs kept so far, `{"keys": [B, H, n, D_k], "values": [B, H, n, D_v]}`; None is no pairs.
+        state: the pairs kept so far, `{"keys": [B, H, n, D_k], "values": [B, H, n, D_v]}`, and after a call with a
+            mask `"mask": [B, n]`; None is no pairs.
+        mask: `[B, T]`, True for a token, False for padding, which no token sees, takes no place in the window and is
+            answered with 0.
+        cu_seqlens: where sequences begin that lie end to end in one row (B = 1), and where the last ends.
+        validate: refuse numbers that are not finite; waits for the device.
 
     Returns:
-        y `[B, T, H, D_v]` and the state after the last token, in the dtypes of k and v.
+        y `[B, T, H, D_v]` and the state after the last token, in the dtypes of k and v. A token with a number that is
+        not finite is answered with NaN and kept as a pair of zeros.
 
     Raises:
         ValueError: for shapes that do not fit, no tokens, or `window` < 1.
@@ -38,31 +51,106 @@ def attention(
     check_tokens(q, k, v)
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window={window!r} is not allowed; give a whole number of tokens, 1 or more, or None")
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    length = q.shape[2]
-    if state is not None:
-        _check(state, k, v)
-        k = torch.cat([state["keys"].to(k.dtype), k], dim=2)
-        v = torch.cat([state["values"].to(v.dtype), v], dim=2)
-    # the first token of this call looks furthest back
-    k, v = (k, v) if window is None else (k[:, :, -(window + length - 1) :], v[:, :, -(window + length - 1) :])
-    past = k.shape[2] - length
-    if past == 0 and (window is None or window >= length):
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    elif length == 1:
-        y = F.scaled_dot_product_attention(q, k, v)
+    if cu_seqlens is not None:
+        return packed(attention, q, k, v, cu_seqlens, window=window, state=state, mask=mask, validate=validate)
+    if validate:
+        check_finite(q=q, k=k, v=v)
+    broken = ~(_finite(q) & _finite(k) & _finite(v))
+    q, k, v = (torch.where(broken[..., None], 0.0, x).transpose(1, 2) for x in (q, k, v))
+    past = _past(state, k, v)
+    if mask is None and past is not None and "mask" in past:
+        mask = torch.ones_like(broken[..., 0])
+    if mask is None:
+        if past is not None:
+            k, v = (torch.cat([past[name].to(new.dtype), new], dim=2) for name, new in (("keys", k), ("values", v)))
+        y, pairs = _attend(q, k, v, None, window), {"keys": k, "values": v}
     else:
-        ago = torch.arange(past, past + length, device=q.device)[:, None] - torch.arange(k.shape[2], device=q.device)
-        seen = ago >= 0 if window is None else (ago >= 0) & (ago < window)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        check_mask(mask, q.shape[0], q.shape[2])
+        y, pairs = _attend_padded(q, k, v, mask, past, window)
     if window is not None:
-        k, v = k[:, :, -window:], v[:, :, -window:]
-    return y.transpose(1, 2), {"keys": k, "values": v}
+        pairs = {name: x[:, -window:] if name == "mask" else x[:, :, -window:] for name, x in pairs.items()}
+    return y.transpose(1, 2).masked_fill(broken[..., None], torch.nan), pairs
 
 
-def _check(state: Mapping[str, Tensor], k: Tensor, v: Tensor) -> None:
-    """Raise unless `state` fits keys and values `[B, H, T, D]`."""
-    if set(state) != {"keys", "values"}:
+def _finite(x: Tensor) -> Tensor:
+    """`[.., D]` to `[..]`: whether all are finite, and their sum in float32 or wider."""
+    return x.detach().sum(-1, dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()
+
+
+def _attend_padded(
+    q: Tensor, k: Tensor, v: Tensor, live: Tensor, past: Mapping[str, Tensor] | None, window: int | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Attention and pairs where only `live` `[B, T]` are tokens; padding goes to the front, out of the last pairs."""
+    here, seen = places(live)[:, None], live
+    if past is not None:
+        flags = past.get("mask", torch.ones_like(past["keys"][:, 0, :, 0], dtype=torch.bool))
+        k, v = (torch.cat([past[name].to(new.dtype), new], dim=2) for name, new in (("keys", k), ("values", v)))
+        seen = torch.cat([flags, live], dim=1)
+    place = places(seen)
+    k, v = (to_places(x, place[:, None]) for x in (k, v))
+    seen = torch.zeros_like(seen).scatter(1, place, seen)
+    y = from_places(_attend(to_places(q, here), k, v, seen, window), here)
+    return torch.where(live[:, None, :, None], y, 0.0), {"keys": k, "values": v, "mask": seen}
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, window: int | None) -> Tensor:
+    """Answers to q `[B, H, T, D]`, the last T tokens of k, v; only those of `seen` `[B, n + T]` are attended to."""
+    length = q.shape[2]
+    if window is None or length <= window:
+        return _direct(q, k, v, seen, window)
+    split = k.shape[2] - length
+    early = slice(0, split + window)
+    y = _direct(q[:, :, :window], k[:, :, early], v[:, :, early], None if seen is None else seen[:, early], window)
+    seen = None if seen is None else seen[:, split:]
+    return torch.cat([y, _blockwise(q[:, :, window:], k[:, :, split:], v[:, :, split:], seen, window)], dim=2)
+
+
+def _direct(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, window: int | None) -> Tensor:
+    """With one mask over all pairs of a query and a key, or none where none is needed."""
+    length = q.shape[2]
+    if window is not None:  # the first token looks furthest back
+        k, v = (x[:, :, -(window + length - 1) :] for x in (k, v))
+        seen = None if seen is None else seen[:, -(window + length - 1) :]
+    past = k.shape[2] - length
+    if seen is None and past == 0:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if seen is None and length == 1:
+        return F.scaled_dot_product_attention(q, k, v)
+    ago = torch.arange(past, past + length, device=q.device)[:, None] - torch.arange(k.shape[2], device=q.device)
+    allowed = ago >= 0 if window is None else (ago >= 0) & (ago < window)
+    if seen is not None:
+        allowed = (allowed & seen[:, None, None]) | (ago == 0)  # padding sees itself, lest it see nothing
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+
+
+def _blockwise(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, window: int) -> Tensor:
+    """Blocks of `window` queries see two blocks of keys; q begins one block after k, v."""
+    batch, length = q.shape[0], q.shape[2]
+    rest = -length % window
+
+    def blocks(x: Tensor, dim: int) -> Tensor:
+        return F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, rest)).unflatten(dim, (-1, window))
+
+    def twice(x: Tensor, dim: int) -> Tensor:
+        """Each block behind the one before it."""
+        x = blocks(x, dim)
+        count = x.shape[dim] - 1
+        return torch.cat([x.narrow(dim, 0, count), x.narrow(dim, 1, count)], dim=dim + 1)
+
+    queries, keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (blocks(q, 2), twice(k, 2), twice(v, 2)))
+    row, column = torch.arange(window, device=q.device)[:, None], torch.arange(2 * window, device=q.device)
+    allowed = (column > row) & (column <= row + window)
+    if seen is not None:
+        allowed = (allowed & twice(seen, 1).flatten(0, 1)[:, None, None]) | (column == row + window)
+    y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed)
+    return y.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+def _past(state: Mapping[str, Tensor] | None, k: Tensor, v: Tensor) -> Mapping[str, Tensor] | None:
+    """`state`, checked against keys and values `[B, H, T, D]`."""
+    if state is None:
+        return None
+    if set(state) - {"mask"} != {"keys", "values"}:
         raise ValueError(f"state has the keys {sorted(state)}; it must have 'keys' and 'values'")
     pairs = state["keys"].shape[2] if state["keys"].ndim == 4 else 0
     for name, new in (("keys", k), ("values", v)):
@@ -73,3 +161,6 @@ def _check(state: Mapping[str, Tensor], k: Tensor, v: Tensor) -> None:
                 f"tokens, width] {list(new.shape)}; they must agree but for the number of tokens, which must be "
                 "the same for keys and values"
             )
+    if "mask" in state and state["mask"].shape != (k.shape[0], pairs):
+        raise ValueError(f"state['mask'] has the shape {list(state['mask'].shape)}; it must be {[k.shape[0], pairs]}")
+    return state

@@ -1,61 +1,35 @@
-"""Any level on tokens, by its fast exact form where it has one, else by the generic machine."""
+"""Any level on tokens, by its closed form where it has one, else by the generic machine."""
 
 from __future__ import annotations
 
 import functools
 import logging
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from nestopt.core.associative import AssociativeMemory, Gd
-from nestopt.core.gates import gates_of
+from nestopt.core.associative import AssociativeMemory
+from nestopt.core.gates import gates_of, per_head
 from nestopt.core.level import Level
-from nestopt.core.memories import Matrix, Window
-from nestopt.core.objectives import Dot
-from nestopt.core.outputs import Plain
 from nestopt.core.part import Gate, Number, nearest
-from nestopt.core.retentions import Decay, Keep
+from nestopt.core.retentions import Decay
 from nestopt.core.tokens import begin, scan
 from nestopt.core.tree import State
 from nestopt.levels.momentum import Momentum
+from nestopt.levels.omega import Omega
 from nestopt.ops.attention import attention
+from nestopt.ops.deep_form import deep_form
+from nestopt.ops.delta_rule import delta_rule
+from nestopt.ops.forms import fast_form, rule_of
+from nestopt.ops.given import check_finite, packed, per_token, tokens
 from nestopt.ops.linear_attention import linear_attention
+from nestopt.ops.oja import oja
+from nestopt.ops.omega import omega
 from nestopt.ops.shapes import check_gate, check_tokens
 
 logger = logging.getLogger("nestopt")
-
-_MEANING = ("attend", "begin", "gradient", "write", "_answer", "_rules", "_appends")
-
-
-def fast_form(level: Level) -> Literal["attention", "linear_attention"] | None:
-    """Which fast form `run` takes for `level`, by its name in `nestopt.ops`; None is the generic machine.
-
-    Only where it is exact. `attention`: a `window` memory read after its write, with a plain output.
-    `linear_attention`: a `matrix` memory with the `dot` objective, the rule `gd`, retention `keep` or `decay` and a
-    plain output; and `momentum` without Nesterov. All with `period=1`, `chunk=1`, and no gates within the features.
-    """
-    if type(level) is Momentum:
-        plain = not level.nesterov and not level.undamped_start and level.period == 1
-        return "linear_attention" if plain and _is_number(level.beta) and _is_number(level.dampening) else None
-    if not isinstance(level, AssociativeMemory):
-        return None
-    if any(getattr(type(level), name) is not getattr(AssociativeMemory, name) for name in _MEANING):
-        return None  # a subclass that means something else
-    if level.period > 1 or level.chunk > 1 or type(level.output) is not Plain or gates_of(level.features):
-        return None
-    if type(level.memory) is Window:
-        return "attention" if level.read == "after" else None
-    linear = (
-        type(level.memory) is Matrix
-        and type(level.objective) is Dot
-        and type(level.rule) is Gd
-        and level.rule.period == 1
-        and type(level.retention) in (Keep, Decay)
-        and _is_number(getattr(level.retention, "keep", 1.0))
-    )
-    return "linear_attention" if linear and _is_number(level.lr) and _is_number(level.step_size) else None
 
 
 def run(
@@ -67,10 +41,14 @@ def run(
     gates: Mapping[str, Tensor] | None = None,
     state: State | None = None,
     learned: Mapping[str, Tensor] | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Any = None,
+    checkpoint: int = 0,
+    validate: bool = False,
 ) -> tuple[Tensor, State]:
-    """Run `level` over tokens: `nestopt.core.scan` with the same arguments, results and states, fast where it can be.
+    """Run `level` over tokens: `nestopt.core.scan` with the same results and states, fast where it can be.
 
-    A sequence may be begun by one and gone on with by the other. A level without a fast form is logged once.
+    A sequence may be begun by one and gone on with by the other. A level without a closed form is logged once.
 
     Args:
         level: any level; its gates that are not in `gates` take their initial value.
@@ -79,16 +57,22 @@ def run(
         gates: values of the level's gates by dotted path, `[B, T, H]` each.
         state: from a former call, to go on from there; None starts anew (from `learned`).
         learned: the start a layer learned, `[H, ...]` by name.
+        mask: `[B, T]`, True for tokens, False for padding, which changes nothing but takes its place in a chunk.
+        cu_seqlens: for sequences end to end in one row, `[1, N, H, D]`: where each begins, and the end.
+        checkpoint: of deep memories: recompute in the backward pass all but every so many chunks' weights.
+        validate: check that all numbers are finite, at the cost of waiting for the device.
+
+    A token that holds a number that is not finite is not written; its own answer is NaN, and nobody else's.
 
     Returns:
-        y `[B, T, H, D_v]` and the state.
+        y `[B, T, H, D_v]` in the dtype of v, and the state, which is float32 at least.
 
     Raises:
-        ValueError: for shapes that do not fit, no tokens, or a gate that the level does not have.
+        ValueError: for shapes that do not fit, no tokens, or a gate that the level does not have; with `validate`, for a
+            number that is not finite.
     """
     check_tokens(q, k, v)
-    gates = dict(gates or {})
-    known = gates_of(level)
+    known, gates = gates_of(level), dict(gates or {})
     for path, gate in gates.items():
         if path not in known:
             raise ValueError(
@@ -96,58 +80,188 @@ def run(
                 f"It has: {', '.join(sorted(known)) or 'none'}."
             )
         check_gate(f"gate {path!r}", gate, q)
+    if validate:
+        check_finite(q=q, k=k, v=v, **{f"gate {path!r}": gate for path, gate in gates.items()})
+    if cu_seqlens is not None:
+        return _run_packed(level, q, k, v, cu_seqlens, gates, state, learned, checkpoint)
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    gates = {path: gate.to(dtype) for path, gate in {**per_head(level, v.to(dtype)), **gates}.items()}
+    if state is None:
+        state = begin(level, q, v[:, :0].to(dtype), learned)
     form = fast_form(level)
-    if form is None:
-        _say_slow(repr(level))
-        return scan(level, q, k, v, gates=gates, state=state, learned=learned)
-    state = begin(level, q, v, learned) if state is None else state
-    if isinstance(level, Momentum):
-        y, new = _momentum(level, q, k, v, gates, state["level"])
-    elif form == "attention":
-        y, new = _attention(level, q, k, v, state["level"])  # type: ignore[arg-type]
-    else:
-        y, new = _linear_attention(level, q, k, v, gates, state["level"])  # type: ignore[arg-type]
-    return y, {"step": state["step"] + q.shape[1], "level": new}
+    with torch.autocast(q.device.type, enabled=False):
+        if form is None:
+            _say_slow(repr(level))
+            return _generic(level, q, k, v, gates, state, mask)
+        if form == "deep_memory":
+            assert isinstance(level, AssociativeMemory)
+            return deep_form(level, q, k, v, gates, state, mask, checkpoint)
+        y, new = _FORMS[form](level, q, k, v, gates, state["level"], mask)
+        count = q.shape[1] if mask is None else mask.sum(-1)[:, None]
+        return y, {"step": state["step"] + count, "level": new}
 
 
-def _momentum(
-    level: Momentum, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor], state: State
+def _run_packed(
+    level: Level,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Any,
+    gates: dict[str, Tensor],
+    state: State | None,
+    learned: Mapping[str, Tensor] | None,
+    checkpoint: int,
 ) -> tuple[Tensor, State]:
-    taken = 1 - _value(level.dampening, gates.get("dampening"))
-    decay = _value(level.beta, gates.get("beta"))
-    y, m = linear_attention(q, k, _scaled(v, taken), decay=_per_head(decay, q), state=state["momentum"])
-    return y, {"momentum": m}
+    def one(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor, state: State | None, **cut: Tensor) -> tuple[Tensor, State]:
+        return run(level, q, k, v, gates=cut, state=state, learned=learned, mask=mask, checkpoint=checkpoint)
+
+    return packed(one, q, k, v, cu_seqlens, state=state, **gates)
+
+
+def _generic(
+    level: Level, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: State, mask: Tensor | None
+) -> tuple[Tensor, State]:
+    given = tokens(q, k, v, mask, *(gate.transpose(1, 2) for gate in gates.values()))
+    live = given.live.transpose(1, 2)
+    gates = {path: torch.where(live, gate, gates_of(level)[path].init) for path, gate in gates.items()}
+    q, k, v = (x.transpose(1, 2) for x in (given.q, given.k, given.v))
+    y, new = scan(level, q, k, v, gates=gates, state=state, live=live)
+    return given.answer(y.transpose(1, 2)), new
+
+
+# -- the closed forms of matrix memories and windows: their states are those of the generic machine ----------------------
 
 
 def _linear_attention(
-    level: AssociativeMemory, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor], state: State
+    level: Level, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor], state: State, mask: Tensor | None
 ) -> tuple[Tensor, State]:
-    strength = _value(level.lr, gates.get("lr")) * _value(level.step_size, gates.get("step_size"))
-    decay = None
-    if isinstance(level.retention, Decay):
-        decay = _per_head(_value(level.retention.keep, gates.get("retention.keep")), q)
+    if isinstance(level, Momentum):
+        taken = 1 - value_of(level.dampening, gates.get("dampening"))
+        decay = value_of(level.beta, gates.get("beta"))
+        y, m = linear_attention(q, k, _scaled(v, taken), decay=decay, state=state["momentum"], mask=mask)
+        return y, {"momentum": m}
+    assert isinstance(level, AssociativeMemory)
     y, m = linear_attention(
         level.features(q),
         level.features(k),
-        _scaled(v, strength),
-        decay=decay,
+        _scaled(v, _strength(level, gates)),
+        decay=_decay(level, gates),
         state=state["memory"]["m"],
         read="after" if level.read == "after" else "before",  # a chunk of one token begins before its write
+        mask=mask,
     )
     return y, {**state, "memory": {"m": m}}
 
 
-def _attention(level: AssociativeMemory, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
+def _delta_rule(
+    level: Level, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor], state: State, mask: Tensor | None
+) -> tuple[Tensor, State]:
+    assert isinstance(level, AssociativeMemory)
+    q, k = level.features(q), level.features(k)
+    decay, lr, theta = _decay(level, gates), _strength(level, gates), _momentum(level, gates)
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    if level.normalized:
+        damping = (1.0 if decay is None else decay) * (1.0 if theta is None else 1 - theta)
+        lr = level.bound * lr * damping / (1e-4 + k.to(dtype).square().sum(-1))
+    before: Any = state["memory"]["m"]
+    if theta is not None:
+        before = {"memory": before, "momentum": -state["rule"]["m"]["momentum"]}
+    y, after = delta_rule(
+        q,
+        k,
+        v,
+        lr=lr,
+        decay=decay,
+        momentum=theta,
+        state=before,
+        decay_first=level.fade == "before",
+        read="after" if level.read == "after" else "before",
+        mask=mask,
+    )
+    if theta is None:
+        return y, {**state, "memory": {"m": after}}
+    # here momentum is what is added to the memory; the generic machine's is what is taken off
+    return y, {"memory": {"m": after["memory"]}, "rule": {"m": {"momentum": -after["momentum"]}}}
+
+
+def _oja(
+    level: Level, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor], state: State, mask: Tensor | None
+) -> tuple[Tensor, State]:
+    assert isinstance(level, AssociativeMemory)
+    y, m = oja(
+        level.features(q),
+        level.features(k),
+        v,
+        lr=_strength(level, gates),
+        decay=_decay(level, gates),
+        state=state["memory"]["m"],
+        mask=mask,
+    )
+    return y, {**state, "memory": {"m": m}}
+
+
+def _omega(
+    level: Level, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor], state: State, mask: Tensor | None
+) -> tuple[Tensor, State]:
+    assert isinstance(level, Omega)
+    pairs = state["window"]
+    y, new = omega(
+        level.features(q),
+        level.features(k),
+        v,
+        lr=_strength(level, gates),
+        window=level.window,
+        weights=level.weight,
+        decay=_decay(level, gates),
+        # places that no token has taken yet hold keys of zeros, which write nothing
+        state={"memory": state["memory"]["m"], "keys": pairs["keys"], "values": pairs["values"]},
+        mask=mask,
+    )
+    seen = torch.ones(v.shape[:2], dtype=torch.bool, device=v.device) if mask is None else mask
+    counted = pairs["counts"].sum(-1) + seen.sum(-1)[:, None]
+    places = torch.arange(level.window - 1, 0, -1, device=v.device)
+    window = {"keys": new["keys"], "values": new["values"], "counts": (counted[..., None] >= places).to(pairs["counts"])}
+    return y, {**state, "memory": {"m": new["memory"]}, "window": window}
+
+
+def _attention(
+    level: Level, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor], state: State, mask: Tensor | None
+) -> tuple[Tensor, State]:
+    assert isinstance(level, AssociativeMemory)
     size = level.memory.size  # type: ignore[attr-defined]
-    y, pairs = attention(level.features(q), level.features(k), v, window=size, state=state["memory"])
+    q, k = level.features(q), level.features(k)
+    y, pairs = attention(q, k, v, window=size, state=state["memory"], mask=mask)
     return y, {**state, "memory": pairs}
 
 
-def _is_number(value: Number) -> bool:
-    return not isinstance(value, Tensor) or value.ndim == 0
+_FORMS = {
+    "attention": _attention,
+    "linear_attention": _linear_attention,
+    "delta_rule": _delta_rule,
+    "oja": _oja,
+    "omega": _omega,
+}
 
 
-def _value(number: Number, gate: Tensor | None) -> float | Tensor:
+def _strength(level: AssociativeMemory, gates: Mapping[str, Tensor]) -> float | Tensor:
+    return value_of(level.lr, gates.get("lr")) * value_of(level.step_size, gates.get("step_size"))
+
+
+def _decay(level: AssociativeMemory, gates: Mapping[str, Tensor]) -> float | Tensor | None:
+    if not isinstance(level.retention, Decay):
+        return None
+    return value_of(level.retention.keep, gates.get("retention.keep"))
+
+
+def _momentum(level: AssociativeMemory, gates: Mapping[str, Tensor]) -> float | Tensor | None:
+    rule = rule_of(level.rule)
+    if rule is None or rule.momentum is None:
+        return None
+    return value_of(rule.momentum, gates.get(f"rule.{rule.inside}beta"))
+
+
+def value_of(number: Number, gate: Tensor | None) -> float | Tensor:
+    """What a field of a level is at these tokens: the gate's values, or the constant."""
     if isinstance(number, Gate):
         return number.init if gate is None else gate
     return number
@@ -160,10 +274,9 @@ def _scaled(v: Tensor, strength: float | Tensor) -> Tensor:
     return v if strength == 1.0 else v * strength
 
 
-def _per_head(decay: float | Tensor, q: Tensor) -> float | Tensor:
-    return decay.expand(q.shape[2]) if isinstance(decay, Tensor) and decay.ndim == 0 else decay
-
-
 @functools.cache
 def _say_slow(description: str) -> None:
-    logger.info("%s has no fast form on tokens: the generic machine runs it token by token, which is slow", description)
+    logger.info("%s has no closed form on tokens: the generic machine runs it, which is slow", description)
+
+
+__all__ = ["fast_form", "run"]

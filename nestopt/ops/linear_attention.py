@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from nestopt.ops.shapes import check_gate, check_tokens
+from nestopt.kernels.chunk_matrix import added, answers, shares
+from nestopt.ops.given import Tokens, check_finite, packed
+from nestopt.ops.segments import check_gates, chunks_of, first, log_gate, over_segments
+from nestopt.ops.shapes import check_choice, check_tokens, check_whole
 
 
 def linear_attention(
@@ -20,10 +24,14 @@ def linear_attention(
     state: Tensor | None = None,
     chunk: int = 64,
     read: Literal["after", "before"] = "after",
+    features: Callable[[Tensor], Tensor] | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Any = None,
+    validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""A matrix memory of dot products (NL eq. 14-18, 64), for every sequence and head.
 
-    $$M_t = a_t M_{t-1} + v_t k_t^\top, \qquad y_t = M_t q_t \quad (\text{or } M_{t-1} q_t)$$
+    $$M_t = a_t M_{t-1} + v_t \phi(k_t)^\top, \qquad y_t = M_t \phi(q_t) \quad (\text{or } M_{t-1} \phi(q_t))$$
 
     Within a chunk, with $\Gamma_{ts} = \prod_{s<r\le t} a_r$ and M the memory that the chunk began with,
     $Y = (\Gamma \odot Q K^\top) V + \gamma \odot Q M^\top$; only memories pass from chunk to chunk. The result does not
@@ -34,85 +42,47 @@ def linear_attention(
         v: `[B, T, H, D_v]`.
         decay: a, what is kept of the memory at each token: None (all), one number, `[H]` or `[B, T, H]`; 0 or more.
             Computed as logarithms; a decay below the least normal number of the dtype counts as that.
-        state: M before the first token, `[B, H, D_v, D_k]`; None is zero.
+        state: M before the first token, `[B, H, D_v, D_k]` (D_k as the features have it); None is zero.
         chunk: tokens computed at once.
         read: whether a token reads the memory after or before its own write.
+        features: φ, a map of the last dimension; None is the identity.
+        mask: `[B, T]`, True for a token, False for padding, which neither writes nor decays and is answered with 0.
+        cu_seqlens: where sequences begin that lie end to end in one row (B = 1), and where the last ends.
+        validate: also refuse decays outside [0, 1] and numbers that are not finite; waits for the device.
 
     Returns:
-        y `[B, T, H, D_v]` in the dtype of v, and M after the last token. M and all that is computed is float32, or
-        float64 if v is.
+        y `[B, T, H, D_v]` in the dtype of v, and M after the last token (of each sequence of `cu_seqlens`). M and all
+        that is computed is float32, or float64 if v is. A token with a number that is not finite is answered with NaN
+        and neither writes nor decays.
 
     Raises:
         ValueError: for shapes that do not fit, no tokens, a negative decay, `chunk` < 1, or another word for `read`.
     """
+    check_whole("chunk", chunk, 1)
+    check_choice("read", read, ("after", "before"))
     check_tokens(q, k, v)
-    (batch, length, heads, dim_k), dim_v = q.shape, v.shape[-1]
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"chunk={chunk!r} is not allowed; give a whole number of tokens, 1 or more")
-    if read not in ("after", "before"):
-        raise ValueError(f"read={read!r} is not allowed; give 'after' or 'before'")
-    if state is not None and state.shape != (batch, heads, dim_v, dim_k):
-        raise ValueError(
-            f"state has the shape {list(state.shape)}; for q {list(q.shape)} and v {list(v.shape)} it must be "
-            f"{[batch, heads, dim_v, dim_k]}"
-        )
-    given, dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
-    log_decay = _log_decay(decay, q, dtype)
-    chunk = min(chunk, length)
+    if cu_seqlens is not None:
+        arguments: dict[str, Any] = {"decay": decay, "state": state, "chunk": chunk, "read": read, "features": features}
+        return packed(linear_attention, q, k, v, cu_seqlens, **arguments, mask=mask, validate=validate)
+    gates = {} if decay is None else {"decay": decay}
+    check_gates(gates, validate)
+    if validate:
+        check_finite(q=q, k=k, v=v, state=state)
+
+    def run(x: Tokens, gates: Mapping[str, Tensor], memory: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
+        x = x if features is None else _featured(x, features)
+        memory = first(memory, x.v, (*x.v.shape[:2], x.v.shape[-1], x.k.shape[-1]))
+        queries, keys, values = (chunks_of(part, size) for part in (x.q, x.k, x.v))
+        after = shares(log_gate(x, gates, "decay", size), keys)
+        begun, memory = added(keys, values, after.last(), memory)
+        y = answers(queries, keys, values, after if read == "after" else after.before(), begun)
+        return y.flatten(2, 3), memory
+
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v = (_blocks(x.to(dtype).transpose(1, 2), chunk) for x in (q, k, v))
-        kept = _blocks(log_decay[..., None], chunk)[..., 0]
-        start = q.new_zeros(batch, heads, dim_v, dim_k, dtype=dtype) if state is None else state.to(dtype)
-        y, end = _parallel(q, k, v, kept, start, read)
-    return y[:, :, :length].transpose(1, 2).to(given), end
+        return over_segments(run, q, k, v, gates, state, chunk=chunk, mask=mask)
 
 
-def _log_decay(decay: float | Tensor | None, q: Tensor, dtype: torch.dtype) -> Tensor:
-    """Logarithms `[B or 1, H or 1, T]`."""
-    _, length, heads, _ = q.shape
-    if isinstance(decay, Tensor):
-        if decay.shape == (heads,):
-            decay = decay[None, None].expand(1, length, heads)
-        else:
-            check_gate("decay", decay, q)
-        return decay.to(dtype).clamp_min(torch.finfo(dtype).tiny).log().transpose(1, 2)
-    if decay is None:
-        return q.new_zeros(1, 1, length, dtype=dtype)
-    if not decay >= 0:
-        raise ValueError(f"decay={decay!r} is not allowed; give a number of 0 or more")
-    return q.new_full((1, 1, length), decay, dtype=dtype).clamp_min(torch.finfo(dtype).tiny).log()
-
-
-def _blocks(x: Tensor, chunk: int) -> Tensor:
-    """`[B, H, T, D]` to `[B, H, N, chunk, D]`. What fills the last chunk, zeros, neither writes nor decays."""
-    x = F.pad(x, (0, 0, 0, -x.shape[2] % chunk))
-    return x.unflatten(2, (-1, chunk))
-
-
-def _parallel(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, start: Tensor, read: Literal["after", "before"]
-) -> tuple[Tensor, Tensor]:
-    """All chunks: `[B, H, N, C, D]` and logarithms `[.., N, C]` to y `[B, H, N·C, D_v]` and the last memory."""
-    gamma, since = _decays(log_decay)
-    written = v.mT @ (k * gamma[..., -1, :, None])
-    memory, begun = start, []
-    for whole, new in zip(since[..., -1, None, None].unbind(2), written.unbind(2), strict=True):
-        begun.append(memory)
-        memory = whole * memory + new
-    if read == "before":  # token t has seen what t - 1 left
-        gamma = F.pad(gamma[..., :-1, :], (0, 0, 1, 0))
-        since = F.pad(since[..., :-1], (1, 0), value=1.0)
-    y = ((q @ k.mT) * gamma) @ v + since[..., None] * (q @ torch.stack(begun, dim=2).mT)
-    return y.flatten(2, 3), memory
-
-
-def _decays(log_decay: Tensor) -> tuple[Tensor, Tensor]:
-    """Γ `[.., C, C]`, what is left at t of what was written at s <= t (else 0), and γ `[.., C]`, of the chunk's start.
-
-    Each logarithm is a sum of its own. Differences of one running sum would cancel, and lose all digits behind a decay
-    near 0.
-    """
-    size = log_decay.shape[-1]
-    lower = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).tril()
-    between = log_decay[..., None].expand(*log_decay.shape, size).masked_fill(~lower.tril(-1), 0.0).cumsum(-2)
-    return between.masked_fill(~lower, -torch.inf).exp(), log_decay.cumsum(-1).exp()
+def _featured(x: Tokens, features: Callable[[Tensor], Tensor]) -> Tokens:
+    """Features in the place of queries and keys; still 0 where a token is not live."""
+    q, k = (torch.where(x.live[..., None], features(part), 0.0) for part in (x.q, x.k))
+    return dataclasses.replace(x, q=q, k=k)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from nestopt.core.part import nearest
+
 
 def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError unless q, k `[B, T, H, D_k]` and v `[B, T, H, D_v]` fit together and hold a token at least."""
@@ -27,3 +29,16 @@ def check_gate(name: str, gate: Tensor, q: Tensor) -> None:
             f"{name} has the shape {list(gate.shape)} and q {list(q.shape)}; it must be {list(q.shape[:3])}, a number "
             "for each token and head"
         )
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        hint = nearest(value, allowed) if isinstance(value, str) else ""
+        raise ValueError(f"{name}={value!r} is not allowed; give one of {', '.join(map(repr, allowed))}.{hint}")
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raise ValueError unless `value` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} is not allowed; give a whole number, {least} or more")

@@ -17,7 +17,7 @@ from pydantic import Field
 from nestopt import levels as L
 from nestopt.config import ConfigError, build, to_spec
 from nestopt.config.io import dump, parse
-from nestopt.core import Gate, Level, Part, chain, hookimpl, nest, parallel, registry
+from nestopt.core import Gate, Heads, Level, Part, chain, hookimpl, nest, parallel, registry
 from nestopt.core.features import Elu, Polynomial
 from nestopt.core.memories import Matrix, Memory, Mlp, Vector, Window
 from nestopt.core.objectives import L2, Dot
@@ -31,6 +31,7 @@ from nestopt.core.retentions import Decay, Keep
 share = st.floats(0.0, 1.0)
 gates = st.one_of(
     st.floats(0.01, 0.99).map(Gate),
+    st.builds(Heads, st.floats(0.01, 0.99), ratio=st.floats(0.1, 1.0)),
     st.tuples(st.floats(-3, -1), st.floats(-0.5, 0.5), st.floats(1, 3)).map(lambda t: Gate(t[1], low=t[0], high=t[2])),
 )
 numbers = share | gates
@@ -80,12 +81,15 @@ def compose(children: st.SearchStrategy[Level]) -> st.SearchStrategy[Level]:
             window = L.attention(memory=store, output=draw(outputs), read=draw(st.sampled_from(["after", "before"])))
             return chain(window, draw(children))
         cls = draw(st.sampled_from([L.associative_memory, L.titans, L.deltanet]))
+        normalizes = isinstance(store, Matrix | Mlp)
         return cls(
             memory=store,
             objective=draw(st.sampled_from([Dot(), L2()])),
             rule=draw(children),
             retention=draw(retentions),
             output=draw(outputs),
+            normalized=normalizes and draw(st.booleans()),
+            bound=draw(st.sampled_from([0.5, 1.0])),
             lr=draw(numbers),
             chunk=draw(periods),
             read=draw(st.sampled_from(["after", "before", "chunk"])),

@@ -112,9 +112,11 @@ def test_titans_and_ttt(qkv):
     eta, zero, one = 0.3 * eta, torch.zeros_like(eta), torch.ones_like(eta)
     learned = start_of(titans())
     assert set(gates_of(titans())) == {"lr", "retention.keep", "rule.beta"}
-    y, _ = scan(titans(), *qkv, gates={"lr": eta, "retention.keep": alpha, "rule.beta": theta}, learned=learned)
+    letter = {"chunk": 1, "normalized": False}
+    gates = {"lr": eta, "retention.keep": alpha, "rule.beta": theta}
+    y, _ = scan(titans(**letter), *qkv, gates=gates, learned=learned)
     same(y, mlp_loop(*qkv, learned, eta, alpha, theta))
-    y, _ = scan(ttt(), *qkv, gates={"lr": eta}, learned=learned)
+    y, _ = scan(ttt(**letter), *qkv, gates={"lr": eta}, learned=learned)
     same(y, mlp_loop(*qkv, learned, eta, one, zero))
 
 
@@ -223,8 +225,9 @@ def test_streaming_causality_and_batch_independence(name, qkv):
     for cut in (1, 3):
         first, middle = again(*(x[:, :cut] for x in (q, k, v)))
         second, last = again(*(x[:, cut:] for x in (q, k, v)), state=middle)
-        assert torch.equal(torch.cat([first, second], 1), y)
-        torch.testing.assert_close(last, state, rtol=0, atol=0)
+        # the generic machine takes a chunk's tokens together: in another grouping, sums are rounded otherwise
+        same(torch.cat([first, second], 1), y, 1e-13)
+        torch.testing.assert_close(last, state, rtol=1e-13, atol=1e-13)
 
     changed = [x.clone() for x in (q, k, v)]
     for x in changed:

@@ -1,0 +1,76 @@
+r"""The step of a deep memory that does not diverge.
+
+Write K_ts for a bound of how much a unit step on token s moves the read at token t: over the memory's layers l, with
+inputs a and sensitivities j (`mlp.sensitivities`), $K_{ts} = \sum_l j_{lt} j_{ls} |a_{lt}\cdot a_{ls}|$, and $d_t = K_{tt}$. In
+the linearised model the chunk's writes change its errors by $E \leftarrow (I - \Theta\,\mathrm{diag}(\eta))\,E$ with |Θ| <= K, and
+
+$$\eta_s = \frac{\mathrm{bound}}{\varepsilon + n_s}, \qquad n_s = \sqrt{d_s}\,\sum_t K_{ts}/\sqrt{d_t}$$
+
+makes every column of $D^{-1/2} K\,\mathrm{diag}(\eta)\, D^{1/2}$ add up to at most `bound`: no eigenvalue of Θ diag(η) passes it
+(Gershgorin), whatever the lengths of the keys. The delta decay acts on each layer's own input besides, which adds
+$\max_l |a_{lt}\cdot a_{ls}|$ to K.
+
+Where reads see later tokens of the chunk, s may not be weighed by what comes after it, and the sum runs over t <= s. These
+partial sums grow with s, and C equal keys would be stepped on by $1 + 1/2 + \dots + 1/C = H_C$ in all: n is multiplied by H_C.
+For unit keys the eigenvalues are then below `bound` times $m_C/H_C$, where $m_1 = 1, m_{s} = m_{s-1} + 1/(1 + m_{s-1})$: for if
+$B \preceq \lambda I$, then $B + aa^\top/(1 + a^\top B a) \preceq (\lambda + 1/(1+\lambda)) I$, and n_s >= 1 + aᵀBa. That is proven; what maximising over keys finds is
+that equal keys are the worst, and the eigenvalues are below `bound` itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+EPS = 1e-4
+"""ε above: keys much shorter than its root are stepped on less."""
+
+
+def closeness(inputs: Sequence[Tensor], sensitivities: Sequence[Tensor | None], delta: float) -> Tensor:
+    """K `[.., C, C]` of the layers' inputs `[.., C, in]` and their sensitivities `[.., C]`."""
+    total, own = None, None
+    for a, j in zip(inputs, sensitivities, strict=True):
+        gram = (a @ a.mT).abs()
+        if delta:
+            own = gram if own is None else torch.maximum(own, gram)
+        if j is not None:
+            gram = gram * j[..., :, None] * j[..., None, :]
+        total = gram if total is None else total + gram
+    assert total is not None
+    return total if own is None else total + delta * own
+
+
+def norms(close: Tensor, read: Literal["after", "before", "chunk"]) -> Tensor:
+    """n `[.., C]` of K `[.., C, C]`."""
+    size = close.shape[-1]
+    d = close.diagonal(dim1=-2, dim2=-1)
+    if size == 1:
+        return d
+    root = d.clamp_min(torch.finfo(d.dtype).tiny).sqrt()
+    if read == "chunk":
+        return root * (close / root[..., None, :]).sum(-1)
+    return root * (close / root[..., None, :]).tril().sum(-1)
+
+
+def margin(chunk: int, read: Literal["after", "before", "chunk"]) -> float:
+    """What n is multiplied by: H_C where reads see later tokens of their chunk, else 1."""
+    return 1.0 if read == "chunk" else sum(1 / i for i in range(1, chunk + 1))
+
+
+def step_sizes(
+    lr: Tensor,
+    damping: Tensor,
+    inputs: Sequence[Tensor],
+    sensitivities: Sequence[Tensor | None],
+    *,
+    delta: float,
+    bound: float,
+    read: Literal["after", "before", "chunk"],
+    chunk: int,
+) -> Tensor:
+    """η `[.., C]` from η̃ = `lr` in (0, 1] and `damping` = α(1 - θ), which the whole step is multiplied by."""
+    n = norms(closeness(inputs, sensitivities, delta), read) * margin(chunk, read)
+    return bound * lr * damping / (EPS + n)

@@ -95,7 +95,7 @@ def test_one_momentum_is_an_optimizer_a_layer_and_a_rule() -> None:
     torch.testing.assert_close(layer(x)[0].detach(), wanted, **exact)
 
     # as the rule of another level: the momentum S inside Titans
-    memory = titans(rule=level)
+    memory = titans(rule=level, chunk=1, normalized=False)  # the letter of the equation
     q, k, v = (torch.randn(2, 8, 3, 5, dtype=torch.float64) for _ in range(3))
     k = k / k.norm(dim=-1, keepdim=True)
     eta, alpha = 0.2 * torch.rand(2, 8, 3, dtype=torch.float64), 1 - 0.2 * torch.rand(2, 8, 3, dtype=torch.float64)

@@ -14,7 +14,7 @@ from torch.func import vmap
 from nestopt.core.gates import bind, gates_of, per_head
 from nestopt.core.level import Level
 from nestopt.core.signal import Signal
-from nestopt.core.tree import State, tree_map
+from nestopt.core.tree import State, leaves, nested, tree_map
 
 
 def begin(level: Level, q: Tensor, v: Tensor, learned: Mapping[str, Tensor] | None = None) -> State:
@@ -44,7 +44,7 @@ def begin(level: Level, q: Tensor, v: Tensor, learned: Mapping[str, Tensor] | No
             "k": v.new_zeros(*none, dim_k),
             "v": v.new_zeros(*none, v.shape[-1]),
             "live": torch.zeros(none, dtype=torch.bool, device=v.device),
-            "gates": {path: v.new_zeros(none) for path in gates},
+            "gates": nested({path: v.new_zeros(none) for path in gates}),
         }
     return whole
 
@@ -113,13 +113,14 @@ def _scan_chunks(
     pending = state[PENDING]
     done, length = pending["k"].shape[2], q.shape[1]
     live = torch.ones(v.shape[:3], dtype=torch.bool, device=v.device) if live is None else live
-    fresh = {"k": k, "v": v, "live": live, "gates": dict(gates)}
+    fresh = {"k": k, "v": v, "live": live, "gates": nested(gates)}
     held = tree_map(lambda old, new: torch.cat([old, new.transpose(1, 2)], dim=2), pending, fresh)
     # tokens that were answered before ask nothing
     queries = torch.nn.functional.pad(q.transpose(1, 2), (0, 0, done, 0))
 
     def chunk(q: Tensor, held: State, before: State, step: Tensor) -> tuple[Tensor, State]:
-        return level.attend_chunk(q, held["k"], held["v"], held["gates"], held["live"], before, Signal(step=step))
+        gates = dict(leaves(held["gates"]))
+        return level.attend_chunk(q, held["k"], held["v"], gates, held["live"], before, Signal(step=step))
 
     batched = vmap(vmap(chunk))
     memory, ys, rest = state["level"], [], tree_map(lambda x: x[:, :, :0], held)

@@ -1,8 +1,11 @@
 """What a chunk does with a weight of a memory, so that its backward pass goes over that weight's gradient in place.
 
 A memory's weight is used several times in a chunk, and is far larger than the chunk's tokens. Each use here hands the
-weight on, and the next use takes it from there: so its gradient passes from use to use, each of which adds to it, and no
-second one is made and added up. All backward passes are torch operations, and can be differentiated again.
+weight on, and the next use takes it from there: so its gradient passes from use to use, each of which adds to it, and
+no second one is made and added up. All backward passes are torch operations, and can be differentiated again.
+
+What is handed on is for the next use here only, and the last of them is `moved`: its backward pass makes the gradient
+that the others write on. A weight that was handed on and is kept by anybody else would have its gradient written on.
 """
 
 from __future__ import annotations
@@ -15,17 +18,17 @@ from torch import Tensor
 
 def applied(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """W x: `[.., out, in]` and `[.., C, in]` to `[.., C, out]`; and the weight, to be used from there on."""
-    return _Applied.apply(weight, x)  # type: ignore[no-any-return]
+    return _Applied.apply(weight, x)
 
 
 def pulled(weight: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """Wᵀ d: `[.., out, in]` and `[.., C, out]` to `[.., C, in]`; and the weight, to be used from there on."""
-    return _Pulled.apply(weight, d)  # type: ignore[no-any-return]
+    return _Pulled.apply(weight, d)
 
 
 def squares(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Squared lengths of the columns, `[.., out, in]` to `[.., in]`; and the weight, to be used from there on."""
-    return _Squares.apply(weight)  # type: ignore[no-any-return]
+    return _Squares.apply(weight)
 
 
 def moved(
@@ -41,12 +44,12 @@ def moved(
 ) -> tuple[Tensor, Tensor | None]:
     """γ W - c S - addedᵀ a, and θ S + leftᵀ a.
 
-    W, S are `[.., out, in]`, γ, c, θ `[..]`, a `[.., C, in]` and the rest `[.., C, out]`. Without γ it is 1; without S there are no
-    c, θ and `left`.
+    W, S are `[.., out, in]`, γ, c, θ `[..]`, a `[.., C, in]` and the rest `[.., C, out]`. Without γ it is 1; without S
+    there are no c, θ and `left`.
     """
     if momentum is None:
         return _Moved.apply(weight, inputs, gamma, added), None
-    return _MovedBoth.apply(weight, momentum, inputs, gamma, added, c, theta, left)  # type: ignore[no-any-return]
+    return _MovedBoth.apply(weight, momentum, inputs, gamma, added, c, theta, left)
 
 
 def _plus_product(grad: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -55,14 +58,25 @@ def _plus_product(grad: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
         return left.mT @ right
     if torch.is_grad_enabled() or grad.ndim < 3 or not grad.is_contiguous():
         return grad + left.mT @ right
-    shape = grad.shape
-    grad.view(-1, *shape[-2:]).baddbmm_(left.mT.reshape(-1, shape[-2], left.shape[-2]), right.reshape(-1, *right.shape[-2:]))
+    one, two = (x.reshape(-1, *x.shape[-2:]) for x in (left.mT, right))
+    grad.view(-1, *grad.shape[-2:]).baddbmm_(one, two)
     return grad
 
 
-class _Applied(torch.autograd.Function):
-    generate_vmap_rule = True
+def _batched(function: type[torch.autograd.Function], info: Any, in_dims: Any, args: tuple[Any, ...]) -> Any:
+    """`function` under vmap: all here take any leading dimensions, so the new one is put before them.
 
+    All inputs get it, also those that are the same for all: else the backward pass could not write on their gradients.
+    """
+    spread = [
+        x if x is None else x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip(args, in_dims, strict=True)
+    ]
+    outputs = function.apply(*spread)
+    return outputs, (0,) * len(outputs) if isinstance(outputs, tuple) else 0
+
+
+class _Applied(torch.autograd.Function):
     @staticmethod
     def forward(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return x @ weight.mT, weight.view_as(weight)
@@ -80,10 +94,12 @@ class _Applied(torch.autograd.Function):
         dx = dy @ weight if ctx.needs_input_grad[1] else None
         return _plus_product(grad, dy, x) if ctx.needs_input_grad[0] else None, dx
 
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _batched(_Applied, info, in_dims, args)
+
 
 class _Pulled(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(weight: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         return d @ weight, weight.view_as(weight)
@@ -101,10 +117,12 @@ class _Pulled(torch.autograd.Function):
         dd = dy @ weight.mT if ctx.needs_input_grad[1] else None
         return _plus_product(grad, d, dy) if ctx.needs_input_grad[0] else None, dd
 
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _batched(_Pulled, info, in_dims, args)
+
 
 class _Squares(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(weight: Tensor) -> tuple[Tensor, Tensor]:
         return weight.square().sum(-2), weight.view_as(weight)
@@ -124,10 +142,12 @@ class _Squares(torch.autograd.Function):
             return twice * weight
         return grad + twice * weight if torch.is_grad_enabled() else grad.addcmul_(weight, twice)
 
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _batched(_Squares, info, in_dims, args)
+
 
 class _Moved(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(weight: Tensor, inputs: Tensor, gamma: Tensor | None, added: Tensor) -> Tensor:
         new = (-added).mT @ inputs
@@ -140,15 +160,18 @@ class _Moved(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, inputs, gamma, added = ctx.saved_tensors
-        # a new tensor always: those who come after write on it
-        d_weight = (grad.clone() if gamma is None else grad * _wide(gamma)) if ctx.needs_input_grad[0] else None
-        d_gamma = _inner(grad, weight) if ctx.needs_input_grad[2] else None
-        return d_weight, -(added @ grad), d_gamma, -(inputs @ grad.mT)
+        needs = ctx.needs_input_grad
+        d_weight = _faded(grad, gamma) if needs[0] else None
+        d_inputs = -(added @ grad) if needs[1] else None
+        d_gamma = _inner(grad, weight) if needs[2] else None
+        return d_weight, d_inputs, d_gamma, -(inputs @ grad.mT) if needs[3] else None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _batched(_Moved, info, in_dims, args)
 
 
 class _MovedBoth(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
         weight: Tensor,
@@ -168,21 +191,44 @@ class _MovedBoth(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_s: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, grad_s: Tensor | None) -> tuple[Tensor | None, ...]:
         weight, momentum, inputs, gamma, added, c, theta, left = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        d_weight = (grad.clone() if gamma is None else grad * _wide(gamma)) if needs[0] else None
-        d_gamma = _inner(grad, weight) if needs[3] else None
-        d_momentum = grad_s * _wide(theta) if needs[1] else None
-        if d_momentum is not None:
-            less = torch.is_grad_enabled()
-            d_momentum = d_momentum - grad * _wide(c) if less else d_momentum.addcmul_(grad, _wide(-c))
-        d_c = -_inner(grad, momentum) if needs[5] else None
-        d_theta = _inner(grad_s, momentum) if needs[6] else None
-        d_inputs = left @ grad_s - added @ grad if needs[2] else None
-        return d_weight, d_momentum, d_inputs, d_gamma, -(inputs @ grad.mT), d_c, d_theta, inputs @ grad_s.mT
+        found: list[Tensor | None] = [None] * 8
+        if grad is not None:
+            found[0] = _faded(grad, gamma) if needs[0] else None
+            found[1] = grad * _wide(-c) if needs[1] and grad_s is None else None
+            found[2] = -(added @ grad) if needs[2] else None
+            found[3] = _inner(grad, weight) if needs[3] else None
+            found[4] = -(inputs @ grad.mT) if needs[4] else None
+            found[5] = -_inner(grad, momentum) if needs[5] else None
+        if grad_s is not None:
+            found[1] = _carried(grad_s, theta, grad, c) if needs[1] else None
+            if needs[2]:
+                found[2] = left @ grad_s if found[2] is None else found[2] + left @ grad_s
+            found[6] = _inner(grad_s, momentum) if needs[6] else None
+            found[7] = inputs @ grad_s.mT if needs[7] else None
+        return tuple(found)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _batched(_MovedBoth, info, in_dims, args)
+
+
+def _faded(grad: Tensor, gamma: Tensor | None) -> Tensor:
+    """γ grad, in a new tensor always: the uses before this one write on it."""
+    return grad.clone() if gamma is None else grad * _wide(gamma)
+
+
+def _carried(grad_s: Tensor, theta: Tensor, grad: Tensor | None, c: Tensor) -> Tensor:
+    """θ grad_s - c grad, in a new tensor likewise."""
+    found = grad_s * _wide(theta)
+    if grad is None:
+        return found
+    return found - grad * _wide(c) if torch.is_grad_enabled() else found.addcmul_(grad, _wide(-c))
 
 
 def _wide(number: Tensor) -> Tensor:
@@ -190,5 +236,6 @@ def _wide(number: Tensor) -> Tensor:
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a, b⟩ over the last two dimensions."""
-    return (a * b).sum((-2, -1))
+    """⟨a, b⟩ over the last two dimensions, as rows times columns: without a temporary of their size."""
+    one, two = (x.reshape(-1, 1, x.shape[-2] * x.shape[-1]) for x in (a, b))
+    return torch.bmm(one, two.mT).view(a.shape[:-2])

@@ -14,7 +14,7 @@ from nestopt.core.objectives import L2
 from nestopt.core.part import Gate, Number
 from nestopt.core.retentions import Decay
 from nestopt.core.tokens import PENDING
-from nestopt.core.tree import State, tree_map
+from nestopt.core.tree import State, leaves, nested, tree_map
 from nestopt.kernels.mlp import Form
 from nestopt.ops.deep_memory import Settings, scan_chunks
 from nestopt.ops.forms import Rule, rule_of
@@ -40,10 +40,12 @@ def deep_form(
         "k": given.k,
         "v": given.v,
         "live": given.live,
-        "gates": {
-            path: torch.where(given.live, per_token(path, gates.get(path, gate.init), q, dtype), gate.init)
-            for path, gate in gates_of(level).items()
-        },
+        "gates": nested(
+            {
+                path: torch.where(given.live, per_token(path, gates.get(path, gate.init), q, dtype), gate.init)
+                for path, gate in gates_of(level).items()
+            }
+        ),
     }
     before: State = state.get(PENDING, {}) if level.span > 1 else {}
     old = before if before and before["k"].shape[2] else None
@@ -86,7 +88,7 @@ def settings_of(level: AssociativeMemory, rule: Rule, checkpoint: int) -> Settin
 
 def _as_kernel(level: AssociativeMemory, rule: Rule, held: State) -> dict[str, Tensor]:
     """Tokens `[B, H, n, ..]` with the kernel's gates in the place of the level's."""
-    live, gates = held["live"], held["gates"]
+    live, gates = held["live"], dict(leaves(held["gates"]))
 
     def gate(number: Number, path: str, idle: float) -> Tensor:
         value = gates[path] if isinstance(number, Gate) else torch.as_tensor(number, dtype=held["k"].dtype).to(live.device)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nestopt.config import build, to_spec
 from nestopt.core import AssociativeMemory, Level, Signal, advance, start
 from nestopt.core.clock import advance_
+from nestopt.core.memories import Vector
 from nestopt.core.objectives import Dot
 from nestopt.core.part import FieldError
 from nestopt.core.retentions import Decay
@@ -243,8 +244,10 @@ def test_it_says_that_it_needs_a_layer(level: Level) -> None:
     with pytest.raises(ValueError, match=f"{level.label} can't run on tokens.*on gradients"):
         make_layer(level, 8, 2)(torch.randn(1, 3, 8))
     g = torch.randn(4, 3)
-    rule = AssociativeMemory(rule=level)
     with pytest.raises(ValueError, match=f"{level.label} needs a learning rate.*in an optimizer"):
+        advance(level, g, start(level, g), Signal(1, g))
+    rule = AssociativeMemory(memory=Vector(), rule=level)
+    with pytest.raises(FieldError, match="rule=.* not allowed as a memory's rule with the memory vector"):
         advance(rule, g, start(rule, g), Signal(1, g, lr=0.1))
 
 

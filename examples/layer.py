@@ -30,7 +30,7 @@ def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([pairs, keys.gather(1, asked)], dim=1), values.gather(1, asked)[:, 0]
 
 
-def main(steps: int = 100) -> None:
+def main(steps: int = 200) -> None:
     torch.manual_seed(0)
     model = Recall()
     optimizer = nestopt.optimizer(model, "adam", lr=0.01)
@@ -40,7 +40,7 @@ def main(steps: int = 100) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if (step + 1) % 25 == 0:
+        if (step + 1) % 50 == 0:
             print(f"step {step + 1}: loss {loss.item():.3f}")
 
     # the state that comes out goes in again: whole or in pieces, the answer is the same

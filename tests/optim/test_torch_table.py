@@ -76,7 +76,7 @@ CASES: dict[str, Callable[..., Optimizer]] = {
     **{f"{key} (table)": lambda params, key=key, **more: ours(key, params, **more) for key in INPUTS},
     **{f"stack {name}": lambda params, name=name, **more: Nested(params, STACKS[name](), **more) for name in STACKS},
 }
-DRAWS = ("deep", "titans", "ttt", "Deep")
+DRAWS = ("deep", "titans", "ttt", "dla", "Deep")
 """Levels with memories that start at random numbers."""
 FEW = ("SGD: nesterov (table)", "Adam: amsgrad (table)", "AdamW: maximize (table)", "Muon: Tensor lr (table)")
 """Of the table, where each of its entries would only take longer."""
@@ -431,7 +431,8 @@ def test_dtypes_side_by_side_whatever_the_default(case: str, default: torch.dtyp
             single.step()
         optimizer.step()
     for param, single in zip(mixed, singles, strict=True):
-        tolerance = 3e-3 if "Muon" in case else 1e-5
+        # where the hardware multiplies in bfloat16, Newton-Schulz iterations do, and stacks are rounded as they are cut
+        tolerance = 3e-3 if "Muon" in case or "cms" in case else 1e-5
         torch.testing.assert_close(param, weights(single)[0], rtol=tolerance, atol=tolerance)
         kept = {value.dtype for value in optimizer.state[param].values() if value.ndim}
         assert kept <= {torch.float64 if param.dtype == torch.float64 else torch.float32}

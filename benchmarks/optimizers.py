@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import dgd
 from benchmarks.machine import Rates, describe, probe
 from benchmarks.memory import held_bytes, in_fresh_process
-from benchmarks.report import Line, Table, plot, write, write_json
+from benchmarks.report import Line, Table, clock_words, line_of, plot, write, write_json
 from benchmarks.rows import Missing, Parameters, Row, Stepper, reference, rows
 from benchmarks.sets import SETS, shapes
-from benchmarks.timing import Call, Timing, failure, interleave, ratio
+from benchmarks.timing import Call, Timing, failure, interleave
 
 DGD = "dgd"
 
@@ -136,21 +136,6 @@ def _line(row: Row, problem: str | None, timings: dict[str, Timing], wanted: str
     return line_of(row.name, timings, wanted, row.peer)
 
 
-def line_of(name: str, timings: dict[str, Timing], wanted: str, peer: str = "") -> Line:
-    """A row's times and ratios; floors and memory are for the caller to add."""
-    timing = timings[name]
-    if timing.problem:
-        return Line(name, timing.problem)
-    line = Line(name, step_ms=1e3 * timing.step_s, rounds=len(timing.rounds), peer=peer)
-    line.samples_ms = {i: 1e3 * seconds for i, seconds in timing.rounds.items()}
-    found = ratio(timing, timings[wanted])
-    if found:
-        line.ratio, line.ratio_low, line.ratio_high = found.median, found.low, found.high
-    if peer in timings and not timings[peer].problem and (found := ratio(timing, timings[peer])):
-        line.peer_ratio = found.median
-    return line
-
-
 def _measure_memory(name: str, lines: Sequence[Line], args: argparse.Namespace) -> None:
     with tqdm(lines, leave=False) as bar:
         for line in bar:
@@ -188,10 +173,8 @@ def _time_dgd(args: argparse.Namespace, rates: Rates) -> Table:
 
 
 def _table(name: str, about: str, wanted: str, rates: Rates, lines: list[Line]) -> Table:
-    threads = torch.get_num_threads()
-    clock = "CPU time, one thread" if threads == 1 else f"wall time, {threads} threads"
     flops = ", ".join(f"{rate / 1e9:.0f} GFLOP/s {dtype}" for dtype, rate in rates.flops_per_s.items())
-    return Table(name, about, wanted, clock, f"{rates.bytes_per_s / 1e9:.0f} GB/s and {flops}", lines)
+    return Table(name, about, wanted, clock_words(), f"{rates.bytes_per_s / 1e9:.0f} GB/s and {flops}", lines)
 
 
 if __name__ == "__main__":

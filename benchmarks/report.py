@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from benchmarks.timing import Timing, ratio
 from nestopt.train.checkpoint import replacing
 
 
@@ -29,6 +31,7 @@ class Line:
         state_bytes: held between steps, a parameter.
         bytes_ms, flops_ms: floors, from bytes moved and from floating-point operations.
         transient_mib: of a step, beyond what is held.
+        finite: whether all that came out was.
         samples_ms: by round, for any other ratio.
     """
 
@@ -45,6 +48,7 @@ class Line:
     bytes_ms: float | None = None
     flops_ms: float | None = None
     transient_mib: float | None = None
+    finite: bool | None = None
     samples_ms: dict[int, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -71,50 +75,68 @@ class Table:
     lines: list[Line]
 
     def markdown(self) -> str:
-        memory = any(line.transient_mib is not None for line in self.lines)
-        heads = [
-            "",
-            "ms",
-            f"× {self.reference}",
-            "quartiles",
-            "n",
-            "× peer",
-            "state, B",
-            "bytes, ms",
-            "FLOPs, ms",
-            "× floor",
-        ]
-        heads += ["transient, MiB"] * memory
-        rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+        """As text. A column that no row has anything for is left out."""
+        timed = [line for line in self.lines if not line.problem]
+        columns = [(head, cell) for head, cell in _columns(self.reference) if any(cell(line) != "–" for line in timed)]
+        rows = [["", *(head for head, _ in columns)]]
         for line in self.lines:
-            rows.append(_cells(line, memory) if not line.problem else [line.name, *["–"] * (len(heads) - 1)])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-        table = [
-            "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-        ]
+            rows.append([line.name, *(cell(line) if not line.problem else "–" for _, cell in columns)])
         problems = [f"- {line.name}: {line.problem}" for line in self.lines if line.problem]
         head = [f"### {self.name}", "", f"{self.about}; {self.clock}; floors at {self.rates}.", ""]
-        return "\n".join([*head, *table, *([""] if problems else []), *problems, ""])
+        return "\n".join([*head, *grid(rows), *([""] if problems else []), *problems, ""])
 
 
-def _cells(line: Line, memory: bool) -> list[str]:
-    over = line.step_ms / line.floor_ms if line.step_ms and line.floor_ms else None
-    quartiles = "–"
-    if line.ratio_low is not None and line.ratio_high is not None:
-        quartiles = f"{number(line.ratio_low)}–{number(line.ratio_high)}"
-    cells = [
-        line.name,
-        number(line.step_ms),
-        number(line.ratio),
-        quartiles,
-        str(line.rounds) if line.rounds else "first step",
-        number(line.peer_ratio),
-        number(line.state_bytes),
-        number(line.bytes_ms),
-        number(line.flops_ms),
-        number(over),
+def _columns(reference: str) -> list[tuple[str, Callable[[Line], str]]]:
+    return [
+        ("ms", lambda line: number(line.step_ms)),
+        (f"× {reference}", lambda line: number(line.ratio)),
+        ("quartiles", _quartiles),
+        ("n", lambda line: str(line.rounds) if line.rounds else "first step"),
+        ("× peer", lambda line: number(line.peer_ratio)),
+        ("state, B", lambda line: number(line.state_bytes)),
+        ("bytes, ms", lambda line: number(line.bytes_ms)),
+        ("FLOPs, ms", lambda line: number(line.flops_ms)),
+        ("× floor", lambda line: number(line.step_ms / line.floor_ms if line.step_ms and line.floor_ms else None)),
+        ("transient, MiB", lambda line: number(line.transient_mib)),
+        ("finite", lambda line: "–" if line.finite is None else "yes" if line.finite else "no"),
     ]
-    return cells + [number(line.transient_mib)] * memory
+
+
+def _quartiles(line: Line) -> str:
+    if line.ratio_low is None or line.ratio_high is None:
+        return "–"
+    return f"{number(line.ratio_low)}–{number(line.ratio_high)}"
+
+
+def grid(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells, the first of them the heads, as the lines of a Markdown table."""
+    heads, *rest = rows
+    rows = [heads, ["---", *["---:"] * (len(heads) - 1)], *rest]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+    return [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+
+
+def line_of(name: str, timings: Mapping[str, Timing], wanted: str, peer: str = "") -> Line:
+    """A row's times and its ratios to `wanted` and `peer`; floors and memory are for the caller to add."""
+    timing = timings[name]
+    if timing.problem:
+        return Line(name, timing.problem)
+    line = Line(name, step_ms=1e3 * timing.step_s, rounds=len(timing.rounds), peer=peer)
+    line.samples_ms = {i: 1e3 * seconds for i, seconds in timing.rounds.items()}
+    found = ratio(timing, timings[wanted])
+    if found:
+        line.ratio, line.ratio_low, line.ratio_high = found.median, found.low, found.high
+    if peer in timings and not timings[peer].problem and (found := ratio(timing, timings[peer])):
+        line.peer_ratio = found.median
+    return line
+
+
+def clock_words() -> str:
+    """What times are of, by `benchmarks.timing.clock`."""
+    threads = torch.get_num_threads()
+    return "CPU time, one thread" if threads == 1 else f"wall time, {threads} threads"
 
 
 def number(value: float | None) -> str:
@@ -132,7 +154,8 @@ def write(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, machine: dict[str, Any], tables: Sequence[Table]) -> None:
+def write_json(path: Path, machine: dict[str, Any], tables: Sequence[Any]) -> None:
+    """`tables` are dataclasses."""
     report = {"machine": machine, "tables": [dataclasses.asdict(table) for table in tables]}
     write(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 

@@ -15,6 +15,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from nestopt.kernels.corrections import corrections
 from nestopt.kernels.products import products, shifted
 
 
@@ -106,21 +107,19 @@ def corrected(
     Returns:
         u `[B, H, N, C, D_v]`, the memories that the chunks begin with, and the last.
     """
-    inverse = _solver((k @ k.mT) * (error.writes * lr[..., None]), lr)
-    known = _started(k, error, -1.0)
-    written = torch.cat([_written(k, end) for end in ends], dim=-1) if len(ends) > 1 else _written(k, ends[0])
-    shape, memory = memory.shape, memory.flatten(0, 1)
-    # of the memory in M; with momentum, also of the momentum in M and in S
-    kept = [_end(share, k) for share in (ends[0].memory, *(end.momentum for end in ends)) if share is not None]
-    us, begun = [], []
-    chunks = (x.flatten(0, 1).unbind(1) for x in (inverse, v, known, written))
-    for n, (solve, value, key, write) in enumerate(zip(*chunks, strict=True)):
-        begun.append(memory)
-        us.append(solve @ torch.baddbmm(value, key, memory.mT))
-        left = _left(memory, [share[n] for share in kept])
-        memory = torch.baddbmm(left, us[-1].mT, write)
-    u, begun_with = (torch.stack(x, dim=1).unflatten(0, shape[:2]) for x in (us, begun))
-    return u, begun_with, memory.unflatten(0, shape[:2])
+    starts = None if error.memory is None else _together(error.memory, error.momentum)
+    if ends[0].memory is None:
+        return corrections(k, v, lr, error.writes, starts, None, None, memory)
+    writes = torch.stack([end.writes[..., 0, :] for end in ends], dim=-1)
+    turn = torch.stack(
+        [_together(end.memory, end.momentum)[..., 0, :] for end in ends if end.memory is not None], dim=-2
+    )
+    return corrections(k, v, lr, error.writes, starts, writes, turn, memory)
+
+
+def _together(memory: Tensor, momentum: Tensor | None) -> Tensor:
+    """`[..]` and `[..]` as `[.., 2]`, or the first as `[.., 1]`."""
+    return memory[..., None] if momentum is None else torch.stack([memory, momentum], dim=-1)
 
 
 def answers(q: Tensor, k: Tensor, v: Tensor, read: Shares, begun: Tensor) -> Tensor:
@@ -130,17 +129,11 @@ def answers(q: Tensor, k: Tensor, v: Tensor, read: Shares, begun: Tensor) -> Ten
     return torch.baddbmm(*(x.flatten(0, 2) for x in (start, pairs, v))).unflatten(0, q.shape[:3])
 
 
-def _solver(lower: Tensor, lr: Tensor) -> Tensor:
-    """(I + L)^-1 diag(η), of which L is below the diagonal of `[.., C, C]`. The solver is faster from the right."""
-    rates = torch.diag_embed(lr).expand_as(lower)
-    return torch.linalg.solve_triangular(lower.mT, rates, upper=True, left=False, unitriangular=True).mT
-
-
-def _started(k: Tensor, at: Shares, sign: float = 1.0) -> Tensor:
+def _started(k: Tensor, at: Shares) -> Tensor:
     """Keys times the shares of what the chunk began with: `[.., D_k]`, or `[.., 2 D_k]` with momentum."""
     if at.memory is None:
-        return k * sign if sign != 1.0 else k
-    parts = [k * (sign * share[..., None]) for share in (at.memory, at.momentum) if share is not None]
+        return k
+    parts = [k * share[..., None] for share in (at.memory, at.momentum) if share is not None]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
@@ -152,11 +145,3 @@ def _written(k: Tensor, end: Shares) -> Tensor:
 def _end(share: Tensor, like: Tensor) -> tuple[Tensor, ...]:
     """`[B or 1, H or 1, N or 1, 1]` as `[B H, 1, 1]` for each of the chunks of `like`."""
     return share.expand(*like.shape[:3], 1).flatten(0, 1)[..., None].unbind(1)
-
-
-def _left(memory: Tensor, shares: list[Tensor]) -> Tensor:
-    """What is left of a chunk's start at its end."""
-    if len(shares) > 1:
-        m, s = memory.chunk(2, dim=-1)
-        return torch.cat([m * shares[0] + s * shares[1], s * shares[2]], dim=-1)
-    return memory * shares[0] if shares else memory

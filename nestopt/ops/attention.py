@@ -56,16 +56,19 @@ def attention(
     if validate:
         check_finite(q=q, k=k, v=v)
     broken = ~(_finite(q) & _finite(k) & _finite(v))
-    q, k, v = (torch.where(broken[..., None], 0.0, x).transpose(1, 2) for x in (q, k, v))
-    past = _past(state, k, v)
-    if mask is None and past is not None and "mask" in past:
+    if mask is None and state is not None and "mask" in state:
         mask = torch.ones_like(broken[..., 0])
+    void = broken
+    if mask is not None:
+        check_mask(mask, q.shape[0], q.shape[1])
+        void, broken = broken | ~mask[..., None], broken & mask[..., None]
+    q, k, v = (torch.where(void[..., None], 0.0, x).transpose(1, 2) for x in (q, k, v))
+    past = _past(state, k, v)
     if mask is None:
         if past is not None:
             k, v = (torch.cat([past[name].to(new.dtype), new], dim=2) for name, new in (("keys", k), ("values", v)))
         y, pairs = _attend(q, k, v, None, window), {"keys": k, "values": v}
     else:
-        check_mask(mask, q.shape[0], q.shape[2])
         y, pairs = _attend_padded(q, k, v, mask, past, window)
     if window is not None:
         pairs = {name: x[:, -window:] if name == "mask" else x[:, :, -window:] for name, x in pairs.items()}
@@ -128,20 +131,17 @@ def _blockwise(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, window: int
     batch, length = q.shape[0], q.shape[2]
     rest = -length % window
 
-    def blocks(x: Tensor, dim: int) -> Tensor:
-        return F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, rest)).unflatten(dim, (-1, window))
+    def blocks(x: Tensor, size: int) -> Tensor:
+        """`[B, H, T, D]` as `[B m, H, size, D]`: each block with what lies before it, up to `size`."""
+        x = F.pad(x, (0, 0, 0, rest)) if rest else x
+        return x.unfold(2, size, window).mT.transpose(1, 2).flatten(0, 1)
 
-    def twice(x: Tensor, dim: int) -> Tensor:
-        """Each block behind the one before it."""
-        x = blocks(x, dim)
-        count = x.shape[dim] - 1
-        return torch.cat([x.narrow(dim, 0, count), x.narrow(dim, 1, count)], dim=dim + 1)
-
-    queries, keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (blocks(q, 2), twice(k, 2), twice(v, 2)))
+    queries, keys, values = blocks(q, window), blocks(k, 2 * window), blocks(v, 2 * window)
     row, column = torch.arange(window, device=q.device)[:, None], torch.arange(2 * window, device=q.device)
     allowed = (column > row) & (column <= row + window)
     if seen is not None:
-        allowed = (allowed & twice(seen, 1).flatten(0, 1)[:, None, None]) | (column == row + window)
+        near = F.pad(seen, (0, rest)).unfold(1, 2 * window, window).flatten(0, 1)
+        allowed = (allowed & near[:, None, None]) | (column == row + window)
     y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed)
     return y.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 

@@ -119,7 +119,8 @@ def check_finite(**tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is None:
             continue
-        wrong = ~x.detach().isfinite()
+        x = x.detach()
+        wrong = ~x.isfinite()
         if bool(wrong.any()):
             first = [int(i) for i in wrong.nonzero()[0]]
             raise ValueError(

@@ -108,6 +108,10 @@ torch.manual_seed(0)
 """
 
 
+MEASURED = (("levels", "trajectories"), ("levels", "level_table"), ("tokens", "recall"), ("tokens", "token_table"))
+"""Scripts of `figures`, and whose pages they are for."""
+
+
 def prepare_docstring(app: Sphinx, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:
     """Turn `$x$` and `$$x$$` into mathematics; keep napoleon from reading "Words: more" of an attribute as a type."""
     if what in {"attribute", "data", "property"} and lines:
@@ -128,11 +132,11 @@ def write_keys(app: Sphinx) -> None:
 
 
 def measure_levels(app: Sphinx) -> None:
-    """The pictures and tables of the pages on levels: half a minute, and so only if code has changed since the last."""
-    root = Path(app.srcdir).parent
-    for name in ("trajectories", "level_table"):
-        script, stamp = Path(app.srcdir, "figures", f"{name}.py"), Path(app.srcdir, "levels", "made", f".{name}")
-        code = [script, *(root / "nestopt").rglob("*.py")]
+    """The pictures and tables of the pages on levels: a minute, and so only if code has changed since the last."""
+    root, figures = Path(app.srcdir).parent, Path(app.srcdir, "figures")
+    for folder, name in MEASURED:
+        script, stamp = figures / f"{name}.py", Path(app.srcdir, folder, "made", f".{name}")
+        code = [*figures.glob("*.py"), *(root / "nestopt").rglob("*.py")]
         if not stamp.exists() or stamp.stat().st_mtime < max(file.stat().st_mtime for file in code):
             begun = time.time()
             runpy.run_path(str(script))["main"]()

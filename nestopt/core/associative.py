@@ -283,7 +283,7 @@ class AssociativeMemory(Level):
             k = k * live[:, None]
             rate = self.rates(at, k, rate, self._numbers([level._damping for level in bound], k))
         if self.write == "chunk":
-            return self._chunk_at_once(bound, q, k, v, rate, state, signal)
+            return self._chunk_at_once(bound, q, k, v, rate, live, state, signal)
         each = vmap(lambda k, v, r: self.gradient(at, k[None], v[None], r[None]))(k, v, rate)
         answers, now = [], state
         for t, level in enumerate(bound):
@@ -302,6 +302,7 @@ class AssociativeMemory(Level):
         k: Tensor,
         v: Tensor,
         rate: Tensor,
+        live: Tensor,
         state: State,
         signal: Signal,
     ) -> tuple[Tensor, State]:
@@ -310,7 +311,8 @@ class AssociativeMemory(Level):
         now = state
         if len(bound) == self.chunk:
             once = dataclasses.replace(signal, step=signal.step // self.chunk + 1)
-            now = last._written(state, self.gradient(at, k, v, rate), once, self.shown(at, k, rate))
+            new = last._written(state, self.gradient(at, k, v, rate), once, self.shown(at, k, rate))
+            now = tree_map(lambda new, old: torch.where(live.any(), new, old), new, state)
         answers = vmap(lambda q: self._answer(at, q))(q)
         if self.read == "after" and len(bound) == self.chunk:
             answers = torch.cat([answers[:-1], last._answer(now["memory"], q[-1])[None]])

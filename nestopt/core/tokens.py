@@ -32,7 +32,7 @@ def begin(level: Level, q: Tensor, v: Tensor, learned: Mapping[str, Tensor] | No
         return level.begin(dim_k, v.shape[-1], v, learned)
 
     if learned:
-        state = vmap(one)(dict(learned))
+        state = vmap(one, randomness="different")(dict(learned))  # a rule may start at random
     else:
         first = one({})
         state = tree_map(lambda leaf: leaf.expand(heads, *leaf.shape), first)

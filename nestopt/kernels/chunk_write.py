@@ -1,6 +1,6 @@
 r"""The write of one chunk to one weight of a memory, in closed form: momentum, gates and delta decay per token.
 
-With inputs a_t and directions g_t = η_t ∂ℓ/∂(output) at the chunk's first state, and the strengths e_t = δ η_t of the decay,
+With inputs a_t, directions g_t = η_t ∂ℓ/∂(output) at the chunk's first state and strengths e_t = δ η_t of the decay,
 
 $$S_t = \theta_t S_{t-1} + g_t a_t^\top, \qquad M_t = \alpha_t M_{t-1} - e_t (M_{t-1} a_t) a_t^\top - S_t$$
 
@@ -45,9 +45,9 @@ class Fading:
         """From α, θ `[.., C]` with 1 for tokens that are not `live` `[.., C]`, at which S is not added to M, either."""
         gamma = Gamma = c = kappa = theta = Theta = None
         if decay is not None:
-            Gamma, gamma = products(logarithm(decay))
+            Gamma, gamma = _products(decay)
         if momentum is not None:
-            Theta, theta = products(logarithm(momentum))
+            Theta, theta = _products(momentum)
             if Gamma is None:
                 size = live.shape[-1]
                 added = torch.ones(size, size, dtype=Theta.dtype, device=Theta.device).tril() * live[..., None, :]
@@ -127,7 +127,7 @@ def write(
 def read_within(
     weight: Tensor, momentum: Tensor | None, x: Tensor, written: Write, fading: Fading, reads: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """M_t x_t (or M_{t-1} x_t, where `reads` is `"before"`) for all t: x `[.., C, in]` to `[.., C, out]`; and M_0, S_0."""
+    """M_t x_t for all t (where `reads` is `"before"`, M_{t-1} x_t), `[.., C, in]` to `[.., C, out]`; and M_0, S_0."""
     at, strict = fading.at(reads), reads == "before"
     y, weight = applied(weight, x)
     if at.gamma is not None:
@@ -145,9 +145,7 @@ def read_within(
     return y, weight, momentum
 
 
-def advance(
-    weight: Tensor, momentum: Tensor | None, written: Write, fading: Fading
-) -> tuple[Tensor, Tensor | None]:
+def advance(weight: Tensor, momentum: Tensor | None, written: Write, fading: Fading) -> tuple[Tensor, Tensor | None]:
     """M and S after the chunk."""
     added = written.steps if fading.kappa is None else fading.kappa[..., -1, :, None] * written.steps
     if written.decays is not None:
@@ -163,6 +161,17 @@ def advance(
     left = fading.Theta[..., -1, :, None] * written.steps
     c, theta = fading.c[..., -1], fading.theta[..., -1]
     return moved(weight, momentum, written.inputs, gamma=gamma, added=added, c=c, theta=theta, left=left)
+
+
+def _products(decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Γ and γ of `nestopt.kernels.products`, with 0 for what is below the square of the dtype's precision.
+
+    Beside what is written later that is nothing (1e-14 in float32, 5e-32 in float64). Multiplied on, it would leave the
+    normal numbers, at which processors are slow: whole weights were, where a chunk's momenta are random in (0, 1).
+    """
+    least = torch.finfo(decay.dtype).eps ** 2
+    between, since = products(logarithm(decay))
+    return torch.nn.functional.threshold(between, least, 0.0), torch.nn.functional.threshold(since, least, 0.0)
 
 
 def _weigh(coefficient: Tensor | None, gram: Tensor, strict: bool) -> Tensor:

@@ -31,13 +31,13 @@ class Linearised:
     Attributes:
         inputs: of each weight, `[.., C, in]`, in the order of the weights.
         outputs: what each weight makes of its input, `[.., C, out]`.
-        slopes: σ′ at those outputs, `[.., C, out]`; None for W1, which has no activation.
+        slopes: σ′ at those outputs, `[.., C, out]`, of W2, …, W_L: W1 has no activation.
         y: the read `[.., C, D_v]`.
     """
 
     inputs: list[Tensor]
     outputs: list[Tensor]
-    slopes: list[Tensor | None]
+    slopes: list[Tensor]
     y: Tensor
 
 
@@ -62,12 +62,12 @@ def linearise(weights: Weights, k: Tensor, form: Form) -> tuple[Linearised, list
     """The MLP as seen from k; and the weights, to be used from there on (see `nestopt.kernels.weights`)."""
     depth, used = len(weights), list(weights)
     inputs, outputs = [k] * depth, [k] * depth
-    slopes: list[Tensor | None] = [None] * depth
+    slopes = [k] * (depth - 1)
     x = k
     for i in range(depth - 1, 0, -1):
         inputs[i] = x
         outputs[i], used[i] = applied(weights[i], x)
-        x, slopes[i] = ACTIVATIONS[form.activation][1](outputs[i])
+        x, slopes[i - 1] = ACTIVATIONS[form.activation][1](outputs[i])
     inputs[0] = x
     outputs[0], used[0] = applied(weights[0], x)
     return Linearised(inputs, outputs, slopes, finish(outputs[0], k, form)), used
@@ -80,7 +80,7 @@ def errors(weights: Weights, at: Linearised, error: Tensor, form: Form) -> tuple
         unit = at.outputs[0] * scale
         error = scale * (error - unit * (error * unit).mean(-1, keepdim=True))
     found, used = [error], list(weights)
-    for i, slope in enumerate(at.slopes[1:]):
+    for i, slope in enumerate(at.slopes):
         d, used[i] = pulled(weights[i], found[-1])
         found.append(d * slope)
     return found, used
@@ -94,9 +94,9 @@ def sensitivities(weights: Weights, at: Linearised, form: Form) -> tuple[list[Te
     """
     found: list[Tensor | None] = [inverse_rms(at.outputs[0])[..., 0] if form.norm else None]
     used = list(weights)
-    for i, slope in enumerate(at.slopes[1:]):
+    for i, slope in enumerate(at.slopes):
         lengths, used[i] = squares(weights[i])
-        norm = (slope.square() @ lengths[..., None])[..., 0].clamp_min(_TINY).sqrt()  # type: ignore[union-attr]
+        norm = (slope.square() @ lengths[..., None])[..., 0].clamp_min(_TINY).sqrt()
         outer = found[-1]
         found.append(norm if outer is None else norm * outer)
     return found, used

@@ -1,20 +1,33 @@
 r"""The step of a deep memory that does not diverge.
 
 Write K_ts for a bound of how much a unit step on token s moves the read at token t: over the memory's layers l, with
-inputs a and sensitivities j (`mlp.sensitivities`), $K_{ts} = \sum_l j_{lt} j_{ls} |a_{lt}\cdot a_{ls}|$, and $d_t = K_{tt}$. In
-the linearised model the chunk's writes change its errors by $E \leftarrow (I - \Theta\,\mathrm{diag}(\eta))\,E$ with |Θ| <= K, and
+inputs a and sensitivities j (`mlp.sensitivities`), $K_{ts} = \sum_l j_{lt} j_{ls} |a_{lt}\cdot a_{ls}|$, and
+$d_t = K_{tt}$. In the linearised model the chunk's writes change its errors by
+$E \leftarrow (I - \Theta\,\mathrm{diag}(\eta))\,E$ with $|\Theta| \le K$, and
 
 $$\eta_s = \frac{\mathrm{bound}}{\varepsilon + n_s}, \qquad n_s = \sqrt{d_s}\,\sum_t K_{ts}/\sqrt{d_t}$$
 
-makes every column of $D^{-1/2} K\,\mathrm{diag}(\eta)\, D^{1/2}$ add up to at most `bound`: no eigenvalue of Θ diag(η) passes it
-(Gershgorin), whatever the lengths of the keys. The delta decay acts on each layer's own input besides, which adds
-$\max_l |a_{lt}\cdot a_{ls}|$ to K.
+makes every column of $D^{-1/2} K\,\mathrm{diag}(\eta)\, D^{1/2}$ add up to at most `bound`: no eigenvalue of Θ diag(η)
+passes it (Gershgorin), whatever the lengths of the keys. The delta decay acts on each layer's own input besides, which
+adds $\delta \max_l |a_{lt}\cdot a_{ls}|$ to K.
 
-Where reads see later tokens of the chunk, s may not be weighed by what comes after it, and the sum runs over t <= s. These
-partial sums grow with s, and C equal keys would be stepped on by $1 + 1/2 + \dots + 1/C = H_C$ in all: n is multiplied by H_C.
-For unit keys the eigenvalues are then below `bound` times $m_C/H_C$, where $m_1 = 1, m_{s} = m_{s-1} + 1/(1 + m_{s-1})$: for if
-$B \preceq \lambda I$, then $B + aa^\top/(1 + a^\top B a) \preceq (\lambda + 1/(1+\lambda)) I$, and n_s >= 1 + aᵀBa. That is proven; what maximising over keys finds is
-that equal keys are the worst, and the eigenvalues are below `bound` itself.
+Where reads see later tokens of the chunk, s may not be weighed by what comes after it, and the sum runs over t <= s.
+These partial sums grow with s, and C equal keys would be stepped on by $1 + 1/2 + \dots + 1/C = H_C$ in all: n is
+multiplied by H_C. For unit keys the eigenvalues are then below `bound` times $m_C/H_C$, where
+$m_1 = 1, m_{s} = m_{s-1} + 1/(1 + m_{s-1})$: for if $B \preceq \lambda I$, then
+$B + aa^\top/(1 + a^\top B a) \preceq (\lambda + 1/(1+\lambda)) I$, and n_s >= 1 + aᵀBa. That is proven; what maximising
+over keys, of one length or of any, finds is that equal keys are the worst, and the eigenvalues below `bound` itself.
+
+What this does not bound:
+
+- Momenta that change from token to token. A write is added to the memory again and again, by $1/(1-\theta)$ in all
+  where θ is constant, for which the factor 1 - θ makes up; after a write at θ = 0, many θ near 1 add it far more often.
+- What is not linear. Values 10,000 times as large as the weights and keys are passed by some tens of times their size
+  at first; then the memory is as large as they are, and settles.
+- With the objective `"dot"` there is no error that goes to 0: the delta decay alone holds the memory. It acts once
+  where momentum adds a write 1/(1-θ) times, so a memory of one layer comes to answer 1/(1-θ) times the values.
+- The delta decay pulls to the memory whose weights are all 0, which has no gradient in W1 nor in W2. Where α and it
+  take more than what is written, as with α = 0.95 and δ = 1, a memory of two layers ends there.
 """
 
 from __future__ import annotations

@@ -52,11 +52,16 @@ def moved(
     return _MovedBoth.apply(weight, momentum, inputs, gamma, added, c, theta, left)
 
 
+def _may_write() -> bool:
+    """Whether a backward pass may write on gradients: not if it is differentiated itself, or traced by a compiler."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def _plus_product(grad: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """grad + leftᵀ right, in place where nobody will differentiate this."""
+    """grad + leftᵀ right, in place where it may be."""
     if grad is None:
         return left.mT @ right
-    if torch.is_grad_enabled() or grad.ndim < 3 or not grad.is_contiguous():
+    if not _may_write() or grad.ndim < 3 or not grad.is_contiguous():
         return grad + left.mT @ right
     one, two = (x.reshape(-1, *x.shape[-2:]) for x in (left.mT, right))
     grad.view(-1, *grad.shape[-2:]).baddbmm_(one, two)
@@ -140,7 +145,7 @@ class _Squares(torch.autograd.Function):
         twice = (2 * dy)[..., None, :]
         if grad is None:
             return twice * weight
-        return grad + twice * weight if torch.is_grad_enabled() else grad.addcmul_(weight, twice)
+        return grad.addcmul_(weight, twice) if _may_write() else grad + twice * weight
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -228,7 +233,7 @@ def _carried(grad_s: Tensor, theta: Tensor, grad: Tensor | None, c: Tensor) -> T
     found = grad_s * _wide(theta)
     if grad is None:
         return found
-    return found - grad * _wide(c) if torch.is_grad_enabled() else found.addcmul_(grad, _wide(-c))
+    return found.addcmul_(grad, _wide(-c)) if _may_write() else found - grad * _wide(c)
 
 
 def _wide(number: Tensor) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,16 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestopt.core.associative import AssociativeMemory
-from nestopt.core.gates import gates_of
 from nestopt.core.level import Level
 from nestopt.core.memories import Window
-from nestopt.core.tokens import begin
+from nestopt.core.tokens import PENDING, begin
 from nestopt.core.tree import State
-from nestopt.levels.cms import Cms
 from nestopt.nn.conv import CausalConv
+from nestopt.nn.decode import keep, waits
+from nestopt.nn.gating import Gates, Start
+from nestopt.nn.options import check_options, projection
+from nestopt.nn.reset import begun_anew, chosen
 from nestopt.nn.rotary import rotary
-from nestopt.nn.state import fitted, shapes_of
+from nestopt.nn.rows import Rows, lengths_of, spread
+from nestopt.nn.state import Rows as Chosen
+from nestopt.nn.state import fitted, numbers, shapes_of
+from nestopt.nn.stats import Stats, run_in_pieces
 from nestopt.ops import run
+from nestopt.ops.dispatch import fast_form
+from nestopt.ops.given import check_mask
+
+Attend = Callable[..., tuple[Tensor, State]]
+"""Runs the level on q, k, v, gates and its state, with a mask."""
 
 
 class SequenceMemory(nn.Module):
@@ -30,7 +39,9 @@ class SequenceMemory(nn.Module):
       \mathrm{low})\,\sigma(w\cdot h + b), \quad y = W_o\,\mathrm{norm}(\mathrm{level}(q, k, v; g))$$
 
     Each sequence and head has its own memory, in the state that goes in and comes out: to run a sequence whole or in
-    pieces is the same. What the level starts from (`Level.learned_start`) is a parameter per head.
+    pieces is the same. What the level starts from (`Level.learned_start`) is a parameter per head. The state is nested
+    dicts of tensors, `[batch, ...]` each; `nestopt.nn.state` has what is done with them (`detach`, `clone`, `to`,
+    `index`, `cat`).
 
     Args:
         level: any level but `cms`, which is a `CMS`.
@@ -41,13 +52,17 @@ class SequenceMemory(nn.Module):
         rope: base of the rotary embedding of positions in queries and keys; 0 is none. Default: 1000 for attention,
             whose pairs have no order of their own, and none for all else.
         qk_norm: L2-normalise queries and keys. Default: as the level asks (`level.qk_norm`).
+        v_norm: L2-normalise values. Default: as the level asks (`level.v_norm`; `oja` does).
+        gates: where gates start, by dotted path, instead of at the level's own values; or False: all stay at the
+            level's values, and none is learned. Constants per head (`Heads`) are never learned.
         out_norm: normalise each head's read to a root mean square of 1, times a learned scale. Default: for all but
             attention, whose read is a mean of values and so is as large as one.
         gate_output: multiply the read by silu(W_g h).
+        checkpoint: of deep memories: recompute in the backward pass all but every so many chunks' weights; 0 keeps all.
 
     Raises:
         TypeError: if `level` is none, or is a `cms`.
-        ValueError: for a number out of range, or a `dim` that `heads` does not divide.
+        ValueError: for a number out of range, a `dim` that `heads` does not divide, or `gates` that the level has not.
     """
 
     def __init__(
@@ -60,57 +75,225 @@ class SequenceMemory(nn.Module):
         conv: int = 4,
         rope: float | None = None,
         qk_norm: bool | None = None,
+        v_norm: bool | None = None,
+        gates: Start = None,
         out_norm: bool | None = None,
         gate_output: bool = False,
+        checkpoint: int = 0,
     ) -> None:
         super().__init__()
-        if not isinstance(level, Level) or isinstance(level, Cms):
-            raise TypeError(
-                f"SequenceMemory: level={level!r} is not allowed; give a level (for a cms use nestopt.nn.CMS)"
-            )
-        for name, value, least in (("dim", dim, 1), ("heads", heads, 1), ("dim_head", dim_head, 1), ("conv", conv, 0)):
-            if value is not None and value < least:
-                raise ValueError(f"SequenceMemory: {name}={value} is not allowed; give a whole number, {least} or more")
-        if rope is not None and rope != 0 and not 1 < rope < math.inf:
-            raise ValueError(f"SequenceMemory: rope={rope} is not allowed; give 0 for none, or a number above 1")
-        if dim_head is None and dim % heads:
-            raise ValueError(
-                f"SequenceMemory: heads={heads} does not divide dim={dim}; give dim_head, or other numbers"
-            )
-        self.level, self.dim, self.heads = level, dim, heads
+        check_options(level, dim, heads, dim_head, conv, rope, checkpoint)
+        self.level, self.dim, self.heads, self.checkpoint = level, dim, heads, checkpoint
         self.dim_head = dim // heads if dim_head is None else dim_head
         self.qk_norm = getattr(level, "qk_norm", False) if qk_norm is None else qk_norm
+        self.v_norm = getattr(level, "v_norm", False) if v_norm is None else v_norm
         attends = isinstance(level, AssociativeMemory) and isinstance(level.memory, Window)
         self.rope = (1000.0 if attends else 0.0) if rope is None else rope
         inner = heads * self.dim_head
         self.conv = CausalConv(dim, conv) if conv else None
-        self.query, self.key, self.value = (_projection(dim, inner) for _ in range(3))
-        self.out = _projection(inner, dim)
+        self.query, self.key, self.value = (projection(dim, inner) for _ in range(3))
+        self.out = projection(inner, dim)
         out_norm = not attends if out_norm is None else out_norm
         # its eps is far above float32's: before the first write a read is exactly 0
         self.norm = nn.RMSNorm(self.dim_head, eps=1e-5) if out_norm else None
-        self.output_gate = _projection(dim, inner) if gate_output else None
-        self._gates = gates_of(level)
-        self.gates = _gate_projection(dim, heads, [gate.bias for gate in self._gates.values()]) if self._gates else None
+        self.output_gate = projection(dim, inner) if gate_output else None
+        self.level_gates = Gates(level, gates, heads)
+        self.gates = self.level_gates.projection(dim, heads)
         starts = [level.learned_start(self.dim_head, self.dim_head) for _ in range(heads)]
         self._start_names = {name.replace(".", "-"): name for name in starts[0]}  # a parameter's name has no dots
         self.start = nn.ParameterDict(
             {key: nn.Parameter(torch.stack([one[name] for one in starts])) for key, name in self._start_names.items()}
         )
+        self._waits = waits(level)
+        self._pads = not attends or fast_form(level) == "attention"
         self._shapes = shapes_of(self.init_state(1))
+        if attends and not self._pads:
+            del self._shapes["memory"]["level"]["memory"]["mask"]
+
+    # -- states --------------------------------------------------------------------------------------------------------
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """In which memories are: float32, or float64 where the layer is."""
+        return torch.promote_types(self.query.weight.dtype, torch.float32)
 
     def init_state(self, batch: int) -> State:
-        """The state of `batch` sequences before their first token: nested dicts of tensors, `[batch, ...]` each."""
-        like = self.query.weight.new_empty(batch, 0, self.heads, self.dim_head)
-        memory = begin(self.level, like, like, self._learned())
+        """The state of `batch` sequences before their first token: nested dicts of tensors, `[batch, ...]` each.
+
+        Float32 at least, whatever the layer's dtype. The learned start is in it with its graph.
+        """
+        dtype = self.state_dtype
+        like = self.query.weight.new_empty(batch, 0, self.heads, self.dim_head, dtype=dtype)
+        learned = {name: self.start[key].to(dtype) for key, name in self._start_names.items()}
+        memory = begin(self.level, like, like, learned)
         return {"memory": memory} if self.conv is None else {"conv": self.conv.init_state(batch), "memory": memory}
 
-    def forward(self, x: Tensor, state: Mapping[str, Any] | None = None) -> tuple[Tensor, State]:
-        """Tokens `[B, T, dim]`, T >= 1, to y `[B, T, dim]` and the state after the last token.
+    def reset(self, state: Mapping[str, Any], rows: Chosen) -> State:
+        """`state` with the sequences `rows` begun anew, at the learned start, and all others as they are.
+
+        Where the level has chunks, a sequence that is begun anew within one has fewer tokens in its first.
+
+        Args:
+            state: of this layer.
+            rows: their numbers (a list or an integer tensor), or a bool for each sequence of the batch.
 
         Raises:
-            ValueError: for another width of x, no tokens, or a state of another batch size or another layer.
+            ValueError: for rows that the batch has not, a state of another layer, or a level whose memory grows and
+                can't leave pairs out (attention that reads `"before"` its write).
         """
+        if not self._pads:
+            raise ValueError(
+                f"reset: the memory of {self.level.label} with read={self.level.read!r} keeps every pair, and can't "  # type: ignore[attr-defined]
+                "forget those of some sequences; begin them in a state of their own"
+            )
+        batch = _batch_of(state)
+        now = fitted(state, self._shapes, batch, "SequenceMemory.reset", dtype=self.state_dtype)
+        given = numbers(rows, batch, now["memory"]["step"].device, "SequenceMemory.reset")
+        return begun_anew(now, self.init_state(batch), chosen(given, batch))
+
+    # -- tokens --------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Mapping[str, Any] | None = None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Any = None,
+        return_stats: bool = False,
+        validate: bool = False,
+    ) -> tuple[Tensor, State] | tuple[Tensor, State, Stats]:
+        """Tokens `[B, T, dim]`, T >= 1, to y `[B, T, dim]` and the state after the last token.
+
+        With padding, each row's tokens are moved to its front before anything else: wherever the padding is, a new
+        sequence gives what its tokens give alone. The places behind them count to chunks: of a level with chunks, a row
+        that goes on from the state after padding has fewer tokens in a chunk than it would have alone.
+
+        Args:
+            x: tokens.
+            state: from a former call, to go on with its sequences; None begins new ones.
+            mask: `[B, T]`, True for tokens, False for padding, which is answered with 0.
+            cu_seqlens: for sequences that lie end to end in one row, x `[1, N, dim]`: where each begins, and the end,
+                rising from 0 to N. Each is run as if alone; states have a batch of their number. On another device than
+                the CPU it is waited for.
+            return_stats: also give what the memory did.
+            validate: check that all numbers are finite, at the cost of waiting for the device.
+
+        Returns:
+            y, the state, and with `return_stats` a dict of what was seen, without a graph, one number for each piece of
+            tokens (a chunk of the level, or 64 tokens where it has none): `"memory_norm"` `[B, H, pieces]`, the norm of
+            the memory as the piece found it; `"surprise"` `[B, H, pieces]`, for associative memories that learn, the
+            root mean square of that memory's errors M(φ(k)) - v over the piece; and `"gates"`, for each learned gate
+            the quantiles 0, ¼, ½, ¾, 1 over batch and tokens, `[5, H, pieces]`.
+
+        Raises:
+            ValueError: for another width of x, no tokens, a mask or `cu_seqlens` that does not fit, or a state of
+                another batch size, layer or dtype.
+        """
+        self._check_tokens(x)
+        stats: Stats = {}
+        options: dict[str, Any] = {"checkpoint": self.checkpoint, "validate": validate}
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: State, mask: Tensor | None) -> Any:
+            if not return_stats:
+                return run(self.level, q, k, v, gates=gates, state=state, mask=mask, **options)
+            y, state, seen = run_in_pieces(self.level, q, k, v, gates=gates, state=state, mask=mask, **options)
+            stats.update(seen)
+            return y, state
+
+        packed = None
+        if cu_seqlens is not None:
+            if mask is not None:
+                raise ValueError("SequenceMemory: cu_seqlens and mask are both given; give one of them")
+            mask = packed = lengths_of(cu_seqlens, x, "SequenceMemory")
+            x = spread(x, packed)
+        now = self._begun(state, x)
+        if mask is None:
+            y, new = self._through(x, now, attend)
+        else:
+            y, new = self._through_padded(x, now, attend, mask)
+        y = y if packed is None else y[packed][None]
+        return (y, new, stats) if return_stats else (y, new)
+
+    def step(self, x_t: Tensor, state: Mapping[str, Any] | None = None) -> tuple[Tensor, State]:
+        """One token of each sequence, `[B, dim]`, to y `[B, dim]` and the state after it: what `forward` gives, sooner.
+
+        The time of a token does not depend on how many came before, but for attention to all pairs.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        if x_t.ndim != 2 or x_t.shape[-1] != self.dim:
+            raise ValueError(
+                f"SequenceMemory.step: x_t has the shape {list(x_t.shape)}; it must be [batch, dim={self.dim}]"
+            )
+        now = self._begun(state, x_t)
+        if not self._waits or now["memory"][PENDING]["live"].shape[2] == self.level.span - 1:
+            y, new = self._through(x_t[:, None], now, self._run)
+            return y[:, 0], new
+        h, new = x_t, {}
+        if self.conv is not None:
+            seen, new["conv"] = self.conv(x_t[:, None], now["conv"])
+            h = seen[:, 0]
+        y, new["memory"] = keep(self, h, now["memory"])
+        return self._read_out(y, h), new
+
+    # -- how -----------------------------------------------------------------------------------------------------------
+
+    def _run(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: State, mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        return run(self.level, q, k, v, gates=gates, state=state, mask=mask, checkpoint=self.checkpoint)
+
+    def _begun(self, state: Mapping[str, Any] | None, x: Tensor) -> State:
+        """`state`, checked, or that of new sequences."""
+        if state is None:
+            return self.init_state(x.shape[0])
+        return fitted(state, self._shapes, x.shape[0], "SequenceMemory", dtype=self.state_dtype, device=x.device)
+
+    def _through(self, x: Tensor, state: State, attend: Attend, rows: Rows | None = None) -> tuple[Tensor, State]:
+        """Tokens `[B, T, dim]`, those of `rows` at the front, through the whole layer."""
+        new: State = {}
+        if self.conv is not None:
+            x, new["conv"] = self.conv(x, state["conv"], None if rows is None else rows.count)
+        q, k, v = (part(x).unflatten(-1, (self.heads, -1)) for part in (self.query, self.key, self.value))
+        if self.qk_norm:
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        if self.v_norm:
+            v = F.normalize(v, dim=-1)
+        if self.rope:
+            seen = state["memory"]["step"][:, :1]  # of every head the same
+            positions = seen + torch.arange(x.shape[1], device=x.device)
+            q, k = rotary(q, positions, self.rope), rotary(k, positions, self.rope)
+        gates = self.gates_at(x)
+        y, new["memory"] = attend(q, k, v, gates, state["memory"], None if rows is None else rows.front)
+        return self._read_out(y, x), new
+
+    def _read_out(self, y: Tensor, h: Tensor) -> Tensor:
+        """What the level answered to h `[.., dim]`, `[.., H, D]`, as the layer's output."""
+        if self.norm is not None:
+            y = self.norm(y.to(self.norm.weight.dtype))  # under autocast the read may be shorter than the scale
+        y = y.flatten(-2)
+        if self.output_gate is not None:
+            y = y * F.silu(self.output_gate(h))
+        return self.out(y)
+
+    def _through_padded(self, x: Tensor, state: State, attend: Attend, mask: Tensor) -> tuple[Tensor, State]:
+        check_mask(mask, x.shape[0], x.shape[1])
+        if not self._pads:
+            raise ValueError(
+                f"SequenceMemory: mask is not for {self.level.label} with read={self.level.read!r}, whose memory would "  # type: ignore[attr-defined]
+                'keep padding; give read="after", or run sequences of one length together'
+            )
+        rows = Rows.of(mask)
+        y, new = self._through(rows.moved(x), state, attend, rows)
+        return rows.back(y), new
+
+    def gates_at(self, h: Tensor) -> dict[str, Tensor]:
+        """The learned gates at h `[.., dim]` (after the convolution), `[.., heads]` each, by dotted path."""
+        return {} if self.gates is None else self.level_gates.by_path(self.gates(h))
+
+    def _check_tokens(self, x: Tensor) -> None:
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(
                 f"SequenceMemory: x has the shape {list(x.shape)}; it must be [batch, tokens, dim={self.dim}]"
@@ -119,54 +302,12 @@ class SequenceMemory(nn.Module):
             raise ValueError(
                 f"SequenceMemory: x has the shape {list(x.shape)}: there is no token in it; give one or more"
             )
-        batch = x.shape[0]
-        state = self.init_state(batch) if state is None else fitted(state, self._shapes, batch, "SequenceMemory")
-        new: State = {}
-        if self.conv is not None:
-            x, new["conv"] = self.conv(x, state["conv"])
-        q, k, v = (part(x).unflatten(-1, (self.heads, -1)) for part in (self.query, self.key, self.value))
-        if self.qk_norm:
-            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        if self.rope:
-            seen = state["memory"]["step"][:, :1]  # of every head the same
-            positions = seen + torch.arange(x.shape[1], device=x.device)
-            q, k = rotary(q, positions, self.rope), rotary(k, positions, self.rope)
-        y, new["memory"] = run(self.level, q, k, v, gates=self._gate_values(x), state=state["memory"])
-        if self.norm is not None:
-            y = self.norm(y.to(self.norm.weight.dtype))  # under autocast the read may be shorter than the scale
-        y = y.flatten(-2)
-        if self.output_gate is not None:
-            y = y * F.silu(self.output_gate(x))
-        return self.out(y), new
-
-    def _learned(self) -> dict[str, Tensor]:
-        return {name: self.start[key] for key, name in self._start_names.items()}
-
-    def _gate_values(self, x: Tensor) -> dict[str, Tensor]:
-        """The level's gates by dotted path, `[B, T, heads]` each."""
-        if self.gates is None:
-            return {}
-        logits = self.gates(x).unflatten(-1, (len(self._gates), self.heads)).unbind(-2)
-        return {
-            path: gate.low + (gate.high - gate.low) * logit.sigmoid()
-            for (path, gate), logit in zip(self._gates.items(), logits, strict=True)
-        }
 
     def extra_repr(self) -> str:
         return f"{self.level}, dim={self.dim}, heads={self.heads}, dim_head={self.dim_head}"
 
 
-def _projection(into: int, out: int) -> nn.Linear:
-    """Weights N(0, 1/into), so that the output has the size of the input."""
-    linear = nn.Linear(into, out, bias=False)
-    nn.init.normal_(linear.weight, std=into**-0.5)
-    return linear
-
-
-def _gate_projection(dim: int, heads: int, biases: list[float]) -> nn.Linear:
-    """Logits of all gates, `[gates · heads]`; whatever the token, every gate is at its initial value at first."""
-    linear = nn.Linear(dim, len(biases) * heads)
-    nn.init.zeros_(linear.weight)
-    with torch.no_grad():
-        linear.bias.copy_(torch.tensor(biases).repeat_interleave(heads))
-    return linear
+def _batch_of(state: Mapping[str, Any]) -> int:
+    memory = state.get("memory") if isinstance(state, Mapping) else None
+    step = memory.get("step") if isinstance(memory, Mapping) else None
+    return step.shape[0] if isinstance(step, Tensor) and step.ndim else 0

@@ -1,58 +1,273 @@
-"""States that come from outside: whether they fit a layer, said in words before a matrix product says it in numbers."""
+"""States of layers, nested dicts of tensors `[batch, ...]`: what is done with them, and whether they fit a layer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from nestopt.core.part import nearest
-from nestopt.core.tree import State
+from nestopt.core.tokens import PENDING
+from nestopt.core.tree import State, leaves, tree_map
+
+Rows = Sequence[int] | Sequence[bool] | Tensor
+"""Sequences of a batch: their numbers, or a bool for each."""
+
+
+def detach(state: Mapping[str, Any]) -> State:
+    """`state` without its graph: the outer gradient stops here. The tensors share their memory with `state`."""
+    return tree_map(Tensor.detach, state)
+
+
+def clone(state: Mapping[str, Any]) -> State:
+    """A copy that shares no memory with `state` or among its own tensors, each contiguous, as files want them."""
+    return tree_map(lambda leaf: leaf.clone(memory_format=torch.contiguous_format), state)
+
+
+def to(state: Mapping[str, Any], device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
+    """`state` on another device, its floating tensors in another dtype. Counts and flags keep theirs.
+
+    Raises:
+        ValueError: for a `dtype` that is not floating.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"to: dtype={dtype} is not allowed; give a floating dtype")
+    return tree_map(lambda leaf: leaf.to(device, dtype if leaf.is_floating_point() else None), state)
+
+
+def index(state: Mapping[str, Any], rows: Rows) -> State:
+    """The sequences `rows` of a batch, in that order: to choose some, or to reorder beams (a row may come twice).
+
+    Args:
+        state: of a batch of n.
+        rows: numbers from -n to n - 1, as a list or an integer tensor; or n bools. Not read on a GPU's host.
+
+    Raises:
+        ValueError: for a number out of range, where it is on the CPU; for another number of bools, or another dtype.
+    """
+    first = next((leaf for _, leaf in leaves(state)), None)
+    if first is None:
+        return tree_map(Tensor.detach, state)  # of a layer without a state
+    chosen = numbers(rows, first.shape[0], first.device, "index")
+    return tree_map(lambda leaf: leaf[chosen], state)
+
+
+def cat(states: Sequence[Mapping[str, Any]]) -> State:
+    """States of one layer, or of equal ones, as one batch.
+
+    Where the sequences of one are at another place of a chunk than those of another, the fewer tokens of the chunk are
+    filled up with places that are not live: the chunk of those sequences is then over earlier, with fewer tokens in it.
+    Kept pairs (`attention`) are filled up likewise, and the layer sees no difference.
+
+    Args:
+        states: one or more, with the same keys, devices and, but for the batch and what grows, shapes.
+
+    Raises:
+        ValueError: for none, for states of different layers, dtypes or devices; says which tensor.
+    """
+    if not states:
+        raise ValueError("cat: states is empty; give one or more")
+    return _cat(list(states), "state")
+
+
+def _cat(states: list[Mapping[str, Any]], path: str) -> State:
+    first = states[0]
+    if PENDING in first and all(PENDING in state for state in states):
+        states = _pending_filled(states)
+    elif set(first) - {"mask"} == PAIRS:
+        states = _pairs_filled(states)
+    found: State = {}
+    for i, state in enumerate(states):
+        if set(state) != set(first) and set(state) != set(states[0]):
+            differ = ", ".join(sorted(set(state) ^ set(first)))
+            raise ValueError(f"cat: states[{i}] and states[0] differ at {path} in {differ}; give states of one layer")
+    for key, value in states[0].items():
+        name, parts = f"{path}[{key!r}]", [state[key] for state in states]
+        if isinstance(value, Mapping):
+            found[key] = _cat(parts, name)
+        else:
+            for i, part in enumerate(parts):
+                _check_alike(part, value, name, i)
+            found[key] = torch.cat(parts)
+    return found
+
+
+def _check_alike(part: Any, first: Tensor, name: str, i: int) -> None:
+    if not isinstance(part, Tensor) or part.shape[1:] != first.shape[1:]:
+        shape = list(part.shape) if isinstance(part, Tensor) else type(part).__name__
+        raise ValueError(
+            f"cat: {name} is {shape} in states[{i}] and {list(first.shape)} in states[0]; but for the batch, which "
+            "comes first, they must be the same. Are they of one layer?"
+        )
+    if (part.dtype, part.device) != (first.dtype, first.device):
+        raise ValueError(
+            f"cat: {name} is {part.dtype} on {part.device} in states[{i}] and {first.dtype} on {first.device} in "
+            "states[0]; they must be the same (see nestopt.nn.to)"
+        )
+
+
+def _pending_filled(states: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """States whose pending tokens are as many; those that are added come first and are not live."""
+    pending = [state[PENDING] for state in states]
+    most = max(pending, key=lambda held: held["live"].shape[2])
+    filled: list[Mapping[str, Any]] = []
+    for state, held in zip(states, pending, strict=True):
+        missing = most["live"].shape[2] - held["live"].shape[2]
+        if missing and sorted(dict(leaves(held))) == sorted(dict(leaves(most))):
+
+            def fill(x: Tensor, like: Tensor, missing: int = missing) -> Tensor:
+                # gates in their range, though nothing comes of them: those of some token
+                added = like[:1, :, :missing].detach().expand(x.shape[0], *(-1,) * (x.ndim - 1))
+                return torch.cat([added.to(x), x], dim=2)
+
+            held = tree_map(fill, held, most)
+            for name in ("k", "v", "live"):
+                held[name] = torch.cat([torch.zeros_like(held[name][:, :, :missing]), held[name][:, :, missing:]], 2)
+        filled.append({**state, PENDING: held})
+    return filled
+
+
+def _pairs_filled(states: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """States of attention with as many pairs; those that are added come first and are masked."""
+    counts = [state["keys"].shape[2] for state in states]
+    if len(set(counts)) == 1 and not any("mask" in state for state in states):
+        return states
+    filled: list[Mapping[str, Any]] = []
+    for state, count in zip(states, counts, strict=True):
+        missing, keys = max(counts) - count, state["keys"]
+        mask = state["mask"] if "mask" in state else keys.new_ones((keys.shape[0], count), dtype=torch.bool)
+        new: State = {
+            name: torch.cat([x.new_zeros(*x.shape[:2], missing, x.shape[3]), x], dim=2)
+            for name, x in ((name, state[name]) for name in ("keys", "values"))
+        }
+        filled.append({**new, "mask": torch.cat([mask.new_zeros(mask.shape[0], missing), mask], dim=1)})
+    return filled
+
+
+def numbers(rows: Rows, batch: int, device: torch.device, owner: str) -> Tensor:
+    """`rows` of a batch as an integer tensor, or as a bool tensor `[batch]`; checked where nothing waits."""
+    given = rows if isinstance(rows, Tensor) else torch.tensor(list(rows), dtype=None if len(rows) else torch.int64)
+    if given.ndim != 1 or given.is_floating_point() or given.is_complex():
+        raise ValueError(f"{owner}: rows is {given.dtype} {list(given.shape)}; give a list of numbers or bools of rows")
+    if given.dtype == torch.bool:
+        if given.shape[0] != batch:
+            raise ValueError(f"{owner}: rows has {given.shape[0]} bools; the batch has {batch} sequences")
+    elif given.device.type == "cpu" and bool(((given < -batch) | (given >= batch)).any()):
+        wrong = [row for row in given.tolist() if not -batch <= row < batch]
+        raise ValueError(f"{owner}: rows has {wrong[0]}; the batch has {batch} sequences, from 0 to {batch - 1}")
+    return given.to(device)
+
+
+# -- whether a state from outside fits: said in words, before a matrix product says it in numbers ---------------------
+
+
+class Leaf(NamedTuple):
+    """What a tensor of a state must be.
+
+    Attributes:
+        shape: without the batch; a dimension of 0 grows with the sequence and may have any size.
+        dtype: None for any that is floating.
+        optional: may be missing.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    optional: bool = False
+
 
 Shapes = dict[str, Any]
-"""The shape of a layer's state for one sequence: nested dicts of tuples, the batch's dimension left out. A dimension
-of 0 grows with the sequence and may have any size."""
+"""What a layer's state must be: nested dicts of `Leaf`."""
+
+PAIRS = {"keys", "values"}
+"""The keys of a memory that keeps its pairs; which of them count is its "mask", where not all do."""
 
 
 def shapes_of(state: Mapping[str, Any]) -> Shapes:
     """The `Shapes` of a state as it is before the first token."""
-    return {
-        key: shapes_of(value) if isinstance(value, Mapping) else tuple(value.shape[1:]) for key, value in state.items()
+    found: Shapes = {
+        key: shapes_of(value)
+        if isinstance(value, Mapping)
+        else Leaf(tuple(value.shape[1:]), None if value.is_floating_point() else value.dtype)
+        for key, value in state.items()
     }
+    if set(found) == PAIRS:
+        found["mask"] = Leaf((0,), torch.bool, optional=True)
+    return found
 
 
-def fitted(state: Mapping[str, Any], shapes: Shapes, batch: int, owner: str, path: str = "state") -> State:
+def fitted(
+    state: Mapping[str, Any],
+    shapes: Shapes,
+    batch: int,
+    owner: str,
+    path: str = "state",
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> State:
     """`state` with the structure of `shapes`: parts that hold no tensors, which files do not keep, are put back.
 
+    Args:
+        state: from outside.
+        shapes: of the layer.
+        batch: sequences of the input.
+        owner: who speaks in errors.
+        path: where `state` is in the whole.
+        dtype: of the layer's memory; shorter floating numbers are taken over into it, longer ones refused.
+        device: of the input.
+
     Raises:
-        ValueError: where a tensor is missing, unknown, or has another shape; says which.
+        ValueError: where a tensor is missing, unknown, or has another shape or dtype; says which.
     """
     if not isinstance(state, Mapping):
         raise ValueError(f"{owner}: {path} is {type(state).__name__}, not a dict; give a state of this layer, or None")
     for key in state:
         if key not in shapes:
+            required = [name for name, shape in shapes.items() if not (isinstance(shape, Leaf) and shape.optional)]
             raise ValueError(
                 f"{owner}: {path} has {key!r}, which this layer's state has not.{nearest(str(key), shapes)} It has: "
-                f"{', '.join(shapes) or 'nothing'}. Is it the state of another layer?"
+                f"{', '.join(required) or 'nothing'}. Is it the state of another layer?"
             )
     found: State = {}
     for key, shape in shapes.items():
-        name = f"{path}[{key!r}]"
-        if isinstance(shape, dict):
-            found[key] = fitted(state.get(key, {}), shape, batch, owner, name)
-        elif key not in state:
-            raise ValueError(f"{owner}: {name} is missing. Is it the state of another layer?")
-        else:
-            _check(state[key], shape, batch, owner, name)
-            found[key] = state[key]
+        if not isinstance(shape, Leaf):
+            found[key] = fitted(state.get(key, {}), shape, batch, owner, f"{path}[{key!r}]", dtype, device)
+        elif key in state:
+            found[key] = _fitted_leaf(state[key], shape, batch, owner, f"{path}[{key!r}]", dtype, device)
+        elif not shape.optional:
+            raise ValueError(f"{owner}: {path}[{key!r}] is missing. Is it the state of another layer?")
     return found
 
 
-def _check(leaf: Any, shape: tuple[int, ...], batch: int, owner: str, name: str) -> None:
+def _fitted_leaf(
+    leaf: Any, wanted: Leaf, batch: int, owner: str, name: str, dtype: torch.dtype | None, device: torch.device | None
+) -> Tensor:
     if not isinstance(leaf, Tensor):
         raise ValueError(f"{owner}: {name} is {type(leaf).__name__}, not a tensor")
-    given = tuple(leaf.shape)
+    if leaf.shape != (batch, *wanted.shape):
+        _check_shape(tuple(leaf.shape), wanted.shape, batch, owner, name)
+    if device is not None and leaf.device != device:
+        raise ValueError(f"{owner}: {name} is on {leaf.device}, and the input on {device}; see nestopt.nn.to")
+    if wanted.dtype is not None:
+        if leaf.dtype != wanted.dtype:
+            raise ValueError(f"{owner}: {name} is {leaf.dtype}; it must be {wanted.dtype}")
+        return leaf
+    if leaf.dtype == dtype:
+        return leaf
+    if not leaf.is_floating_point():
+        raise ValueError(f"{owner}: {name} is {leaf.dtype}; it must be floating: {dtype or torch.float32}")
+    if dtype is None:
+        return leaf
+    if torch.promote_types(leaf.dtype, dtype) != dtype:
+        raise ValueError(
+            f"{owner}: {name} is {leaf.dtype}, and this layer's memory is {dtype}; give "
+            f"nestopt.nn.to(state, dtype={dtype}) if that is what is meant"
+        )
+    return leaf if 0 in wanted.shape else leaf.to(dtype)  # kept pairs are as short as the tokens were
+
+
+def _check_shape(given: tuple[int, ...], shape: tuple[int, ...], batch: int, owner: str, name: str) -> None:
     if len(given) == len(shape) + 1 and given[0] != batch and _same(given[1:], shape):
         raise ValueError(
             f"{owner}: {name} is of a batch of {given[0]}, and the input of {batch}; every sequence has its own state"

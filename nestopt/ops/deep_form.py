@@ -91,7 +91,9 @@ def _as_kernel(level: AssociativeMemory, rule: Rule, held: State) -> dict[str, T
     live, gates = held["live"], dict(leaves(held["gates"]))
 
     def gate(number: Number, path: str, idle: float) -> Tensor:
-        value = gates[path] if isinstance(number, Gate) else torch.as_tensor(number, dtype=held["k"].dtype).to(live.device)
+        value = (
+            gates[path] if isinstance(number, Gate) else torch.as_tensor(number, dtype=held["k"].dtype).to(live.device)
+        )
         return torch.where(live, value, idle)
 
     found = {"k": level.features(held["k"]) * live[..., None], "v": held["v"], "live": live}

@@ -16,10 +16,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((DOCS / "levels").glob("*.md"))}
 
 COMPOSED = {"chain", "parallel", "nest"}
-ELSEWHERE = {
-    "associative_memory": "idea.md",
-    **dict.fromkeys(("attention", "deltanet", "linear_attention", "titans", "ttt"), "layers.md"),
-}
+ON_TOKENS = [path.stem for path in sorted((DOCS / "tokens").glob("*.md")) if path.stem not in ("index", "step")]
+ELSEWHERE = {"associative_memory": "idea.md", **{name: f"tokens/{name}.md" for name in ON_TOKENS}}
 """Levels that are explained on another page: the generic one, and those whose place is in a layer."""
 
 OPTIONS = doctest.ELLIPSIS

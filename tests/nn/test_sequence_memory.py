@@ -70,7 +70,7 @@ def by_the_equations(module: SequenceMemory, level: Level, x: Tensor, width: int
     if module.rope:
         q, k = (turned(z, module.rope) for z in (q, k))
     gates = {}
-    for i, path in enumerate(module._gates):
+    for i, path in enumerate(module.level_gates.learned):
         rows = slice(i * module.heads, (i + 1) * module.heads)
         gates[path] = torch.sigmoid(h @ p["gates.weight"][rows].mT + p["gates.bias"][rows])
     learned = {name.removeprefix("start."): weight for name, weight in p.items() if name.startswith("start.")}
@@ -139,7 +139,7 @@ def test_every_parameter_gets_a_gradient_as_it_starts(name: str, gate_output: bo
 def test_gates_start_at_their_initial_values_whatever_the_token() -> None:
     level = momentum(Gate(0.9), dampening=Gate(1.5, 1.0, 3.0))
     module = SequenceMemory(level, 8, 2)
-    gates = module._gate_values(torch.randn(2, 3, 8))
+    gates = module.gates_at(torch.randn(2, 3, 8))
     torch.testing.assert_close(gates, {"beta": torch.full((2, 3, 2), 0.9), "dampening": torch.full((2, 3, 2), 1.5)})
 
 

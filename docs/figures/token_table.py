@@ -1,0 +1,229 @@
+"""Makes the table of levels on tokens, and what each costs and keeps, for their pages.
+
+`sphinx-build` runs this; `python docs/figures/token_table.py` does so by hand. FLOPs are counted in `nestopt.ops.run`
+as it runs and state is what it returns; nothing is timed, so the numbers are the same on every machine. Beside them
+stand formulas, which the tests compare with what is counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import normalize
+from torch.utils.flop_counter import FlopCounterMode
+
+import nestopt
+from nestopt.core import AssociativeMemory, Gate
+from nestopt.core.memories import Mlp, Window
+from nestopt.core.part import Heads
+from nestopt.core.tokens import PENDING
+from nestopt.core.tree import State, leaves
+from nestopt.ops import fast_form
+
+MADE = Path(__file__).parents[1] / "tokens" / "made"
+SHARED = runpy.run_path(str(Path(__file__).with_name("level_table.py")))
+
+DIM, TOKENS = 64, 512
+MATRIX_CHUNK = 64
+"""The `chunk` of the operations on matrix memories."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What costs depend on: D = D_k = D_v, C, h, c, and n, how many pairs there are."""
+
+    dim: int
+    chunk: int
+    hidden: int
+    window: int
+    pairs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Formula:
+    """In symbols, and as a function of the same."""
+
+    words: str
+    value: Callable[[Size], float]
+
+
+ALL_PAIRS = Formula("$2n(D_k + D_v)$", lambda s: 4 * s.pairs * s.dim)
+WINDOW = Formula(
+    "$4c\\,(1 - c/2n)\\,(D_k + D_v)$", lambda s: 8 * s.window * s.dim * (1 - s.window / (2 * s.pairs))
+)  # the first c tokens have no block before them
+SUM = Formula("$4D_kD_v + 2C(D_k + D_v)$", lambda s: 4 * s.dim**2 + 4 * s.chunk * s.dim)
+CORRECTED = Formula("$6D_kD_v + 4C(D_k + D_v)$", lambda s: 6 * s.dim**2 + 8 * s.chunk * s.dim)
+OMEGA = Formula(
+    "$(4c + 2)D_kD_v + 2(c + 1)C(D_k + D_v)$",
+    lambda s: (4 * s.window + 2) * s.dim**2 + 4 * (s.window + 1) * s.chunk * s.dim,
+)
+MLP = Formula(
+    "$14Dh + 6C(D + h) + 2h$", lambda s: 14 * s.dim * s.hidden + 6 * s.chunk * (s.dim + s.hidden) + 2 * s.hidden
+)
+MLP_WITH_MOMENTUM = Formula(
+    "$22Dh + 6C(D + h) + 2C(C + 1) + 2h$",
+    lambda s: MLP.value(s) + 8 * s.dim * s.hidden + 2 * s.chunk * (s.chunk + 1),
+)
+FLOPS = {
+    "attention": ALL_PAIRS,
+    "window_attention": WINDOW,
+    "linear_attention": SUM,
+    "retnet": SUM,
+    "gated_linear": SUM,
+    "deltanet": CORRECTED,
+    "gated_deltanet": CORRECTED,
+    "oja": CORRECTED,
+    "omega": OMEGA,
+    "ttt": MLP,
+    "titans": MLP_WITH_MOMENTUM,
+    "dla": MLP_WITH_MOMENTUM,
+}
+"""Of matrix products, a token and head, by level."""
+
+GROWS = Formula("$n(D_k + D_v)$", lambda s: 2 * s.pairs * s.dim)
+KEPT = Formula("$c(D_k + D_v)$", lambda s: 2 * s.window * s.dim)
+ONE_MATRIX = Formula("$D_kD_v$", lambda s: s.dim**2)
+MATRIX_AND_PAIRS = Formula("$D_kD_v + (c - 1)(D_k + D_v + 1)$", lambda s: s.dim**2 + (s.window - 1) * (2 * s.dim + 1))
+WEIGHTS = Formula("$2Dh$", lambda s: 2 * s.dim * s.hidden)
+WEIGHTS_AND_MOMENTA = Formula("$4Dh$", lambda s: 4 * s.dim * s.hidden)
+STATE = {
+    **dict.fromkeys(FLOPS, ONE_MATRIX),
+    "attention": GROWS,
+    "window_attention": KEPT,
+    "omega": MATRIX_AND_PAIRS,
+    "ttt": WEIGHTS,
+    "titans": WEIGHTS_AND_MOMENTA,
+    "dla": WEIGHTS_AND_MOMENTA,
+}
+"""Numbers of a sequence and head, by level; of memories in chunks, at the start of one."""
+
+
+def preset(name: str) -> AssociativeMemory:
+    level = nestopt.build("level", name)
+    assert isinstance(level, AssociativeMemory)
+    return level
+
+
+def size_of(level: AssociativeMemory, dim: int, pairs: int) -> Size:
+    memory = level.memory
+    window = memory.size if isinstance(memory, Window) else getattr(level, "window", 1)
+    chunk = level.span if isinstance(memory, Mlp) else MATRIX_CHUNK
+    hidden = (memory.hidden or 2 * dim) if isinstance(memory, Mlp) else 0
+    return Size(dim, chunk, hidden, window or 0, pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Of one level and head at some width.
+
+    Attributes:
+        flops: of matrix products a token.
+        state: numbers kept after all tokens, at the start of a chunk.
+        pending: numbers at most that tokens of a chunk that is not over add to that.
+        grows: numbers that each further token adds for good.
+    """
+
+    flops: float
+    state: int
+    pending: int
+    grows: int
+
+
+def measure(level: AssociativeMemory, dim: int = DIM, tokens: int = TOKENS) -> Measured:
+    """What `level` takes for `tokens` of one sequence and head, a multiple of its chunk, and what it then keeps."""
+    torch.manual_seed(0)
+    q, k, v = (normalize(torch.randn(1, tokens + 1, 1, dim), dim=-1) for _ in range(3))
+
+    def after(count: int) -> State:
+        return nestopt.ops.run(level, q[:, :count], k[:, :count], v[:, :count])[1]
+
+    with torch.no_grad():
+        # torch counts nothing for its fused attention on CPUs, which has the same products
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+            state = after(tokens)
+        held = numbers(state["level"])
+        pending = numbers(after(tokens - 1).get(PENDING, {}))
+        grows = numbers(after(tokens + 1)["level"]) - held
+    return Measured(counted.get_total_flops() / tokens, held, pending, grows)
+
+
+def numbers(state: State) -> int:
+    return sum(leaf.numel() for _, leaf in leaves(state))
+
+
+def cost(name: str, found: Measured) -> str:
+    """State and cost for the level's own page."""
+    sizes = f"D_k = D_v = {DIM}"
+    level = preset(name)
+    size = size_of(level, DIM, TOKENS)
+    if isinstance(level.memory, Mlp):
+        sizes = f"D = {DIM}, h = {size.hidden}, C = {size.chunk}"
+    elif not isinstance(level.memory, Window):
+        sizes += f", C = {size.chunk}"
+    if size.window > 1:
+        sizes += f", c = {size.window}"
+    if isinstance(level.memory, Window):
+        sizes += f", n = {TOKENS}"
+    rows = [
+        f"| of one sequence and head | | at ${sizes}$ |",
+        "| --- | --- | ---: |",
+        f"| FLOPs of matrix products a token | {FLOPS[name].words} | {found.flops:,.0f} |",
+        f"| numbers of state | {STATE[name].words} | {found.state:,} |",
+    ]
+    if found.pending:
+        gates = found.pending // (level.span - 1) - 2 * DIM
+        words = f"at most $(C - 1)(2D + {gates})$"
+        rows.append(f"| and of tokens of a chunk that is not over | {words} | {found.pending:,} |")
+    return "\n".join([*rows, "", "([How this is measured](index.md#state-and-cost).)"]) + "\n"
+
+
+def row(name: str, level: AssociativeMemory) -> str:
+    """What the level is made of."""
+    parts = [level.objective.label, level.rule.label, retention(level)]
+    if isinstance(level.memory, Window):
+        kept = "all" if level.memory.size is None else f"the last {level.memory.size}"
+        parts = ["softmax", "append", kept]
+    cells = [f"[`{name}`]({name}.md)", level.memory.label, *parts, f"`{fast_form(level)}`"]
+    return f"| {' | '.join(cells)} |"
+
+
+def cost_row(name: str, level: AssociativeMemory, found: Measured) -> str:
+    """What it keeps and costs."""
+    state = f"{found.grows} a token" if found.grows else f"{found.state:,}"
+    if found.pending:
+        state += f" + {found.pending:,}"
+    return f"| [`{name}`]({name}.md) | {level.span} | {state} | {found.flops:,.0f} |"
+
+
+def retention(level: AssociativeMemory) -> str:
+    """In words: what of a memory is kept."""
+    keep = getattr(level.retention, "keep", None)
+    if keep is None:
+        return "all"
+    if isinstance(keep, Heads):
+        return f"{keep.init:g} and up, by head"
+    return f"a gate, from {keep.init:g}" if isinstance(keep, Gate) else f"{keep:g}"
+
+
+def main() -> None:
+    MADE.mkdir(parents=True, exist_ok=True)
+    rows = ["| level | memory | objective | rule | kept | closed form |", "| --- | --- | --- | --- | --- | --- |"]
+    costs = ["| level | tokens at a time | numbers of state | FLOPs a token |", "| --- | ---: | ---: | ---: |"]
+    for name in FLOPS:
+        level = preset(name)
+        found = measure(level)
+        rows.append(row(name, level))
+        costs.append(cost_row(name, level, found))
+        (MADE / f"{name}-cost.inc").write_text(cost(name, found), encoding="utf-8")
+        (MADE / f"{name}-defaults.inc").write_text(SHARED["defaults"](name, level), encoding="utf-8")
+    (MADE / "table.inc").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (MADE / "costs.inc").write_text("\n".join(costs) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""What a layer may be made with, and its projections."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from nestopt.core.level import Level
+from nestopt.levels.cms import Cms
+
+
+def check_options(
+    level: Level, dim: int, heads: int, dim_head: int | None, conv: int, rope: float | None, checkpoint: int
+) -> None:
+    """Raise TypeError or ValueError for arguments of `SequenceMemory` that are not allowed."""
+    if not isinstance(level, Level) or isinstance(level, Cms):
+        raise TypeError(f"SequenceMemory: level={level!r} is not allowed; give a level (for a cms use nestopt.nn.CMS)")
+    given = (("dim", dim, 1), ("heads", heads, 1), ("dim_head", dim_head, 1), ("conv", conv, 0))
+    for name, value, least in (*given, ("checkpoint", checkpoint, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"SequenceMemory: {name}={value} is not allowed; give a whole number, {least} or more")
+    if rope is not None and rope != 0 and not 1 < rope < math.inf:
+        raise ValueError(f"SequenceMemory: rope={rope} is not allowed; give 0 for none, or a number above 1")
+    if dim_head is None and dim % heads:
+        raise ValueError(f"SequenceMemory: heads={heads} does not divide dim={dim}; give dim_head, or other numbers")
+
+
+def projection(into: int, out: int) -> nn.Linear:
+    """Weights N(0, 1/into), so that the output has the size of the input."""
+    linear = nn.Linear(into, out, bias=False)
+    nn.init.normal_(linear.weight, std=into**-0.5)
+    return linear

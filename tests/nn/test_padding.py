@@ -1,0 +1,147 @@
+"""Padding and sequences end to end: every sequence as it is alone."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from nestopt.core.tree import leaves
+from nestopt.levels import attention, titans
+from nestopt.nn import SequenceMemory, index
+from tests.nn.tools import F64, LEVELS, in_steps, level_of, make, same, same_states
+
+LENGTHS = [6, 3, 1, 9]
+PATTERNS = {
+    "left": lambda n, length: torch.arange(length) >= length - n,
+    "right": lambda n, length: torch.arange(length) < n,
+    "between": lambda n, length: torch.arange(length).mul(7).remainder(length).argsort().argsort() < n,
+}
+
+
+def padded(pattern: str, x: list[Tensor], junk: float) -> tuple[Tensor, Tensor]:
+    """Sequences in one batch, with `junk` at padding, and the mask."""
+    length = max(len(one) for one in x) + 1
+    mask = torch.stack([PATTERNS[pattern](len(one), length) for one in x])
+    batch = torch.full((len(x), length, x[0].shape[-1]), junk, dtype=x[0].dtype)
+    for row, where, one in zip(batch, mask, x, strict=True):
+        row[where] = one
+    return batch, mask
+
+
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_padded_sequence_is_what_it_is_alone(name: str, pattern: str) -> None:
+    module = make(name)
+    alone = [torch.randn(n, 8, dtype=F64) for n in LENGTHS]
+    x, mask = padded(pattern, alone, junk=torch.nan)
+    y, state = module(x, mask=mask)
+    assert not y[~mask].any()
+    for i, one in enumerate(alone):
+        true, end = module(one[None])
+        same(y[i][mask[i]], true[0])
+        row = dict(leaves(index(state, [i])))
+        same(row["conv"], end["conv"])
+        same(row["memory.step"], end["memory"]["step"])
+        if module.level.span == 1 and "memory.level.memory.keys" not in row:
+            same(row, dict(leaves(end)), 1e-8)  # roots of nearly singular matrices lose digits
+
+
+@pytest.mark.parametrize("name", [name for name in LEVELS if level_of(name).span == 1])
+def test_padded_sequences_go_on_as_they_do_alone(name: str) -> None:
+    module = make(name)
+    alone = [torch.randn(n + 4, 8, dtype=F64) for n in LENGTHS]
+    x, mask = padded("left", [one[:-4] for one in alone], junk=3.0)
+    _, state = module(x, mask=mask)
+    rest = torch.stack([one[-4:] for one in alone])
+    second, mid = module(rest[:, :2], state)
+    third, _ = in_steps(module, rest[:, 2:], mid)
+    for i, one in enumerate(alone):
+        same(torch.cat([second, third], 1)[i], module(one[None])[0][0, -4:])
+
+
+@pytest.mark.parametrize("name", ["titans", "titans in chunks", "ttt in chunks", "titans with adam"])
+def test_after_padding_a_chunk_is_shorter_and_the_memory_is_of_its_own_tokens(name: str) -> None:
+    module = make(name)
+    x = torch.randn(2, 5, 8, dtype=F64)
+    mask = torch.tensor([[True] * 5, [False] * 3 + [True] * 2])
+    _, state = module(x, mask=mask)
+    y, _ = module(torch.zeros(2, 3, 8, dtype=F64), state)
+    _, other = module(torch.where(mask[..., None], x, 100.0), mask=mask)
+    same_states(state, other)
+    assert y.isfinite().all()
+    same(state["memory"]["step"], torch.tensor([[5, 5], [2, 2]]))
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_a_mask_of_tokens_only_changes_nothing(name: str) -> None:
+    module = make(name)
+    x = torch.randn(2, 6, 8, dtype=F64)
+    y, _ = module(x)
+    same(module(x, mask=torch.ones(2, 6, dtype=torch.bool))[0], y)
+
+
+@pytest.mark.parametrize("name", ["titans", "gated_deltanet", "attention", "omega", "momentum", "adam"])
+def test_gradients_are_those_of_the_sequences_alone(name: str) -> None:
+    module = make(name)
+    alone = [torch.randn(n, 8, dtype=F64, requires_grad=True) for n in LENGTHS]
+    inputs = [*alone, *module.parameters()]
+    true = torch.autograd.grad(sum(module(one[None])[0].sin().sum() for one in alone), inputs)
+    for pattern in PATTERNS:
+        x, mask = padded(pattern, [one.detach() for one in alone], junk=torch.nan)
+        x.requires_grad_()
+        y, _ = module(x, mask=mask)
+        grads = torch.autograd.grad(y.sin().sum(), [x, *module.parameters()])
+        assert not grads[0][~mask].any()
+        same([grads[0][i][mask[i]] for i in range(len(alone))], list(true[: len(alone)]), 1e-9)
+        same(grads[1:], true[len(alone) :], 1e-9)
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_sequences_end_to_end_are_what_they_are_alone(name: str) -> None:
+    module = make(name)
+    x = torch.randn(1, 10, 8, dtype=F64)
+    ends = [0, 4, 5, 10]
+    y, state = module(x, cu_seqlens=torch.tensor(ends))
+    assert state["memory"]["step"].shape == (3, 2)
+    for i, (a, b) in enumerate(itertools.pairwise(ends)):
+        true, end = module(x[:, a:b])
+        same(y[:, a:b], true)
+        same(state["conv"][i], end["conv"][0])
+    if module.level.span == 1:
+        again, _ = module(x, state, cu_seqlens=ends)
+        same(again[:, 4:5], module(torch.cat([x[:, 4:5]] * 2, 1))[0][:, 1:])
+
+
+def test_a_row_without_tokens_stays_where_it_was() -> None:
+    module = make("gated_deltanet")
+    _, state = module(torch.randn(2, 3, 8, dtype=F64))
+    mask = torch.tensor([[True, True], [False, False]])
+    y, after = module(torch.randn(2, 2, 8, dtype=F64), state, mask=mask)
+    assert not y[1].any()
+    same(dict(leaves(index(after, [1]))), dict(leaves(index(state, [1]))))
+
+
+def test_says_what_does_not_fit() -> None:
+    module = SequenceMemory(titans(), 8, 2)
+    x = torch.zeros(2, 5, 8)
+    with pytest.raises(ValueError, match=r"mask is torch.float32; it must be bool"):
+        module(x, mask=torch.ones(2, 5))
+    with pytest.raises(ValueError, match=r"mask has the shape \[2, 4\].*\[2, 5\]"):
+        module(x, mask=torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"one row; x has the shape \[2, 5, 8\]"):
+        module(x, cu_seqlens=[0, 5])
+    for wrong in ([0, 4], [0, 2, 2, 5], [1, 5], [0]):
+        with pytest.raises(ValueError, match=r"rising numbers from 0 to the 5 tokens"):
+            module(x[:1], cu_seqlens=wrong)
+    with pytest.raises(ValueError, match="cu_seqlens and mask are both given"):
+        module(x[:1], cu_seqlens=[0, 5], mask=torch.ones(1, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"of a batch of 1, and the input of 2"):
+        module(x[:1], module.init_state(1), cu_seqlens=[0, 2, 5])
+    before = SequenceMemory(attention(read="before"), 8, 2)
+    with pytest.raises(ValueError, match="mask is not for attention with read='before'"):
+        before(x, mask=torch.ones(2, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"q\[0, 1, 0, 0\] is nan"):
+        module(torch.full((1, 2, 8), torch.nan).index_fill(1, torch.tensor([0]), 0.0), validate=True)

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nestopt.kernels.weights import applied, pulled, squares
+from nestopt.kernels.held import Held
 
-Weights = Sequence[Tensor]
+Weights = Sequence[Held]
 """W1 … W_L `[.., out, in]`, the outermost first: the read is k + W1 σ(W2 … σ(W_L k))."""
 
 
@@ -30,25 +30,25 @@ class Linearised:
 
     Attributes:
         inputs: of each weight, `[.., C, in]`, in the order of the weights.
-        outputs: what each weight makes of its input, `[.., C, out]`.
         slopes: σ′ at those outputs, `[.., C, out]`, of W2, …, W_L: W1 has no activation.
+        output: what W1 makes of its input, `[.., C, D_v]`.
         y: the read `[.., C, D_v]`.
     """
 
     inputs: list[Tensor]
-    outputs: list[Tensor]
     slopes: list[Tensor]
+    output: Tensor
     y: Tensor
 
 
-def read(weights: Weights, x: Tensor, form: Form) -> tuple[Tensor, list[Tensor]]:
-    """M(x): `[.., C, D_k]` to `[.., C, D_v]`; and the weights, to be used from there on (`nestopt.kernels.weights`)."""
-    h, used = x, list(weights)
+def read(weights: Weights, x: Tensor, form: Form) -> Tensor:
+    """M(x): `[.., C, D_k]` to `[.., C, D_v]`."""
+    h = x
     for i in range(len(weights) - 1, -1, -1):
-        h, used[i] = applied(weights[i], h)
+        h = weights[i].apply(h)
         if i:
             h = ACTIVATIONS[form.activation][0](h)
-    return finish(h, x, form), used
+    return finish(h, x, form)
 
 
 def finish(o: Tensor, x: Tensor, form: Form) -> Tensor:
@@ -58,48 +58,58 @@ def finish(o: Tensor, x: Tensor, form: Form) -> Tensor:
     return x + o if form.residual else o
 
 
-def linearise(weights: Weights, k: Tensor, form: Form) -> tuple[Linearised, list[Tensor]]:
-    """The MLP as seen from k; and the weights, to be used from there on (see `nestopt.kernels.weights`)."""
-    depth, used = len(weights), list(weights)
-    inputs, outputs = [k] * depth, [k] * depth
-    slopes = [k] * (depth - 1)
+def linearise(weights: Weights, k: Tensor, form: Form) -> Linearised:
+    """The MLP as seen from keys `[.., C, D_k]`, which are then to be written."""
+    depth = len(weights)
+    inputs, slopes = [k] * depth, [k] * (depth - 1)
     x = k
     for i in range(depth - 1, 0, -1):
         inputs[i] = x
-        outputs[i], used[i] = applied(weights[i], x)
-        x, slopes[i - 1] = ACTIVATIONS[form.activation][1](outputs[i])
+        x, slopes[i - 1] = ACTIVATIONS[form.activation][1](weights[i].apply(x))
     inputs[0] = x
-    outputs[0], used[0] = applied(weights[0], x)
-    return Linearised(inputs, outputs, slopes, finish(outputs[0], k, form)), used
+    output = weights[0].apply(x)
+    return Linearised(inputs, slopes, output, finish(output, k, form))
 
 
-def errors(weights: Weights, at: Linearised, error: Tensor, form: Form) -> tuple[list[Tensor], list[Tensor]]:
-    """∂ℓ/∂(output of each weight) `[.., C, out]` from `error` = ∂ℓ/∂y, by backpropagation; and the weights."""
+def read_and_linearise(weights: Weights, q: Tensor, k: Tensor, form: Form) -> tuple[Tensor, Linearised]:
+    """`read` at q and `linearise` at k, in one pass over the weights, which are larger than either."""
+    asked, size, depth = q.shape[-2], k.shape[-2], len(weights)
+    inputs, slopes = [k] * depth, [k] * (depth - 1)
+    x, written = torch.cat([q, k], dim=-2), k
+    for i in range(depth - 1, 0, -1):
+        inputs[i] = written
+        z, of_keys = weights[i].apply(x, size).split([asked, size], dim=-2)
+        written, slopes[i - 1] = ACTIVATIONS[form.activation][1](of_keys)
+        x = torch.cat([ACTIVATIONS[form.activation][0](z), written], dim=-2)
+    inputs[0] = written
+    read_at_q, output = weights[0].apply(x, size).split([asked, size], dim=-2)
+    return finish(read_at_q, q, form), Linearised(inputs, slopes, output, finish(output, k, form))
+
+
+def errors(weights: Weights, at: Linearised, error: Tensor, form: Form) -> list[Tensor]:
+    """∂ℓ/∂(output of each weight) `[.., C, out]` from `error` = ∂ℓ/∂y: backpropagation."""
     if form.norm:
-        scale = inverse_rms(at.outputs[0])
-        unit = at.outputs[0] * scale
+        scale = inverse_rms(at.output)
+        unit = at.output * scale
         error = scale * (error - unit * (error * unit).mean(-1, keepdim=True))
-    found, used = [error], list(weights)
-    for i, slope in enumerate(at.slopes):
-        d, used[i] = pulled(weights[i], found[-1])
-        found.append(d * slope)
-    return found, used
+    found = [error]
+    for weight, slope in zip(weights, at.slopes, strict=False):
+        found.append(weight.pull(found[-1]) * slope)
+    return found
 
 
-def sensitivities(weights: Weights, at: Linearised, form: Form) -> tuple[list[Tensor | None], list[Tensor]]:
-    """Bounds of ‖∂y/∂(output of each weight)‖ `[.., C]`, None for 1; and the weights.
+def sensitivities(weights: Weights, at: Linearised, form: Form) -> list[Tensor | None]:
+    """Bounds of ‖∂y/∂(output of each weight)‖ `[.., C]`, None for 1.
 
     The Frobenius norm of each layer's Jacobian W diag(σ′) bounds its largest singular value; over several layers the
     bounds are multiplied.
     """
-    found: list[Tensor | None] = [inverse_rms(at.outputs[0])[..., 0] if form.norm else None]
-    used = list(weights)
-    for i, slope in enumerate(at.slopes):
-        lengths, used[i] = squares(weights[i])
-        norm = (slope.square() @ lengths[..., None])[..., 0].clamp_min(_TINY).sqrt()
+    found: list[Tensor | None] = [inverse_rms(at.output)[..., 0] if form.norm else None]
+    for weight, slope in zip(weights, at.slopes, strict=False):
+        norm = (slope.square() @ weight.lengths()[..., None])[..., 0].clamp_min(_TINY).sqrt()
         outer = found[-1]
         found.append(norm if outer is None else norm * outer)
-    return found, used
+    return found
 
 
 def inverse_rms(o: Tensor) -> Tensor:

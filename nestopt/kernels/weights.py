@@ -31,6 +31,19 @@ def squares(weight: Tensor) -> tuple[Tensor, Tensor]:
     return _Squares.apply(weight)
 
 
+def squares_since(
+    weight: Tensor, momentum: Tensor | None, *, gamma: Tensor | None, c: Tensor | None, added: Tensor, inputs: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Squared lengths of the columns of γ W - c S - addedᵀ a, `[.., in]`; and W and S, to be used from there on.
+
+    As for `moved`, but γ and c are `[.., 1, 1]`. The matrix itself is not kept, and made again in the backward pass.
+    """
+    if momentum is None:
+        found, weight = _SquaresSince.apply(weight, None, gamma, None, added, inputs)
+        return found, weight, None
+    return _SquaresSince.apply(weight, momentum, gamma, c, added, inputs)
+
+
 def moved(
     weight: Tensor,
     momentum: Tensor | None,
@@ -150,6 +163,63 @@ class _Squares(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         return _batched(_Squares, info, in_dims, args)
+
+
+class _SquaresSince(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        weight: Tensor,
+        momentum: Tensor | None,
+        gamma: Tensor | None,
+        c: Tensor | None,
+        added: Tensor,
+        inputs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        found = _since(weight, momentum, gamma, c, added, inputs).square().sum(-2)
+        if momentum is None:
+            return found, weight.view_as(weight)
+        return found, weight.view_as(weight), momentum.view_as(momentum)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, dy: Tensor | None, grad: Tensor | None, grad_s: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        weight, momentum, gamma, c, added, inputs = ctx.saved_tensors
+        if dy is None:
+            return grad, grad_s, None, None, None, None
+        d = _since(weight, momentum, gamma, c, added, inputs) * (2 * dy)[..., None, :]
+        d_gamma = None if gamma is None else _inner(d, weight)[..., None, None]
+        d_c = None if momentum is None else -_inner(d, momentum)[..., None, None]
+        if momentum is not None:
+            grad_s = _plus_scaled(grad_s, d, -c)
+        return _plus_scaled(grad, d, gamma), grad_s, d_gamma, d_c, -(inputs @ d.mT), -(added @ d)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _batched(_SquaresSince, info, in_dims, args)
+
+
+def _since(
+    weight: Tensor, momentum: Tensor | None, gamma: Tensor | None, c: Tensor | None, added: Tensor, inputs: Tensor
+) -> Tensor:
+    """γ W - c S - addedᵀ a."""
+    new = (-added).mT @ inputs
+    new = new.add_(weight) if gamma is None else new.addcmul_(weight, gamma)
+    return new if momentum is None or c is None else new.addcmul_(momentum, -c)
+
+
+def _plus_scaled(grad: Tensor | None, d: Tensor, scale: Tensor | None) -> Tensor:
+    """grad + scale · d, in place where it may be."""
+    if grad is None:
+        return d if scale is None else d * scale
+    if not _may_write():
+        return grad + (d if scale is None else d * scale)
+    return grad.add_(d) if scale is None else grad.addcmul_(d, scale)
 
 
 class _Moved(torch.autograd.Function):

@@ -39,7 +39,6 @@ def deep_memory(
     mask: Tensor | None = None,
     cu_seqlens: Any = None,
     validate: bool = False,
-    stats: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, State]:
     r"""An MLP that learns its tokens as they come, one for every sequence and head (NL eq. 83-91; Titans; TTT).
 
@@ -72,13 +71,11 @@ def deep_memory(
         state: from a former call with the same settings; `weights` are then not looked at.
         chunk: C, tokens whose gradients are taken together.
         checkpoint: recompute in the backward pass all but every so many chunks' weights; 0 keeps everything. Memory is
-            least near the root of the number of chunks.
+            least near the root of the number of chunks. Chunks below 64 tokens come in blocks of 64: weights are made,
+            kept and recomputed once a block.
         mask: `[B, T]`, True for tokens. Padding takes its place in the chunk, but neither writes nor fades.
         cu_seqlens: for sequences end to end in one row, q `[1, N, H, D]`: where each begins, and the end.
         validate: check that all numbers are finite and gates in range, at the cost of waiting for the device.
-        stats: a dict that is filled with what the memory did, one number per whole chunk `[B, H, chunks]`:
-            `"surprise"`, the root mean square of the errors M(k) - v at the chunk's first state, `"step"`, the mean η,
-            and `"weights"`, the norm of all weights at its start.
 
     Returns:
         y `[B, T, H, D_v]` in the dtype of v, and the state: `"weights"` and `"momentum"` by name (`[B, H, out, in]`,
@@ -106,7 +103,7 @@ def deep_memory(
         _check_gates(lr, decay, momentum, step)
 
     def run(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> tuple[Tensor, State]:
-        return _run(q, k, v, weights, settings, stats, **given)
+        return _run(q, k, v, weights, settings, **given)
 
     if cu_seqlens is not None:
         return packed(run, q, k, v, cu_seqlens, **arguments)
@@ -128,7 +125,6 @@ def _run(
     v: Tensor,
     weights: Sequence[Tensor],
     settings: Settings,
-    stats: dict[str, Tensor] | None,
     *,
     lr: float | Tensor,
     decay: float | Tensor | None,
@@ -149,7 +145,7 @@ def _run(
     fresh |= {name: given.gate(gate, idle[name]).expand(lengths) for name, gate in gates.items()}
     with torch.autocast(q.device.type, enabled=False):
         now, pending = _begun(weights, fresh, settings, "momentum" in gates, state)
-        y, now, rest = scan_chunks(now, given.q, pending, fresh, settings, stats)
+        y, now, rest = scan_chunks(now, given.q, pending, fresh, settings)
     return given.answer(y), {**_named(now), "pending": rest}
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from nestopt.core.tree import State
-from nestopt.kernels import chunk_write, mlp
-from nestopt.kernels.chunk_write import Fading
+from nestopt.kernels import mlp
+from nestopt.kernels.fading import Fading
+from nestopt.kernels.held import Held
 from nestopt.kernels.step_size import step_sizes
 from nestopt.ops.shapes import check_choice, check_whole
 
@@ -21,9 +22,6 @@ Read = Literal["after", "before", "chunk"]
 
 Now = tuple[list[Tensor], list[Tensor] | None]
 """The weights and their momenta `[B, H, out, in]`, W1 first; None where there is no momentum."""
-
-Notes = list[dict[str, Tensor]]
-"""What the memory did, chunk by chunk."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +56,6 @@ def scan_chunks(
     pending: Mapping[str, Tensor] | None,
     fresh: Mapping[str, Tensor],
     settings: Settings,
-    stats: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, Now, State]:
     """Run over `fresh` tokens after `pending` ones, which stand at the beginning of a chunk.
 
@@ -69,7 +66,6 @@ def scan_chunks(
         fresh: `"k"` `[B, H, T, D_k]`, `"v"` `[B, H, T, D_v]`, and `[B, H, T]`: `"live"`, bool, `"lr"`, and where there
             are any `"decay"` and `"momentum"`. Of tokens that are not live all are 0, but decay and momentum 1.
         settings: of the memory.
-        stats: filled as `nestopt.ops.deep_memory` says.
 
     Returns:
         y `[B, H, T, D_v]`, the memory at the start of the chunk that is not over, and that chunk's tokens.
@@ -80,19 +76,20 @@ def scan_chunks(
         held = {name: torch.cat([pending[name], x], dim=2) for name, x in fresh.items()}
     length = done + q.shape[2]
     whole = length - length % settings.chunk
-    asked, chunks = _asked(q, done, settings), _chunks(held, whole, settings.chunk)
-    notes: Notes | None = None if stats is None else []
-    ys, group = [], settings.checkpoint or max(len(chunks), 1)
+    asked, blocks = _asked(q, done, settings), _blocks(held, whole, settings.chunk)
+    ys: list[Tensor] = []
     through = _recomputed if settings.checkpoint and torch.is_grad_enabled() else _through
-    for first in range(0, len(chunks), group):
-        part = slice(first, min(first + group, len(chunks)))  # `asked` may have one more: of the chunk that is not over
-        y, now = through(now, asked[part], chunks[part], settings, notes)
+    each = max(settings.checkpoint // max(BLOCK // settings.chunk, 1), 1) if settings.checkpoint else len(blocks) or 1
+    answered = 0
+    for first in range(0, len(blocks), each):
+        part = blocks[first : first + each]
+        count = sum(len(block.chunks) for block in part)
+        y, now = through(now, asked[answered : answered + count], part, settings)
+        answered += count
         ys.append(y)
     rest = {name: x[:, :, whole:] for name, x in held.items()}
     if length > whole:
-        ys.append(_read_open(now, asked[len(chunks)], rest, settings))
-    if stats is not None and notes is not None:
-        stats.update(_stacked(notes, q))
+        ys.append(_read_open(now, asked[answered], rest, settings))
     y = torch.cat(ys, dim=2) if len(ys) > 1 else ys[0]
     return (y if settings.read == "chunk" or not done else y[:, :, done:]), now, rest
 
@@ -109,26 +106,45 @@ def _asked(q: Tensor, done: int, settings: Settings) -> list[Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """The tokens of a chunk `[B, H, C, ..]` and what their gates come to."""
+    """The tokens of a chunk `[B, H, C, ..]`."""
 
     k: Tensor
     v: Tensor
     live: Tensor
     lr: Tensor
     damping: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Chunks after which new weights are made."""
+
+    chunks: list[Chunk]
     fading: Fading
 
 
-def _chunks(held: Mapping[str, Tensor], whole: int, chunk: int) -> list[Chunk]:
-    """All whole chunks. What their gates come to is computed for all at once."""
-    if not whole:
-        return []
-    blocks = {name: x[:, :, :whole].unflatten(2, (-1, chunk)) for name, x in held.items()}
-    fadings = Fading.of(blocks.get("decay"), blocks.get("momentum"), blocks["live"]).unbind(2, whole // chunk)
-    columns = [blocks[name].unbind(2) for name in ("k", "v", "live", "lr")]
+BLOCK = 64
+"""Tokens of a block of short chunks: that of chunks of 64, whose cost is that of their matrix products."""
+
+
+def _blocks(held: Mapping[str, Tensor], whole: int, chunk: int) -> list[Block]:
+    """All whole chunks, in blocks. What their gates come to is computed for all blocks at once."""
+    size = chunk * max(BLOCK // chunk, 1)
+    even = whole - whole % size
+    blocks = _even_blocks({name: x[:, :, :even] for name, x in held.items()}, size, chunk) if even else []
+    if even < whole:
+        blocks += _even_blocks({name: x[:, :, even:whole] for name, x in held.items()}, whole - even, chunk)
+    return blocks
+
+
+def _even_blocks(held: Mapping[str, Tensor], size: int, chunk: int) -> list[Block]:
+    blocks = {name: x.unflatten(2, (-1, size)) for name, x in held.items()}
+    fadings = Fading.of(blocks.get("decay"), blocks.get("momentum"), blocks["live"])
+    tokens = (*(blocks[name] for name in ("k", "v", "live", "lr")), _damping(blocks))
+    columns = [[block.split(chunk, dim=2) for block in x.unbind(2)] for x in tokens]
     return [
-        Chunk(k, v, live, lr, damping, fading)
-        for k, v, live, lr, damping, fading in zip(*columns, _damping(blocks).unbind(2), fadings, strict=True)
+        Block([Chunk(*parts) for parts in zip(*rows, strict=True)], fading)
+        for *rows, fading in zip(*columns, fadings.unbind(2, len(columns[0])), strict=True)
     ]
 
 
@@ -138,31 +154,36 @@ def _damping(held: Mapping[str, Tensor]) -> Tensor:
     return share * (1 - held["momentum"]) if "momentum" in held else share
 
 
-def _through(
-    now: Now, asked: Sequence[Tensor], chunks: Sequence[Chunk], settings: Settings, notes: Notes | None
-) -> tuple[Tensor, Now]:
-    """The answers of these chunks, and the memory after them."""
-    answers = []
-    for q, tokens in zip(asked, chunks, strict=True):
-        y, now = _step(now, q, tokens, settings, notes)
-        answers.append(y)
+def _through(now: Now, asked: Sequence[Tensor], blocks: Sequence[Block], settings: Settings) -> tuple[Tensor, Now]:
+    """The answers of these blocks, and the memory after them."""
+    answers, queries = [], iter(asked)
+    for block in blocks:
+        weights = _held(now, block.fading)
+        for i, tokens in enumerate(block.chunks):
+            if i:
+                for weight in weights:
+                    weight.close()
+            answers.append(_step(weights, next(queries), tokens, settings))
+        ends = [weight.end() for weight in weights]
+        momenta = [momentum for _, momentum in ends if momentum is not None]
+        now = [weight for weight, _ in ends], momenta or None
     return torch.cat(answers, dim=2) if len(answers) > 1 else answers[0], now
 
 
-def _recomputed(
-    now: Now, asked: Sequence[Tensor], chunks: Sequence[Chunk], settings: Settings, notes: Notes | None
-) -> tuple[Tensor, Now]:
+def _held(now: Now, fading: Fading) -> list[Held]:
+    momenta = [None] * len(now[0]) if now[1] is None else now[1]
+    return [Held(weight, momentum, fading) for weight, momentum in zip(now[0], momenta, strict=True)]
+
+
+def _recomputed(now: Now, asked: Sequence[Tensor], blocks: Sequence[Block], settings: Settings) -> tuple[Tensor, Now]:
     """`_through`, run again in the backward pass instead of keeping what it computed."""
     has_momentum = now[1] is not None
-    noted: Notes | None = None if notes is None else []
 
     def run(*flat: Tensor) -> tuple[Tensor, ...]:
-        y, after = _through(_joined(flat, has_momentum), asked, chunks, settings, noted)
+        y, after = _through(_joined(flat, has_momentum), asked, blocks, settings)
         return y, *_flat(after)
 
     y, *flat = recomputed(run, *_flat(now), use_reentrant=False, preserve_rng_state=False)
-    if notes is not None and noted is not None:
-        notes.extend(noted)  # now: the second run takes notes, too
     return y, _joined(flat, has_momentum)
 
 
@@ -177,99 +198,52 @@ def _joined(flat: Sequence[Tensor], has_momentum: bool) -> Now:
     return list(flat[:half]), list(flat[half:])
 
 
-def _step(now: Now, q: Tensor, tokens: Chunk, settings: Settings, notes: Notes | None) -> tuple[Tensor, Now]:
-    """Read and write one whole chunk."""
+def _step(weights: Sequence[Held], q: Tensor, tokens: Chunk, settings: Settings) -> Tensor:
+    """Read and write one chunk."""
     if settings.read == "chunk":
-        y, used = mlp.read(now[0], q, settings.form)
-        writes, (weights, momenta) = _writes((used, now[1]), tokens, settings, notes)
-    else:
-        writes, now = _writes(now, tokens, settings, notes)
-        y, (weights, momenta) = _answers(now, q, writes, tokens.fading, settings)
-    after, left = [], []
-    for i, written in enumerate(writes):
-        weight, momentum = chunk_write.advance(
-            weights[i], None if momenta is None else momenta[i], written, tokens.fading
-        )
-        after.append(weight)
-        left += [] if momentum is None else [momentum]
-    return y, (after, left or None)
+        y, at = mlp.read_and_linearise(weights, q, tokens.k, settings.form)
+        _write(weights, at, tokens, settings)
+        return y
+    _write(weights, mlp.linearise(weights, tokens.k, settings.form), tokens, settings)
+    return _answers(weights, q, settings)
 
 
 def _read_open(now: Now, q: Tensor, held: Mapping[str, Tensor], settings: Settings) -> Tensor:
     """Read within a chunk that is not over."""
     if settings.read == "chunk":
-        return mlp.read(now[0], q, settings.form)[0]
-    fading = Fading.of(held.get("decay"), held.get("momentum"), held["live"])
-    tokens = Chunk(held["k"], held["v"], held["live"], held["lr"], _damping(held), fading)
-    writes, now = _writes(now, tokens, settings, None)
-    return _answers(now, q, writes, fading, settings)[0]
+        return mlp.read(_held(now, Fading()), q, settings.form)
+    (block,) = _even_blocks(held, q.shape[2], q.shape[2])
+    weights = _held(now, block.fading)
+    return _step(weights, q, block.chunks[0], settings)
 
 
-def _writes(now: Now, tokens: Chunk, settings: Settings, notes: Notes | None) -> tuple[list[chunk_write.Write], Now]:
-    """What the chunk writes to each weight; and the memory, to be used from there on (`nestopt.kernels.weights`)."""
-    at, weights = mlp.linearise(now[0], tokens.k, settings.form)
+def _write(weights: Sequence[Held], at: mlp.Linearised, tokens: Chunk, settings: Settings) -> None:
+    """Write the keys that the memory was linearised at."""
     wrong = at.y - tokens.v if settings.objective == "l2" else -tokens.v
-    errors, weights = mlp.errors(weights, at, wrong, settings.form)
-    lr, weights = _rates(weights, at, tokens, settings)
-    if notes is not None:
-        notes.append(_note(weights, at, tokens, lr))
-    strength = settings.delta * lr if settings.delta else None
-    writes, momenta = [], []
-    for i, error in enumerate(errors):
-        momentum = None if now[1] is None else now[1][i]
-        written, momentum = chunk_write.write(
-            momentum, at.inputs[i], lr[..., None] * error, strength, at.outputs[i], tokens.fading
+    errors = mlp.errors(weights, at, wrong, settings.form)
+    lr = tokens.lr
+    if settings.step == "normalized":
+        lr = step_sizes(
+            lr,
+            tokens.damping,
+            at.inputs,
+            mlp.sensitivities(weights, at, settings.form),
+            delta=settings.delta,
+            bound=settings.bound,
+            read=settings.read,
+            chunk=settings.chunk,
         )
-        writes.append(written)
-        momenta += [] if momentum is None else [momentum]
-    return writes, (weights, momenta or None)
+    strength = settings.delta * lr if settings.delta else None
+    for weight, error in zip(weights, errors, strict=True):
+        weight.write(lr[..., None] * error, strength)
 
 
-def _rates(weights: list[Tensor], at: mlp.Linearised, tokens: Chunk, settings: Settings) -> tuple[Tensor, list[Tensor]]:
-    """η `[B, H, C]`; and the weights, to be used from there on."""
-    if settings.step == "raw":
-        return tokens.lr, weights
-    sensitivities, weights = mlp.sensitivities(weights, at, settings.form)
-    lr = step_sizes(
-        tokens.lr,
-        tokens.damping,
-        at.inputs,
-        sensitivities,
-        delta=settings.delta,
-        bound=settings.bound,
-        read=settings.read,
-        chunk=settings.chunk,
-    )
-    return lr, weights
-
-
-def _answers(
-    now: Now, q: Tensor, writes: Sequence[chunk_write.Write], fading: Fading, settings: Settings
-) -> tuple[Tensor, Now]:
-    """The read of each token with the weights as they are by then; and the memory, to be used from there on."""
+def _answers(weights: Sequence[Held], q: Tensor, settings: Settings) -> Tensor:
+    """The read of each token of the chunk that was written last with the weights as they are by then."""
     activation: Callable[[Tensor], Tensor] = mlp.ACTIVATIONS[settings.form.activation][0]
-    x, weights = q, list(now[0])
-    momenta: list[Tensor | None] = [None] * len(writes) if now[1] is None else list(now[1])
-    for i in range(len(writes) - 1, -1, -1):
-        x, weights[i], momenta[i] = chunk_write.read_within(weights[i], momenta[i], x, writes[i], fading, settings.read)
+    x = q
+    for i in range(len(weights) - 1, -1, -1):
+        x = weights[i].read(x, settings.read)
         if i:
             x = activation(x)
-    kept = [momentum for momentum in momenta if momentum is not None]
-    return mlp.finish(x, q, settings.form), (weights, kept or None)
-
-
-def _note(weights: Sequence[Tensor], at: mlp.Linearised, tokens: Chunk, lr: Tensor) -> dict[str, Tensor]:
-    count = tokens.live.sum(-1).clamp_min(1)
-    wrong = (at.y.detach() - tokens.v.detach()).square().mean(-1) * tokens.live
-    return {
-        "surprise": (wrong.sum(-1) / count).sqrt(),
-        "step": lr.detach().sum(-1) / count,
-        "weights": torch.stack([w.detach().square().sum((-2, -1)) for w in weights]).sum(0).sqrt(),
-    }
-
-
-def _stacked(notes: Notes, q: Tensor) -> dict[str, Tensor]:
-    """Notes `[B, H]` as `[B, H, chunks]`."""
-    if not notes:
-        return {name: q.new_empty(*q.shape[:2], 0) for name in ("surprise", "step", "weights")}
-    return {name: torch.stack([note[name] for note in notes], dim=-1) for name in notes[0]}
+    return mlp.finish(x, q, settings.form)

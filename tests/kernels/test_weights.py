@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestopt.kernels.weights import applied, moved, pulled, squares
+from nestopt.kernels.weights import applied, moved, pulled, squares, squares_since
 
 F64 = torch.float64
 B, C, OUT, IN = 2, 3, 4, 5
@@ -33,7 +33,10 @@ def chain(given: dict[str, Tensor], gated: bool, remembers: bool) -> list[Tensor
     b, weight = pulled(weight, given["d"])
     s, weight = squares(weight)
     z, weight = applied(weight, given["x"].tanh())
-    outs = [y, b, s, z]
+    wide = {name: given[name][:, None, None] for name in ("gamma", "c")}
+    shares = {"gamma": wide["gamma"] if gated else None, "c": wide["c"] if remembers else None}
+    later, weight, momentum = squares_since(weight, momentum, **shares, added=given["added"], inputs=given["x"])
+    outs = [y, b, s, z, later]
     if momentum is not None:
         r, momentum = applied(momentum, given["x"])
         outs.append(r)
@@ -47,8 +50,9 @@ def plain(given: dict[str, Tensor], gated: bool, remembers: bool) -> list[Tensor
     outs = [x @ weight.mT, given["d"] @ weight, (weight * weight).sum(-2), x.tanh() @ weight.mT]
     new = (given["gamma"][:, None, None] if gated else 1) * weight - given["added"].mT @ x
     if not remembers:
-        return [*outs, new]
+        return [*outs, (new * new).sum(-2), new]
     new = new - given["c"][:, None, None] * momentum
+    outs.append((new * new).sum(-2))
     return [*outs, x @ momentum.mT, new, given["theta"][:, None, None] * momentum + given["left"].mT @ x]
 
 

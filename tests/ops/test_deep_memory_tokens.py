@@ -181,39 +181,17 @@ def test_a_token_that_is_not_finite_is_not_written(read: str, where: str) -> Non
 
 
 @pytest.mark.parametrize("read", READS)
-@pytest.mark.parametrize("every", [1, 2, 5])
+@pytest.mark.parametrize("every", [1, 20, 40])
 @pytest.mark.parametrize("has_momentum", [False, True])
 def test_recomputing_changes_nothing(read: str, every: int, has_momentum: bool) -> None:
-    tokens, arguments = example(22, read=read)
+    tokens, arguments = example(150, read=read)  # more than two blocks
     arguments["momentum"] = arguments["momentum"] if has_momentum else None
     leaves = [x.requires_grad_() for x in (*tokens, *arguments["weights"], arguments["lr"], arguments["decay"])]
-    one, two = {}, {}
-    kept = deep_memory(*tokens, **arguments, stats=one)
-    again = deep_memory(*tokens, **arguments, checkpoint=every, stats=two)
-    torch.testing.assert_close((again, two), (kept, one), rtol=0, atol=0)
+    kept = deep_memory(*tokens, **arguments)
+    again = deep_memory(*tokens, **arguments, checkpoint=every)
+    torch.testing.assert_close(again, kept, rtol=0, atol=0)
     probes = [torch.randn_like(x) for x in outputs(*kept)]
     close(gradients(outputs(*again), leaves, probes), gradients(outputs(*kept), leaves, probes), 1e-13)
-
-
-def test_stats() -> None:
-    tokens, arguments = example(11, step="raw", lr=0.25, read="chunk", chunk=4)
-    q, k, v = tokens
-    stats: dict[str, Tensor] = {}
-    deep_memory(q, k, v, **arguments, stats=stats)
-    assert {name: x.shape for name, x in stats.items()} == dict.fromkeys(
-        ("surprise", "step", "weights"), (BATCH, HEADS, 2)
-    )
-    close(stats["step"], torch.full((BATCH, HEADS, 2), 0.25, dtype=F64))
-    answers, _ = deep_memory(k, k, v, **arguments)
-    errors = (answers - v)[:, :8].square().mean(-1).unflatten(1, (2, 4)).mean(2).sqrt()
-    close(stats["surprise"], errors.transpose(1, 2))
-    gates = {name: arguments[name][:, :4] for name in ("decay", "momentum")}
-    _, state = deep_memory(*(x[:, :4] for x in tokens), **{**arguments, **gates})
-    sizes = [sum(w.square().sum((-2, -1)) for w in arguments["weights"]).expand(BATCH, HEADS)]
-    sizes.append(sum(w.square().sum((-2, -1)) for w in state["weights"].values()))
-    close(stats["weights"], torch.stack(sizes, -1).sqrt())
-    deep_memory(*(x[:, :3] for x in tokens), **{**arguments, **{n: g[:, :3] for n, g in gates.items()}}, stats=stats)
-    assert all(x.shape == (BATCH, HEADS, 0) for x in stats.values())
 
 
 def test_every_weight_gets_a_gradient_however_few_tokens() -> None:

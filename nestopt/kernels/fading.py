@@ -1,0 +1,81 @@
+r"""What the gates of a run of tokens come to, for a memory with momentum.
+
+Of $S_t = \theta_t S_{t-1} + g_t$ and $M_t = \alpha_t M_{t-1} - S_t$ it is
+$M_t = \gamma_t M_0 - c_t S_0 - \sum_{s\le t}\kappa_{ts} g_s$, with Γ, Θ the products of α and θ (`nestopt.kernels.products`),
+γ and ϑ those from the start, κ = Γ Θ and $c_t = \sum_s \Gamma_{ts}\vartheta_s$.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from nestopt.kernels.products import logarithm, products, shifted
+
+
+@dataclasses.dataclass(frozen=True)
+class Fading:
+    """For tokens 1 … n; everything has leading dimensions of its own.
+
+    Attributes:
+        gamma, Gamma: of α, `[.., n]` and `[.., n, n]`, lower triangular; None where nothing fades.
+        c, kappa: of α and θ; None without momentum, where κ is Γ.
+        theta, Theta: ϑ and Θ; None without momentum.
+    """
+
+    gamma: Tensor | None = None
+    Gamma: Tensor | None = None
+    c: Tensor | None = None
+    kappa: Tensor | None = None
+    theta: Tensor | None = None
+    Theta: Tensor | None = None
+
+    @staticmethod
+    def of(decay: Tensor | None, momentum: Tensor | None, live: Tensor) -> Fading:
+        """From α, θ `[.., n]` with 1 for tokens that are not `live` `[.., n]`, at which S is not added to M, either."""
+        gamma = Gamma = c = kappa = theta = Theta = None
+        if decay is not None:
+            Gamma, gamma = _products(decay)
+        if momentum is not None:
+            Theta, theta = _products(momentum)
+            size = live.shape[-1]
+            every = torch.ones(size, size, dtype=Theta.dtype, device=Theta.device).tril() if Gamma is None else Gamma
+            added = every * live[..., None, :]
+            c = (added @ theta[..., None])[..., 0]
+            kappa = added @ Theta
+        return Fading(gamma, Gamma, c, kappa, theta, Theta)
+
+    def unbind(self, dim: int, count: int) -> list[Fading]:
+        """One for each of `count` runs."""
+        columns = [[None] * count if x is None else x.unbind(dim) for x in self._fields()]
+        return [Fading(*row) for row in zip(*columns, strict=True)]
+
+    def before(self) -> Fading:
+        """One token earlier: what M_{t-1} is made of."""
+        gamma = None if self.gamma is None else shifted(self.gamma[..., None], 1.0)[..., 0]
+        c = None if self.c is None else shifted(self.c[..., None])[..., 0]
+        Gamma, kappa = (None if x is None else shifted(x) for x in (self.Gamma, self.kappa))
+        return Fading(gamma, Gamma, c, kappa, self.theta, self.Theta)
+
+    def rows(self, first: int, last: int) -> Fading:
+        """Of tokens first + 1 … last, what those up to last have to do with them."""
+        gamma, c, theta = (None if x is None else x[..., first:last] for x in (self.gamma, self.c, self.theta))
+        pairs = (None if x is None else x[..., first:last, :last] for x in (self.Gamma, self.kappa, self.Theta))
+        Gamma, kappa, Theta = pairs
+        return Fading(gamma, Gamma, c, kappa, theta, Theta)
+
+    def _fields(self) -> tuple[Tensor | None, ...]:
+        return self.gamma, self.Gamma, self.c, self.kappa, self.theta, self.Theta
+
+
+def _products(decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Γ and γ of `nestopt.kernels.products`, with 0 for what is below the square of the dtype's precision.
+
+    Beside what is written later that is nothing (1e-14 in float32, 5e-32 in float64). Multiplied on, it would leave the
+    normal numbers, at which processors are slow: whole weights were, where a chunk's momenta are random in (0, 1).
+    """
+    least = torch.finfo(decay.dtype).eps ** 2
+    between, since = products(logarithm(decay))
+    return torch.nn.functional.threshold(between, least, 0.0), torch.nn.functional.threshold(since, least, 0.0)

@@ -150,7 +150,7 @@ def _op(size: Size) -> Layer:
     shape = (size.batch, size.tokens, MEMORIES)
     q, k, v = (torch.randn(*shape, size.dim) for _ in range(3))
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-    lr, decay, momentum = (low + (high - low) * torch.rand(shape) for low, high in ((0, 0.2), (0.9, 1), (0.4, 0.6)))
+    lr, decay, momentum = (low + (high - low) * torch.rand(shape) for low, high in ((0, 0.2), (0.99, 1), (0.4, 0.6)))
     weights = nn.ParameterList(torch.randn(2, MEMORIES, size.dim, size.dim).mul(size.dim**-0.5).unbind())
 
     def read(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, decay: Tensor, momentum: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from torch import Tensor
 from nestopt.kernels.products import logarithm, products, shifted
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Fading:
-    """For tokens 1 … n; everything has leading dimensions of its own.
+    """For tokens 1 … n; everything has leading dimensions of its own. What is asked for again is not computed again.
 
     Attributes:
         gamma, Gamma: of α, `[.., n]` and `[.., n, n]`, lower triangular; None where nothing fades.
@@ -31,6 +31,7 @@ class Fading:
     kappa: Tensor | None = None
     theta: Tensor | None = None
     Theta: Tensor | None = None
+    _made: dict[tuple[int, ...], Fading] = dataclasses.field(default_factory=dict)
 
     @staticmethod
     def of(decay: Tensor | None, momentum: Tensor | None, live: Tensor) -> Fading:
@@ -54,17 +55,21 @@ class Fading:
 
     def before(self) -> Fading:
         """One token earlier: what M_{t-1} is made of."""
-        gamma = None if self.gamma is None else shifted(self.gamma[..., None], 1.0)[..., 0]
-        c = None if self.c is None else shifted(self.c[..., None])[..., 0]
-        Gamma, kappa = (None if x is None else shifted(x) for x in (self.Gamma, self.kappa))
-        return Fading(gamma, Gamma, c, kappa, self.theta, self.Theta)
+        if () not in self._made:
+            gamma = None if self.gamma is None else shifted(self.gamma[..., None], 1.0)[..., 0]
+            c = None if self.c is None else shifted(self.c[..., None])[..., 0]
+            Gamma, kappa = (None if x is None else shifted(x) for x in (self.Gamma, self.kappa))
+            self._made[()] = Fading(gamma, Gamma, c, kappa, self.theta, self.Theta)
+        return self._made[()]
 
     def rows(self, first: int, last: int) -> Fading:
         """Of tokens first + 1 … last, what those up to last have to do with them."""
-        gamma, c, theta = (None if x is None else x[..., first:last] for x in (self.gamma, self.c, self.theta))
-        pairs = (None if x is None else x[..., first:last, :last] for x in (self.Gamma, self.kappa, self.Theta))
-        Gamma, kappa, Theta = pairs
-        return Fading(gamma, Gamma, c, kappa, theta, Theta)
+        if (first, last) not in self._made:
+            gamma, c, theta = (None if x is None else x[..., first:last] for x in (self.gamma, self.c, self.theta))
+            pairs = (self.Gamma, self.kappa, self.Theta)
+            Gamma, kappa, Theta = (None if x is None else x[..., first:last, :last] for x in pairs)
+            self._made[first, last] = Fading(gamma, Gamma, c, kappa, theta, Theta)
+        return self._made[first, last]
 
     def _fields(self) -> tuple[Tensor | None, ...]:
         return self.gamma, self.Gamma, self.c, self.kappa, self.theta, self.Theta

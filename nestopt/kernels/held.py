@@ -69,7 +69,6 @@ class Held:
 
     def __init__(self, weight: Tensor, momentum: Tensor | None, fading: Fading) -> None:
         self.weight, self.momentum, self.fading = weight, momentum, fading
-        self.before = fading.before()
         self.done = 0
         self.rows: Rows | None = None
         self.gamma: Tensor | None = None
@@ -123,7 +122,7 @@ class Held:
     def _decays(self, new: Rows, base: Tensor, old: Tensor | None, strength: Tensor) -> Tensor:
         """w `[.., C, out]`, given M_0 a and S_0 a."""
         first, size = self.done, new.inputs.shape[-2]
-        at = self.before.rows(first, first + size)
+        at = self.fading.before().rows(first, first + size)
         answers = base if at.gamma is None else at.gamma[..., None] * base
         if self.momentum is not None and at.c is not None:
             if old is None:
@@ -142,7 +141,7 @@ class Held:
         """M_t x_t `[.., C, out]` (`"before"`: M_{t-1} x_t) for each token t of the chunk that was written last."""
         assert self.rows is not None
         first = self.done
-        at = (self.before if reads == "before" else self.fading).rows(first, first + x.shape[-2])
+        at = (self.fading.before() if reads == "before" else self.fading).rows(first, first + x.shape[-2])
         y, self.weight = applied(self.weight, x)
         if at.gamma is not None:
             y = at.gamma[..., None] * y

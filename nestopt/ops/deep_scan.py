@@ -99,9 +99,16 @@ def _asked(q: Tensor, done: int, settings: Settings) -> list[Tensor]:
     chunk = settings.chunk
     if settings.read != "chunk":  # reads are taken with the chunk's writes: those that were answered before ask nothing
         return list(torch.nn.functional.pad(q, (0, 0, done, 0)).split(chunk, dim=2))
+    if not done:
+        return list(q.split(chunk, dim=2))
     first = min(chunk - done, q.shape[2])
-    later = q[:, :, first:]
-    return [q[:, :, :first], *(later.split(chunk, dim=2) if later.shape[2] else ())]
+    later = _part(q, first, q.shape[2])
+    return [_part(q, 0, first), *(later.split(chunk, dim=2) if later.shape[2] else ())]
+
+
+def _part(x: Tensor, first: int, last: int) -> Tensor:
+    """Tokens first + 1 … last of `[B, H, T, ..]`. All of them are x itself: the gradient of a part is made of zeros first."""
+    return x if first == 0 and last == x.shape[2] else x[:, :, first:last]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,9 +138,9 @@ def _blocks(held: Mapping[str, Tensor], whole: int, chunk: int) -> list[Block]:
     """All whole chunks, in blocks. What their gates come to is computed for all blocks at once."""
     size = chunk * max(BLOCK // chunk, 1)
     even = whole - whole % size
-    blocks = _even_blocks({name: x[:, :, :even] for name, x in held.items()}, size, chunk) if even else []
+    blocks = _even_blocks({name: _part(x, 0, even) for name, x in held.items()}, size, chunk) if even else []
     if even < whole:
-        blocks += _even_blocks({name: x[:, :, even:whole] for name, x in held.items()}, whole - even, chunk)
+        blocks += _even_blocks({name: _part(x, even, whole) for name, x in held.items()}, whole - even, chunk)
     return blocks
 
 

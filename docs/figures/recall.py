@@ -19,7 +19,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, silu
 
 import nestopt
 from nestopt.core import AssociativeMemory, Gate, bind, gates_of
@@ -196,11 +196,17 @@ def surprises(alike: bool, step: str, lr: float) -> Tensor:
 
     k, v = normalize(random(1, 1 if alike else LONG, 1, DIM), dim=-1), normalize(random(1, LONG, 1, DIM), dim=-1)
     weights = [0.5 * random(DIM, 2 * DIM) / math.sqrt(2 * DIM), random(2 * DIM, DIM) / math.sqrt(DIM)]
-    stats: dict[str, Tensor] = {}
     k = k.expand_as(v)
     settings: dict[str, Any] = {"lr": lr, "step": step, "decay": 0.99, "momentum": 0.9, "chunk": 16}
-    nestopt.ops.deep_memory(k, k, v, weights=weights, **settings, stats=stats)
-    return stats["surprise"][0, 0] * math.sqrt(DIM)
+    found, state = [], None
+    outer, inner = weights
+    for keys, values in zip(k.split(16, dim=1), v.split(16, dim=1), strict=True):
+        x = keys[0, :, 0]
+        read = x + silu(x @ inner.T) @ outer.T
+        found.append((read - values[0, :, 0]).square().sum(-1).mean().sqrt())
+        _, state = nestopt.ops.deep_memory(keys, keys, values, weights=weights, **settings, state=state)
+        outer, inner = (state["weights"][name][0, 0] for name in ("W1", "W2"))
+    return torch.stack(found)
 
 
 def make_step() -> None:

@@ -24,6 +24,7 @@ from nestopt.core.part import Heads
 from nestopt.core.tokens import PENDING
 from nestopt.core.tree import State, leaves
 from nestopt.ops import fast_form
+from nestopt.ops.deep_scan import BLOCK
 
 MADE = Path(__file__).parents[1] / "tokens" / "made"
 SHARED = runpy.run_path(str(Path(__file__).with_name("level_table.py")))
@@ -35,13 +36,18 @@ MATRIX_CHUNK = 64
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What costs depend on: D = D_k = D_v, C, h, c, and n, how many pairs there are."""
+    """What costs depend on: D = D_k = D_v, C, h, c, n, how many pairs there are, and m."""
 
     dim: int
     chunk: int
     hidden: int
     window: int
     pairs: int
+
+    @property
+    def chunks(self) -> int:
+        """m, how many chunks of an MLP memory make a block."""
+        return max(BLOCK // self.chunk, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +69,12 @@ OMEGA = Formula(
     lambda s: (4 * s.window + 2) * s.dim**2 + 4 * (s.window + 1) * s.chunk * s.dim,
 )
 MLP = Formula(
-    "$14Dh + 6C(D + h) + 2h$", lambda s: 14 * s.dim * s.hidden + 6 * s.chunk * (s.dim + s.hidden) + 2 * s.hidden
+    "$(13 + m)Dh + (5m + 1)C(D + h) + 2h$",
+    lambda s: (13 + s.chunks) * s.dim * s.hidden + (5 * s.chunks + 1) * s.chunk * (s.dim + s.hidden) + 2 * s.hidden,
 )
 MLP_WITH_MOMENTUM = Formula(
-    "$22Dh + 6C(D + h) + 2C(C + 1) + 2h$",
-    lambda s: MLP.value(s) + 8 * s.dim * s.hidden + 2 * s.chunk * (s.chunk + 1),
+    "$(27 + m - 6/m)Dh + (5m + 1)C(D + h) + 2mC(mC + 1) + 2h$",
+    lambda s: MLP.value(s) + (14 - 6 / s.chunks) * s.dim * s.hidden + 2 * s.chunks * s.chunk * (s.chunks * s.chunk + 1),
 )
 FLOPS = {
     "attention": ALL_PAIRS,
@@ -162,7 +169,7 @@ def cost(name: str, found: Measured) -> str:
     level = preset(name)
     size = size_of(level, DIM, TOKENS)
     if isinstance(level.memory, Mlp):
-        sizes = f"D = {DIM}, h = {size.hidden}, C = {size.chunk}"
+        sizes = f"D = {DIM}, h = {size.hidden}, C = {size.chunk}, m = {size.chunks}"
     elif not isinstance(level.memory, Window):
         sizes += f", C = {size.chunk}"
     if size.window > 1:

@@ -1,8 +1,8 @@
 r"""What the gates of a run of tokens come to, for a memory with momentum.
 
 Of $S_t = \theta_t S_{t-1} + g_t$ and $M_t = \alpha_t M_{t-1} - S_t$ it is
-$M_t = \gamma_t M_0 - c_t S_0 - \sum_{s\le t}\kappa_{ts} g_s$, with Γ, Θ the products of α and θ (`nestopt.kernels.products`),
-γ and ϑ those from the start, κ = Γ Θ and $c_t = \sum_s \Gamma_{ts}\vartheta_s$.
+$M_t = \gamma_t M_0 - c_t S_0 - \sum_{s\le t}\kappa_{ts} g_s$, with Γ, Θ the products of α and θ
+(`nestopt.kernels.products`), γ and ϑ those from the start, κ = Γ Θ and $c_t = \sum_s \Gamma_{ts}\vartheta_s$.
 """
 
 from __future__ import annotations

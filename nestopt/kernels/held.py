@@ -1,17 +1,18 @@
 r"""A weight of a memory during a block of chunks: what the block found, and what has been written since, in rows.
 
-With inputs a_t and directions g_t = η_t ∂ℓ/∂(output), both at the state that the token's chunk began with, and the strengths
-e_t = δ η_t of the delta decay, the write is
+With inputs a_t and directions g_t = η_t ∂ℓ/∂(output), both at the state that the token's chunk began with, and the
+strengths e_t = δ η_t of the delta decay, the write is
 
 $$S_t = \theta_t S_{t-1} + g_t a_t^\top, \qquad M_t = \alpha_t M_{t-1} - e_t (M_{t-1} a_t) a_t^\top - S_t,$$
 
 and in closed form (`nestopt.kernels.fading` has the coefficients), per token and without a copy of the weight for it,
 
-$$M_t = \gamma_t M_0 - c_t S_0 - \sum_{s\le t}(\Gamma_{ts} w_s + \kappa_{ts} g_s)\, a_s^\top, \qquad w_t = e_t M_{t-1} a_t,$$
+$$M_t = \gamma_t M_0 - c_t S_0 - \sum_{s\le t}(\Gamma_{ts} w_s + \kappa_{ts} g_s)\, a_s^\top, \qquad
+  w_t = e_t M_{t-1} a_t,$$
 
 where w solves one unit lower triangular system per chunk (NL eq. 83-91 in chunks). A new weight is made once a block:
-where chunks are short, it would else be most of the work, being far larger than a chunk's tokens. Within the block, a product
-with M_p is one with M_0, one with S_0, and two with rows.
+where chunks are short, it would else be most of what is kept for the backward pass, being far larger than a chunk's
+tokens. Within the block, a product with M_p is one with M_0, one with S_0, and two with rows.
 """
 
 from __future__ import annotations
@@ -76,10 +77,10 @@ class Held:
         self.left: Tensor | None = None
         self._applied: tuple[Any, ...] = ()
 
-    # -- as a chunk finds it: M_p -----------------------------------------------------------------------------------------
+    # -- as a chunk finds it: M_p ------------------------------------------------------------------------------------
 
     def apply(self, x: Tensor, writes: int | None = None) -> Tensor:
-        """M_p x: `[.., n, in]` to `[.., n, out]`. Of a chunk's last x, the last `writes` rows (None: all) are written."""
+        """M_p x: `[.., n, in]` to `[.., n, out]`. Of a chunk's last x the last `writes` rows are written (None: all)."""
         base, self.weight = applied(self.weight, x)
         y, old = base if self.gamma is None else self.gamma * base, None
         if self.c is not None and self.momentum is not None:
@@ -109,10 +110,10 @@ class Held:
             )
         return found
 
-    # -- the chunk's write -----------------------------------------------------------------------------------------------
+    # -- the chunk's write -------------------------------------------------------------------------------------------
 
     def write(self, steps: Tensor, strength: Tensor | None) -> None:
-        """Write the inputs applied last with g `[.., C, out]` and the strength e `[.., C]` of the delta decay, if any."""
+        """Write the inputs applied last, with g `[.., C, out]` and, for delta decay, its strength e `[.., C]`."""
         x, base, old = self._applied
         rows = Rows(x, steps, None)
         if strength is not None:

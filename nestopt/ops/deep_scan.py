@@ -107,7 +107,7 @@ def _asked(q: Tensor, done: int, settings: Settings) -> list[Tensor]:
 
 
 def _part(x: Tensor, first: int, last: int) -> Tensor:
-    """Tokens first + 1 … last of `[B, H, T, ..]`. All of them are x itself: the gradient of a part is made of zeros first."""
+    """Tokens first + 1 … last of `[B, H, T, ..]`; x itself if these are all, for a part's gradient is made of zeros."""
     return x if first == 0 and last == x.shape[2] else x[:, :, first:last]
 
 

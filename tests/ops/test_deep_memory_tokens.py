@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nestopt.ops.deep_memory import deep_memory
-from tests.ops.deep_cases import BATCH, F64, HEADS, READS, close, example, gradients, outputs, run_twin, weights_of
+from tests.ops.deep_cases import BATCH, HEADS, READS, close, example, gradients, outputs, run_twin, weights_of
 
 
 def cut(x: Any, begin: int, end: int, length: int) -> Any:

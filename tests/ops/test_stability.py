@@ -123,8 +123,8 @@ def test_momenta_that_come_and_go(pattern: list[float], objective: Literal["l2",
     weights = [0.5 * torch.randn(DIM, HIDDEN) / HIDDEN**0.5, torch.randn(HIDDEN, DIM) / DIM**0.5]
     momentum = torch.tensor(pattern).repeat(length // len(pattern))[None, :, None].expand(*k.shape[:3])
     for chunk, read in itertools.product((16, 64), ("chunk", "after")):
-        arguments = {"lr": 1.0, "momentum": momentum, "delta": 1.0, "objective": objective, "chunk": chunk, "read": read}
-        _, norms = in_pieces(k, v, weights=weights, **arguments)
+        how = {"lr": 1.0, "momentum": momentum, "delta": 1.0, "objective": objective, "chunk": chunk, "read": read}
+        _, norms = in_pieces(k, v, weights=weights, **how)
         norms = norms / norms[..., :1]
         assert norms.isfinite().all()
         half = norms.shape[-1] // 2

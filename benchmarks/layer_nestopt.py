@@ -1,11 +1,9 @@
-"""nestopt's layers. All is looked up when a row is built: what this nestopt does not have is reported as such."""
+"""nestopt's layers."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +16,7 @@ from benchmarks.layer_flops import Flops
 from benchmarks.layer_peers import SELF_MODIFYING, TITANS_SETTLED
 from benchmarks.layer_rows import Layer, Row, tokens
 from benchmarks.layer_size import Size
-from benchmarks.rows import Missing
+from nestopt import levels
 from nestopt.core.memories import Mlp, Window
 from nestopt.core.tree import State
 
@@ -37,12 +35,12 @@ def rows() -> list[Row]:
         _row("titans, one head", _titans, titans, heads=1, chunked=True, peer=TITANS_SETTLED),
         _row("titans, four heads", _titans, narrow, chunked=True),
         _row("ttt, four heads", _ttt, narrow, chunked=True),
-        _row("deltanet", _named("deltanet"), delta),
-        _row("gated_deltanet", _named("gated_deltanet"), delta),
-        _row("gated_linear", _named("gated_linear"), matrix),
-        _row("retnet", _named("retnet"), matrix),
-        _row("linear_attention", _named("linear_attention"), matrix),
-        _row("attention", _named("attention"), flops.attended, peer=ATTENTION),
+        _row("deltanet", lambda _: levels.deltanet(), delta),
+        _row("gated_deltanet", lambda _: levels.gated_deltanet(), delta),
+        _row("gated_linear", lambda _: levels.gated_linear(), matrix),
+        _row("retnet", lambda _: levels.retnet(), matrix),
+        _row("linear_attention", lambda _: levels.linear_attention(), matrix),
+        _row("attention", lambda _: levels.attention(), flops.attended, peer=ATTENTION),
         _row("window_attention", _window, lambda size: flops.attended(size, WINDOW)),
         _row("self-modifying write, one head", _self_modifying, write, heads=1, chunked=True, peer=SELF_MODIFYING),
         Row(OP, _op, lambda size: MEMORIES * write(size), chunked=True, peer=SELF_MODIFYING),
@@ -52,20 +50,6 @@ def rows() -> list[Row]:
 # -- levels ----------------------------------------------------------------------------------------------------------
 
 
-def _level(name: str, **fields: Any) -> nestopt.Level:
-    kind = getattr(nestopt.levels, name, None)
-    if kind is None:
-        raise Missing(f"not there: nestopt.levels.{name}")
-    for field in fields:
-        if field not in inspect.signature(kind).parameters:
-            raise Missing(f"not there: nestopt.levels.{name}({field}=…)")
-    return kind(**fields)
-
-
-def _named(name: str) -> Make:
-    return lambda size: _level(name)
-
-
 def _hidden(size: Size, ratio: int) -> int:
     """`ratio` times a head's width."""
     return ratio * size.dim // size.heads
@@ -73,28 +57,23 @@ def _hidden(size: Size, ratio: int) -> int:
 
 def _titans(size: Size) -> nestopt.Level:
     """d → 4d → d a head, as titans-pytorch's; tokens read the memory as their chunk found it, and write to it there."""
-    return _level("titans", memory=Mlp(hidden=_hidden(size, 4)), chunk=size.chunk, read="chunk")
+    return levels.titans(memory=Mlp(hidden=_hidden(size, 4)), chunk=size.chunk, read="chunk")
 
 
 def _ttt(size: Size) -> nestopt.Level:
     """d → 4d → d a head; tokens read after their own write, as in the paper."""
-    return _level("ttt", memory=Mlp(hidden=_hidden(size, 4)), chunk=size.chunk)
+    return levels.ttt(memory=Mlp(hidden=_hidden(size, 4)), chunk=size.chunk)
 
 
 def _window(size: Size) -> nestopt.Level:
-    return _level("window_attention", memory=Window(size=WINDOW))
+    return levels.window_attention(memory=Window(size=WINDOW))
 
 
 def _self_modifying(size: Size) -> nestopt.Level:
     """One memory of those that nested-learning's layer writes: D → D → D with gelu, and the rank-one decay."""
-    rule = _level("dgd", of=_level("momentum", beta=nestopt.Gate(0.5)))
     memory = Mlp(hidden=_hidden(size, 1), activation="gelu")
-    made = _level("titans", memory=memory, rule=rule, chunk=size.chunk, read="chunk")
-    try:
-        nestopt.ops.run(made, *torch.zeros(3, 1, 1, 1, 2))
-    except ValueError as error:
-        raise Missing(f"not there: {error}") from None
-    return made
+    rule = levels.dgd(levels.momentum(nestopt.Gate(0.5)))
+    return levels.titans(memory=memory, rule=rule, chunk=size.chunk, read="chunk")
 
 
 # -- layers ----------------------------------------------------------------------------------------------------------
@@ -144,9 +123,6 @@ def _op(size: Size) -> Layer:
     step size and a decay for every token, chunks. Ours writes more: there the memories of η and α answer with one
     number, that for queries is a fixed matrix, W1 has no rank-one decay, and there is no momentum.
     """
-    deep_memory = getattr(nestopt.ops, "deep_memory", None)
-    if deep_memory is None:
-        raise Missing("not there: nestopt.ops.deep_memory")
     shape = (size.batch, size.tokens, MEMORIES)
     q, k, v = (torch.randn(*shape, size.dim) for _ in range(3))
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
@@ -156,6 +132,6 @@ def _op(size: Size) -> Layer:
     def read(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, decay: Tensor, momentum: Tensor) -> Tensor:
         gates = {"lr": lr, "decay": decay, "momentum": momentum}
         options = {"delta": 1.0, "read": "chunk", "chunk": size.chunk, "activation": "gelu"}
-        return deep_memory(q, k, v, weights=tuple(weights), **gates, **options)[0]
+        return nestopt.ops.deep_memory(q, k, v, weights=tuple(weights), **gates, **options)[0]
 
     return Layer(weights, read, [q, k, v, lr, decay, momentum])

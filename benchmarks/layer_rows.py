@@ -92,7 +92,7 @@ class Layer:
 class Row:
     """Attributes:
     name: in tables, and for `--only`.
-    build: at a size. Raises `benchmarks.rows.Missing` where it isn't installed or isn't there yet.
+    build: at a size. Raises `benchmarks.rows.Missing` where it isn't installed.
     flops: of a token in the forward pass, at least.
     chunked: whether `Size.chunk` changes it; one that it doesn't is timed with the first chunk size only.
     peer: the row that this one is to be compared with besides the table's reference.

@@ -24,11 +24,10 @@ from nestopt.core.memories import Matrix, Memory, Theta
 from nestopt.core.objectives import Dot, Objective
 from nestopt.core.order import Node
 from nestopt.core.outputs import Output, Plain
-from nestopt.core.part import FieldError, Number
+from nestopt.core.part import FieldError, Gate, Number
 from nestopt.core.retentions import Keep, Retention
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, tree_map
-
 
 Shown = Callable[[str, Tensor], Inputs]
 """What a weight of a memory, by name and as it is now, was shown."""
@@ -70,13 +69,13 @@ class AssociativeMemory(Level):
             eq. 90), and applied token by token. 1 is the exact recurrence.
         read: on tokens, whether a token reads the memory `"after"` its own write, `"before"` it, or as the present
             `"chunk"` found it.
-        write: on tokens, whether the rule takes a step per `"token"`, or one per `"chunk"`, at its last token, on the sum
-            of the chunk's gradients.
-        normalized: multiply lr, in (0, 1], by `bound` · α · (the rule's damping) / (ε + n), so that the chunk's step on its
-            errors never passes `bound`: a memory of weights then does not diverge. Default: lr as it is.
+        write: on tokens, whether the rule takes a step per `"token"`, or one per `"chunk"`, at its last token, on the
+            sum of the chunk's gradients.
+        normalized: multiply lr, in (0, 1], by `bound` · α · (the rule's damping) / (ε + n), so that the chunk's step on
+            its errors never passes `bound`: a memory of weights then does not diverge. Default: lr as it is.
         bound: of the normalised step, in (0, 2).
-        fade: whether the retention acts `"with"` the write, whose gradient is of the memory as it was, or `"before"` it,
-            as in gated DeltaNet (`chunk` is then 1).
+        fade: whether the retention acts `"with"` the write, whose gradient is of the memory as it was, or `"before"`
+            it, as in gated DeltaNet (`chunk` is then 1).
     """
 
     memory: Memory = dataclasses.field(default_factory=Matrix)
@@ -113,7 +112,9 @@ class AssociativeMemory(Level):
             problem = "is not allowed with write='chunk', which writes once in a chunk; leave one of them out"
             raise FieldError(self.label, "period", self.period, problem)
         if self.normalized and type(self.memory).layers is Memory.layers:
-            problem = f"is not allowed: the memory {self.memory.label} has no weights; give matrix or mlp, or leave it out"
+            problem = (
+                f"is not allowed: the memory {self.memory.label} has no weights; give matrix or mlp, or leave it out"
+            )
             raise FieldError(self.label, "normalized", self.normalized, problem)
         if self._appends:
             for key, default in _UNUSED_BY_APPENDING.items():
@@ -136,19 +137,22 @@ class AssociativeMemory(Level):
 
         return gradient_of(loss)(theta)
 
-    def rates(self, theta: Theta, k: Tensor, lr: Tensor, damping: Tensor) -> Tensor:
-        """The normalised step sizes `[n]` of pairs with keys `[n, D_k]`, given lr and α · damping `[n]` each.
+    def rates(self, theta: Theta, k: Tensor, lr: Tensor, damping: Tensor, delta: Tensor | None = None) -> Tensor:
+        """The normalised step sizes `[n]` of pairs with keys `[n, D_k]`, given lr, α · damping and δ, `[n]` each.
 
-        See `nestopt.kernels.step_size` for what is computed and why it does not diverge.
+        Of two tokens with a delta decay each, the greater one counts for both. See `nestopt.kernels.step_size` for what
+        is computed and why it does not diverge.
         """
         layers = self.memory.layers(theta, k)
         assert layers is not None
         near: list[Tensor] = [(a @ a.mT).abs() for a, _ in layers.values()]
-        close = sum(g * j[:, None] * j[None, :] for g, (_, j) in zip(near, layers.values(), strict=True))
-        if (delta := self._delta) is not None:
-            close = close + delta * torch.stack(near).amax(0)
+        felt = [g * j[:, None] * j[None, :] for g, (_, j) in zip(near, layers.values(), strict=True)]
+        close = torch.stack(felt).sum(0)
+        if delta is not None:
+            close = close + torch.maximum(delta[:, None], delta) * torch.stack(near).amax(0)
         root = torch.diagonal(close).clamp_min(torch.finfo(k.dtype).tiny).sqrt()
-        shares = root[:, None] * close / root  # of token s (row) in the whole step, by the token t (column) it is felt at
+        # of token s (row) in the whole step, by the token t (column) it is felt at
+        shares = root[:, None] * close / root
         if self.read == "chunk" or self.write == "chunk":
             n = shares.sum(-1)
         else:
@@ -176,7 +180,9 @@ class AssociativeMemory(Level):
             return None
         layers = self.memory.layers(theta, k)
         if layers is None or wants.surprise is not None or wants.normalize:
-            what = f"the memory {self.memory.label}" if layers is None else "an objective or normalize_inputs of its own"
+            what = (
+                f"the memory {self.memory.label}" if layers is None else "an objective or normalize_inputs of its own"
+            )
             problem = f"is not allowed as a memory's rule with {what}"
             raise FieldError(self.label, "rule", self.rule, problem)
 
@@ -228,13 +234,19 @@ class AssociativeMemory(Level):
         lr = torch.as_tensor(self.lr, dtype=k.dtype, device=k.device).expand(k.shape[0])
         if not self.normalized:
             return lr
-        return self.rates(theta, k, lr, torch.as_tensor(self._damping, dtype=k.dtype, device=k.device).expand_as(lr))
+        damping, delta = (
+            None if number is None else torch.as_tensor(number, dtype=k.dtype, device=k.device).expand_as(lr)
+            for number in (self._damping, self._delta)
+        )
+        assert damping is not None
+        return self.rates(theta, k, lr, damping, delta)
 
     @property
     def _damping(self) -> Number:
-        """α times the rule's damping."""
-        keep = getattr(self.retention, "keep", 1.0)
-        return keep * self.rule.damping
+        """α times the rule's damping, of a level that is bound."""
+        keep, damping = getattr(self.retention, "keep", 1.0), self.rule.damping
+        assert not isinstance(damping, Gate)
+        return keep * damping
 
     # -- on tokens ---------------------------------------------------------------------------------------------------
 
@@ -281,7 +293,9 @@ class AssociativeMemory(Level):
         rate = self._numbers([level.lr for level in bound], k) * live
         if self.normalized:
             k = k * live[:, None]
-            rate = self.rates(at, k, rate, self._numbers([level._damping for level in bound], k))
+            damping = self._numbers([level._damping for level in bound], k)
+            deltas = [delta for level in bound if (delta := level._delta) is not None]
+            rate = self.rates(at, k, rate, damping, self._numbers(deltas, k) if deltas else None)
         if self.write == "chunk":
             return self._chunk_at_once(bound, q, k, v, rate, live, state, signal)
         each = vmap(lambda k, v, r: self.gradient(at, k[None], v[None], r[None]))(k, v, rate)
@@ -291,7 +305,9 @@ class AssociativeMemory(Level):
             surprise = {name: g[t] for name, g in each.items()}
             new = level._written(now, surprise, one, level.shown(at, k[t : t + 1], rate[t : t + 1]))
             new = tree_map(lambda new, old: torch.where(live[t], new, old), new, now)  # noqa: B023
-            answers.append(level._answer({"after": new["memory"], "before": now["memory"], "chunk": at}[self.read], q[t]))
+            answers.append(
+                level._answer({"after": new["memory"], "before": now["memory"], "chunk": at}[self.read], q[t])
+            )
             now = new
         return torch.stack(answers), now
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -16,11 +15,7 @@ P = TypeVar("P", bound=Part)
 
 def gates_of(part: Part, prefix: str = "") -> dict[str, Gate]:
     """Every gate in `part` and in the parts within it, by dotted path (`"rule.beta"`)."""
-    found = {
-        prefix + field.name: value
-        for field in dataclasses.fields(part)  # type: ignore[arg-type]
-        if isinstance(value := getattr(part, field.name), Gate)
-    }
+    found = {prefix + name: value for name in part.field_names if isinstance(value := getattr(part, name), Gate)}
     for name, inner in part.parts():
         found |= gates_of(inner, f"{prefix}{name}.")
     return found

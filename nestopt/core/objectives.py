@@ -57,7 +57,7 @@ class Lp(Objective):
 
 
 class Huber(Objective):
-    """½e² up to abs(e) = delta, and delta · (abs(e) - delta/2) beyond, of each entry e of y - v: long errors count less.
+    """½e² up to abs(e) = delta, delta · (abs(e) - delta/2) beyond, of each entry e of y - v: long errors count less.
 
     Args:
         delta: above 0. Default 1.

@@ -129,6 +129,8 @@ class Part(ABC):  # noqa: B024  # its subclasses have the abstract methods
     """
 
     kind: ClassVar[str] = "part"
+    field_names: ClassVar[tuple[str, ...]] = ()
+    """The names of this part's fields."""
     requires: ClassVar[frozenset[str]] = frozenset()
     """What this part must be shown to be itself: `"shape"` (whole tensors in their true shape, never a flat slice of
     several), `"matrix"` (as `"shape"`, and only matrices)."""
@@ -136,6 +138,7 @@ class Part(ABC):  # noqa: B024  # its subclasses have the abstract methods
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         dataclasses.dataclass(cls)
+        cls.field_names = tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
         hints = _part_hints(type(self))
@@ -162,12 +165,12 @@ class Part(ABC):  # noqa: B024  # its subclasses have the abstract methods
 
     def parts(self) -> Iterator[tuple[str, Part]]:
         """The parts directly within this one, as (dotted name, part)."""
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
+        for key in self.field_names:
+            value = getattr(self, key)
             if isinstance(value, Part):
-                yield field.name, value
+                yield key, value
             elif isinstance(value, Mapping):
-                yield from ((f"{field.name}.{name}", item) for name, item in value.items() if isinstance(item, Part))
+                yield from ((f"{key}.{name}", item) for name, item in value.items() if isinstance(item, Part))
 
     def check(self, key: str, low: float, high: float = math.inf, *, closed: str = "[]") -> None:
         """Raise FieldError unless field `key` lies between `low` and `high`. Gates and tensors pass: no value yet.
@@ -199,7 +202,7 @@ _HINTS: dict[type, dict[str, type[Part]]] = {}
 def _part_hints(cls: type[Part]) -> dict[str, type[Part]]:
     """The fields of `cls` that must hold parts, with the class each must be of."""
     if cls not in _HINTS:
-        names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        names = set(cls.field_names)
         found = {}
         for key, hint in get_type_hints(cls).items():
             if key in names and isinstance(hint, type) and issubclass(hint, Part):

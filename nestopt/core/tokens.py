@@ -21,8 +21,9 @@ def begin(level: Level, q: Tensor, v: Tensor, learned: Mapping[str, Tensor] | No
     """The state before the first token of sequences like `q`, `v` `[B, T, H, D]`.
 
     `learned` is the start that a layer learned, `[H, ...]` each. Leaves of the state are `[B, H, ...]`; `"step"`
-    counts the tokens seen, `[B, H]`. Of a level with a `span` above 1, `"level"` is the state at the start of a chunk that is
-    not over, and `"pending"` has its tokens so far: k, v, which of them are live, and the gates by path, `[B, H, n, ..]`.
+    counts the tokens seen, `[B, H]`. Of a level with a `span` above 1, `"level"` is the state at the start of a chunk
+    that is not over, and `"pending"` has its tokens so far: k, v, which of them are live, and the gates by path,
+    `[B, H, n, ..]`.
     """
     batch, _, heads, dim_k = q.shape
     gates = gates_of(level)
@@ -70,7 +71,7 @@ def scan(
         state: from a former call, to go on from there; None starts anew (from `learned`).
         learned: the start a layer learned, `[H, ...]` by name (`Level.learned_start`).
         live: `[B, T, H]`, which tokens are written; None is all. The others take their place in a chunk, and leave
-            everything else as it was.
+            everything else as it was, but that a memory that grows takes them in with the rest.
 
     Returns:
         y `[B, T, H, D_v]` and the state. Differentiable throughout; every sequence and head has its own memory.
@@ -138,10 +139,12 @@ def _scan_chunks(
 
 
 def _where(live: Tensor, new: State, old: State) -> State:
-    """`new` where `live` `[B, H]`, else `old`; a memory that has grown is taken as it is."""
+    """`new` where `live` `[B, H]`, else `old`; a memory that has grown is taken as it is, whatever it took in."""
 
     def choose(new: Tensor, old: Tensor) -> Tensor:
-        return torch.where(live.reshape(*live.shape, *(1,) * (new.ndim - 2)), new, old) if new.shape == old.shape else new
+        if new.shape != old.shape:
+            return new
+        return torch.where(live.reshape(*live.shape, *(1,) * (new.ndim - 2)), new, old)
 
     return tree_map(choose, new, old)
 

@@ -80,7 +80,7 @@ class Held:
     # -- as a chunk finds it: M_p ------------------------------------------------------------------------------------
 
     def apply(self, x: Tensor, writes: int | None = None) -> Tensor:
-        """M_p x: `[.., n, in]` to `[.., n, out]`. Of a chunk's last x the last `writes` rows are written (None: all)."""
+        """M_p x: `[.., n, in]` to `[.., n, out]`. Of a chunk's last x the last `writes` rows, or all, are written."""
         base, self.weight = applied(self.weight, x)
         y, old = base if self.gamma is None else self.gamma * base, None
         if self.c is not None and self.momentum is not None:

@@ -22,7 +22,8 @@ from nestopt.core.tree import State
 class Omega(AssociativeMemory):
     r"""The omega rule (NL eq. 68, after Atlas): one step on the gradient of the last c tokens together.
 
-    $$M_t = \alpha_t M_{t-1} - \eta_t \sum_{i=t-c+1}^{t} w^{t-i}\, \nabla\ell(M_{t-1}(k_i), v_i), \qquad y_t = M_t(q_t)$$
+    $$M_t = \alpha_t M_{t-1} - \eta_t \sum_{i=t-c+1}^{t} w^{t-i}\, \nabla\ell(M_{t-1}(k_i), v_i), \qquad
+      y_t = M_t(q_t)$$
 
     On gradients, where pairs come together, it is the memory without a window. Layers L2-normalise queries and keys for
     it. With unit keys a matrix memory is stable for η Σ w^i <= 2.
@@ -68,7 +69,9 @@ class Omega(AssociativeMemory):
         keys, values = torch.cat([pairs["keys"], k[None]]), torch.cat([pairs["values"], v[None]])
         counts = torch.cat([pairs["counts"], torch.ones_like(k[:1])])
         age = torch.arange(self.window - 1, -1, -1, device=k.device)
-        rate = self.lr * counts * self.weight**age
+        lr = self.lr
+        assert not isinstance(lr, Gate)  # as in every level that runs, it is a number by now
+        rate = lr * counts * self.weight**age
         old = {key: value for key, value in state.items() if key != "window"}
         new = self._written(old, self._sum(before, keys, values, rate), signal, self.shown(before, keys, rate))
         kept = {"keys": keys[1:], "values": values[1:], "counts": counts[1:]}

@@ -142,11 +142,11 @@ class Titans(Ttt):
 
     $$S_t = \theta_t S_{t-1} + \eta_t\nabla\ell(M_{\mathrm{chunk}}), \qquad M_t = \alpha_t M_{t-1} - S_t$$
 
-    The momentum is its rule, and any level will do in its place: `titans(rule=adam(), step_size=0.01, normalized=False)`.
-    With `rule=dgd(of=momentum(...))` it is the write of self-modifying Titans (eq. 88). Arguments: `associative_memory`; `lr`
-    is the normalised step's η̃ (a gate starting at ½), the retention's `keep` is α (0.99), the rule's `beta` θ (½), and
-    `chunk` 16; `read="chunk"` is faster, and steps further. Layers L2-normalise queries and keys for it and learn the
-    memory's start.
+    The momentum is its rule, and any level will do in its place:
+    `titans(rule=adam(), step_size=0.01, normalized=False)`. With `rule=dgd(of=momentum(...))` it is the write of
+    self-modifying Titans (eq. 88). Arguments: `associative_memory`; `lr` is the normalised step's η̃ (a gate starting at
+    ½), the retention's `keep` is α (0.99), the rule's `beta` θ (½), and `chunk` 16; `read="chunk"` is faster, and steps
+    further. Layers L2-normalise queries and keys for it and learn the memory's start.
     """
 
     rule: Level = dataclasses.field(default_factory=lambda: Momentum(Gate(0.5)))

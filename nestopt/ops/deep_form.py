@@ -1,4 +1,4 @@
-"""A level whose closed form is `deep_memory`: its parts as that kernel's settings, its state as the kernel's and back."""
+"""A level whose closed form is `deep_memory`: its parts as that kernel's settings, its state as the kernel's."""
 
 from __future__ import annotations
 
@@ -72,6 +72,7 @@ def deep_form(
 
 
 def settings_of(level: AssociativeMemory, rule: Rule, checkpoint: int) -> Settings:
+    """What `nestopt.ops.deep_memory` is told of `level`, whose rule is `rule`."""
     memory = level.memory
     form = Form(memory.activation, memory.residual, memory.norm) if isinstance(memory, Mlp) else Form(residual=False)
     return Settings(

@@ -13,6 +13,7 @@ from torch import Tensor
 from nestopt.core.associative import AssociativeMemory
 from nestopt.core.gates import gates_of, per_head
 from nestopt.core.level import Level
+from nestopt.core.memories import Memory
 from nestopt.core.part import Gate, Number, nearest
 from nestopt.core.retentions import Decay
 from nestopt.core.tokens import begin, scan
@@ -23,7 +24,7 @@ from nestopt.ops.attention import attention
 from nestopt.ops.deep_form import deep_form
 from nestopt.ops.delta_rule import delta_rule
 from nestopt.ops.forms import fast_form, rule_of
-from nestopt.ops.given import check_finite, packed, per_token, tokens
+from nestopt.ops.given import check_finite, packed, tokens
 from nestopt.ops.linear_attention import linear_attention
 from nestopt.ops.oja import oja
 from nestopt.ops.omega import omega
@@ -62,14 +63,15 @@ def run(
         checkpoint: of deep memories: recompute in the backward pass all but every so many chunks' weights.
         validate: check that all numbers are finite, at the cost of waiting for the device.
 
-    A token that holds a number that is not finite is not written; its own answer is NaN, and nobody else's.
+    A token that holds a number that is not finite is not written; its own answer is NaN, and nobody else's. (Attention
+    that reads `"before"` its write keeps a pair of zeros in its place.)
 
     Returns:
         y `[B, T, H, D_v]` in the dtype of v, and the state, which is float32 at least.
 
     Raises:
-        ValueError: for shapes that do not fit, no tokens, or a gate that the level does not have; with `validate`, for a
-            number that is not finite.
+        ValueError: for shapes that do not fit, no tokens, a gate that the level does not have, or padding for a memory
+            that keeps every pair and reads before it; with `validate`, for a number that is not finite.
     """
     check_tokens(q, k, v)
     known, gates = gates_of(level), dict(gates or {})
@@ -112,7 +114,9 @@ def _run_packed(
     learned: Mapping[str, Tensor] | None,
     checkpoint: int,
 ) -> tuple[Tensor, State]:
-    def one(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor, state: State | None, **cut: Tensor) -> tuple[Tensor, State]:
+    def one(
+        q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor, state: State | None, **cut: Tensor
+    ) -> tuple[Tensor, State]:
         return run(level, q, k, v, gates=cut, state=state, learned=learned, mask=mask, checkpoint=checkpoint)
 
     return packed(one, q, k, v, cu_seqlens, state=state, **gates)
@@ -121,15 +125,20 @@ def _run_packed(
 def _generic(
     level: Level, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: State, mask: Tensor | None
 ) -> tuple[Tensor, State]:
+    if mask is not None and isinstance(level, AssociativeMemory) and type(level.memory).append is not Memory.append:
+        raise ValueError(
+            f"mask and cu_seqlens are not for {level.label} with read={level.read!r}, whose memory would keep padding; "
+            'give read="after", or run sequences of one length together'
+        )
     given = tokens(q, k, v, mask, *(gate.transpose(1, 2) for gate in gates.values()))
-    live = given.live.transpose(1, 2)
-    gates = {path: torch.where(live, gate, gates_of(level)[path].init) for path, gate in gates.items()}
+    live, known = given.live.transpose(1, 2), gates_of(level)
+    gates = {path: torch.where(live, gate, known[path].init) for path, gate in gates.items()}
     q, k, v = (x.transpose(1, 2) for x in (given.q, given.k, given.v))
     y, new = scan(level, q, k, v, gates=gates, state=state, live=live)
     return given.answer(y.transpose(1, 2)), new
 
 
-# -- the closed forms of matrix memories and windows: their states are those of the generic machine ----------------------
+# -- the closed forms of matrix memories and windows: their states are those of the generic machine --------------------
 
 
 def _linear_attention(
@@ -220,7 +229,11 @@ def _omega(
     seen = torch.ones(v.shape[:2], dtype=torch.bool, device=v.device) if mask is None else mask
     counted = pairs["counts"].sum(-1) + seen.sum(-1)[:, None]
     places = torch.arange(level.window - 1, 0, -1, device=v.device)
-    window = {"keys": new["keys"], "values": new["values"], "counts": (counted[..., None] >= places).to(pairs["counts"])}
+    window = {
+        "keys": new["keys"],
+        "values": new["values"],
+        "counts": (counted[..., None] >= places).to(pairs["counts"]),
+    }
     return y, {**state, "memory": {"m": new["memory"]}, "window": window}
 
 

@@ -42,8 +42,9 @@ class Rule:
 def fast_form(level: Level) -> Name | None:
     """Which closed form `nestopt.ops.run` takes for `level`, by its name in `nestopt.ops`; None is the generic machine.
 
-    Only where it is exact: for the memories, objectives, rules and retentions that are built in (matrix and mlp; dot, l2 and
-    oja; `gd`, `momentum` and `dgd` of them; keep and decay), with `period=1`, a plain output and no gates within features.
+    Only where it is exact: for the memories, objectives, rules and retentions that are built in (matrix and mlp; dot,
+    l2 and oja; `gd`, `momentum` and `dgd` of them; keep and decay), with `period=1`, a plain output and no gates within
+    features.
     """
     if type(level) is Momentum:
         return "linear_attention" if _plain_momentum(level) and _is_number(level.dampening) else None

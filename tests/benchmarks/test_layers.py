@@ -33,6 +33,8 @@ def _built(row: Row, size: Size = SIZE) -> Layer:
     try:
         return build(row, size)
     except Missing as missing:
+        if not row.name.startswith(tuple(PEERS)):
+            raise
         pytest.skip(str(missing))
 
 
@@ -303,13 +305,12 @@ def _check(line: dict[str, Any], reference: dict[str, Any]) -> None:
         assert line["problem"].startswith("not installed (no module ")
         assert "pip install --no-deps " in line["problem"]
         return
-    assert not line["problem"] or line["problem"].startswith("not there: "), line
-    if not line["problem"]:
-        assert line["finite"] is True
-        assert math.isfinite(line["step_ms"])
-        assert line["flops_ms"] > 0
-        ratios = sorted(line["samples_ms"][i] / reference["samples_ms"][i] for i in ("0", "1"))
-        assert line["ratio"] == pytest.approx(sum(ratios) / 2)
+    assert not line["problem"], line
+    assert line["finite"] is True
+    assert math.isfinite(line["step_ms"])
+    assert line["flops_ms"] > 0
+    ratios = sorted(line["samples_ms"][i] / reference["samples_ms"][i] for i in ("0", "1"))
+    assert line["ratio"] == pytest.approx(sum(ratios) / 2)
 
 
 def test_a_row_that_fails_or_is_slow_says_so_and_is_not_tried_at_more_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

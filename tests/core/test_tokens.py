@@ -10,6 +10,7 @@ from nestopt.core.features import Elu, Polynomial
 from nestopt.core.memories import Matrix, Mlp, Window
 from nestopt.core.objectives import L2
 from nestopt.core.retentions import Decay
+from nestopt.core.tree import leaves
 from nestopt.levels import (
     adam,
     attention,
@@ -308,3 +309,28 @@ def test_a_level_of_ones_own_needs_no_token_code(qkv):
     assert state["level"]["m"].shape == (B, H, D, D)
     y, _ = scan(titans(rule=Lion(0.5), step_size=0.01), *qkv, learned=start_of(titans()))
     assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("rule", [gd(), momentum(0.5), adam()], ids=["gd", "momentum", "adam"])
+@pytest.mark.parametrize("read", ["after", "before", "chunk"])
+def test_a_chunk_of_padding_alone_is_not_written(rule, read, qkv):
+    """With write="chunk": not by the rule, which moves without a gradient, nor by what is kept of the memory."""
+    parts = {"objective": L2(), "rule": rule, "retention": Decay(0.8)}
+    level = AssociativeMemory(**parts, lr=0.3, chunk=3, read=read, write="chunk")
+    first, second = ([x[:, part] for x in qkv] for part in (slice(0, 3), slice(3, 6)))
+    dead = torch.zeros(B, 3, H, dtype=torch.bool)
+    y1, written = scan(level, *first)
+    y, passed = scan(level, *second, state=written, live=dead)
+    assert written["level"]["memory"]["m"].count_nonzero()
+    for name, leaf in leaves(passed):
+        assert torch.equal(leaf, dict(leaves(written))[name]), name
+    same(y, torch.einsum("bhvk,bthk->bthv", written["level"]["memory"]["m"], second[0]))
+    # within one call, between two chunks that are written
+    pieces = [torch.cat([a, b, a], 1) for a, b in zip(first, second, strict=True)]
+    together, end = scan(level, *pieces, live=torch.cat([~dead, dead, ~dead], 1))
+    y3, alone = scan(level, *first, state=written)
+    same(together, torch.cat([y1, y, y3], 1))
+    for name, leaf in leaves(end):
+        same(leaf, dict(leaves(alone))[name])
+    _, live = scan(level, *second, state=written)
+    assert not torch.equal(live["level"]["memory"]["m"], passed["level"]["memory"]["m"])

@@ -247,7 +247,7 @@ def test_it_says_that_it_needs_a_layer(level: Level) -> None:
     with pytest.raises(ValueError, match=f"{level.label} needs a learning rate.*in an optimizer"):
         advance(level, g, start(level, g), Signal(1, g))
     rule = AssociativeMemory(memory=Vector(), rule=level)
-    with pytest.raises(FieldError, match="rule=.* not allowed as a memory's rule with the memory vector"):
+    with pytest.raises(FieldError, match=r"rule=.* not allowed as a memory's rule with the memory vector"):
         advance(rule, g, start(rule, g), Signal(1, g, lr=0.1))
 
 

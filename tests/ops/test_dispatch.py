@@ -246,3 +246,33 @@ def test_says_what_does_not_fit() -> None:
         run(deltanet(), q[:, :0], q[:, :0], q[:, :0])
     with pytest.raises(ValueError, match=r"v has the shape \[1, 5, 3, 4\]"):
         run(deltanet(), q, q, q[:1])
+
+
+def test_a_memory_that_would_keep_padding_is_given_none() -> None:
+    given = inputs(attention())
+    q, k, v = (given[name] for name in "qkv")
+    level, mask = attention(read="before"), torch.ones(q.shape[:2], dtype=torch.bool)
+    with pytest.raises(ValueError, match="mask and cu_seqlens are not for attention with read='before'"):
+        run(level, q, k, v, mask=mask)
+    with pytest.raises(ValueError, match="mask and cu_seqlens are not for attention with read='before'"):
+        run(level, q[:1], k[:1], v[:1], cu_seqlens=[0, 2, q.shape[1]])
+    run(attention(), q, k, v, mask=mask)
+
+
+@pytest.mark.parametrize("read", ["after", "before", "chunk"])
+def test_a_delta_decay_may_be_a_gate(read: str) -> None:
+    level, constant = (titans(rule=dgd(momentum(0.5), delta=d), chunk=3, read=read) for d in (Gate(0.5), 0.5))
+    assert (fast_form(level), fast_form(constant)) == (None, "deep_memory")
+    given = inputs(level)
+    y, _ = call(run, level, given)
+    at_half = call(run, level, given | {"rule.delta": torch.full_like(given["rule.delta"], 0.5)})
+    torch.testing.assert_close(flat(at_half)[0], flat(call(run, constant, given))[0], rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(y, at_half[0])
+    changed, seen = (
+        (3, 6) if read == "chunk" else (4, 4)
+    )  # a chunk's writes are seen in the next, or from their token on
+    later = given["rule.delta"].detach().clone()
+    later[:, changed:] /= 2
+    other, _ = call(run, level, given | {"rule.delta": later})
+    torch.testing.assert_close(other[:, :seen], y[:, :seen])
+    assert not torch.allclose(other[:, seen:], y[:, seen:])

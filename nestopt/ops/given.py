@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestopt.core.tree import State, tree_map
 from nestopt.ops.shapes import check_gate, check_tokens
 
 
@@ -178,8 +177,3 @@ def packed(
     arguments = {key: value if key == "state" else spread(value) for key, value in arguments.items()}
     y, state = run(spread(q), spread(k), spread(v), **{**arguments, "mask": mask})
     return y[mask][None], state
-
-
-def detached(state: State) -> State:
-    """A state without its graph."""
-    return tree_map(Tensor.detach, state)

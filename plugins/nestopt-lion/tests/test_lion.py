@@ -52,7 +52,7 @@ def test_as_a_layer_it_reads_the_sign_of_its_memory() -> None:
 
 
 def test_as_the_rule_of_titans_it_learns_within_the_sequence() -> None:
-    spec = {"level": "titans", "rule": "lion", "step_size": 0.02, "retention": "keep"}
+    spec = {"level": "titans", "rule": "lion", "step_size": 0.02, "retention": "keep", "chunk": 4}
     layer = nestopt.layer(spec, dim=8, heads=2, conv=0)
     x = torch.randn(1, 1, 8).expand(1, 12, 8)
     _, state = layer(x)

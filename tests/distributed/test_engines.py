@@ -21,7 +21,7 @@ STACKS = {
         "level": "parallel",
         "levels": {"fast": "adam", "slow": {"level": "momentum", "period": 3, "dampening": 0.9}},
     },
-    "matrices": "muon",
+    "matrices": {"level": "muon", "dtype": "float32"},  # not bfloat16, which would round away what is compared
 }
 SAME = [
     ("elementwise", "ddp", 0),

@@ -98,8 +98,14 @@ def _layer(made: nestopt.Level, size: Size) -> Layer:
     def jump(batch: int, position: int) -> State:
         return _at(module.init_state(batch), position)
 
+    def stream(x: Tensor, state: State | None) -> tuple[Tensor, State]:
+        if x.shape[1] > 1 or state is None:
+            return module(x, state)
+        y, state = module.step(x[:, 0], state)
+        return y[:, None], state
+
     grows = isinstance(getattr(made, "memory", None), Window) and made.memory.size is None
-    return Layer(module, lambda x: module(x)[0], [tokens(size)], stream=module, jump=jump if grows else None)
+    return Layer(module, lambda x: module(x)[0], [tokens(size)], stream=stream, jump=jump if grows else None)
 
 
 def _at(state: State, position: int) -> State:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from nestopt.ops.given import check_finite, check_range, check_state, detached, packed, per_token, tokens
+from nestopt.ops.given import check_finite, check_range, check_state, packed, per_token, tokens
 from nestopt.ops.padding import from_places, places, to_places
 from tests.ops.twins import F64
 
@@ -84,8 +84,6 @@ def test_states() -> None:
         check_state("state", torch.zeros(2, 3), (2, 4), F64)
     with pytest.raises(ValueError, match=r"state is torch\.bool"):
         check_state("state", torch.zeros(2, 3).bool(), (2, 3), F64)
-    x = torch.zeros(2, requires_grad=True)
-    assert not detached({"a": {"b": x * 2}})["a"]["b"].requires_grad
 
 
 def test_packed_hands_on_rows_with_their_gates_and_state() -> None:

@@ -47,6 +47,14 @@ class Level(Part):
     alone, and all state has the parameter's shape: the library may then cut tensors to pieces and glue them together,
     which is a great deal faster. It holds for the level by itself; `is_entrywise` asks for those within it, too."""
 
+    keeps_pending: ClassVar[bool] = False
+    """Whether the state itself keeps the tokens of chunks that are not over: `attend_chunk` then takes any number of
+    tokens, from anywhere in a chunk."""
+
+    fixed: ClassVar[tuple[str, ...]] = ()
+    """The keys of the state that no token changes, whose start is learned: where a layer goes on from a state, it puts
+    its present parameters there, and gradients reach them whatever the state was."""
+
     period: int = dataclasses.field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -132,9 +140,18 @@ class Level(Part):
         """Up to `span` tokens of one head, from the start of a chunk: `[C, D_k]`, `[C, D_v]`, gates and `live` `[C]`.
 
         Gives `(y [C, D_v], state)`. Tokens that are not `live` are not written. The level is as it was configured:
-        `gates` are values of its gates by dotted path. `signal.step` counts the tokens before the chunk.
+        `gates` are values of its gates by dotted path. `signal.step` counts the tokens before these. A level that
+        `keeps_pending` takes more than `span`, and from anywhere in a chunk.
         """
         raise NotImplementedError(f"{self.label} has span={self.span} and no attend_chunk")
+
+    def recall(self, q: Tensor, dim_v: int, state: State, signal: Signal) -> Tensor:
+        """Read at `q [D_k]` and write nothing: `[D_v]`. By default what a token of zeros, key and value, is answered.
+
+        A level that forgets by itself, such as momentum, has done so once more in that answer. The state stays as it
+        is, so that `state` is not returned.
+        """
+        return self.attend(q, torch.zeros_like(q), q.new_zeros(dim_v), state, signal)[0]
 
     def learned_start(self, dim_k: int, dim_v: int) -> dict[str, Tensor]:
         """What a layer should learn as this level's initial memory, at its own initial value. Empty: starts at zero."""

@@ -13,6 +13,7 @@ from torch.func import vmap
 
 from nestopt.core.gates import bind, gates_of, per_head
 from nestopt.core.level import Level
+from nestopt.core.recall import recalled
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, leaves, nested, tree_map
 
@@ -23,7 +24,7 @@ def begin(level: Level, q: Tensor, v: Tensor, learned: Mapping[str, Tensor] | No
     `learned` is the start that a layer learned, `[H, ...]` each. Leaves of the state are `[B, H, ...]`; `"step"`
     counts the tokens seen, `[B, H]`. Of a level with a `span` above 1, `"level"` is the state at the start of a chunk
     that is not over, and `"pending"` has its tokens so far: k, v, which of them are live, and the gates by path,
-    `[B, H, n, ..]`.
+    `[B, H, n, ..]`; a level that `keeps_pending` has them in a way of its own.
     """
     batch, _, heads, dim_k = q.shape
     gates = gates_of(level)
@@ -39,7 +40,7 @@ def begin(level: Level, q: Tensor, v: Tensor, learned: Mapping[str, Tensor] | No
         state = tree_map(lambda leaf: leaf.expand(heads, *leaf.shape), first)
     state = tree_map(lambda leaf: leaf.expand(batch, *leaf.shape), state)
     whole: State = {"step": torch.zeros(batch, heads, dtype=torch.int64, device=v.device), "level": state}
-    if level.span > 1:
+    if level.span > 1 and not level.keeps_pending:
         none = (batch, heads, 0)
         whole[PENDING] = {
             "k": v.new_zeros(*none, dim_k),
@@ -60,6 +61,7 @@ def scan(
     state: State | None = None,
     learned: Mapping[str, Tensor] | None = None,
     live: Tensor | None = None,
+    learn: bool = True,
 ) -> tuple[Tensor, State]:
     """Run `level` over tokens, one by one; or, where it has a `span` of more, a chunk of tokens after the other.
 
@@ -72,6 +74,7 @@ def scan(
         learned: the start a layer learned, `[H, ...]` by name (`Level.learned_start`).
         live: `[B, T, H]`, which tokens are written; None is all. The others take their place in a chunk, and leave
             everything else as it was, but that a memory that grows takes them in with the rest.
+        learn: False reads only (`nestopt.core.recall`), and gives `state` back; k and v are then not looked at.
 
     Returns:
         y `[B, T, H, D_v]` and the state. Differentiable throughout; every sequence and head has its own memory.
@@ -80,6 +83,10 @@ def scan(
         raise ValueError(f"q has the shape {list(q.shape)}: there is no token in it; give one or more")
     state = begin(level, q, v, learned) if state is None else state
     gates = {**per_head(level, v), **(gates or {})}
+    if not learn:
+        return recalled(level, q, v.shape[-1], state, every_gate(level, gates, v)), state
+    if level.keeps_pending:
+        return _scan_whole(level, q, k, v, every_gate(level, gates, v), state, live)
     if level.span > 1:
         return _scan_chunks(level, q, k, v, every_gate(level, gates, v), state, live)
 
@@ -136,6 +143,29 @@ def _scan_chunks(
             rest = part
     whole = {"step": step + rest["live"].sum(-1), "level": memory, PENDING: rest}
     return torch.cat(ys, dim=2)[:, :, done:].transpose(1, 2), whole
+
+
+def _scan_whole(
+    level: Level,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Mapping[str, Tensor],
+    state: State,
+    live: Tensor | None,
+) -> tuple[Tensor, State]:
+    """All tokens at once, of a level that keeps those of its chunks itself."""
+    live = torch.ones(v.shape[:3], dtype=torch.bool, device=v.device) if live is None else live
+
+    def chunk(
+        q: Tensor, k: Tensor, v: Tensor, gates: State, live: Tensor, before: State, step: Tensor
+    ) -> tuple[Tensor, State]:
+        return level.attend_chunk(q, k, v, gates, live, before, Signal(step=step))
+
+    of_sequences = vmap(vmap(chunk))
+    each = tree_map(lambda x: x.transpose(1, 2), {"q": q, "k": k, "v": v, "gates": dict(gates), "live": live})
+    y, new = of_sequences(each["q"], each["k"], each["v"], each["gates"], each["live"], state["level"], state["step"])
+    return y.transpose(1, 2), {"step": state["step"] + live.sum(1), "level": new}
 
 
 def _where(live: Tensor, new: State, old: State) -> State:

@@ -8,6 +8,7 @@ $M_t = \gamma_t M_0 - c_t S_0 - \sum_{s\le t}\kappa_{ts} g_s$, with Γ, Θ the p
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -52,6 +53,11 @@ class Fading:
         """One for each of `count` runs."""
         columns = [[None] * count if x is None else x.unbind(dim) for x in self._fields()]
         return [Fading(*row) for row in zip(*columns, strict=True)]
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Fading:
+        """With `function` of all that is there."""
+        gamma, Gamma, c, kappa, theta, Theta = (None if x is None else function(x) for x in self._fields())
+        return Fading(gamma, Gamma, c, kappa, theta, Theta)
 
     def before(self) -> Fading:
         """One token earlier: what M_{t-1} is made of."""

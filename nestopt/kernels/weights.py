@@ -209,8 +209,9 @@ def _since(
 ) -> Tensor:
     """γ W - c S - addedᵀ a."""
     new = (-added).mT @ inputs
-    new = new.add_(weight) if gamma is None else new.addcmul_(weight, gamma)
-    return new if momentum is None or c is None else new.addcmul_(momentum, -c)
+    plus_product = Tensor.addcmul_ if _may_write() else torch.addcmul  # in place there is no batching rule
+    new = new.add_(weight) if gamma is None else plus_product(new, weight, gamma)
+    return new if momentum is None or c is None else plus_product(new, momentum, -c)
 
 
 def _plus_scaled(grad: Tensor | None, d: Tensor, scale: Tensor | None) -> Tensor:

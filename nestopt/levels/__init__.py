@@ -27,6 +27,7 @@ from nestopt.levels.preconditioned import PreconditionedMomentum as precondition
 from nestopt.levels.preconditioned import SignedPower
 from nestopt.levels.regression import RegressionOptimum as regression_optimum
 from nestopt.levels.second_moment import SecondMoment as second_moment
+from nestopt.levels.self_modifying import SelfModifying as self_modifying
 from nestopt.levels.shampoo import MatrixAdagrad as matrix_adagrad
 from nestopt.levels.shampoo import Shampoo as shampoo
 from nestopt.levels.tokens import Attention as attention
@@ -70,6 +71,7 @@ __all__ = [
     "regression_optimum",
     "retnet",
     "second_moment",
+    "self_modifying",
     "shampoo",
     "titans",
     "ttt",

@@ -8,5 +8,16 @@ from nestopt.ops.forms import fast_form
 from nestopt.ops.linear_attention import linear_attention
 from nestopt.ops.oja import oja
 from nestopt.ops.omega import omega
+from nestopt.ops.self_modifying import self_modifying
 
-__all__ = ["attention", "deep_memory", "delta_rule", "fast_form", "linear_attention", "oja", "omega", "run"]
+__all__ = [
+    "attention",
+    "deep_memory",
+    "delta_rule",
+    "fast_form",
+    "linear_attention",
+    "oja",
+    "omega",
+    "run",
+    "self_modifying",
+]

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from nestopt.core.associative import AssociativeMemory
 from nestopt.core.gates import gates_of
-from nestopt.core.memories import Mlp
+from nestopt.core.memories import Mlp, Theta
 from nestopt.core.objectives import L2
 from nestopt.core.part import Gate, Number
 from nestopt.core.retentions import Decay
 from nestopt.core.tokens import PENDING
 from nestopt.core.tree import State, leaves, nested, tree_map
 from nestopt.kernels.mlp import Form
-from nestopt.ops.deep_memory import Settings, scan_chunks
+from nestopt.ops.deep_scan import Now, Settings, scan_chunks, written
 from nestopt.ops.forms import Rule, rule_of
 from nestopt.ops.given import per_token, tokens
 
@@ -50,14 +50,8 @@ def deep_form(
     before: State = state.get(PENDING, {}) if level.span > 1 else {}
     old = before if before and before["k"].shape[2] else None
     features = level.features
-    now = (
-        [weight.to(dtype) for weight in state["level"]["memory"].values()],
-        None
-        if rule.momentum is None
-        else [_within(part, rule)["momentum"].to(dtype) for part in state["level"]["rule"].values()],
-    )
     y, now, _ = scan_chunks(
-        now,
+        _now(state, rule, dtype),
         features(given.q),
         None if old is None else _as_kernel(level, rule, old),
         _as_kernel(level, rule, fresh),
@@ -69,6 +63,24 @@ def deep_form(
         done = 0 if old is None else old["k"].shape[2]
         whole[PENDING] = _tail(old, fresh, (done + q.shape[1]) % level.chunk)
     return given.answer(y), whole
+
+
+def deep_after(level: AssociativeMemory, state: State) -> Theta:
+    """The parameters of the memory after the last token it has seen, of a chunk that is not over."""
+    rule = rule_of(level.rule)
+    assert rule is not None
+    pending = _as_kernel(level, rule, state[PENDING])
+    before = _now(state, rule, pending["k"].dtype)
+    weights, _ = written(before, pending, settings_of(level, rule, 0))
+    return dict(zip(state["level"]["memory"], weights, strict=True))
+
+
+def _now(state: State, rule: Rule, dtype: torch.dtype) -> Now:
+    """The memory at the start of its chunk, as the kernel takes it."""
+    weights = [weight.to(dtype) for weight in state["level"]["memory"].values()]
+    if rule.momentum is None:
+        return weights, None
+    return weights, [_within(part, rule)["momentum"].to(dtype) for part in state["level"]["rule"].values()]
 
 
 def settings_of(level: AssociativeMemory, rule: Rule, checkpoint: int) -> Settings:
@@ -110,7 +122,7 @@ def _within(part: State, rule: Rule) -> State:
     return part["of"] if rule.wrapped else part
 
 
-def _as_state(level: AssociativeMemory, rule: Rule, now: tuple[list[Tensor], list[Tensor] | None]) -> State:
+def _as_state(level: AssociativeMemory, rule: Rule, now: Now) -> State:
     names = ["m"] if not isinstance(level.memory, Mlp) else [f"W{i}" for i in range(1, len(now[0]) + 1)]
     rules: State = {}
     for i, name in enumerate(names):

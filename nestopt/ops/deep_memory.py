@@ -146,7 +146,7 @@ def _run(
     with torch.autocast(q.device.type, enabled=False):
         now, pending = _begun(weights, fresh, settings, "momentum" in gates, state)
         y, now, rest = scan_chunks(now, given.q, pending, fresh, settings)
-    return given.answer(y), {**_named(now), "pending": rest}
+    return given.answer(y), {**named(now), "pending": rest}
 
 
 def _begun(
@@ -169,12 +169,12 @@ def _begun(
             f"state has the keys {sorted(state)}; with these gates it must have {sorted(wanted)}. Is it the state of "
             "another memory?"
         )
-    _check_pending(state["pending"], fresh, settings.chunk)
-    begun = _kept(state, "weights", shapes, k.dtype)
-    return (begun, _kept(state, "momentum", shapes, k.dtype) if has_momentum else None), state["pending"]
+    check_pending(state["pending"], fresh, settings.chunk)
+    begun = kept(state, "weights", shapes, k.dtype)
+    return (begun, kept(state, "momentum", shapes, k.dtype) if has_momentum else None), state["pending"]
 
 
-def _kept(state: Mapping[str, Any], kind: str, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
+def kept(state: Mapping[str, Any], kind: str, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
     """W1, …, W_L of one kind in a state."""
     found = []
     for i, shape in enumerate(shapes, start=1):
@@ -189,7 +189,7 @@ def _kept(state: Mapping[str, Any], kind: str, shapes: Sequence[tuple[int, ...]]
     return found
 
 
-def _check_pending(pending: Mapping[str, Tensor], fresh: Mapping[str, Tensor], chunk: int) -> None:
+def check_pending(pending: Mapping[str, Tensor], fresh: Mapping[str, Tensor], chunk: int) -> None:
     """Raise ValueError unless `pending` tokens are of the kind of the `fresh` ones, and fewer than a chunk."""
     if set(pending) != set(fresh):
         raise ValueError(
@@ -211,10 +211,10 @@ def _check_pending(pending: Mapping[str, Tensor], fresh: Mapping[str, Tensor], c
         )
 
 
-def check_weights(weights: Sequence[Tensor], k: Tensor, v: Tensor, form: mlp.Form) -> None:
-    """Raise ValueError unless `weights` fit each other and k, v `[B, H, T, D]`."""
+def check_weights(weights: Sequence[Tensor], k: Tensor, v: Tensor, form: mlp.Form, name: str = "weights") -> None:
+    """Raise ValueError unless `weights`, the argument `name`, fit each other and k, v `[B, H, T, D]`."""
     if not weights:
-        raise ValueError("weights are empty; give W1, or W1, …, W_L with the outermost first")
+        raise ValueError(f"{name} are empty; give W1, or W1, …, W_L with the outermost first")
     batch, heads, into, out = k.shape[0], k.shape[1], k.shape[-1], v.shape[-1]
     leading = ((), (heads,), (batch, heads))
     sizes = [out, *(weight.shape[-2] for weight in weights[1:]), into]
@@ -222,7 +222,7 @@ def check_weights(weights: Sequence[Tensor], k: Tensor, v: Tensor, form: mlp.For
         shape = (sizes[i], sizes[i + 1])
         if weight.ndim < 2 or tuple(weight.shape[:-2]) not in leading or weight.shape[-2:] != shape:
             raise ValueError(
-                f"weights[{i}] has the shape {list(weight.shape)}; for keys of width {into}, values of width {out} and "
+                f"{name}[{i}] has the shape {list(weight.shape)}; for keys of width {into}, values of width {out} and "
                 f"the weights beside it, it must be {list(shape)}, with or without the heads ({heads}), or the batch "
                 f"and the heads ({batch}, {heads}), before it"
             )
@@ -230,7 +230,8 @@ def check_weights(weights: Sequence[Tensor], k: Tensor, v: Tensor, form: mlp.For
         raise ValueError(f"residual=True needs keys and values of one width, not {into} and {out}; give residual=False")
 
 
-def _named(now: Now) -> State:
+def named(now: Now) -> State:
+    """A memory as it stands in a state."""
     names: State = {"weights": {f"W{i}": w for i, w in enumerate(now[0], start=1)}}
     if now[1] is not None:
         names["momentum"] = {f"W{i}": s for i, s in enumerate(now[1], start=1)}

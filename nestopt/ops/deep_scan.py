@@ -9,12 +9,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import checkpoint
 
 from nestopt.core.tree import State
 from nestopt.kernels import mlp
 from nestopt.kernels.fading import Fading
 from nestopt.kernels.held import Held
+from nestopt.kernels.own_values import bounded
 from nestopt.kernels.step_size import step_sizes
 from nestopt.ops.shapes import check_choice, check_whole
 
@@ -36,6 +37,8 @@ class Settings:
     read: Read
     chunk: int
     checkpoint: int
+    own_values: bool = False
+    """Of a memory that is read as its `"chunk"` found it: what is written under a key is M(v), the memory's own."""
 
     def __post_init__(self) -> None:
         check_choice("objective", self.objective, ("l2", "dot"))
@@ -71,27 +74,43 @@ def scan_chunks(
         y `[B, H, T, D_v]`, the memory at the start of the chunk that is not over, and that chunk's tokens.
     """
     done = 0 if pending is None else pending["k"].shape[2]
-    held = dict(fresh)
-    if pending is not None and done:
-        held = {name: torch.cat([pending[name], x], dim=2) for name, x in fresh.items()}
+    every = then(pending, fresh)
     length = done + q.shape[2]
     whole = length - length % settings.chunk
-    asked, blocks = _asked(q, done, settings), _blocks(held, whole, settings.chunk)
+    asked, blocks = _asked(q, done, settings), _blocks(every, whole, settings.chunk)
     ys: list[Tensor] = []
-    through = _recomputed if settings.checkpoint and torch.is_grad_enabled() else _through
+    again = settings.checkpoint > 0 and torch.is_grad_enabled()
     each = max(settings.checkpoint // max(BLOCK // settings.chunk, 1), 1) if settings.checkpoint else len(blocks) or 1
     answered = 0
     for first in range(0, len(blocks), each):
         part = blocks[first : first + each]
         count = sum(len(block.chunks) for block in part)
-        y, now = through(now, asked[answered : answered + count], part, settings)
+        queries = asked[answered : answered + count]
+        if again:
+
+            def run(
+                now: Now, queries: Sequence[Tensor] = queries, part: Sequence[Block] = part
+            ) -> tuple[list[Tensor], Now]:
+                y, now = _through(now, queries, part, settings)
+                return [y], now
+
+            (y,), now = recomputed(run, now)
+        else:
+            y, now = _through(now, queries, part, settings)
         answered += count
         ys.append(y)
-    rest = {name: x[:, :, whole:] for name, x in held.items()}
+    rest = {name: x[:, :, whole:] for name, x in every.items()}
     if length > whole:
         ys.append(_read_open(now, asked[answered], rest, settings))
     y = torch.cat(ys, dim=2) if len(ys) > 1 else ys[0]
     return (y if settings.read == "chunk" or not done else y[:, :, done:]), now, rest
+
+
+def then(pending: Mapping[str, Tensor] | None, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`pending` tokens, if there are any, and `fresh` ones after them."""
+    if pending is None or not pending["k"].shape[2]:
+        return dict(fresh)
+    return {name: torch.cat([pending[name], x], dim=2) for name, x in fresh.items()}
 
 
 def _asked(q: Tensor, done: int, settings: Settings) -> list[Tensor]:
@@ -147,7 +166,7 @@ def _blocks(held: Mapping[str, Tensor], whole: int, chunk: int) -> list[Block]:
 def _even_blocks(held: Mapping[str, Tensor], size: int, chunk: int) -> list[Block]:
     blocks = {name: x.unflatten(2, (-1, size)) for name, x in held.items()}
     fadings = Fading.of(blocks.get("decay"), blocks.get("momentum"), blocks["live"])
-    tokens = (*(blocks[name] for name in ("k", "v", "live", "lr")), _damping(blocks))
+    tokens = (*(blocks[name] for name in ("k", "v", "live", "lr")), damping(blocks))
     columns = [[block.split(chunk, dim=2) for block in x.unbind(2)] for x in tokens]
     return [
         Block([Chunk(*parts) for parts in zip(*rows, strict=True)], fading)
@@ -155,7 +174,7 @@ def _even_blocks(held: Mapping[str, Tensor], size: int, chunk: int) -> list[Bloc
     ]
 
 
-def _damping(held: Mapping[str, Tensor]) -> Tensor:
+def damping(held: Mapping[str, Tensor]) -> Tensor:
     """α (1 - θ): by what the normalised step is shortened."""
     share = held["decay"] if "decay" in held else torch.ones_like(held["lr"])
     return share * (1 - held["momentum"]) if "momentum" in held else share
@@ -165,33 +184,41 @@ def _through(now: Now, asked: Sequence[Tensor], blocks: Sequence[Block], setting
     """The answers of these blocks, and the memory after them."""
     answers, queries = [], iter(asked)
     for block in blocks:
-        weights = _held(now, block.fading)
+        weights = held(now, block.fading)
         for i, tokens in enumerate(block.chunks):
             if i:
                 for weight in weights:
                     weight.close()
-            answers.append(_step(weights, next(queries), tokens, settings))
-        ends = [weight.end() for weight in weights]
-        momenta = [momentum for _, momentum in ends if momentum is not None]
-        now = [weight for weight, _ in ends], momenta or None
+            answers.append(step(weights, next(queries), tokens, settings))
+        now = ended(weights)
     return torch.cat(answers, dim=2) if len(answers) > 1 else answers[0], now
 
 
-def _held(now: Now, fading: Fading) -> list[Held]:
+def held(now: Now, fading: Fading) -> list[Held]:
+    """The weights of a memory in a block of tokens."""
     momenta = [None] * len(now[0]) if now[1] is None else now[1]
     return [Held(weight, momentum, fading) for weight, momentum in zip(now[0], momenta, strict=True)]
 
 
-def _recomputed(now: Now, asked: Sequence[Tensor], blocks: Sequence[Block], settings: Settings) -> tuple[Tensor, Now]:
-    """`_through`, run again in the backward pass instead of keeping what it computed."""
+def ended(weights: Sequence[Held]) -> Now:
+    """The memory after its block."""
+    ends = [weight.end() for weight in weights]
+    momenta = [momentum for _, momentum in ends if momentum is not None]
+    return [weight for weight, _ in ends], momenta or None
+
+
+def recomputed(run: Callable[[Now], tuple[list[Tensor], Now]], now: Now) -> tuple[list[Tensor], Now]:
+    """`run(now)`, run again in the backward pass instead of keeping what it computed."""
     has_momentum = now[1] is not None
+    counts: list[int] = []
 
-    def run(*flat: Tensor) -> tuple[Tensor, ...]:
-        y, after = _through(_joined(flat, has_momentum), asked, blocks, settings)
-        return y, *_flat(after)
+    def flat_run(*flat: Tensor) -> tuple[Tensor, ...]:
+        found, after = run(_joined(flat, has_momentum))
+        counts.append(len(found))
+        return *found, *_flat(after)
 
-    y, *flat = recomputed(run, *_flat(now), use_reentrant=False, preserve_rng_state=False)
-    return y, _joined(flat, has_momentum)
+    flat = checkpoint(flat_run, *_flat(now), use_reentrant=False, preserve_rng_state=False)
+    return list(flat[: counts[0]]), _joined(flat[counts[0] :], has_momentum)
 
 
 def _flat(now: Now) -> list[Tensor]:
@@ -205,8 +232,16 @@ def _joined(flat: Sequence[Tensor], has_momentum: bool) -> Now:
     return list(flat[:half]), list(flat[half:])
 
 
-def _step(weights: Sequence[Held], q: Tensor, tokens: Chunk, settings: Settings) -> Tensor:
+def step(weights: Sequence[Held], q: Tensor, tokens: Chunk, settings: Settings) -> Tensor:
     """Read and write one chunk."""
+    if settings.own_values:
+        asked = torch.cat([q, tokens.v], dim=-2)
+        answers, at = mlp.read_and_linearise(weights, asked, tokens.k, settings.form)
+        y, own = answers.split([q.shape[-2], tokens.v.shape[-2]], dim=-2)
+        if settings.step == "normalized":
+            own = bounded(own, tokens.v)
+        _write(weights, at, dataclasses.replace(tokens, v=own), settings)
+        return y
     if settings.read == "chunk":
         y, at = mlp.read_and_linearise(weights, q, tokens.k, settings.form)
         _write(weights, at, tokens, settings)
@@ -215,13 +250,22 @@ def _step(weights: Sequence[Held], q: Tensor, tokens: Chunk, settings: Settings)
     return _answers(weights, q, settings)
 
 
-def _read_open(now: Now, q: Tensor, held: Mapping[str, Tensor], settings: Settings) -> Tensor:
+def _read_open(now: Now, q: Tensor, tokens: Mapping[str, Tensor], settings: Settings) -> Tensor:
     """Read within a chunk that is not over."""
     if settings.read == "chunk":
-        return mlp.read(_held(now, Fading()), q, settings.form)
-    (block,) = _even_blocks(held, q.shape[2], q.shape[2])
-    weights = _held(now, block.fading)
-    return _step(weights, q, block.chunks[0], settings)
+        return mlp.read(held(now, Fading()), q, settings.form)
+    (block,) = _even_blocks(tokens, q.shape[2], q.shape[2])
+    weights = held(now, block.fading)
+    return step(weights, q, block.chunks[0], settings)
+
+
+def written(now: Now, tokens: Mapping[str, Tensor], settings: Settings) -> Now:
+    """The memory after `tokens` of a chunk that need not be over."""
+    size = tokens["k"].shape[2]
+    (block,) = _even_blocks(tokens, size, size)
+    weights, chunk = held(now, block.fading), block.chunks[0]
+    _write(weights, mlp.linearise(weights, chunk.k, settings.form), chunk, settings)
+    return ended(weights)
 
 
 def _write(weights: Sequence[Held], at: mlp.Linearised, tokens: Chunk, settings: Settings) -> None:

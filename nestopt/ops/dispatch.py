@@ -20,6 +20,7 @@ from nestopt.core.tokens import begin, scan
 from nestopt.core.tree import State
 from nestopt.levels.momentum import Momentum
 from nestopt.levels.omega import Omega
+from nestopt.levels.self_modifying import SelfModifying
 from nestopt.ops.attention import attention
 from nestopt.ops.deep_form import deep_form
 from nestopt.ops.delta_rule import delta_rule
@@ -28,6 +29,8 @@ from nestopt.ops.given import check_finite, packed, tokens
 from nestopt.ops.linear_attention import linear_attention
 from nestopt.ops.oja import oja
 from nestopt.ops.omega import omega
+from nestopt.ops.recall import recall
+from nestopt.ops.self_form import self_form
 from nestopt.ops.shapes import check_gate, check_tokens
 
 logger = logging.getLogger("nestopt")
@@ -45,6 +48,7 @@ def run(
     mask: Tensor | None = None,
     cu_seqlens: Any = None,
     checkpoint: int = 0,
+    learn: bool = True,
     validate: bool = False,
 ) -> tuple[Tensor, State]:
     """Run `level` over tokens: `nestopt.core.scan` with the same results and states, fast where it can be.
@@ -61,6 +65,8 @@ def run(
         mask: `[B, T]`, True for tokens, False for padding, which changes nothing but takes its place in a chunk.
         cu_seqlens: for sequences end to end in one row, `[1, N, H, D]`: where each begins, and the end.
         checkpoint: of deep memories: recompute in the backward pass all but every so many chunks' weights.
+        learn: False reads only: each token is answered from the memory that `state` holds (`nestopt.core.recall`), as
+            if it came next, whatever else is in this call, and `state` is given back as it is.
         validate: check that all numbers are finite, at the cost of waiting for the device.
 
     A token that holds a number that is not finite is not written; its own answer is NaN, and nobody else's. (Attention
@@ -85,19 +91,24 @@ def run(
     if validate:
         check_finite(q=q, k=k, v=v, **{f"gate {path!r}": gate for path, gate in gates.items()})
     if cu_seqlens is not None:
-        return _run_packed(level, q, k, v, cu_seqlens, gates, state, learned, checkpoint)
+        return _run_packed(level, q, k, v, cu_seqlens, gates, state, learned, checkpoint, learn)
     dtype = torch.promote_types(v.dtype, torch.float32)
     gates = {path: gate.to(dtype) for path, gate in {**per_head(level, v.to(dtype)), **gates}.items()}
     if state is None:
         state = begin(level, q, v[:, :0].to(dtype), learned)
     form = fast_form(level)
     with torch.autocast(q.device.type, enabled=False):
+        if not learn:
+            return recall(level, q, k, v, gates, state, mask), state
         if form is None:
             _say_slow(repr(level))
             return _generic(level, q, k, v, gates, state, mask)
         if form == "deep_memory":
             assert isinstance(level, AssociativeMemory)
             return deep_form(level, q, k, v, gates, state, mask, checkpoint)
+        if form == "self_modifying":
+            assert isinstance(level, SelfModifying)
+            return self_form(level, q, k, v, gates, state, mask, checkpoint)
         y, new = _FORMS[form](level, q, k, v, gates, state["level"], mask)
         count = q.shape[1] if mask is None else mask.sum(-1)[:, None]
         return y, {"step": state["step"] + count, "level": new}
@@ -113,11 +124,13 @@ def _run_packed(
     state: State | None,
     learned: Mapping[str, Tensor] | None,
     checkpoint: int,
+    learn: bool,
 ) -> tuple[Tensor, State]:
     def one(
         q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor, state: State | None, **cut: Tensor
     ) -> tuple[Tensor, State]:
-        return run(level, q, k, v, gates=cut, state=state, learned=learned, mask=mask, checkpoint=checkpoint)
+        options: dict[str, Any] = {"mask": mask, "checkpoint": checkpoint, "learn": learn}
+        return run(level, q, k, v, gates=cut, state=state, learned=learned, **options)
 
     return packed(one, q, k, v, cu_seqlens, state=state, **gates)
 

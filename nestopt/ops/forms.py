@@ -18,8 +18,9 @@ from nestopt.core.retentions import Decay, Keep
 from nestopt.levels.dgd import Dgd
 from nestopt.levels.momentum import Momentum
 from nestopt.levels.omega import Omega
+from nestopt.levels.self_modifying import SelfModifying
 
-Name = Literal["attention", "linear_attention", "delta_rule", "oja", "omega", "deep_memory"]
+Name = Literal["attention", "linear_attention", "delta_rule", "oja", "omega", "deep_memory", "self_modifying"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +45,12 @@ def fast_form(level: Level) -> Name | None:
 
     Only where it is exact: for the memories, objectives, rules and retentions that are built in (matrix and mlp; dot,
     l2 and oja; `gd`, `momentum` and `dgd` of them; keep and decay), with `period=1`, a plain output and no gates within
-    features.
+    features; and for `self_modifying`.
     """
     if type(level) is Momentum:
         return "linear_attention" if _plain_momentum(level) and _is_number(level.dampening) else None
+    if type(level) is SelfModifying:
+        return "self_modifying" if level.momentum is None or _is_number(level.momentum) else None
     if not isinstance(level, AssociativeMemory) or not _means_what_it_says(level):
         return None
     if level.period > 1 or type(level.output) is not Plain or gates_of(level.features):

@@ -29,6 +29,7 @@ from nestopt.levels import (
     muon,
     oja,
     omega,
+    self_modifying,
     titans,
     ttt,
 )
@@ -97,6 +98,16 @@ DEEP = {
     "self-modifying write, read after": titans(rule=dgd(momentum(0.5), delta=0.5), chunk=4),
     "self-modifying write without momentum": titans(rule=dgd(), chunk=4, retention=Keep()),
 }
+SELF = {
+    "self-modifying": self_modifying(chunk=2, projection_chunk=4),
+    "self-modifying, longer chunks of the memory": self_modifying(chunk=4, projection_chunk=2, momentum=Gate(0.5)),
+    "self-modifying, token by token": self_modifying(chunk=1, projection_chunk=1, delta=0.5),
+    "self-modifying, raw": self_modifying(normalized=False, eta_max=0.1, chunk=3, projection_chunk=3, momentum=0.5),
+    "self-modifying, one memory": self_modifying(Mlp(depth=1), adaptive=(), chunk=4),
+    "self-modifying queries": self_modifying(
+        Mlp(depth=3, hidden=5, activation="gelu", norm=True), adaptive=("q", "v"), chunk=2, projection_chunk=2
+    ),
+}
 GENERIC = {
     "adam": adam(),
     "delta momentum": delta_momentum(),
@@ -121,6 +132,7 @@ FORMS = {
     "oja": OJA,
     "omega": OMEGA,
     "deep_memory": MATRIX | DEEP,
+    "self_modifying": SELF,
 }
 FAST = {name: level for levels in FORMS.values() for name, level in levels.items()}
 
@@ -133,7 +145,7 @@ class Reversed(linear_attention):
 
 
 def inputs(level: Level, length: int = 9) -> dict[str, Tensor]:
-    square = isinstance(level, AssociativeMemory) and isinstance(level.memory, Mlp)
+    square = isinstance(getattr(level, "memory", None), Mlp)
     tokens = {
         name: (torch.randn(2, length, 3, dim, dtype=F64) / 2).requires_grad_()
         for name, dim in (("q", 4), ("k", 4), ("v", 4 if square else 5))

@@ -1,0 +1,97 @@
+"""Reading a level's memory on tokens, and writing nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from nestopt.core.associative import AssociativeMemory
+from nestopt.core.gates import bind
+from nestopt.core.level import Level
+from nestopt.core.memories import Matrix, Mlp, Theta, Window
+from nestopt.core.outputs import Plain
+from nestopt.core.signal import Signal
+from nestopt.core.tree import State, leaves
+
+AT_ONCE = 64
+"""Tokens asked together: a level that is no memory of pairs makes a direction for each."""
+
+
+def recalled(level: Level, q: Tensor, dim_v: int, state: State, gates: Mapping[str, Tensor]) -> Tensor:
+    """What `level` answers to q `[B, T, H, D_k]` as `state` holds it: `[B, T, H, dim_v]`.
+
+    Each token is asked as if it came next. A memory of pairs is read as it is after the last token that it has seen
+    (those of a chunk that is not over, too), or, with `read="chunk"`, as that chunk found it. Any other level is asked
+    by its `recall`. `gates` are `[B, T, H]`, by dotted path.
+    """
+    pending: State = state.get("pending", {})
+    begun = bool(pending) and pending["k"].shape[2] > 0
+    if isinstance(level, AssociativeMemory):
+        theta = state["level"]["memory"]
+        if begun and level.read != "chunk":
+            theta = _after_pending(level, state)
+        return answers(level, q, theta, gates)
+
+    def one(q: Tensor, now: State, memory: State, pending: State, step: Tensor) -> Tensor:
+        if begun:
+            return _answered_next(level, q, now, memory, pending, step)
+        return bind(level, now).recall(q, dim_v, memory, Signal(step=step + 1))
+
+    of_heads = vmap(vmap(one))
+    of_tokens = vmap(of_heads, in_dims=(1, 1, None, None, None), out_dims=1, chunk_size=AT_ONCE)
+    return of_tokens(q, dict(gates), state["level"], pending, state["step"])
+
+
+def answers(level: AssociativeMemory, q: Tensor, theta: Theta, gates: Mapping[str, Tensor]) -> Tensor:
+    """What a memory with parameters `theta` `[B, H, ..]` answers to q `[B, T, H, D_k]`."""
+    built_in = type(level.memory) in (Matrix, Mlp, Window) and type(level.output) is Plain
+    if built_in and not any(path.startswith(_OF_READS) for path in gates):
+
+        def all_of_one(q: Tensor, theta: Theta) -> Tensor:
+            return level.memory.read(theta, level.features(q))
+
+        return vmap(vmap(all_of_one, in_dims=(1, 0), out_dims=1))(q, theta)
+
+    def one(q: Tensor, now: State, theta: Theta) -> Tensor:
+        own = bind(level, now)
+        return own._answer(theta, own.features(q))
+
+    of_heads = vmap(vmap(one))
+    return vmap(of_heads, in_dims=(1, 1, None), out_dims=1, chunk_size=AT_ONCE)(q, dict(gates), theta)
+
+
+_OF_READS = ("features.", "memory.", "output.")
+
+
+def _after_pending(level: AssociativeMemory, state: State) -> Theta:
+    """The memory after the last token it has seen, of a chunk that is not over."""
+
+    def one(held: State, before: State, step: Tensor) -> Theta:
+        k, v, live = (held[name] for name in ("k", "v", "live"))
+        signal = Signal(step=step - live.sum())
+        _, new = level.attend_chunk(k, k, v, dict(leaves(held["gates"])), live, before, signal)
+        return new["memory"]
+
+    return vmap(vmap(one))(state["pending"], state["level"], state["step"])
+
+
+def _answered_next(level: Level, q: Tensor, now: State, memory: State, pending: State, step: Tensor) -> Tensor:
+    """The answer to one token that is not written, after those that are pending."""
+    k, v, live = (pending[name] for name in ("k", "v", "live"))
+
+    def then(x: Tensor, last: Tensor) -> Tensor:
+        return torch.cat([x, last[None]])
+
+    y, _ = level.attend_chunk(
+        then(torch.zeros_like(k), q),
+        then(k, torch.zeros_like(q)),
+        then(v, torch.zeros_like(v[0])),
+        {path: then(x, now[path].to(x)) for path, x in leaves(pending["gates"])},
+        then(live, torch.zeros_like(live[0])),
+        memory,
+        Signal(step=step - live.sum()),
+    )
+    return y[-1]

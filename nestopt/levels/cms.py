@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestopt.core.associative import Gd
 from nestopt.core.compose import Parallel
+from nestopt.core.inputs import INPUTS
 from nestopt.core.level import Level
 from nestopt.core.memories import Memory, Mlp
 from nestopt.core.order import Node
@@ -18,42 +22,163 @@ from nestopt.core.tree import State
 from nestopt.levels.muon import Muon
 
 
+class Auto(Mapping[str, float]):
+    """A period that the data choose: a write when the surprise since the last one has passed a threshold.
+
+    Every `every` tokens the level looks, sequence by sequence, whether the squared errors that it has seen since its
+    last write (the mean over their entries, summed over tokens) come to more than `threshold`; if so it writes.
+
+    In a config: `{auto: 4.0, every: 16}`, or `auto` with these defaults.
+
+    Args:
+        threshold: 0 or more.
+        every: tokens between two looks, 1 or more.
+
+    Raises:
+        ValueError: for a number out of range.
+    """
+
+    def __init__(self, threshold: float = 4.0, every: int = 16) -> None:
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not threshold >= 0:
+            raise ValueError(f"auto: threshold={threshold!r} is not allowed; give a number, 0 or more")
+        if isinstance(every, bool) or every != int(every) or every < 1:
+            raise ValueError(f"auto: every={every!r} is not allowed; give a whole number of tokens, 1 or more")
+        self.threshold, self.every = float(threshold), int(every)
+
+    @staticmethod
+    def of(given: Mapping[str, float]) -> Auto:
+        """From a mapping with `auto`, the threshold, and perhaps `every`."""
+        if unknown := sorted(set(given) - {"auto", "every"}):
+            raise ValueError(f"auto has no key {unknown[0]!r}; its keys: auto, every")
+        return Auto(given.get("auto", 4.0), given.get("every", 16))  # type: ignore[arg-type]  # checked there
+
+    # a mapping, so that a config can hold it as it is
+    def __getitem__(self, key: str) -> float:
+        return {"auto": self.threshold, "every": self.every}[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("auto", "every"))
+
+    def __len__(self) -> int:
+        return 2
+
+    def __hash__(self) -> int:
+        return hash((self.threshold, self.every))
+
+    def __repr__(self) -> str:
+        return f"Auto({self.threshold}, every={self.every})"
+
+
+Period = int | Literal["auto"] | Mapping[str, float]
+"""A number of tokens or steps, or an `Auto`."""
+
+
 class Cms(Level):
     r"""A continuum of memories, one per clock.
 
-    On tokens (static): a chain of blocks, $x \leftarrow x + M^{(\ell)}(\mathrm{rms\_norm}(x))$, level by level; with
-    one level it is a Transformer's MLP. The blocks' weights are parameters, and a level with period C has its weights
-    updated once in C optimizer steps, on the sum of their gradients: `nestopt.optimizer` sees the periods.
+    On tokens: a chain of blocks, from the fastest to the slowest, $x \leftarrow x + M^{(\ell)}(\mathrm{rms\_norm}(x))$;
+    with one level it is a Transformer's MLP. What changes their weights:
+
+    * `learn="static"`: the optimizer. A level with period C has its weights updated once in C optimizer steps, on the
+      sum of their gradients: `nestopt.optimizer` sees the periods.
+    * `learn="context"`: the tokens. Each sequence has its own copy of the weights, started from the learned ones; every
+      C tokens a level with period C takes one step of `learner` on the gradient of its last C tokens (eq. 71), at the
+      weights that these were read with:
+
+      $$W \leftarrow W_0 + \mathrm{keep}\,(W - W_0) - \mathrm{rate}\cdot\mathrm{learner}\Big(
+        \frac{\sum_t \nabla_W \ell_t}{\varepsilon + \sum_t d_t}\Big)$$
+
+      $d_t$, the squared size of the read's derivative by the weights, bounds what a step on token t does to its own
+      read; its sum bounds the largest eigenvalue of the period's map, so that in the linearised model a rate of 1 or
+      less never overshoots. (In a chain, later levels are taken for the identity in $d_t$, not in the gradient.)
 
     On gradients: one copy of `rule` per period, all shown the gradient, directions summed with `weights`: the
     continuum of M3 (eq. 75).
 
     Args:
-        periods: C of each level, fastest first or slowest first, as you like. Default (1, 16).
+        periods: C of each level, in any order: the fastest is always the first of the chain. An `Auto` chooses its
+            own, in context. Default (1, 16).
         memory: one block. Default a two-layer MLP, 4 · dim hidden units.
         rule: what runs at each period on gradients. Default `muon`.
-        weights: of the directions, one per period. Default: all 1.
+        weights: of the directions on gradients, one per period. Default: all 1.
+        variant: how the blocks are put together on tokens. `"sequential"`: one after another (eq. 70, 73).
+            `"independent"`: $x + \sum_\ell c_\ell M^{(\ell)}(\mathrm{rms\_norm}(x))$ with c learned, 1/k each at the
+            start (eq. 74). `"nested"`: sequential, and in context each level also learns where the next faster one
+            starts: at the end of its period it takes a step on that one's gradients of the period, from where that
+            one started, and puts it back there (eq. 72).
+        learn: `"static"` or `"context"`.
+        teach: what a level learns from in context. `"local"`: $M^{(\ell)}(\mathrm{rms\_norm}(x_\ell))$ is to be
+            $V_\ell\,\mathrm{rms\_norm}(x)$ of the continuum's input x, in squared error, with $V_\ell$ learned.
+            `"loss"`: the error at the continuum's output, which a language model hands in.
+        learner: what is shown the gradients of a period in context: any level but one that needs a layer's inputs.
+        rate: of the learner's steps at the start; a number per level, learned as its logarithm. 0: the weights stay.
+            Default 0.5 of the normalised step, 0.05 of the plain one.
+        normalized: whether the gradient is divided by $\varepsilon + \sum_t d_t$; else it is the plain sum. Default:
+            with a local objective, whose curvature is 1. A language model's loss is far flatter in the residual
+            stream, and bounded in its slope: there a normalised step hardly moves.
+        keep: what is left, at each write, of the way from the learned start, from 0 to 1.
+        through: how the outer gradient passes a write. `"full"`: through all of it (second order).
+            `"first_order"`: what was written is a constant, but for its rate. `"truncated"`: as `"full"` for the last
+            `last` writes of each level in a call, as `"first_order"` for those before. `"stop"`: nowhere, and the
+            starts get no gradient at all. Targets $V_\ell$ are learned only by `"full"` and `"truncated"`.
+        last: writes, for `"truncated"`.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"shape"})
 
-    periods: tuple[int, ...] = (1, 16)
+    periods: tuple[Period, ...] = (1, 16)
     memory: Memory = dataclasses.field(default_factory=lambda: Mlp(residual=False))
     rule: Level = dataclasses.field(default_factory=Muon)
     weights: tuple[float, ...] | None = None
+    variant: Literal["sequential", "independent", "nested"] = "sequential"
+    learn: Literal["static", "context"] = "static"
+    teach: Literal["local", "loss"] = "local"
+    learner: Level = dataclasses.field(default_factory=Gd)
+    rate: float | None = None
+    normalized: bool | None = None
+    keep: float = 1.0
+    through: Literal["full", "truncated", "first_order", "stop"] = "full"
+    last: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.periods = tuple(self.periods)
-        if not self.periods or any(isinstance(p, bool) or not isinstance(p, int) or p < 1 for p in self.periods):
-            raise FieldError(
-                "cms", "periods", self.periods, "is not allowed; give whole numbers of steps, 1 or more each"
-            )
+        try:
+            self.periods = tuple(settled(period) for period in self.periods)
+        except ValueError as error:
+            raise FieldError("cms", "periods", self.periods, f"is not allowed; {error}") from None
+        if not self.periods:
+            raise FieldError("cms", "periods", self.periods, f"is not allowed; {_ALLOWED}")
         if self.weights is not None:
             self.weights = tuple(self.weights)
             if len(self.weights) != len(self.periods):
                 problem = f"is not allowed; give one number for each of periods={self.periods}"
                 raise FieldError("cms", "weights", self.weights, problem)
+        self.check_choice("variant", ("sequential", "independent", "nested"))
+        self.check_choice("learn", ("static", "context"))
+        self.check_choice("teach", ("local", "loss"))
+        self.check_choice("through", ("full", "truncated", "first_order", "stop"))
+        if self.rate is not None:
+            self.check("rate", 0.0)
+        self.check("keep", 0.0, 1.0)
+        self.check("last", 1)
+        if INPUTS in self.learner.needs:
+            problem = "is not allowed: it needs a layer's inputs, and a continuum shows it gradients alone"
+            raise FieldError("cms", "learner", self.learner, problem)
+        if self.learn == "static" and any(isinstance(period, Auto) for period in self.periods):
+            problem = 'is not allowed with learn="static": a period is chosen by tokens; give learn="context"'
+            raise FieldError("cms", "periods", self.periods, problem)
+
+    @property
+    def is_normalized(self) -> bool:
+        """`normalized`, or its default."""
+        return self.teach == "local" if self.normalized is None else self.normalized
+
+    @property
+    def first_rate(self) -> float:
+        """`rate`, or its default."""
+        if self.rate is None:
+            return 0.5 if self.is_normalized else 0.05
+        return self.rate
 
     @property
     def needs(self) -> frozenset[str]:
@@ -64,8 +189,11 @@ class Cms(Level):
 
     def clocks(self) -> Parallel:
         """The rule at each period, side by side: what a cms is on gradients."""
-        names = level_names(self.periods)
-        levels = {name: dataclasses.replace(self.rule, period=p) for name, p in zip(names, self.periods, strict=True)}
+        levels = {}
+        for name, period in zip(level_names(self.periods), self.periods, strict=True):
+            if not isinstance(period, int):
+                raise ValueError(f"cms: periods={self.periods} are not for gradients, which have no Auto; give numbers")
+            levels[name] = dataclasses.replace(self.rule, period=period)
         return Parallel(levels, weights=self.weights)
 
     def init(self, param: Tensor) -> State:
@@ -77,14 +205,24 @@ class Cms(Level):
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
         return self.clocks().step_(grad, state, signal)
 
+    def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
+        return self.clocks().nodes(name, period * self.period, after)
+
     # -- on tokens ---------------------------------------------------------------------------------------------------
 
+    def chain(self) -> dict[str, int | Auto]:
+        """The levels by name in the order of the chain: the fastest first, of equal ones the first listed."""
+        named = zip(level_names(self.periods), (settled(period) for period in self.periods), strict=True)
+        return dict(sorted(named, key=lambda item: ticks_of(item[1])))
+
     def learned_start(self, dim_k: int, dim_v: int) -> dict[str, Tensor]:
-        return {
-            f"{name}.{key}": value
-            for name in level_names(self.periods)
-            for key, value in self.block(dim_k).learned_start(dim_k, dim_v).items()
-        }
+        block, names = self.block(dim_k), list(self.chain())
+        found: dict[str, Tensor] = {}
+        for name in names:
+            found |= {f"{name}.{key}": value for key, value in block.learned_start(dim_k, dim_v).items()}
+        if found and self.variant == "independent":
+            found |= {f"{name}.share": torch.tensor(1 / len(names)) for name in names}
+        return found
 
     def block(self, dim: int) -> Memory:
         """One level's memory for tokens of `dim` numbers."""
@@ -93,24 +231,46 @@ class Cms(Level):
         return self.memory
 
     def begin(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
+        if self.learn == "context":
+            raise ValueError('cms: learn="context" is run by a layer of its own, nestopt.nn.CMS(dim, level)')
         return dict(learned or self.learned_start(dim_k, dim_v))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         x, block = q, self.block(q.shape[-1])
-        for name in level_names(self.periods):
+        for name in self.chain():
             theta = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-            x = x + block.read(theta, F.rms_norm(x, x.shape[-1:]))
+            share = theta.pop("share", None)
+            if share is None:
+                x = x + block.read(theta, F.rms_norm(x, x.shape[-1:]))
+            else:
+                x = x + share * block.read(theta, F.rms_norm(q, q.shape[-1:]))
         return x, state
 
-    def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
-        return self.clocks().nodes(name, period * self.period, after)
+
+_ALLOWED = "give whole numbers of steps, 1 or more each"
 
 
-def level_names(periods: tuple[int, ...]) -> list[str]:
-    """A name per level: `every_16`, with a count where a period comes twice."""
+def settled(period: Period) -> int | Auto:
+    """A period as it is meant. Raises ValueError for one that is not allowed."""
+    if isinstance(period, Mapping):
+        return period if isinstance(period, Auto) else Auto.of(period)
+    if isinstance(period, str) and period == "auto":
+        return Auto()
+    if isinstance(period, bool) or not isinstance(period, int) or period < 1:
+        raise ValueError(_ALLOWED)
+    return period
+
+
+def ticks_of(period: int | Auto) -> int:
+    """Tokens between two moments at which a level may write."""
+    return period if isinstance(period, int) else period.every
+
+
+def level_names(periods: tuple[Period, ...]) -> list[str]:
+    """A name per level: `every_16`, or `auto_16`, with a count where one comes twice."""
     names: list[str] = []
     for period in periods:
-        base = f"every_{period}"
+        base = f"{'every' if isinstance(period, int) else 'auto'}_{ticks_of(settled(period))}"
         count = sum(name == base or name.startswith(f"{base}_") for name in names)
         names.append(base if count == 0 else f"{base}_{count + 1}")
     return names

@@ -3,8 +3,29 @@
 from nestopt.nn.attention import MemoryAttention
 from nestopt.nn.block import MemoryBlock
 from nestopt.nn.cms import CMS
+from nestopt.nn.consolidate import Consolidation, consolidate
 from nestopt.nn.factory import layer
+from nestopt.nn.hope import HopeAttentionBlock, HopeBlock
+from nestopt.nn.replay import Replay
+from nestopt.nn.self_modifying import SelfModifyingTitans
 from nestopt.nn.sequence_memory import SequenceMemory
 from nestopt.nn.state import cat, clone, detach, index, to
 
-__all__ = ["CMS", "MemoryAttention", "MemoryBlock", "SequenceMemory", "cat", "clone", "detach", "index", "layer", "to"]
+__all__ = [
+    "CMS",
+    "Consolidation",
+    "HopeAttentionBlock",
+    "HopeBlock",
+    "MemoryAttention",
+    "MemoryBlock",
+    "Replay",
+    "SelfModifyingTitans",
+    "SequenceMemory",
+    "cat",
+    "clone",
+    "consolidate",
+    "detach",
+    "index",
+    "layer",
+    "to",
+]

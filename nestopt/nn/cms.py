@@ -1,20 +1,30 @@
-"""The continuum memory system as a module: MLP blocks in a chain, each on its own clock."""
+"""The continuum memory system as a module: MLP blocks on clocks, of the optimizer's steps or of tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
-from nestopt.core.memories import Memory
+from nestopt.core.memories import Memory, Theta
 from nestopt.core.tree import State
-from nestopt.levels.cms import Cms, level_names
+from nestopt.levels.cms import Auto, Cms
+from nestopt.nn.rows import Rows
+from nestopt.nn.state import fitted, shapes_of
+from nestopt.ops.continuum import Lesson, Levels, answers, taught_by_loss, taught_locally
+from nestopt.ops.continuum_clock import Clocks, Phases, Seen
+from nestopt.ops.continuum_write import Writer
+from nestopt.ops.given import check_mask
 
 
 class Block(nn.Module):
     r"""One memory of a CMS with its weights as parameters, $x \leftarrow x + M(\mathrm{rms\_norm}(x))$.
+
+    Beside them, of independent levels, `share`; of one that learns in context, `rate`, as its logarithm; of one with a
+    local objective, `target`.
 
     Attributes:
         period: optimizer steps between updates of its weights, on the sum of their gradients (NL eq. 71).
@@ -23,29 +33,38 @@ class Block(nn.Module):
     def __init__(self, memory: Memory, weights: Mapping[str, Tensor], period: int) -> None:
         super().__init__()
         self.memory, self.period = memory, period
+        self.names = [name for name in weights if name != "share"]
         for name, weight in weights.items():
             self.register_parameter(name, nn.Parameter(weight))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.memory.read(dict(self.named_parameters()), F.rms_norm(x, x.shape[-1:]))
+    def weights(self) -> Theta:
+        """The memory's own, by name."""
+        return {name: getattr(self, name) for name in self.names}
 
     def extra_repr(self) -> str:
         return f"{self.memory}, period={self.period}"
 
 
 class CMS(nn.Module):
-    r"""A static continuum memory system (NL eq. 70-71).
+    r"""A continuum memory system (NL eq. 70-74): memories in a chain, each on its own clock.
 
-    Level by level, $x \leftarrow x + M^{(\ell)}(\mathrm{rms\_norm}(x))$.
-    With `periods=(1,)` it is a Transformer's MLP with its norm and residual. The weights are parameters
-    (`levels.every_16.W1`), and nothing changes them but the optimizer, which reads the `period` of each block.
+    The level says what it is (`nestopt.levels.cms`). Its weights are parameters (`levels.every_16.W1`).
+
+    * `learn="static"`: nothing changes them but the optimizer, which reads the `period` of each block. With
+      `periods=(1,)` it is a Transformer's MLP with its norm and residual.
+    * `learn="context"`: they are where each sequence starts, and every sequence learns as it is read. The optimizer
+      learns the starts, and each level's rate. Periods are numbers of tokens, however these come: two calls on halves
+      equal one on the whole.
+
+    The state in context: `"step"`, the tokens each sequence has learned from `[B]`, and by level, in `"levels"`, what
+    `nestopt.ops.continuum_clock.Clocks.begin` says, in float32, or float64 if the parameters are.
 
     Args:
         dim: width of the tokens.
         level: a `cms`. Default: periods 1 and 16, two-layer MLPs with 4 · dim hidden units.
 
     Raises:
-        ValueError: for a memory that has no weights to learn.
+        ValueError: for a memory that has no weights to learn, or none whose step can be normalised.
     """
 
     def __init__(self, dim: int, level: Cms | None = None) -> None:
@@ -55,20 +74,211 @@ class CMS(nn.Module):
         if not weights:
             raise ValueError(f"CMS: memory={memory!r} has no weights that a layer could learn; give mlp()")
         self.levels = nn.ModuleDict()
-        for name, period in zip(level_names(self.level.periods), self.level.periods, strict=True):
+        for name, period in self.level.chain().items():
             own = {key.removeprefix(f"{name}."): w for key, w in weights.items() if key.startswith(f"{name}.")}
-            self.levels[name] = Block(memory, own, period * self.level.period)
+            steps = period if self.level.learn == "static" and isinstance(period, int) else 1
+            self.levels[name] = Block(memory, own, steps * self.level.period)
+        if self.learns:
+            self._begin_learning(memory)
+        self._shapes = shapes_of(self.init_state(1))
+
+    def _begin_learning(self, memory: Memory) -> None:
+        for block in self._blocks().values():
+            block.rate = nn.Parameter(torch.tensor(math.log(self.level.first_rate)))
+            if self.level.teach == "local":
+                block.target = nn.Parameter(torch.eye(self.dim))
+        start = next(iter(self._blocks().values())).weights()
+        if self.level.is_normalized and memory.layers(start, torch.zeros(1, self.dim)) is None:
+            raise ValueError(
+                f"CMS: memory={memory!r} does not say how far a write moves it (Memory.layers), which the normalised "
+                "step needs; give normalized=False, or mlp()"
+            )
+
+    @property
+    def learns(self) -> bool:
+        """Whether its weights change as tokens are read: in context, with a rate above 0."""
+        return self.level.learn == "context" and self.level.first_rate > 0
+
+    @property
+    def taught(self) -> bool:
+        """Whether it learns from the error at its output, which a language model hands in."""
+        return self.learns and self.level.teach == "loss"
 
     def init_state(self, batch: int) -> State:
-        """The state before the first token: nothing, for the weights are parameters."""
-        return {}
+        """The state of `batch` sequences before their first token; of a static CMS nothing."""
+        return self._clocks().begin(self._starts(), batch) if self.learns else {}
 
-    def forward(self, x: Tensor, state: Mapping[str, Any] | None = None) -> tuple[Tensor, State]:
-        """`[B, T, dim]` to `[B, T, dim]`, its residual included, and the state, which is empty."""
+    def forward(
+        self,
+        x: Tensor,
+        state: Mapping[str, Any] | None = None,
+        *,
+        mask: Tensor | None = None,
+        learn: bool = True,
+    ) -> tuple[Tensor, State]:
+        """`[B, T, dim]` to `[B, T, dim]`, its residual included, and the state after the last token.
+
+        Args:
+            x: tokens.
+            state: from a former call; None begins new sequences.
+            mask: `[B, T]`, True for tokens, False for padding, which is not learned from; what it is answered means
+                nothing.
+            learn: False reads the weights as the state has them, and gives the state back.
+
+        Raises:
+            ValueError: for a state that does not fit, or where it would be taught by a language model's loss and no
+                model is there.
+        """
         if x.shape[-1] != self.dim:
             raise ValueError(f"CMS: x has the shape {list(x.shape)}; its last dimension must be dim={self.dim}")
+        if state is not None:
+            state = fitted(state, self._shapes, x.shape[0], "CMS")
+        if not self.learns or not learn:
+            return self.read(x, state), dict(state or {})
+        if self.taught:
+            raise ValueError(
+                'CMS: teach="loss" is taught by a language model: put it in a HopeLM, or give the level teach="local", '
+                "or call with learn=False"
+            )
+        phases = self.phases(state)
+        state = self.init_state(x.shape[0]) if state is None else state
+        if mask is None:
+            return self._learned(x, state, phases, None)
+        check_mask(mask, *x.shape[:2])
+        rows = Rows.of(mask)
+        y, state = self._learned(rows.moved(x), state, phases, rows.front)
+        return rows.back(y), state
+
+    def _learned(self, x: Tensor, state: State, phases: Phases, live: Tensor | None) -> tuple[Tensor, State]:
+        """Taught by its own objectives, from one moment of its clocks to the next."""
+        found, first, length = [], 0, x.shape[1]
+        while first < length:
+            last = min(first + self.until_write(phases), length)
+            part = x[:, first:last]
+            found.append(self.read(part, state))
+            lived = None if live is None else live[:, first:last]
+            state = self.observe(part, None, state, lived, phases=phases, ahead=length - last)
+            phases = [phase + last - first for phase in phases]
+            first = last
+        return torch.cat(found, dim=1) if found else x, state
+
+    # -- step by step --------------------------------------------------------------------------------------------------
+
+    def read(self, x: Tensor, state: Mapping[str, Any] | None = None) -> Tensor:
+        """`[B, T, dim]` as the weights in `state` answer it; None is the learned starts."""
+        levels = self._levels(state)
+        dtype = next(iter(levels.weights[0].values())).dtype
+        return answers(levels, x.to(dtype)).to(x.dtype)
+
+    def phases(self, state: Mapping[str, Any] | None) -> Phases:
+        """How many tokens its sequences have learned from, the different numbers: waits for the device, once."""
+        return [0] if not state else sorted(set(state["step"].tolist()))
+
+    def until_write(self, phases: Phases) -> int:
+        """Tokens that may be observed up to and with the next moment of its clocks, in rows that are at `phases`."""
+        return self._clocks().until(phases)
+
+    def observe(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        state: Mapping[str, Any],
+        live: Tensor | None = None,
+        *,
+        phases: Phases | None = None,
+        ahead: int = 0,
+    ) -> State:
+        """Learn from tokens that were read with the weights in `state`; where a period is over, write.
+
+        Args:
+            x: what was read, `[B, n, dim]`; none of it beyond the next moment of a clock (`until_write`).
+            delta: with `teach="loss"`, the error at what was answered, `[B, n, dim]`; else None.
+            state: before these tokens.
+            live: `[B, n]`, which are observed: in each row the first ones, or all. None is all.
+            phases: tokens that the rows had learned from before. None asks `state`, and waits for the device.
+            ahead: tokens still to come in this call: `through="truncated"` asks.
+
+        Raises:
+            ValueError: for tokens beyond the next moment of a clock.
+        """
+        phases = self.phases(state) if phases is None else phases
+        size = x.shape[1]
+        if size > (room := self.until_write(phases)):
+            raise ValueError(
+                f"CMS.observe: {size} tokens are given, and a level may write after {room}; give these first"
+            )
+        count = None if live is None else live.sum(1)
+        seen, clocks = Seen(size, count, phases, ahead), self._clocks()
+        constant = all(clocks.constant(seen, period) for period in clocks.chain.values())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not constant):
+            lessons = self._lessons(x, delta, state, live)
+        rates = {name: cast(Tensor, block.rate).exp() for name, block in self._blocks().items()}
+        return clocks.after(dict(state), lessons, seen, self._starts(), rates)
+
+    def _lessons(
+        self, x: Tensor, delta: Tensor | None, state: Mapping[str, Any], live: Tensor | None
+    ) -> dict[str, Lesson]:
+        levels = self._levels(state)
+        dtype = next(iter(levels.weights[0].values())).dtype
+        if self.taught:
+            assert delta is not None
+            found = taught_by_loss(levels, x.to(dtype), delta.to(dtype), live)
+        else:
+            targets = [cast(Tensor, block.target).to(dtype) for block in self._blocks().values()]
+            found = taught_locally(levels, x.to(dtype), targets, live)
+        return dict(zip(self.levels, found, strict=True))
+
+    def mean_periods(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Tokens per write of each level so far, `[B]`: for an `Auto` as counted (inf before its first write)."""
+        return {
+            name: state["step"] / state["levels"][name]["writes"]
+            if isinstance(period, Auto)
+            else torch.full_like(state["step"], period, dtype=torch.float32)
+            for name, period in self.level.chain().items()
+        }
+
+    @torch.no_grad()
+    def kept_for_good(self, state: Mapping[str, Any]) -> State:
+        """Move what the slowest level has learned, the mean over sequences, to its parameters.
+
+        Returns:
+            The state, in which the slowest level is at its new start, with nothing summed.
+        """
+        state = fitted(state, self._shapes, len(state["step"]), "CMS.kept_for_good")
+        name, block = list(self._blocks().items())[-1]
+        own = state["levels"][name]
+        for key, weight in block.weights().items():
+            weight.add_((own["weights"][key] - weight).mean(0).to(weight.dtype))
+        fresh = self.init_state(len(state["step"]))["levels"][name]
+        kept = {key: own[key] for key in ("writes", "below") if key in own}
+        return {**state, "levels": {**state["levels"], name: {**fresh, **kept}}}
+
+    # -- what it is made of --------------------------------------------------------------------------------------------
+
+    def _blocks(self) -> dict[str, Block]:
+        return dict(self.levels.items())  # type: ignore[arg-type]  # a ModuleDict forgets of what it is
+
+    def _starts(self) -> dict[str, Theta]:
+        """Where each level's weights start, at the precision of a state."""
+        return {
+            name: {key: w.to(torch.promote_types(w.dtype, torch.float32)) for key, w in block.weights().items()}
+            for name, block in self._blocks().items()
+        }
+
+    def _levels(self, state: Mapping[str, Any] | None) -> Levels:
+        blocks = self._blocks()
         if state:
-            raise ValueError(f"CMS: state has {', '.join(state)}, and a static CMS has no state; give None")
-        for block in self.levels.values():
-            x = block(x)
-        return x, {}
+            weights: Sequence[Theta] = [state["levels"][name]["weights"] for name in blocks]
+        elif self.learns:
+            weights = [{key: w[None] for key, w in start.items()} for start in self._starts().values()]
+        else:
+            weights = [{key: w[None] for key, w in block.weights().items()} for block in blocks.values()]
+        first = next(iter(blocks.values()))
+        independent = self.level.variant == "independent"
+        shares = [cast(Tensor, block.share) for block in blocks.values()] if independent else None
+        return Levels(first.memory, weights, shares, measured=self.level.is_normalized)
+
+    def _clocks(self) -> Clocks:
+        level = self.level
+        writer = Writer(level.learner, level.is_normalized, level.keep)
+        return Clocks(level.chain(), writer, level.variant == "nested", level.through, level.last)

@@ -13,7 +13,7 @@ from nestopt.core.associative import AssociativeMemory
 from nestopt.core.level import Level
 from nestopt.core.memories import Window
 from nestopt.core.tokens import PENDING, begin
-from nestopt.core.tree import State
+from nestopt.core.tree import State, nested
 from nestopt.nn.conv import CausalConv
 from nestopt.nn.decode import keep, waits
 from nestopt.nn.gating import Gates, Start
@@ -160,6 +160,7 @@ class SequenceMemory(nn.Module):
         *,
         mask: Tensor | None = None,
         cu_seqlens: Any = None,
+        learn: bool = True,
         return_stats: bool = False,
         validate: bool = False,
     ) -> tuple[Tensor, State] | tuple[Tensor, State, Stats]:
@@ -176,6 +177,9 @@ class SequenceMemory(nn.Module):
             cu_seqlens: for sequences that lie end to end in one row, x `[1, N, dim]`: where each begins, and the end,
                 rising from 0 to N. Each is run as if alone; states have a batch of their number. On another device than
                 the CPU it is waited for.
+            learn: False reads only: each token is answered from the memory that `state` holds, as if it came next, and
+                in the state only the convolution moves on. Attention then sees the pairs of the state, none of this
+                call; where there are none the answer is of zeros.
             return_stats: also give what the memory did.
             validate: check that all numbers are finite, at the cost of waiting for the device.
 
@@ -192,7 +196,7 @@ class SequenceMemory(nn.Module):
         """
         self._check_tokens(x)
         stats: Stats = {}
-        options: dict[str, Any] = {"checkpoint": self.checkpoint, "validate": validate}
+        options: dict[str, Any] = {"checkpoint": self.checkpoint, "learn": learn, "validate": validate}
 
         def attend(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: State, mask: Tensor | None) -> Any:
             if not return_stats:
@@ -209,16 +213,17 @@ class SequenceMemory(nn.Module):
             x = spread(x, packed)
         now = self._begun(state, x)
         if mask is None:
-            y, new = self._through(x, now, attend)
+            y, new = self._through(x, now, attend, learn=learn)
         else:
-            y, new = self._through_padded(x, now, attend, mask)
+            y, new = self._through_padded(x, now, attend, mask, learn)
         y = y if packed is None else y[packed][None]
         return (y, new, stats) if return_stats else (y, new)
 
-    def step(self, x_t: Tensor, state: Mapping[str, Any] | None = None) -> tuple[Tensor, State]:
+    def step(self, x_t: Tensor, state: Mapping[str, Any] | None = None, *, learn: bool = True) -> tuple[Tensor, State]:
         """One token of each sequence, `[B, dim]`, to y `[B, dim]` and the state after it: what `forward` gives, sooner.
 
-        The time of a token does not depend on how many came before, but for attention to all pairs.
+        The time of a token does not depend on how many came before, but for attention to all pairs. With
+        `learn=False` the memory is read and not written, as in `forward`.
 
         Raises:
             ValueError: as `forward`.
@@ -228,8 +233,8 @@ class SequenceMemory(nn.Module):
                 f"SequenceMemory.step: x_t has the shape {list(x_t.shape)}; it must be [batch, dim={self.dim}]"
             )
         now = self._begun(state, x_t)
-        if not self._waits or now["memory"][PENDING]["live"].shape[2] == self.level.span - 1:
-            y, new = self._through(x_t[:, None], now, self._run)
+        if not learn or not self._waits or now["memory"][PENDING]["live"].shape[2] == self.level.span - 1:
+            y, new = self._through(x_t[:, None], now, self._run if learn else self._read, learn=learn)
             return y[:, 0], new
         h, new = x_t, {}
         if self.conv is not None:
@@ -245,13 +250,31 @@ class SequenceMemory(nn.Module):
     ) -> tuple[Tensor, State]:
         return run(self.level, q, k, v, gates=gates, state=state, mask=mask, checkpoint=self.checkpoint)
 
+    def _read(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: State, mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        return run(self.level, q, k, v, gates=gates, state=state, mask=mask, learn=False)
+
     def _begun(self, state: Mapping[str, Any] | None, x: Tensor) -> State:
         """`state`, checked, or that of new sequences."""
         if state is None:
             return self.init_state(x.shape[0])
-        return fitted(state, self._shapes, x.shape[0], "SequenceMemory", dtype=self.state_dtype, device=x.device)
+        now = fitted(state, self._shapes, x.shape[0], "SequenceMemory", dtype=self.state_dtype, device=x.device)
+        return self._with_present(now, x.shape[0]) if self.level.fixed else now
 
-    def _through(self, x: Tensor, state: State, attend: Attend, rows: Rows | None = None) -> tuple[Tensor, State]:
+    def _with_present(self, state: State, batch: int) -> State:
+        """`state` with the present parameters in the place of those that no token changes."""
+        fixed = {
+            name: self.start[key].to(self.state_dtype).expand(batch, *self.start[key].shape)
+            for key, name in self._start_names.items()
+            if name.split(".")[0] in self.level.fixed
+        }
+        memory = state["memory"]
+        return {**state, "memory": {**memory, "level": {**memory["level"], **nested(fixed)}}}
+
+    def _through(
+        self, x: Tensor, state: State, attend: Attend, rows: Rows | None = None, learn: bool = True
+    ) -> tuple[Tensor, State]:
         """Tokens `[B, T, dim]`, those of `rows` at the front, through the whole layer."""
         new: State = {}
         if self.conv is not None:
@@ -263,7 +286,8 @@ class SequenceMemory(nn.Module):
             v = F.normalize(v, dim=-1)
         if self.rope:
             seen = state["memory"]["step"][:, :1]  # of every head the same
-            positions = seen + torch.arange(x.shape[1], device=x.device)
+            # what is only read comes next, all of it
+            positions = seen + torch.arange(x.shape[1], device=x.device) if learn else seen.expand(-1, x.shape[1])
             q, k = rotary(q, positions, self.rope), rotary(k, positions, self.rope)
         gates = self.gates_at(x)
         y, new["memory"] = attend(q, k, v, gates, state["memory"], None if rows is None else rows.front)
@@ -278,15 +302,17 @@ class SequenceMemory(nn.Module):
             y = y * F.silu(self.output_gate(h))
         return self.out(y)
 
-    def _through_padded(self, x: Tensor, state: State, attend: Attend, mask: Tensor) -> tuple[Tensor, State]:
+    def _through_padded(
+        self, x: Tensor, state: State, attend: Attend, mask: Tensor, learn: bool = True
+    ) -> tuple[Tensor, State]:
         check_mask(mask, x.shape[0], x.shape[1])
-        if not self._pads:
+        if not self._pads and learn:
             raise ValueError(
                 f"SequenceMemory: mask is not for {self.level.label} with read={self.level.read!r}, whose memory would "  # type: ignore[attr-defined]
                 'keep padding; give read="after", or run sequences of one length together'
             )
         rows = Rows.of(mask)
-        y, new = self._through(rows.moved(x), state, attend, rows)
+        y, new = self._through(rows.moved(x), state, attend, rows, learn)
         return rows.back(y), new
 
     def gates_at(self, h: Tensor) -> dict[str, Tensor]:

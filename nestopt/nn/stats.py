@@ -34,6 +34,7 @@ def run_in_pieces(
     gates: Mapping[str, Tensor],
     state: State,
     mask: Tensor | None,
+    learn: bool = True,
     **options: Any,
 ) -> tuple[Tensor, State, Stats]:
     """`nestopt.ops.run`, a piece of tokens at a time, with what is to be seen of each: see `SequenceMemory.forward`.
@@ -41,7 +42,7 @@ def run_in_pieces(
     A piece is a chunk of the level; the first is what is left of one that was begun. Without chunks it is 64 tokens.
     """
     length, size = q.shape[1], level.span if level.span > 1 else PIECE
-    begun = state[PENDING]["k"].shape[2] if PENDING in state else 0
+    begun = _begun(level, state) if learn else 0
     sizes = [min(size - begun, length)]
     sizes += [min(size, length - first) for first in range(sizes[0], length, size)]
     ys, norms, surprises = [], [], []
@@ -58,7 +59,8 @@ def run_in_pieces(
                 surprises.append(_surprise(level, k[:, part], v[:, part], here, state, live))
             for path, found in quantiles.items():
                 found.append(_quantiles(here[path], live))
-        y, state = run(level, q[:, part], k[:, part], v[:, part], gates=here, state=state, mask=live, **options)
+        tokens = (x[:, part] for x in (q, k, v))
+        y, state = run(level, *tokens, gates=here, state=state, mask=live, learn=learn, **options)
         ys.append(y)
     stats: Stats = {"memory_norm": torch.stack(norms, dim=-1)}
     if surprises:
@@ -67,11 +69,29 @@ def run_in_pieces(
     return torch.cat(ys, dim=1), state, stats
 
 
+def _begun(level: Level, state: State) -> int:
+    """How many tokens of a chunk that is not over the state has."""
+    if not level.keeps_pending:
+        return state[PENDING]["k"].shape[2] if PENDING in state else 0
+    counts = [leaf.shape[2] for path, leaf in leaves(state["level"]) if path.endswith(f"{PENDING}.live")]
+    return max(counts) % level.span
+
+
 def memory_norm(level: Level, state: State) -> Tensor:
-    """`[B, H]`: the norm of all numbers of the level's memory; where it is no associative memory, of all its state."""
+    """`[B, H]`: the norm of all numbers of the level's memory; where it is no associative memory, of all its state.
+
+    Of that, what no token changes and tokens that are not written yet are left out.
+    """
     memory = state["level"]["memory"] if isinstance(level, AssociativeMemory) else state["level"]
     count = state["step"]
-    floating = [leaf for _, leaf in leaves(memory) if leaf.is_floating_point() and leaf.shape[:2] == count.shape]
+    floating = [
+        leaf
+        for path, leaf in leaves(memory)
+        if leaf.is_floating_point()
+        and leaf.shape[:2] == count.shape
+        and path.split(".")[0] not in level.fixed
+        and PENDING not in path.split(".")
+    ]
     total = torch.zeros(count.shape, device=count.device)
     for leaf in floating:
         leaf = leaf.to(torch.promote_types(leaf.dtype, torch.float32))

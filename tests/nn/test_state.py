@@ -56,7 +56,8 @@ def test_states_of_other_lengths_are_put_together(name: str) -> None:
     same(again[0], module(parts[1], module(parts[1], states[1])[1])[0][0])
 
 
-@pytest.mark.parametrize("name", CHUNKED)
+# where a level has chunks of two lengths, those of either are filled up: see `test_self_modifying`
+@pytest.mark.parametrize("name", [name for name in CHUNKED if name != "self_modifying in chunks"])
 @pytest.mark.parametrize(("first", "second"), [(2, 5), (3, 4), (4, 8), (5, 2)])
 def test_of_sequences_at_other_places_of_a_chunk_the_later_ones_are_as_they_were(
     name: str, first: int, second: int

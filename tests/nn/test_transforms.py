@@ -25,6 +25,7 @@ QUICK = [
     "retnet",
     "titans",
     "titans in chunks",
+    "self_modifying in chunks",
 ]
 
 
@@ -79,7 +80,7 @@ def test_autocast_is_near_float32_and_keeps_states_and_gradients_so(name: str) -
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, as it traces
-@pytest.mark.parametrize("name", ["titans", "deltanet", "gated_linear"])
+@pytest.mark.parametrize("name", ["titans", "deltanet", "gated_linear", "self_modifying"])
 def test_one_graph_holds_all_of_it(name: str) -> None:
     torch._dynamo.reset()
     module = make(name)
@@ -122,7 +123,7 @@ def test_a_layer_can_be_pickled() -> None:
     same(pickle.loads(pickle.dumps(module))(x)[0], module(x)[0], 0)
 
 
-@pytest.mark.parametrize("name", ["titans", "gated_deltanet", "attention"])
+@pytest.mark.parametrize("name", ["titans", "gated_deltanet", "attention", "self_modifying in chunks"])
 def test_recomputed_layers_give_the_same_gradients(name: str) -> None:
     module = make(name)
     x = torch.randn(2, 9, 8, dtype=F64, requires_grad=True)
@@ -133,7 +134,7 @@ def test_recomputed_layers_give_the_same_gradients(name: str) -> None:
     same(torch.autograd.grad(y.sin().sum(), inputs), true)
 
 
-@pytest.mark.parametrize("name", ["titans in chunks", "gated_deltanet", "attention"])
+@pytest.mark.parametrize("name", ["titans in chunks", "gated_deltanet", "attention", "self_modifying in chunks"])
 def test_gradcheck(name: str) -> None:
     module = make(name, dim=4, heads=2)
     x = torch.randn(2, 6, 4, dtype=F64, requires_grad=True)

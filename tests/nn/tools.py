@@ -14,7 +14,7 @@ from nestopt.core.memories import Mlp, Window
 from nestopt.core.part import Heads
 from nestopt.core.retentions import Decay
 from nestopt.core.tree import leaves
-from nestopt.levels import adam, attention, deltanet, gd, linear_attention, momentum, titans, ttt
+from nestopt.levels import adam, attention, deltanet, gd, linear_attention, momentum, self_modifying, titans, ttt
 from nestopt.nn import SequenceMemory
 
 F64 = torch.float64
@@ -37,6 +37,8 @@ VARIANTS: dict[str, Level] = {
     "ttt without gates": ttt(chunk=3, read="chunk", lr=0.5),
     "ttt, a write a chunk": ttt(chunk=4, write="chunk"),
     "titans with adam": titans(rule=adam(), step_size=0.01, chunk=3),
+    "self_modifying in chunks": self_modifying(chunk=2, projection_chunk=4, momentum=Gate(0.5)),
+    "self_modifying queries": self_modifying(adaptive=("q", "v"), chunk=3, projection_chunk=3),
     "deltanet of 2": deltanet(period=2),
     "chain": nestopt.core.chain(momentum(0.9), gd()),
     "nest": nestopt.core.nest(outer=gd(period=3), inner=momentum(0.9)),

@@ -2,46 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nestopt.core.level import Level
-from nestopt.core.tree import State
+from nestopt.core.tree import State, leaves, nested
 from nestopt.levels.cms import Cms
 from nestopt.levels.tokens import Attention
-from nestopt.nn.cms import CMS
-from nestopt.nn.sequence_memory import SequenceMemory
-from nestopt.nn.state import fitted, shapes_of
-
-
-class HopeBlock(nn.Module):
-    r"""A mixer, then a continuum of MLPs, which has its own norms and residuals (NL eq. 94-97).
-
-    $x \leftarrow x + \mathrm{mixer}(\mathrm{norm}(x))$, then $x \leftarrow \mathrm{mlp}(x)$.
-    """
-
-    def __init__(self, dim: int, heads: int, mixer: Level, mlp: Cms, conv: int) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(dim)
-        self.mixer = SequenceMemory(mixer, dim, heads, conv=conv)
-        self.mlp = CMS(dim, mlp)
-
-    def init_state(self, batch: int) -> State:
-        return {"mixer": self.mixer.init_state(batch), "mlp": self.mlp.init_state(batch)}
-
-    def forward(self, x: Tensor, state: Mapping[str, Any]) -> tuple[Tensor, State]:
-        y, mixer = self.mixer(self.norm(x), state["mixer"])
-        x, mlp = self.mlp(x + y, state["mlp"])
-        return x, {"mixer": mixer, "mlp": mlp}
+from nestopt.models.taught import TAUGHT, Read, nothing_carried, run_taught, teach_signal
+from nestopt.nn.consolidate import Consolidation, consolidate
+from nestopt.nn.hope import HopeBlock, Learn, writes
+from nestopt.nn.reset import begun_anew, chosen
+from nestopt.nn.rows import Rows
+from nestopt.nn.state import Rows as Chosen
+from nestopt.nn.state import fitted, numbers, shapes_of
+from nestopt.ops.given import check_mask
 
 
 class HopeLM(nn.Module):
-    """A language model over tokens 0 … vocab - 1: embedding, blocks, norm, and a head of its own weights.
+    """A language model over tokens 0 … vocab - 1: embedding, blocks, norm, and a head.
 
-    A Transformer, RetNet, DeltaNet or Titans, by the choice of `mixer`.
+    A Transformer, RetNet, DeltaNet, Titans or Hope, by the choice of `mixer` and `mlp`. What it has read is in the
+    state that goes in and comes out: nested dicts of tensors, `[batch, ...]` each, one memory per sequence
+    (`nestopt.nn` has what is done with them: `detach`, `clone`, `to`, `index`, `cat`).
 
     Args:
         vocab: number of tokens. Default 256, bytes.
@@ -49,8 +37,14 @@ class HopeLM(nn.Module):
         blocks: how many.
         heads: of each mixer; they divide `dim`.
         mixer: the level that mixes tokens. Default `attention`.
-        mlp: the continuum of MLPs of each block. Default one MLP, on the fastest clock.
+        mixers: one for each block, from the first on, again and again, in place of `mixer`.
+        mlp: the continuum of MLPs of each block. Default one MLP, on the fastest clock. With `learn="context"` it
+            learns while the model reads; with `teach="loss"`, from the model's own next-token loss.
         conv: width of each mixer's causal convolution; 0 is none.
+        gate_output: whether each mixer's read is multiplied by silu(W_g h).
+        tie: whether the head's weights are the embedding's.
+        segment: in training, recompute in the backward pass all but the states at the ends of so many tokens; 0 keeps
+            everything. Activations of T tokens need the memory of T / segment states and one segment: least near √T.
 
     Raises:
         ValueError: for a number that is out of range.
@@ -63,52 +57,278 @@ class HopeLM(nn.Module):
         blocks: int = 3,
         heads: int = 4,
         mixer: Level | None = None,
+        mixers: Sequence[Level] = (),
         mlp: Cms | None = None,
         conv: int = 4,
+        gate_output: bool = False,
+        tie: bool = False,
+        segment: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("vocab", vocab), ("dim", dim), ("blocks", blocks), ("heads", heads)):
+        least = {"vocab": vocab, "dim": dim, "blocks": blocks, "heads": heads, "segment": segment + 1}
+        for name, value in least.items():
             if value < 1:
-                raise ValueError(f"HopeLM: {name}={value} is not allowed; give a whole number, 1 or more")
-        mixer = Attention() if mixer is None else mixer
-        mlp = Cms(periods=(1,)) if mlp is None else mlp
-        self.vocab = vocab
+                given, low = (segment, 0) if name == "segment" else (value, 1)
+                raise ValueError(f"HopeLM: {name}={given} is not allowed; give a whole number, {low} or more")
+        cycle = list(mixers) or [Attention() if mixer is None else mixer]
+        self.vocab, self.segment = vocab, segment
         self.embedding = nn.Embedding(vocab, dim)
-        self.blocks = nn.ModuleList(HopeBlock(dim, heads, mixer, mlp, conv) for _ in range(blocks))
+        self.blocks = nn.ModuleList(
+            HopeBlock(dim, heads, cycle[i % len(cycle)], mlp, conv=conv, gate_output=gate_output) for i in range(blocks)
+        )
         self.norm = nn.RMSNorm(dim)
         self.head = nn.Linear(dim, vocab, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
+        if tie:
+            self.head.weight = self.embedding.weight
         self._shapes = shapes_of(self.init_state(1))
+
+    # -- states --------------------------------------------------------------------------------------------------------
 
     def init_state(self, batch: int) -> State:
         """The state of `batch` sequences before their first token: nested dicts of tensors, `[batch, ...]` each."""
-        return {f"block_{i}": block.init_state(batch) for i, block in enumerate(self._blocks())}
+        state: State = {f"block_{i}": block.init_state(batch) for i, block in enumerate(self._blocks())}
+        if self._taught:
+            weight = self.embedding.weight
+            state[TAUGHT] = nothing_carried(len(self.blocks), batch, weight.shape[1], weight)
+        return state
 
-    def forward(self, tokens: Tensor, state: Mapping[str, Any] | None = None) -> tuple[Tensor, State]:
+    def reset(self, state: Mapping[str, Any], rows: Chosen) -> State:
+        """`state` with the sequences `rows` begun anew, at the learned start, and all others as they are.
+
+        Args:
+            state: of this model.
+            rows: their numbers (a list or an integer tensor), or a bool for each sequence of the batch.
+
+        Raises:
+            ValueError: for rows that the batch has not, or a state of another model.
+        """
+        first = next(leaf for _, leaf in leaves(state))
+        batch = first.shape[0]
+        now = self._fitted(state, batch, "HopeLM.reset")
+        anew = chosen(numbers(rows, batch, first.device, "HopeLM.reset"), batch)
+        carried = now.pop(TAUGHT, None)
+        start = self.init_state(batch)
+        new = {name: begun_anew(part, start[name], anew) for name, part in now.items()}
+        if carried is not None:
+            new[TAUGHT] = {**carried, "live": carried["live"] & ~anew[:, None]}
+        return new
+
+    # -- tokens --------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: Mapping[str, Any] | None = None,
+        *,
+        mask: Tensor | None = None,
+        learn: Learn = True,
+    ) -> tuple[Tensor, State]:
         """Tokens `[B, T]`, T >= 1, of any integer dtype, to logits `[B, T, vocab]` of the tokens after each.
 
         Args:
             tokens: 0 … vocab - 1.
             state: from a former call, to go on with its sequences; None begins new ones.
+            mask: `[B, T]`, True for tokens, False for padding, wherever it is: a row's tokens are read as if they were
+                neighbours. Logits at padding mean nothing.
+            learn: whether memories are written: True; False, all are read as the state has them, and none changes;
+                `"mixer"` or `"mlp"`, only those of that half of each block.
 
         Returns:
             The logits and the state after the last token.
 
         Raises:
             TypeError: for tokens that are not integers.
-            ValueError: for another shape, no tokens, tokens out of range, or a state that does not fit.
+            ValueError: for another shape, no tokens, tokens out of range (on the CPU; elsewhere the device stops), or a
+                state that does not fit.
         """
+        hidden, state = self.hidden(tokens, state, mask=mask, learn=learn)
+        return self.head(self.norm(hidden)), state
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        state: Mapping[str, Any] | None = None,
+        *,
+        mask: Tensor | None = None,
+        learn: Learn = True,
+    ) -> tuple[Tensor, State]:
+        """The residual stream after the last block, `[B, T, dim]`, and the state: `forward` but for norm and head."""
         self._check(tokens)
         batch = tokens.shape[0]
-        before = self.init_state(batch) if state is None else fitted(state, self._shapes, batch, "HopeLM")
-        x = self.embedding(tokens.long())
-        new: State = {}
-        for name, block in zip(before, self._blocks(), strict=True):
-            x, new[name] = block(x, before[name])
-        return self.head(self.norm(x)), new
+        read = Read([0], False)
+        if state is None:
+            now = self.init_state(batch)
+        else:
+            now = self._fitted(state, batch, "HopeLM")
+            read = self._read(now)
+        rows = None
+        if mask is not None:
+            check_mask(mask, *tokens.shape)
+            rows = Rows.of(mask)
+            tokens, mask = rows.moved(tokens[..., None])[..., 0], rows.front
+        x, now = self._segments(tokens, now, mask, learn, read)
+        return (x if rows is None else rows.back(x)), now
 
-    def _blocks(self) -> list[HopeBlock]:
+    def loss(
+        self,
+        tokens: Tensor,
+        state: Mapping[str, Any] | None = None,
+        *,
+        mask: Tensor | None = None,
+        learn: Learn = True,
+        piece: int = 1024,
+    ) -> tuple[Tensor, State]:
+        """Mean loss, in nats, of each token but the first of `[B, T + 1]`, and the state after the T tokens before it.
+
+        Logits are made, and in the backward pass made again, for `piece` positions of all sequences at a time: those
+        of the whole sequence never exist.
+
+        Args:
+            tokens, state, learn: as for `forward`; one token more than is read.
+            mask: `[B, T + 1]`; where a token or the one before it is padding, nothing is counted.
+            piece: positions at a time, 1 or more.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] < 2:
+            raise ValueError(
+                f"HopeLM.loss: tokens have the shape {list(tokens.shape)}; give [batch, tokens], two tokens or more"
+            )
+        if piece < 1:
+            raise ValueError(f"HopeLM.loss: piece={piece} is not allowed; give a whole number, 1 or more")
+        before = None if mask is None else mask[:, :-1]
+        hidden, state = self.hidden(tokens[:, :-1], state, mask=before, learn=learn)
+        targets = tokens[:, 1:].long()
+        if mask is not None:
+            targets = torch.where(mask[:, 1:] & mask[:, :-1], targets, _NOT_COUNTED)
+        pairs = list(zip(hidden.split(piece, dim=1), targets.split(piece, dim=1), strict=True))
+        if len(pairs) == 1 or not torch.is_grad_enabled():
+            total = torch.stack([self._loss(x, y) for x, y in pairs]).sum()
+        else:
+            total = torch.stack([checkpoint(self._loss, x, y, use_reentrant=False) for x, y in pairs]).sum()
+        return total / (targets != _NOT_COUNTED).sum().clamp_min(1), state
+
+    # -- how -----------------------------------------------------------------------------------------------------------
+
+    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = self.head(self.norm(hidden))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_NOT_COUNTED, reduction="sum")
+
+    def _read(self, state: State) -> Read:
+        """How many tokens the rows have read: waits for the device, once."""
+        if not self._taught:
+            return Read([0], False)
+        i = next(i for i, block in enumerate(self._blocks()) if block.mlp.taught)
+        carried = state[TAUGHT]["live"].sum(1)
+        seen, carries = torch.stack([state[f"block_{i}"]["mlp"]["step"] + carried, carried]).tolist()
+        return Read(sorted(set(seen)), all(carries))
+
+    def _segments(
+        self, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn, read: Read
+    ) -> tuple[Tensor, State]:
+        """All tokens; where `segment` says so, each segment is run again in the backward pass."""
+        length = tokens.shape[1]
+        if not self.segment or not torch.is_grad_enabled() or length <= self.segment:
+            return self._run(tokens, state, mask, learn, read)
+        found = []
+        for first in range(0, length, self.segment):
+            part = slice(first, first + self.segment)
+            masked = None if mask is None else mask[:, part]
+            own = Read([phase + first for phase in read.phases], read.carried if first == 0 else mask is None)
+            ahead = max(length - first - self.segment, 0)
+            x, state = self._again(tokens[:, part], state, masked, learn, own, ahead)
+            found.append(x)
+        return torch.cat(found, dim=1), state
+
+    def _again(
+        self, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn, read: Read, ahead: int
+    ) -> tuple[Tensor, State]:
+        names, values = zip(*leaves(state), strict=True)
+        after: list[str] = []
+
+        def run(*flat: Tensor) -> tuple[Tensor, ...]:
+            whole = self._whole(nested(dict(zip(names, flat, strict=True))))
+            x, new = self._run(tokens, whole, mask, learn, read, ahead)
+            flat_new = dict(leaves(new))
+            after[:] = flat_new
+            return x, *flat_new.values()
+
+        x, *flat = checkpoint(run, *values, use_reentrant=False, preserve_rng_state=False)
+        return x, self._whole(nested(dict(zip(after, flat, strict=True))))
+
+    def _whole(self, state: State) -> State:
+        """`state` with the dicts that hold no tensors, which a flat list does not keep."""
+        return {name: state.get(name, {}) for name in self._shapes} | {
+            name: {half: part.get(half, {}) for half in ("mixer", "mlp")}
+            for name, part in state.items()
+            if name != TAUGHT
+        }
+
+    def _run(
+        self, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn, read: Read, ahead: int = 0
+    ) -> tuple[Tensor, State]:
+        def segment(tokens: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, list[Tensor], State]:
+            return self._through(tokens, state, mask, learn)
+
+        if not self._taught:
+            x, _, state = segment(tokens, state, mask)
+            return x, state
+        if writes(learn, "mlp"):
+            continua = [block.mlp for block in self._blocks()]
+            return run_taught(tokens, state, continua, segment, self._signal, mask, read, ahead)
+        carried = state[TAUGHT]  # what is not written is not waited for
+        x, _, state = segment(tokens, {name: part for name, part in state.items() if name != TAUGHT}, mask)
+        return x, {**state, TAUGHT: carried}
+
+    def _through(
+        self, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn
+    ) -> tuple[Tensor, list[Tensor], State]:
+        """All blocks on tokens of which none crosses a write of a continuum that is taught."""
+        x = self._embedded(tokens)
+        inputs, new = [], {}
+        for name, block in zip(state, self._blocks(), strict=True):
+            own = state[name]
+            x, mixer = block.mixed(x, own["mixer"], mask=mask, learn=learn)
+            inputs.append(x)
+            if block.mlp.taught:
+                x, mlp = block.mlp.read(x, own["mlp"]), own["mlp"]
+            else:
+                x, mlp = block.mlp(x, own["mlp"], mask=mask, learn=writes(learn, "mlp"))
+            new[name] = {"mixer": mixer, "mlp": mlp}
+        return x, inputs, new
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.embedding(tokens.long())
+        try:
+            return self.embedding(tokens.long())
+        except IndexError:  # on an accelerator, which is not waited for, it is the device that stops
+            low, high = (int(end) for end in tokens.aminmax())
+            raise ValueError(
+                f"HopeLM: tokens from {low} to {high} are given; they must be from 0 to {self.vocab - 1}"
+            ) from None
+
+    def _signal(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return teach_signal(hidden, targets.long(), self.norm, self.head)
+
+    @property
+    def _taught(self) -> bool:
+        return any(block.mlp.taught for block in self._blocks())
+
+    def _blocks(self) -> Sequence[HopeBlock]:
         return list(self.blocks)  # type: ignore[arg-type]  # a ModuleList forgets of what it is
+
+    def fitted(self, state: Mapping[str, Any]) -> State:
+        """`state`, such as one from a file, in which dicts without tensors may be missing.
+
+        Raises:
+            ValueError: if it is that of another model; says which tensor.
+        """
+        first = next((leaf for _, leaf in leaves(state)), None)
+        return self._fitted(state, 1 if first is None else first.shape[0], "HopeLM")
+
+    def _fitted(self, state: Mapping[str, Any], batch: int, owner: str) -> State:
+        return fitted(state, self._shapes, batch, owner)
 
     def _check(self, tokens: Tensor) -> None:
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
@@ -117,30 +337,92 @@ class HopeLM(nn.Module):
             raise ValueError(
                 f"HopeLM: tokens have the shape {list(tokens.shape)}; give [batch, tokens], one or more of each"
             )
-        if torch.compiler.is_compiling():
-            return  # a check of values would break the graph
-        low, high = (int(end) for end in tokens.aminmax())
-        if low < 0 or high >= self.vocab:
-            raise ValueError(f"HopeLM: tokens from {low} to {high} are given; they must be from 0 to {self.vocab - 1}")
+
+    def consolidate(
+        self,
+        state: Mapping[str, Any],
+        tokens: Tensor,
+        *,
+        into: Literal["state", "parameters"] = "state",
+        steps: int = 200,
+        lr: float = 0.003,
+    ) -> tuple[State, dict[str, Consolidation]]:
+        """Put the model to sleep: what its faster levels have learned goes to the slower ones (`nn.consolidate`).
+
+        Args:
+            state: of this model.
+            tokens: `[B, T]` that each sequence goes through once more, to have its continua's inputs; nothing is
+                written meanwhile.
+            into: `"parameters"` also moves what the slowest levels have learned, the mean over sequences, to where all
+                sequences start, and puts the slowest levels back there: the model has then changed, in place, and the
+                state can be thrown away.
+            steps, lr: of `nn.consolidate`.
+
+        Returns:
+            The state afterwards, and what was lost, by block. Of a continuum with one level nothing is to be moved
+            between levels, and with `into="parameters"` its own goes.
+
+        Raises:
+            ValueError: if no continuum learns in context, or with `into="state"` none has two levels.
+        """
+        if into not in ("state", "parameters"):
+            raise ValueError(f'HopeLM.consolidate: into={into!r} is not allowed; give "state" or "parameters"')
+        self._check(tokens)
+        batch = tokens.shape[0]
+        now = self._fitted(state, batch, "HopeLM.consolidate")
+        several = {i for i, block in enumerate(self._blocks()) if block.mlp.learns and len(block.mlp.levels) > 1}
+        learning = {i for i, block in enumerate(self._blocks()) if block.mlp.learns}
+        if not (several if into == "state" else learning):
+            wanted = "two levels or more" if learning else 'learn="context"'
+            raise ValueError(f"HopeLM.consolidate: no continuum of this model has {wanted}; give its mlp that")
+        fresh = self.init_state(batch)
+        begun = {
+            f"block_{i}": {**fresh[f"block_{i}"], "mlp": now[f"block_{i}"]["mlp"]} for i in range(len(self.blocks))
+        }
+        with torch.no_grad():
+            _, inputs, _ = self._through(tokens, begun, None, "mixer")
+        found: dict[str, Consolidation] = {}
+        for i in sorted(learning):
+            name, cms = f"block_{i}", self._blocks()[i].mlp
+            if i in several:
+                mlp, found[name] = consolidate(cms, now[name]["mlp"], inputs[i], steps=steps, lr=lr)
+                now[name] = {**now[name], "mlp": mlp}
+            if into == "parameters":
+                now[name] = {**now[name], "mlp": cms.kept_for_good(now[name]["mlp"])}
+        return now, found
 
     @torch.no_grad()
-    def generate(self, prompt: Tensor, length: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
+    def generate(
+        self,
+        prompt: Tensor,
+        length: int,
+        choose: Callable[[Tensor], Tensor],
+        state: Mapping[str, Any] | None = None,
+        *,
+        learn: Learn = True,
+    ) -> tuple[Tensor, State | None]:
         """Go on with `prompt` for `length` tokens, one at a time, from the state.
 
         Args:
             prompt: `[B, n]` tokens, n >= 1.
             length: how many tokens to add, 0 or more.
             choose: from logits `[B, vocab]` the next tokens `[B]`, as `nestopt.train.sampling.choose` does.
+            state: what was read before the prompt; None is nothing.
+            learn: as for `forward`.
 
         Returns:
-            `[B, n + length]`, the prompt first.
+            `[B, n + length]`, the prompt first; and the state after all but the last of them, which is not read yet
+            (with `length` 0 nothing is read, and `state` comes back).
         """
         if length < 0:
             raise ValueError(f"HopeLM: length={length} is not allowed; give a whole number, 0 or more")
         self._check(prompt)
-        tokens, seen, state = [prompt.long()], prompt, None
+        tokens, seen = [prompt.long()], prompt
         for _ in range(length):
-            logits, state = self(seen, state)
+            logits, state = self(seen, state, learn=learn)
             seen = choose(logits[:, -1])[:, None]
             tokens.append(seen)
-        return torch.cat(tokens, dim=1)
+        return torch.cat(tokens, dim=1), None if state is None else dict(state)
+
+
+_NOT_COUNTED = -100

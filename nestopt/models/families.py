@@ -1,0 +1,201 @@
+"""Where trained models of several families have their parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nestopt.core.tree import State
+
+
+class Context(Protocol):
+    """One context of attention."""
+
+    def run(self, tokens: Tensor) -> Tensor:
+        """More tokens `[B, n]`, after those before: the stream before the last norm, `[B, n, D]`."""
+
+    def tensors(self) -> State:
+        """Its keys and values, to go on from."""
+
+
+class Family(Protocol):
+    """What `nestopt.models.stack` asks of a kind of model.
+
+    Attributes:
+        causal: whether no token sees those after it.
+    """
+
+    causal: bool
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """Its layers, from the first."""
+
+    def mlp(self, block: nn.Module) -> list[nn.Module]:
+        """The modules that a layer's MLP runs one after another, from x to what is added to the stream."""
+
+    def width(self, model: nn.Module) -> int:
+        """Of its stream."""
+
+    def has_head(self, model: nn.Module) -> bool:
+        """Whether it predicts tokens."""
+
+    def head(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        """Logits of the stream before the last norm."""
+
+    def signal(self, model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The derivative by `hidden` `[B, n, D]` of the loss of the tokens after it, `[B, n]`."""
+
+    def context(self, model: nn.Module, past: Mapping[str, Any] | None, mask: Tensor | None) -> Context:
+        """A context that begins, or goes on from the tensors of another."""
+
+
+class Decoder:
+    """GPT-2, or Llama and those like it: `core` with layers, and a last norm.
+
+    Args:
+        layers, norm: their names in the core.
+        core: the name of the core in a model with a head.
+    """
+
+    causal = True
+
+    def __init__(self, core: str, layers: str, norm: str) -> None:
+        self._core, self._layers, self._norm = core, layers, norm
+
+    def core(self, model: nn.Module) -> nn.Module:
+        """The model without its head."""
+        return cast(nn.Module, getattr(model, self._core, model))
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        return list(getattr(self.core(model), self._layers))
+
+    def mlp(self, block: nn.Module) -> list[nn.Module]:
+        return [cast(nn.Module, block.mlp)]
+
+    def width(self, model: nn.Module) -> int:
+        return int(cast(Any, model).config.hidden_size)
+
+    def has_head(self, model: nn.Module) -> bool:
+        return hasattr(model, "lm_head")
+
+    def head(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        normed = getattr(self.core(model), self._norm)(hidden)
+        return cast(Tensor, cast(Any, model).lm_head(normed)) if self.has_head(model) else normed
+
+    def signal(self, model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+        create = torch.is_grad_enabled()
+        with torch.enable_grad():
+            at = hidden if create and hidden.requires_grad else hidden.detach().requires_grad_()
+            logits = self.head(model, at)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            (found,) = torch.autograd.grad(loss, at, create_graph=create)
+        return found
+
+    def context(self, model: nn.Module, past: Mapping[str, Any] | None, mask: Tensor | None) -> Context:
+        return _Cached(self.core(model), self._norm, past, mask)
+
+
+class _Cached:
+    """A decoder's context: its cache of keys and values."""
+
+    def __init__(self, core: nn.Module, norm: str, past: Mapping[str, Any] | None, mask: Tensor | None) -> None:
+        from transformers import DynamicCache
+
+        self.core, self.norm = core, getattr(core, norm)
+        self.cache: Any = DynamicCache()
+        self.seen: Tensor | None = None
+        self.coming = mask
+        if past is not None:
+            for i, layer in enumerate(past["layers"].values()):
+                self.cache.update(layer["keys"], layer["values"], i)
+            self.seen = past["mask"]
+
+    def run(self, tokens: Tensor) -> Tensor:
+        n = tokens.shape[1]
+        if self.coming is None:
+            new = torch.ones_like(tokens, dtype=torch.bool)
+        else:
+            new, self.coming = self.coming[:, :n], self.coming[:, n:]
+        mask = new if self.seen is None else torch.cat([self.seen, new], dim=1)
+        # a row's tokens are counted, not its places
+        positions = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -n:]
+        whole = bool(mask.all())
+        found: list[Tensor] = []
+        handle = self.norm.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+        try:
+            self.core(
+                input_ids=tokens,
+                attention_mask=None if whole else mask.long(),
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        finally:
+            handle.remove()
+        self.seen = mask
+        return found[0]
+
+    def tensors(self) -> State:
+        layers = {str(i): {"keys": x.keys, "values": x.values} for i, x in enumerate(self.cache.layers)}
+        assert self.seen is not None
+        return {"layers": layers, "mask": self.seen}
+
+
+class Bert:
+    """An encoder such as BERT, in which each layer's MLP is two modules with a norm and the residual after them."""
+
+    causal = False
+
+    def core(self, model: nn.Module) -> Any:
+        """The model without its head."""
+        return getattr(model, "bert", model)
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        return list(self.core(model).encoder.layer)
+
+    def mlp(self, block: nn.Module) -> list[nn.Module]:
+        return [cast(nn.Module, block.intermediate), cast(nn.Module, cast(Any, block.output).dense)]
+
+    def width(self, model: nn.Module) -> int:
+        return int(cast(Any, model).config.hidden_size)
+
+    def has_head(self, model: nn.Module) -> bool:
+        return False  # what it predicts is not the next token
+
+    def head(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def signal(self, model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+        raise ValueError(f"{type(model).__name__} predicts no next token")
+
+    def context(self, model: nn.Module, past: Mapping[str, Any] | None, mask: Tensor | None) -> Context:
+        return cast(Context, None)  # it has none: each call is read as a whole
+
+
+GPT2, LLAMA, BERT = Decoder("transformer", "h", "ln_f"), Decoder("model", "layers", "norm"), Bert()
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a model, by the parts it has.
+
+    Raises:
+        ValueError: if it is none that is known.
+    """
+    for family in (GPT2, LLAMA, BERT):
+        try:
+            blocks = family.blocks(model)
+            parts = [part for part in family.mlp(blocks[0]) if isinstance(part, nn.Module)]
+            if parts and (not isinstance(family, Decoder) or hasattr(family.core(model), family._norm)):
+                return family
+        except (AttributeError, IndexError, TypeError):
+            continue
+    raise ValueError(
+        f"{type(model).__name__} is of no family that is known: GPT-2 (transformer.h[i].mlp), Llama and those like it "
+        "(model.layers[i].mlp), BERT (encoder.layer[i].intermediate and output). Give family=, an object like "
+        "nestopt.models.families.Decoder"
+    )

@@ -1,0 +1,404 @@
+"""A trained Transformer whose MLPs go on learning while it reads (NL section 7.3).
+
+Each MLP becomes a level of a continuum: its weights are where every sequence starts, and a period of tokens is its
+clock. With a rate of 0 it is the trained model, to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from nestopt.core.associative import Gd
+from nestopt.core.level import Level
+from nestopt.core.memories import Memory, Theta
+from nestopt.core.tree import State
+from nestopt.models.families import Family, family_of
+from nestopt.models.taught import TAUGHT, Read, nothing_carried, run_taught
+from nestopt.nn.rows import Rows
+from nestopt.ops.continuum import Lesson
+from nestopt.ops.continuum_clock import Clocks, Phases, Seen
+from nestopt.ops.continuum_memory import is_shared, look, read
+from nestopt.ops.continuum_write import Writer
+from nestopt.ops.given import check_mask
+
+LEVEL = "mlp"
+"""The name of the only level of each layer's clocks."""
+
+
+class _Weights(nn.Module):
+    """Several modules one after another, as one whose weights can be given."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+class _Module:
+    """A trained MLP as a memory."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        self.module = _Weights(parts)
+
+    def start(self) -> Theta:
+        return dict(self.module.named_parameters())
+
+    def read(self, theta: Theta, k: Tensor) -> Tensor:
+        return functional_call(self.module, {name: w.to(k.dtype) for name, w in theta.items()}, (k,))
+
+    def layers(self, theta: Theta, k: Tensor) -> None:
+        return None
+
+
+class Layer:
+    """One layer's MLP as a level: `run_taught`'s continuum.
+
+    Attributes:
+        memory: the MLP.
+        rate: its logarithm.
+        clocks: when it writes.
+        target: V of the local objective; None is taught by the model's loss.
+    """
+
+    taught = True
+
+    def __init__(self, memory: _Module, rate: Tensor, clocks: Clocks, target: Tensor | None) -> None:
+        self.memory, self.rate, self.clocks, self.target = memory, rate, clocks, target
+
+    def starts(self) -> dict[str, Theta]:
+        """The trained weights, at the precision of a state."""
+        found = self.memory.start().items()
+        return {LEVEL: {name: w.to(torch.promote_types(w.dtype, torch.float32)) for name, w in found}}
+
+    def init_state(self, batch: int) -> State:
+        """Of sequences that have read nothing: the trained weights, which are not copied."""
+        return self.clocks.begin(self.starts(), batch)
+
+    def until_write(self, phases: Phases) -> int:
+        """Tokens up to and with the next write."""
+        return self.clocks.until(phases)
+
+    def weights(self, state: Mapping[str, Any]) -> Theta | None:
+        """Those of each sequence; None where they are still the trained ones."""
+        found: Theta = state["levels"][LEVEL]["weights"]
+        return None if all(is_shared(w) for w in found.values()) and not state["step"].any() else found
+
+    def observe(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        state: State,
+        live: Tensor | None,
+        *,
+        phases: Phases,
+        ahead: int = 0,
+    ) -> State:
+        """Learn from x `[B, n, D]`, which was answered with the weights in `state`; write where the period is over."""
+        count = None if live is None else live.sum(1)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        seen = Seen(x.shape[1], count, phases, ahead)
+        constant = self.clocks.constant(seen, self.clocks.chain[LEVEL])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not constant):
+            x = x.to(dtype)
+            at = look(cast(Memory, self.memory), state["levels"][LEVEL]["weights"], x)
+            if self.target is None:
+                assert delta is not None
+                error = delta.to(dtype)
+            else:
+                error = at.y - x @ self.target.to(dtype).mT
+            if live is not None:
+                error = torch.where(live[..., None], error, 0)
+            none = error.new_zeros(len(error))
+            lesson = Lesson(at.gradient(error), none, none)
+        return self.clocks.after(state, {LEVEL: lesson}, seen, self.starts(), {LEVEL: self.rate.exp()})
+
+
+class Stacked(nn.Module):
+    """A trained model with levels in the place of MLPs; made by `stack`.
+
+    Attributes:
+        pretrained: the model, which is never changed.
+        periods: tokens between the writes of each layer that learns, by its number.
+    """
+
+    def __init__(
+        self,
+        pretrained: nn.Module,
+        family: Family,
+        periods: Mapping[int, int],
+        rate: float,
+        teach: Literal["loss", "local"],
+        writer: Writer,
+        through: Literal["full", "first_order", "stop"],
+    ) -> None:
+        super().__init__()
+        self.pretrained, self.periods, self._family = pretrained, dict(periods), family
+        self._blocks = family.blocks(pretrained)
+        self.rates, self.targets = nn.ParameterDict(), nn.ParameterDict()
+        self._layers: dict[int, Layer] = {}
+        if rate == 0:
+            return
+        for i, period in sorted(self.periods.items()):
+            memory = _Module(family.mlp(self._blocks[i]))
+            weight = next(iter(memory.start().values()))
+            self.rates[str(i)] = nn.Parameter(torch.tensor(math.log(rate), device=weight.device))
+            if teach == "local":
+                self.targets[str(i)] = nn.Parameter(torch.eye(family.width(pretrained), device=weight.device))
+            target = self.targets[str(i)] if teach == "local" else None
+            clocks = Clocks({LEVEL: period}, writer, through=through)
+            self._layers[i] = Layer(memory, self.rates[str(i)], clocks, target)
+
+    def init_state(self, batch: int) -> State:
+        """The state of `batch` sequences before their first token."""
+        found: State = {f"block_{n}": {LEVEL: layer.init_state(batch)} for n, layer in enumerate(self._layers.values())}
+        if self._layers and not self.targets:
+            like = next(self.pretrained.parameters())
+            found[TAUGHT] = nothing_carried(len(self._layers), batch, self._family.width(self.pretrained), like)
+        return found
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: Mapping[str, Any] | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        cache: bool = False,
+        learn: bool = True,
+    ) -> tuple[Tensor, State]:
+        """Logits `[B, T, vocab]`, or the last hidden states of a model without a head, and the state.
+
+        Args:
+            tokens: `[B, T]`.
+            state: from a former call; None begins new sequences.
+            attention_mask: `[B, T]`, 0 for padding, on either side.
+            cache: whether attention goes on from call to call, its keys and values in the state: then pieces give what
+                the whole does. Else each call begins a context of its own, and only what was learned goes on.
+            learn: False reads with the weights in the state, and changes none.
+
+        Raises:
+            ValueError: for a mask of another shape, or a cache of an encoder.
+        """
+        state = dict(state) if state else self.init_state(tokens.shape[0])
+        past = state.pop("cache", None)
+        if cache and not self._family.causal:
+            raise ValueError("Stacked: cache=True is for decoders; an encoder reads each call as a whole")
+        if not self._layers and not cache:
+            return self._plain(tokens, attention_mask), state
+        mask, rows = None, None
+        if attention_mask is not None:
+            check_mask(attention_mask.bool(), *tokens.shape)
+            rows = Rows.of(attention_mask.bool())
+            tokens, mask = rows.moved(tokens[..., None])[..., 0], rows.front
+        context = self._family.context(self.pretrained, past if cache else None, mask)
+        if not self._family.causal:
+            out, state = self._encoded(tokens, state, mask, learn)
+        elif learn and self._layers:
+            hidden, state = self._taught(tokens, state, context, mask)
+            out = self._family.head(self.pretrained, hidden)
+        else:
+            hidden, _ = self._read(tokens, state, context)
+            out = self._family.head(self.pretrained, hidden)
+        if cache:
+            state["cache"] = context.tensors()
+        return (out if rows is None else rows.back(out)), state
+
+    def _plain(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+        found = self.pretrained(tokens, attention_mask=attention_mask)
+        return cast(Tensor, found.logits if hasattr(found, "logits") else found.last_hidden_state)
+
+    def _taught(self, tokens: Tensor, state: State, context: Any, mask: Tensor | None) -> tuple[Tensor, State]:
+        """As `HopeLM` learns: from write to write, each position when its next token has come."""
+
+        def segment(part: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, list[Tensor], State]:
+            hidden, inputs = self._read(part, state, context)
+            return hidden, inputs, state
+
+        def signal(hidden: Tensor, targets: Tensor) -> Tensor:
+            return self._family.signal(self.pretrained, hidden, targets)
+
+        continua = cast(Any, list(self._layers.values()))
+        carried = state[TAUGHT]["live"].sum(1)
+        step = next(iter(state.values()))[LEVEL]["step"] + carried
+        seen = Read(sorted(set(step.tolist())), bool(carried.all()) and state[TAUGHT]["live"].shape[1] > 0)
+        through = next(iter(self._layers.values())).clocks.through
+        with torch.set_grad_enabled(torch.is_grad_enabled() and through != "stop"):
+            return run_taught(tokens, state, continua, segment, signal, mask, seen)
+
+    def _encoded(self, tokens: Tensor, state: State, mask: Tensor | None, learn: bool) -> tuple[Tensor, State]:
+        """All at once; then the levels learn from it, token by token, each from its own objective."""
+        with self._weights(state) as inputs:
+            out = self._plain(tokens, mask)
+        if not learn:
+            return out, state
+        new, live = dict(state), mask
+        for n, (i, layer) in enumerate(self._layers.items()):
+            own, first = new[f"block_{n}"][LEVEL], 0
+            phases: Phases = sorted(set(own["step"].tolist()))
+            while first < tokens.shape[1]:
+                last = min(first + layer.until_write(phases), tokens.shape[1])
+                part = slice(first, last)
+                own = layer.observe(
+                    inputs[i][:, part], None, own, None if live is None else live[:, part], phases=phases
+                )
+                phases = [phase + last - first for phase in phases]
+                first = last
+            new[f"block_{n}"] = {LEVEL: own}
+        return out, new
+
+    def _read(self, tokens: Tensor, state: State, context: Any) -> tuple[Tensor, list[Tensor]]:
+        """The stream before the last norm `[B, n, D]`, and the inputs of each layer that learns."""
+        with self._weights(state) as inputs:
+            hidden = context.run(tokens)
+        return hidden, [inputs[i] for i in self._layers]
+
+    @contextmanager
+    def _weights(self, state: State) -> Iterator[dict[int, Tensor]]:
+        """While this lasts, the MLPs have the weights in `state`; gives what they are shown."""
+        inputs: dict[int, Tensor] = {}
+        patched: list[nn.Module] = []
+        try:
+            for n, (i, layer) in enumerate(self._layers.items()):
+                first, *rest = parts = self._family.mlp(self._blocks[i])
+                weights = layer.weights(state[f"block_{n}"][LEVEL])
+                _patch(first, _reader(layer, weights, first, i, inputs))
+                if weights is not None:
+                    for part in rest:  # the first has done their work
+                        _patch(part, lambda x, *args, **kwargs: x)
+                patched += parts
+            yield inputs
+        finally:
+            for module in patched:
+                module.__dict__.pop("forward", None)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Tensor,
+        length: int,
+        choose: Callable[[Tensor], Tensor] = lambda logits: logits.argmax(-1),
+        state: Mapping[str, Any] | None = None,
+        *,
+        learn: bool = True,
+    ) -> tuple[Tensor, State]:
+        """Go on with `prompt` `[B, n]` for `length` tokens: `[B, n + length]`, and the state after all but the last."""
+        tokens, seen = [prompt], prompt
+        now: State = dict(state) if state else self.init_state(len(prompt))
+        for _ in range(length):
+            logits, now = self(seen, now, cache=True, learn=learn)
+            seen = choose(logits[:, -1])[:, None]
+            tokens.append(seen)
+        return torch.cat(tokens, dim=1), now
+
+
+def _patch(module: nn.Module, forward: Callable[..., Tensor]) -> None:
+    module.__dict__["forward"] = forward
+
+
+def _reader(
+    layer: Layer, weights: Theta | None, module: nn.Module, i: int, inputs: dict[int, Tensor]
+) -> Callable[..., Tensor]:
+    own = type(module).forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        inputs[i] = x
+        if weights is None:
+            return own(module, x, *args, **kwargs)
+        with _unpatched(layer.memory.module):
+            return read(cast(Memory, layer.memory), weights, x)
+
+    return forward
+
+
+@contextmanager
+def _unpatched(module: nn.Module) -> Iterator[None]:
+    """Within this, the parts of `module` are themselves."""
+    kept = {part: part.__dict__.pop("forward") for part in module.modules() if "forward" in part.__dict__}
+    try:
+        yield
+    finally:
+        for part, forward in kept.items():
+            _patch(part, forward)
+
+
+def stack(
+    pretrained: nn.Module,
+    levels: int | Sequence[int] | Mapping[int, int] = 64,
+    *,
+    rate: float = 0.01,
+    teach: Literal["loss", "local"] = "loss",
+    learner: Level | None = None,
+    keep: float = 1.0,
+    through: Literal["full", "first_order", "stop"] = "stop",
+    family: Family | None = None,
+) -> Stacked:
+    r"""Let the MLPs of a trained Hugging Face model learn while it reads.
+
+    Taught by the loss, each takes $\delta_t = \partial\ell_t/\partial h_t$ of the stream before the last norm as the
+    error at its own output, as a `HopeLM`'s continuum does (`nestopt.models.taught`), and steps every period along the
+    sum of its gradients.
+
+    Args:
+        pretrained: a GPT-2, a Llama or one like it (Mistral, Qwen, SmolLM, …), or a BERT. It is not changed.
+        levels: tokens between writes: of all MLPs; or several, spread evenly over the depth from the first layer on
+            (slow ones first, as a rule); or by layer, counted from 0, or from the end with negative numbers: only these
+            learn.
+        rate: of the learner's steps, the same for all at first, learned as its logarithm. 0: the model is as it was.
+        teach: `"loss"`, of the model's own next-token prediction; `"local"`: M(x) is to be V x, with V learned and at
+            first the identity, for models without a head.
+        learner: what is shown the gradients. Default `gd`.
+        keep: what is left, at each write, of the way from the trained weights.
+        through: how the outer gradient passes a write, if weights or rates are to be trained (`nestopt.levels.cms`).
+        family: where a model of another kind has its parts.
+
+    Raises:
+        ValueError: for a model of no known family, layers that it does not have, periods below 1, or an encoder that is
+            to be taught by a loss it does not have.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel  # doctest: +SKIP
+    >>> model = stack(GPT2LMHeadModel(GPT2Config(n_layer=4)), {-1: 16, -2: 64})  # doctest: +SKIP
+    """
+    family = family_of(pretrained) if family is None else family
+    if rate < 0 or not math.isfinite(rate):
+        raise ValueError(f"stack: rate={rate} is not allowed; give 0 or more")
+    if teach not in ("loss", "local"):
+        raise ValueError(f'stack: teach={teach!r} is not allowed; give "loss" or "local"')
+    if teach == "loss" and rate and not family.has_head(pretrained):
+        raise ValueError(
+            f"stack: {type(pretrained).__name__} predicts no next token, so that no loss can teach it; give "
+            'teach="local", or rate=0'
+        )
+    periods = _periods(levels, len(family.blocks(pretrained)))
+    writer = Writer(Gd() if learner is None else learner, normalized=False, keep=keep)
+    return Stacked(pretrained, family, periods, rate, teach, writer, through)
+
+
+def _periods(levels: int | Sequence[int] | Mapping[int, int], depth: int) -> dict[int, int]:
+    """The period of each layer that learns."""
+    if isinstance(levels, Mapping):
+        for i in levels:
+            if not -depth <= i < depth:
+                raise ValueError(f"stack: levels has layer {i}; there are layers 0 to {depth - 1}, or -{depth} to -1")
+        found = {i % depth: period for i, period in levels.items()}
+    else:
+        spread = [levels] if isinstance(levels, int) else list(levels)
+        if not spread:
+            raise ValueError("stack: levels is empty; give a period, several, or a period by layer")
+        found = {i: spread[i * len(spread) // depth] for i in range(depth)}
+    for i, period in found.items():
+        if isinstance(period, bool) or not isinstance(period, int) or period < 1:
+            raise ValueError(f"stack: period {period!r} of layer {i} is not allowed; give whole tokens, 1 or more")
+    return found
+
+
+__all__ = ["Stacked", "stack"]

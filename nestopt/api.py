@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from nestopt.config import Config, ModelConfig, build, load
 from nestopt.config.load import names_file
+from nestopt.config.sizes import named
 from nestopt.description import Description
 from nestopt.description import describe as describe_object
 from nestopt.models import HopeLM, build_model
@@ -46,15 +47,15 @@ def model(spec: Any = None) -> HopeLM:
     """A language model: `logits, state = model(tokens, state=None)`, tokens `[B, T]`, logits `[B, T, vocab]`.
 
     Args:
-        spec: a config, its model section, a mapping of that section's keys, or the path of a YAML file. None: the
-            default.
+        spec: a config, its model section, a mapping of that section's keys, the path of a YAML file, or the name of a
+            size, such as `"hope-340m"` (`nestopt.config.sizes`). None: the default.
 
     Raises:
         ConfigError: a spec that can't be built.
     """
     if names_file(spec):
         spec = load(spec)
-    section = spec.model if isinstance(spec, Config) else spec
+    section = spec.model if isinstance(spec, Config) else named(spec) if isinstance(spec, str) else spec
     if section is None or isinstance(section, Mapping):
         section = ModelConfig(**(section or {}))
     return build_model(section)

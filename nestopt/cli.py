@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import importlib.resources
 import json
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from nestopt.config import Config, ConfigError, load
+from nestopt.config.io import write
+from nestopt.config.load import default
 from nestopt.config.overrides import apply
 from nestopt.core.part import nearest
 from nestopt.core.registry import KINDS, registry
@@ -51,27 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-p", dest="plugin", action="append", metavar="no:NAME", help="switch the plugin NAME off")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser(
-        "train", help="train a language model (alone: on Python's standard library, about 4 minutes)"
+    _add_train(
+        commands.add_parser(
+            "train", help="train a language model (alone: on Python's standard library, about 4 minutes)"
+        )
     )
-    train.add_argument(
-        "given", nargs="*", metavar="CONFIG.yaml | key=value", help="a config file, and values that go before it"
-    )
-    train.add_argument("--data", metavar="PATH", help="train on this file or folder of text")
-    train.add_argument("--out", metavar="FOLDER", help="where runs are kept (default: runs)")
-    train.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
-    train.add_argument("-q", "--quiet", action="store_true", help="no progress, no report")
-    train.set_defaults(run=_train)
-
-    generate = commands.add_parser("generate", help="let a trained model write")
-    generate.add_argument("path", metavar="RUN")
-    generate.add_argument("--prompt", default="def ", help="text to go on from (default: 'def ')")
-    generate.add_argument("--length", type=int, default=400, help="bytes to add (default: 400)")
-    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest byte (default: 0.8)")
-    generate.add_argument("--top-k", type=int, help="choose among the k likeliest")
-    generate.add_argument("--top-p", type=float, help="choose among the fewest with this probability together")
-    generate.add_argument("--seed", type=int, default=0)
-    generate.set_defaults(run=_generate)
+    _add_generate(commands.add_parser("generate", help="let a trained model write"))
+    _add_eval(commands.add_parser("eval", help="measure what a trained model does"))
 
     describe = commands.add_parser("describe", help="the levels of a config or a run, in order")
     describe.add_argument("path", metavar="CONFIG.yaml | RUN")
@@ -79,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     describe.add_argument("--format", choices=["text", "mermaid", "svg"], default="text")
     describe.set_defaults(run=_describe)
 
+    _add_plan(
+        commands.add_parser("plan", help="what a training step costs, per number of levels and period of the mlp")
+    )
     levels = commands.add_parser("levels", help="the levels and parts that can be used by name")
     levels.add_argument(
         "pattern", nargs="?", default="*", metavar="PATTERN", help='such as "*momentum*" (default: all)'
@@ -89,6 +79,67 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="versions, devices, and what is missing")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_train(train: argparse.ArgumentParser) -> None:
+    train.add_argument(
+        "given", nargs="*", metavar="CONFIG.yaml | key=value", help="a config file, and values that go before it"
+    )
+    train.add_argument("--data", metavar="PATH", help="train on this file or folder of text")
+    train.add_argument("--out", metavar="FOLDER", help="where runs are kept (default: runs)")
+    train.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
+    train.add_argument(
+        "--baseline",
+        choices=["transformer"],
+        help="then train one with as many parameters on the same bytes, at equal tokens and at equal seconds",
+    )
+    train.add_argument("-q", "--quiet", action="store_true", help="no progress, no report")
+    train.set_defaults(run=_train)
+
+
+def _add_generate(generate: argparse.ArgumentParser) -> None:
+    generate.add_argument("path", metavar="RUN")
+    generate.add_argument(
+        "--prompt", help="text to go on from (default: 'def '; none, after --prompt-file or --from-state)"
+    )
+    generate.add_argument("--prompt-file", metavar="FILE", help="read this document, of any length, before the prompt")
+    generate.add_argument("--length", type=int, default=400, help="bytes to add (default: 400)")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest byte (default: 0.8)")
+    generate.add_argument("--top-k", type=int, help="choose among the k likeliest")
+    generate.add_argument("--top-p", type=float, help="choose among the fewest with this probability together")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument(
+        "--learn",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether an mlp that learns in context does; mixers remember what was read in any case (default: it does)",
+    )
+    generate.add_argument("--state", metavar="FILE", help="save at the end what the model then remembers")
+    generate.add_argument("--from-state", metavar="FILE", help="go on from what --state saved")
+    generate.set_defaults(run=_generate)
+
+
+def _add_eval(measure: argparse.ArgumentParser) -> None:
+    reports = measure.add_subparsers(required=True, metavar="REPORT")
+    forgetting = reports.add_parser(
+        "forgetting", help="what learning while reading gives, and how much is left after more text"
+    )
+    forgetting.add_argument("path", metavar="RUN")
+    forgetting.add_argument("--data", metavar="PATH", help="read this file or folder, not the run's held-out text")
+    forgetting.add_argument("--bytes", type=int, metavar="N", help="of each document (default: 512, or what there is)")
+    forgetting.add_argument("--documents", type=int, default=8, help="side by side (default: 8)")
+    forgetting.add_argument("--out", metavar="FOLDER", help="for forgetting.png and forgetting.json (default: RUN)")
+    forgetting.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    forgetting.set_defaults(run=_forgetting)
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("given", nargs="*", metavar="CONFIG.yaml | key=value", help="a config file, and values")
+    plan.add_argument(
+        "--periods", nargs="+", metavar="C,C", help="choices to compare, such as 16 16,64; static is one static mlp"
+    )
+    plan.add_argument("--check", action="store_true", help="also run each, and print how far off the expectation was")
+    plan.set_defaults(run=_plan)
 
 
 def _config(given: Sequence[str], base: Config | None = None) -> Config:
@@ -102,9 +153,7 @@ def _config(given: Sequence[str], base: Config | None = None) -> Config:
             raise ConfigError(f"{files[0]} is a stack; put it under optimizer: stack: to train with it")
         return loaded
     if base is None:
-        default = load(importlib.resources.files("nestopt.config") / "default.yaml", overrides)  # type: ignore[arg-type]
-        assert isinstance(default, Config)
-        return default
+        return default(overrides)
     return Config.from_data(apply(base.to_data(), overrides))
 
 
@@ -124,7 +173,12 @@ def _train(args: argparse.Namespace) -> int:
         given += [f"train.out={json.dumps(args.out)}"] if args.out else []
         config = _config(given)
     result = train(config, resume=args.resume, quiet=args.quiet)
-    return 0 if result.finished else EXIT_INTERRUPTED
+    finished = result.finished
+    if finished and args.baseline:
+        from nestopt.train.compare import compare
+
+        finished = all(row.result.finished for row in compare(config, result, quiet=args.quiet))
+    return 0 if finished else EXIT_INTERRUPTED
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -132,11 +186,12 @@ def _generate(args: argparse.Namespace) -> int:
 
     from nestopt.train.run import Run
     from nestopt.train.sampling import choose
+    from nestopt.train.writing import Writer
 
-    model = Run.open(args.path).load_model()
-    prompt = args.prompt.encode()
-    if not prompt:
-        raise ConfigError("--prompt is empty; give one byte or more")
+    writer = Writer(Run.open(args.path).load_model(), learn=True if args.learn else "mixer")
+    prompt = args.prompt
+    if prompt is None:
+        prompt = "" if args.prompt_file or args.from_state else "def "
     generator = torch.Generator().manual_seed(args.seed)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -147,12 +202,55 @@ def _generate(args: argparse.Namespace) -> int:
         print(decoder.decode(bytes(chosen.clamp(max=255).tolist())), end="", flush=True)
         return chosen
 
-    print(args.prompt, end="", flush=True)
     try:
-        model.generate(torch.tensor([list(prompt)]), args.length, next_byte)
+        if args.from_state:
+            writer.load(args.from_state)
+        if args.prompt_file:
+            writer.read(_document(args.prompt_file), quiet=not sys.stderr.isatty())
+        writer.read(prompt.encode())
+        print(prompt, end="", flush=True)
+        writer.write(args.length, next_byte)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     print(decoder.decode(b"", final=True))
+    if args.state:
+        writer.save(args.state)
+    return 0
+
+
+def _document(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError.refuse("--prompt-file", path, f"it can't be read: {error.strerror}") from None
+
+
+def _forgetting(args: argparse.Namespace) -> int:
+    import torch
+
+    from nestopt.evidence import documents_in, forgetting
+    from nestopt.train.datasets import Files
+    from nestopt.train.run import Run
+
+    run = Run.open(args.path)
+    config = run.config()
+    path = args.data or config.data.path
+    dataset = Files(path) if path else config.data.dataset
+    assert dataset is not None
+    corpus = dataset.load()
+    text = torch.from_numpy(corpus.held_out).long()
+    size = args.bytes or min(512, max(2, len(text) // (args.documents + 101)))
+    try:
+        documents, new = documents_in(text, size, args.documents)
+        report = forgetting(run.load_model(), documents, new, piece=config.data.window, progress=not args.quiet)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    folder = Path(args.out) if args.out else run.path
+    folder.mkdir(parents=True, exist_ok=True)
+    write(json.dumps(report.to_dict(), indent=1) + "\n", folder / "forgetting.json")
+    report.plot(folder / "forgetting.png")
+    print(report.table())
+    print(f"in {folder}: forgetting.png, forgetting.json")
     return 0
 
 
@@ -200,6 +298,15 @@ def _plugins(args: argparse.Namespace) -> int:
         else:
             print(f"{plugin.name} ({plugin.source}): {', '.join(f'{kind} {name}' for kind, name in plugin.provides)}")
     return 1 if broken else 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from nestopt.train import plan
+
+    config = _config(args.given)
+    choices = plan.PERIODS if args.periods is None else [plan.choice(text) for text in args.periods]
+    print(plan.table(plan.plan(config, choices, check=args.check, quiet=False)))
+    return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:

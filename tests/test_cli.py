@@ -54,7 +54,7 @@ def test_train_generate_describe_resume(run, text, tmp_path):
 
     status, out, _ = run("describe", folder)
     assert status == 0
-    for word in ("attention", "muon", "every token", "every step"):
+    for word in ("window", "muon", "every token", "every 32 tokens", "every step"):
         assert word in out
     assert run("describe", folder, "--format", "mermaid")[1].startswith("flowchart")
     assert run("describe", folder, "--format", "svg")[1].startswith("<svg")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -43,6 +44,18 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable
         except ConfigError as error:
             raise error.under("", name) from None
     return Config.from_data(data, name)
+
+
+def default(overrides: Iterable[str] = ()) -> Config:
+    """The configuration of the run that `nestopt train` starts when it is given none.
+
+    Args:
+        overrides: as of `load`.
+    """
+    with importlib.resources.as_file(importlib.resources.files("nestopt.config") / "default.yaml") as path:
+        found = load(path, overrides)
+    assert isinstance(found, Config)
+    return found
 
 
 def save(what: Config | Level, path: str | os.PathLike[str]) -> None:

@@ -20,6 +20,7 @@ from typing_extensions import Self
 
 from nestopt.config.errors import ConfigError, join, translate
 from nestopt.config.io import dump
+from nestopt.config.sizes import named
 from nestopt.config.spec import build, to_spec
 from nestopt.config.values import Bool, Finite, Whole, no_bool
 from nestopt.core import Dataset, Level
@@ -77,6 +78,9 @@ class ModelConfig(Section):
     """The language model."""
 
     mixer: LevelSpec = Field(default=_spec("attention"), description="what mixes tokens in each block: any level")
+    mixers: list[LevelSpec] = Field(
+        default=[], description="a mixer for each block, from the first on, again and again; empty: all have `mixer`"
+    )
     mlp: LevelSpec = Field(
         default=_spec({"level": "cms", "periods": [1]}), description="what follows it, token by token: a cms"
     )
@@ -84,7 +88,12 @@ class ModelConfig(Section):
     blocks: Whole = Field(default=3, ge=1, description="how many blocks, each a mixer and an mlp")
     heads: Whole = Field(default=4, ge=1, description="memories side by side in a mixer; must divide dim")
     conv: Whole = Field(default=4, ge=0, description="width of the causal depthwise convolution; 0 for none")
+    gate_output: Bool = Field(default=False, description="multiply each mixer's read by silu(W x)")
     vocab: Whole = Field(default=256, ge=1, description="how many different tokens; 256 for bytes")
+    tie: Bool = Field(default=False, description="let the head have the embedding's weights")
+    segment: Whole = Field(
+        default=0, ge=0, description="in training, recompute all but the states at every so many tokens; 0: keep all"
+    )
 
     @model_validator(mode="after")
     def _heads_divide_dim(self) -> Self:
@@ -195,6 +204,17 @@ class TrainConfig(Section):
     eval_every: Whole = Field(default=200, ge=0, description="steps between evaluations; 0: at the end only")
     eval_bytes: Whole = Field(default=32768, ge=2, description="held-out bytes per evaluation on the way")
     final_bytes: Whole = Field(default=524288, ge=2, description="held-out bytes for the evaluation at the end")
+    eval_streams: Whole = Field(
+        default=0,
+        ge=0,
+        description="read held-out text as so many stretches side by side, each with the state carried from its start "
+        "to its end; 0: in windows, each from a new state",
+    )
+    learn: Literal["all", "mixer"] = Field(
+        default="all",
+        description="what writes its memories in training windows: all, or the mixers only, while an mlp that learns "
+        "in context is trained as it starts",
+    )
     log_every: Whole = Field(default=10, ge=1, description="steps between lines of metrics.jsonl")
     save_every: Whole = Field(default=200, ge=0, description="steps between checkpoints; 0: never")
     sample_bytes: Whole = Field(default=400, ge=0, description="bytes of text to generate after each evaluation")
@@ -227,7 +247,7 @@ class TrainConfig(Section):
 class Config(Section):
     """A whole run. `Config()` is the one that `nestopt train` alone starts."""
 
-    model: ModelConfig = Field(default=_spec({}), description="the language model")
+    model: ModelConfig = Field(default=_spec({}), description="the language model; or a name, such as hope-340m")
     optimizer: OptimizerConfig = Field(default=_spec({}), description="how its parameters learn")
     data: DataConfig = Field(default=_spec({}), description="the text")
     train: TrainConfig = Field(default=_spec({}), description="the run")
@@ -236,6 +256,11 @@ class Config(Section):
     @classmethod
     def _empty_is_default(cls, section: object) -> object:
         return {} if section is None else section  # `model:` with nothing under it
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _named(cls, section: object) -> object:
+        return named(section) if isinstance(section, str) else section
 
     @classmethod
     def from_data(cls, data: object, source: str = "") -> Config:

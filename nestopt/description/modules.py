@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from nestopt.core.level import Level
+from nestopt.core.tree import leaves
 from nestopt.description import stacks
 from nestopt.description.memory import WEIGHTS, Memory
 from nestopt.description.optimizers import Family
-from nestopt.levels.cms import Cms
+from nestopt.levels.cms import Auto, Cms, ticks_of
+from nestopt.nn.cms import CMS
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 KINDS: tuple[tuple[str, tuple[type[nn.Module], ...], str], ...] = (
@@ -45,9 +47,12 @@ def token_memories(module: nn.Module) -> tuple[list[Memory], list[str]]:
         name, level = path or type(inner).__name__, level_of(inner)
         memories: list[Memory] = []
         if level is not None:
-            if isinstance(level, Cms) or _wraps(inner, level):
+            if isinstance(inner, CMS) and inner.learns:
+                memories = _continuum(inner, name)
+            elif isinstance(level, Cms) or _wraps(inner, level):
                 continue  # a static continuum learns as weights do; a wrapper's level is its inner module's
-            memories = stacks.memories(level, name, "tokens", _sizes(inner, level, name))
+            else:
+                memories = stacks.memories(level, name, "tokens", _sizes(inner, level, name))
         elif isinstance(inner, nn.MultiheadAttention):
             memories = [_attention(name)]
         elif isinstance(inner, RECURRENT):
@@ -75,6 +80,20 @@ def _is_memory(module: nn.Module) -> bool:
 
 def _wraps(module: nn.Module, level: Level) -> bool:
     return any(below is not module and level_of(below) is level for below in module.modules())
+
+
+def _continuum(module: CMS, name: str) -> list[Memory]:
+    """The levels of a continuum in context, which writes at its periods."""
+    level, state = module.level, module.init_state(1)
+    objective = "the model's loss" if module.taught else "l2"
+    found = []
+    for key, period in level.chain().items():
+        kept = [leaf for _, leaf in leaves(state["levels"][key])]
+        rule = level.learner.label + (" if surprised" if isinstance(period, Auto) else "")
+        numbers, size = sum(x.numel() for x in kept), sum(x.numel() * x.element_size() for x in kept)
+        memory = level.block(module.dim).label
+        found.append(Memory(f"{name}.{key}", "tokens", ticks_of(period), memory, objective, rule, numbers, size))
+    return found
 
 
 def _attention(name: str) -> Memory:

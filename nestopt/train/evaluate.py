@@ -74,3 +74,53 @@ def bits_per_byte(
             nats += row[(0 if start == 0 else known) :].sum(dtype=torch.float64)
     model.train(training)
     return float(total(nats)) / (len(text) - 1) / math.log(2)
+
+
+@torch.no_grad()
+def stream_bits_per_byte(
+    model: nn.Module,
+    text: Tensor,
+    *,
+    streams: int,
+    piece: int,
+    learn: bool = True,
+    rank: int = 0,
+    world: int = 1,
+    total: Callable[[Tensor], Tensor] = lambda x: x,
+) -> float:
+    """Mean bits that `model` needs for each byte of `text` but the first, read with its state from end to end.
+
+    The text is cut into `streams` stretches of one length, side by side in a batch: each byte is predicted from all of
+    its stretch before it, and counted once. Memory does not grow with the text, if the model's state does not.
+
+    Args:
+        model: a `nestopt.models.HopeLM`.
+        text: `[N]` bytes, on the model's device.
+        streams: how many stretches, at most one for each byte to predict.
+        piece: bytes of each stretch per call.
+        learn: whether the memories are written.
+        rank, world: which of the stretches are this process's.
+        total: sums a tensor over processes.
+
+    Raises:
+        ValueError: a text of fewer than two bytes.
+    """
+    if len(text) < 2:
+        raise ValueError(f"held-out text of {len(text)} bytes can't be measured; give two or more")
+    training = model.training
+    model.eval()
+    wanted = len(text) - 1
+    length = -(-wanted // min(streams, wanted))
+    rows = -(-wanted // length)
+    # the last stretch is filled up; what is read there comes after all that counts
+    filled = F.pad(text.long(), (0, rows * length - wanted))
+    inputs, targets = filled[:-1].view(rows, length)[rank::world], filled[1:].view(rows, length)[rank::world]
+    counted = (torch.arange(rows * length, device=text.device) < wanted).view(rows, length)[rank::world]
+    nats, state = torch.zeros((), dtype=torch.float64, device=text.device), None
+    for first in range(0, length if len(inputs) else 0, piece):
+        part = slice(first, first + piece)
+        logits, state = model(inputs[:, part], state, learn=learn)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets[:, part].flatten(), reduction="none")
+        nats += (loss * counted[:, part].flatten()).sum(dtype=torch.float64)
+    model.train(training)
+    return float(total(nats)) / wanted / math.log(2)

@@ -23,7 +23,7 @@ from nestopt.config import Config, ConfigError
 from nestopt.optim import optimizer as make_optimizer
 from nestopt.train import checkpoint, engines
 from nestopt.train.datasets import Files
-from nestopt.train.evaluate import bits_per_byte, held_out_text
+from nestopt.train.evaluate import bits_per_byte, held_out_text, stream_bits_per_byte
 from nestopt.train.metrics import MetricsLog
 from nestopt.train.report import Report
 from nestopt.train.run import Run, build_model
@@ -41,6 +41,7 @@ class Result:
     Attributes:
         run: its folder.
         step: optimizer steps taken in all.
+        seconds: of training, in all.
         bits_per_byte: on the held-out text, or None where the run was interrupted.
         baselines: those of simple models on the same text; in the first process only.
         finished: False if it was interrupted (its checkpoint is saved, and `train(resume=…)` goes on).
@@ -48,6 +49,7 @@ class Result:
 
     run: Run
     step: int
+    seconds: float
     bits_per_byte: float | None
     baselines: dict[str, float]
     finished: bool
@@ -118,7 +120,7 @@ class _Training:
             if log:
                 log.close()
             report.interrupted(self.step)
-            return Result(self.run, self.step, None, {}, False)
+            return Result(self.run, self.step, self.elapsed, None, {}, False)
         report.say(f"measuring on {len(self.text):,} held-out bytes …")
         score = self._evaluate(self.text)
         if log:
@@ -128,7 +130,7 @@ class _Training:
             log.close()
             report.end(score, self.elapsed)
         self.engine.wait()
-        return Result(self.run, self.step, score, report.baselines if writes else {}, True)
+        return Result(self.run, self.step, self.elapsed, score, report.baselines if writes else {}, True)
 
     def _steps(self, log: MetricsLog | None, report: Report, stop: threading.Event) -> bool:
         """Train until the end (True) or until asked to stop (False)."""
@@ -188,7 +190,7 @@ class _Training:
             rank=self.engine.rank,
             world=self.engine.world,
         ).to(self.engine.device)
-        logits, _ = self.engine.model(batch[:, :-1])
+        logits, _ = self.engine.model(batch[:, :-1], learn=True if settings.learn == "all" else "mixer")
         loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
         return loss.detach(), self.engine.update(loss)
 
@@ -221,14 +223,15 @@ class _Training:
     def _evaluate(self, held_out: npt.NDArray[np.uint8]) -> float:
         data, engine = self.config.data, self.engine
         text = torch.from_numpy(held_out).to(engine.device)
+        shared: dict[str, Any] = {"rank": engine.rank, "world": engine.world, "total": engine.total}
+        if streams := self.config.train.eval_streams:
+            return stream_bits_per_byte(self.lm, text, streams=streams, piece=data.window, **shared)
         return bits_per_byte(
             self.lm,
             text,
             window=data.window,
             batch=4 * data.batch,
-            rank=engine.rank,
-            world=engine.world,
-            total=engine.total,
+            **shared,
         )
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------

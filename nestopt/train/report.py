@@ -65,7 +65,7 @@ class Report:
         device = next(model.parameters()).device
         generator = torch.Generator(device).manual_seed(config.train.seed)
         prompt = torch.tensor([list(b"def ")], device=device)
-        tokens = model.generate(prompt, length, lambda z: choose(z.float(), temperature=0.8, generator=generator))
+        tokens, _ = model.generate(prompt, length, lambda z: choose(z.float(), temperature=0.8, generator=generator))
         body = bytes(tokens[0].clamp(max=255).tolist()).decode("utf-8", errors="replace")
         with open(self.run.path / "samples.txt", "a", encoding="utf-8") as file:
             file.write(f"--- step {step} ---\n{body}\n\n")

@@ -1,0 +1,51 @@
+"""The picture of a forgetting report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from nestopt.evidence.report import ForgettingReport, Mean
+from nestopt.train.checkpoint import replacing
+
+COLOURS = ("#c1440e", "#4c72b0")
+"""Of the line that learns, and of the one whose mixers alone do."""
+
+
+def plot(report: ForgettingReport, path: str | os.PathLike[str]) -> None:
+    """Left, bits per byte over the document, read twice; right, what is still gained after new text."""
+    figure = Figure(figsize=(9, 3.8), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for line, colour, name in zip((report.learning, report.mixer), COLOURS, ("learning", "mixers only"), strict=True):
+        for look, style, which in ((line.first, "-", "first look"), (line.second, "--", "second look")):
+            _curve(left, report.positions, look.curve, colour, style, f"{name}, {which}")
+        places = range(len(report.times))
+        means, errors = zip(*((gain.mean, gain.error) for gain in line.gain), strict=True)
+        right.errorbar(places, means, errors, fmt="o-", color=colour, markersize=4, capsize=3, label=name)
+    left.set(xlabel="position in the document, bytes", ylabel="bits per byte")
+    right.axhline(0, color="#888888", linewidth=0.8)
+    right.set_xticks(range(len(report.times)), [f"{times:,} x" for times in report.times])
+    right.set(xlabel="new text since, in documents", ylabel="gain on what was read, bits per byte")
+    for axes in (left, right):
+        axes.grid(axis="y", color="#888888", alpha=0.25, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix.removeprefix(".") or "png", metadata=_undated(path))
+
+
+def _curve(axes: Axes, positions: Sequence[float], curve: Sequence[Mean], colour: str, style: str, label: str) -> None:
+    means = [point.mean for point in curve]
+    below, above = ([point.mean + sign * point.error for point in curve] for sign in (-1, 1))
+    axes.plot(positions, means, style, color=colour, linewidth=1.6, label=label)
+    axes.fill_between(positions, below, above, color=colour, alpha=0.12, linewidth=0)
+
+
+def _undated(path: str | os.PathLike[str]) -> dict[str, None] | None:
+    """An SVG of the same numbers is the same file, whenever it is drawn."""
+    return {"Date": None} if Path(path).suffix == ".svg" else None

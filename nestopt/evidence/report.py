@@ -1,0 +1,171 @@
+"""The numbers of a forgetting report, as a table, plain data and a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A mean over documents.
+
+    Attributes:
+        mean: the mean.
+        error: its standard error, s / √n with s the sample standard deviation.
+    """
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> Mean:
+        """Of one number per document `[n]`, n >= 2."""
+        values = values.double()
+        return cls(float(values.mean()), float(values.std() / math.sqrt(len(values))))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.error:.3f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """One reading of the documents, in bits per byte.
+
+    Attributes:
+        whole: of all of each document.
+        curve: over the position in it, one for each of the report's positions.
+    """
+
+    whole: Mean
+    curve: tuple[Mean, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One line of reading: each document, then new text; in bits per byte.
+
+    Attributes:
+        first: reading each document from a new state.
+        second: reading it again, right after.
+        again: what the second look gains, first - second, document by document.
+        seen: of the document that was read, after each amount of new text.
+        unseen: of the same documents, by a line that has read another one in its place.
+        gain: unseen - seen, document by document: what is still known of a document that was read.
+        new: of the new text.
+        speed: tokens of it per second, all documents' lines together.
+    """
+
+    first: Look
+    second: Look
+    again: Mean
+    seen: tuple[Mean, ...]
+    unseen: tuple[Mean, ...]
+    gain: tuple[Mean, ...]
+    new: float
+    speed: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ForgettingReport:
+    """What learning while reading gives, and how long it is kept.
+
+    Attributes:
+        documents: how many.
+        size: bytes of each.
+        times: new text that was read before each of `Line.gain`, in documents.
+        positions: the middle of each part of a document over which `Look.curve` is a mean, in bytes.
+        learning: the line in which all memories are written.
+        mixer: the line in which only the mixers' are.
+    """
+
+    documents: int
+    size: int
+    times: tuple[int, ...]
+    positions: tuple[float, ...]
+    learning: Line
+    mixer: Line
+
+    def table(self) -> str:
+        """The report as text."""
+        lines = (self.learning, self.mixer)
+        looks: list[tuple[str, list[object]]] = [
+            ("first look", [line.first.whole for line in lines]),
+            ("second look", [line.second.whole for line in lines]),
+            ("gained", [line.again for line in lines]),
+            ("new text", [f"{line.new:.3f}" for line in lines]),
+            ("bytes a second", [f"{line.speed:,.0f}" for line in lines]),
+        ]
+        gains: list[tuple[str, list[object]]] = [
+            (f"{times:,} x", [line.gain[i] for line in lines]) for i, times in enumerate(self.times)
+        ]
+        return "\n".join(
+            [
+                f"{self.documents} documents of {self.size:,} bytes; bits per byte, mean ± standard error",
+                "",
+                *_rows("", looks),
+                "",
+                "what is still gained on a document after so much new text, in documents",
+                *_rows("new text", gains),
+            ]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as JSON takes it; numbers that are not finite are None."""
+        found = _plain(dataclasses.asdict(self))
+        assert isinstance(found, dict)
+        return found
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ForgettingReport:
+        """The report that `to_dict` gave."""
+        return cls(
+            data["documents"],
+            data["size"],
+            tuple(data["times"]),
+            tuple(data["positions"]),
+            _line(data["learning"]),
+            _line(data["mixer"]),
+        )
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw it; the suffix of `path` says which kind of picture (`.png`, `.svg`, `.pdf`). Replaces it at once."""
+        from nestopt.evidence.plot import plot
+
+        plot(self, path)
+
+
+def _rows(corner: str, rows: Sequence[tuple[str, list[object]]]) -> list[str]:
+    cells = [(corner, "learning", "mixers only"), *((name, *map(str, found)) for name, found in rows)]
+    return [f"{name:<16}{left:>16}{right:>16}" for name, left, right in cells]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(child) for key, child in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _mean(data: Mapping[str, Any]) -> Mean:
+    return Mean(_number(data["mean"]), _number(data["error"]))
+
+
+def _means(data: Sequence[Mapping[str, Any]]) -> tuple[Mean, ...]:
+    return tuple(map(_mean, data))
+
+
+def _line(data: Mapping[str, Any]) -> Line:
+    first, second = (Look(_mean(look["whole"]), _means(look["curve"])) for look in (data["first"], data["second"]))
+    seen, unseen, gain = (_means(data[key]) for key in ("seen", "unseen", "gain"))
+    return Line(first, second, _mean(data["again"]), seen, unseen, gain, _number(data["new"]), _number(data["speed"]))

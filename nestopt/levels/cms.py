@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
@@ -23,50 +24,84 @@ from nestopt.levels.muon import Muon
 
 
 class Auto(Mapping[str, float]):
-    """A period that the data choose: a write when the surprise since the last one has passed a threshold.
+    r"""A period that the data choose: a write when the surprise since the last one has passed a threshold.
 
     Every `every` tokens the level looks, sequence by sequence, whether the squared errors that it has seen since its
-    last write (the mean over their entries, summed over tokens) come to more than `threshold`; if so it writes.
+    last write (the mean over their entries, summed over tokens) come to the threshold; if so it writes. The threshold
+    calibrates itself, from what this sequence has surprised the level with so far:
 
-    In a config: `{auto: 4.0, every: 16}`, or `auto` with these defaults.
+    $$\mathrm{threshold} = (\mathrm{mean} - \tfrac12\,(\mathrm{every} - 1))\cdot
+      \frac{\text{surprise of all tokens so far}}{\text{tokens so far}}$$
+
+    So it writes about once in `mean` tokens, sooner where the text is surprising and later where it is not, whatever
+    the size of the errors; a look is half of `every` late in the mean, which is taken off.
+
+    In a config: `{auto: 64, every: 16}`, or `auto` with these defaults; `{threshold: 4.0, every: 16}` has a threshold
+    that stays.
 
     Args:
-        threshold: 0 or more.
+        mean: tokens between writes, in the mean; `every` or more.
         every: tokens between two looks, 1 or more.
+        threshold: one that stays, 0 or more, in place of `mean`.
 
     Raises:
         ValueError: for a number out of range.
     """
 
-    def __init__(self, threshold: float = 4.0, every: int = 16) -> None:
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not threshold >= 0:
-            raise ValueError(f"auto: threshold={threshold!r} is not allowed; give a number, 0 or more")
+    def __init__(self, mean: float | None = None, every: int = 16, *, threshold: float | None = None) -> None:
         if isinstance(every, bool) or every != int(every) or every < 1:
             raise ValueError(f"auto: every={every!r} is not allowed; give a whole number of tokens, 1 or more")
-        self.threshold, self.every = float(threshold), int(every)
+        if mean is not None and threshold is not None:
+            raise ValueError(f"auto: auto={mean!r} and threshold={threshold!r} are both given; give one of them")
+        if threshold is None:
+            mean = 4 * every if mean is None else mean
+            if isinstance(mean, bool) or not isinstance(mean, int | float) or not every <= mean < math.inf:
+                raise ValueError(f"auto: auto={mean!r} is not allowed; give a mean period, every={every} or more")
+        elif isinstance(threshold, bool) or not isinstance(threshold, int | float) or not threshold >= 0:
+            raise ValueError(f"auto: threshold={threshold!r} is not allowed; give a number, 0 or more")
+        self.mean = None if mean is None else float(mean)
+        self.threshold = None if threshold is None else float(threshold)
+        self.every = int(every)
 
     @staticmethod
     def of(given: Mapping[str, float]) -> Auto:
-        """From a mapping with `auto`, the threshold, and perhaps `every`."""
-        if unknown := sorted(set(given) - {"auto", "every"}):
-            raise ValueError(f"auto has no key {unknown[0]!r}; its keys: auto, every")
-        return Auto(given.get("auto", 4.0), given.get("every", 16))  # type: ignore[arg-type]  # checked there
+        """From a mapping with `auto`, the mean period, or `threshold`; and perhaps `every`."""
+        if unknown := sorted(set(given) - {"auto", "threshold", "every"}):
+            raise ValueError(f"auto has no key {unknown[0]!r}; its keys: auto, threshold, every")
+        return Auto(given.get("auto"), given.get("every", 16), threshold=given.get("threshold"))  # type: ignore[arg-type]  # checked there
+
+    def passed(self, surprise: Tensor, total: Tensor, step: Tensor) -> Tensor:
+        """Whether the surprise since the last write comes to the threshold.
+
+        Args:
+            surprise: since the last write.
+            total: of all tokens so far.
+            step: how many these are, 1 or more.
+        """
+        if self.threshold is not None:
+            return surprise > self.threshold
+        assert self.mean is not None
+        return surprise >= (self.mean - (self.every - 1) / 2) * total / step
 
     # a mapping, so that a config can hold it as it is
     def __getitem__(self, key: str) -> float:
-        return {"auto": self.threshold, "every": self.every}[key]
+        return self._items()[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(("auto", "every"))
+        return iter(self._items())
 
     def __len__(self) -> int:
         return 2
 
     def __hash__(self) -> int:
-        return hash((self.threshold, self.every))
+        return hash((self.mean, self.threshold, self.every))
 
     def __repr__(self) -> str:
-        return f"Auto({self.threshold}, every={self.every})"
+        return f"Auto({', '.join(f'{key}={value:g}' for key, value in self._items().items())})"
+
+    def _items(self) -> dict[str, float]:
+        own: dict[str, float] = {"every": self.every}
+        return {"auto": self.mean, **own} if self.mean is not None else {"threshold": self.threshold or 0.0, **own}
 
 
 Period = int | Literal["auto"] | Mapping[str, float]

@@ -132,7 +132,7 @@ class _Cached:
                 input_ids=tokens,
                 attention_mask=None if whole else mask.long(),
                 position_ids=positions,
-                past_key_values=self.cache,
+                cache=self.cache,
                 use_cache=True,
             )
         finally:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
 
 from nestopt.config import ModelConfig
 from nestopt.core.tree import State
@@ -31,7 +32,7 @@ class HopeConfig(PretrainedConfig):
     """
 
     model_type = "nestopt_hope"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("cache",)
 
     def __init__(self, model: Mapping[str, Any] | None = None, **options: Any) -> None:
         section = ModelConfig(**(model or {}))
@@ -166,11 +167,12 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.vocab = self.config.model["vocab"] = self.config.vocab_size = found.num_embeddings
         return found
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: HopeCache | None = None,
+        cache: HopeCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
@@ -184,7 +186,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: token numbers.
             attention_mask: `[B, T]`, or with what came before `[B, n + T]`: 0 for padding, on either side, which is
                 neither read nor learned from.
-            past_key_values: of a former call, to go on.
+            cache: of a former call, to go on (`past_key_values`, as it was called before transformers 5.24, still works).
             labels: `[B, T]` token numbers, -100 where nothing is counted; shifted here.
             use_cache: whether to give a `HopeCache`. Default: unless training.
             return_dict: False gives a tuple.
@@ -193,23 +195,22 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
             options: of the loss, such as `num_items_in_batch`.
         """
         length = input_ids.shape[1]
-        before = 0 if past_key_values is None else past_key_values.length
+        before = 0 if cache is None else cache.length
         mask = None
         if attention_mask is not None and not (before and length == 1):
             mask = attention_mask[:, -length:].bool()
             mask = None if mask.all() else mask
-        state = None if past_key_values is None else past_key_values.state
-        hidden, state = self.model.hidden(input_ids, state, mask=mask, learn=learn)
+        hidden, state = self.model.hidden(input_ids, None if cache is None else cache.state, mask=mask, learn=learn)
         kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
         logits = self.model.head(self.model.norm(kept))
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **options)
-        cache = None
-        if use_cache or (use_cache is None and not self.training):
-            cache = HopeCache(state, before + length)
-            if past_key_values is not None:  # the caller's own goes on, as caches do
-                past_key_values.state, past_key_values.length = cache.state, cache.length
-                cache = past_key_values
-        found = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        if use_cache is False or (use_cache is None and self.training):
+            cache = None
+        elif cache is None:
+            cache = HopeCache(state, length)
+        else:  # the caller's own goes on, as caches do
+            cache.state, cache.length = state, before + length
+        found = CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
         return found.to_tuple() if return_dict is False else found
 
 

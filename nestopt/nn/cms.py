@@ -250,7 +250,7 @@ class CMS(nn.Module):
         for key, weight in block.weights().items():
             weight.add_((own["weights"][key] - weight).mean(0).to(weight.dtype))
         fresh = self.init_state(len(state["step"]))["levels"][name]
-        kept = {key: own[key] for key in ("writes", "below") if key in own}
+        kept = {key: own[key] for key in ("writes", "surprise_so_far", "below") if key in own}
         return {**state, "levels": {**state["levels"], name: {**fresh, **kept}}}
 
     # -- what it is made of --------------------------------------------------------------------------------------------

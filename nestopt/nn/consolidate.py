@@ -213,7 +213,7 @@ def _put_back(cms: CMS, levels: Mapping[str, State], fast: str, slow: str) -> St
     batch = len(own["energy"])
     fresh = tree_map(Tensor.detach, cms.init_state(batch)["levels"][fast])
     fresh["weights"] = tree_map(lambda w: w.expand(batch, *w.shape[1:]), _start(cms, levels, fast, slow))
-    return {**fresh, **{key: own[key] for key in ("writes", "below") if key in own}}
+    return {**fresh, **{key: own[key] for key in ("writes", "surprise_so_far", "below") if key in own}}
 
 
 @dataclasses.dataclass

@@ -77,7 +77,8 @@ class Clocks:
 
         `"step"`, the tokens seen `[B]`; and for each of `"levels"` its `"weights"` `[B, ...]`, and of the period that
         is not over the `"sum"` of gradients and its `"energy"`; the `"learner"`'s own state, if it has one. An `Auto`
-        has `"surprise"` and `"writes"` `[B]`, and a nested level `"below"`: where the next faster one starts, likewise.
+        has its `"surprise"` since the last write, its `"surprise_so_far"` and its `"writes"`, `[B]` each, and a nested
+        level `"below"`: where the next faster one starts, likewise.
         """
         device = next(iter(next(iter(starts.values())).values())).device
         levels: State = {}
@@ -86,6 +87,7 @@ class Clocks:
             levels[name] = self._begun(starts[name], batch)
             if isinstance(period, Auto):
                 levels[name]["surprise"] = torch.zeros_like(levels[name]["energy"])
+                levels[name]["surprise_so_far"] = torch.zeros_like(levels[name]["energy"])
                 levels[name]["writes"] = torch.zeros(batch, dtype=torch.int64, device=device)
             if self.nested and faster is not None:
                 levels[name]["below"] = self._begun(starts[faster], batch)
@@ -145,7 +147,8 @@ class Clocks:
                 now = now & (seen.count > 0)
             if isinstance(period, Auto):
                 own["surprise"] = own["surprise"] + lesson.surprise
-                now = now & (own["surprise"] > period.threshold)
+                own["surprise_so_far"] = own["surprise_so_far"] + lesson.surprise
+                now = now & period.passed(own["surprise"], own["surprise_so_far"], step)
             if faster is not None and "below" in own:
                 own["below"] = {**own["below"], **_added(own["below"], lessons[faster], constant)}
             if seen.may_write(period):

@@ -50,9 +50,10 @@ class Report:
         size = sum(p.numel() for p in model.parameters())
         stacks = ", ".join(dict.fromkeys(optimizer.level(group).label for group in optimizer.param_groups))
         section = config.model
+        mixers = " and ".join(dict.fromkeys(level.label for level in section.mixers or [section.mixer]))
         self.say(
             f"{self.name}: {len(self._train):,} bytes to train on, {len(self.text):,} held-out bytes to measure on\n"
-            f"model: {size:,} parameters, {section.blocks} blocks of {section.mixer.label} and {section.mlp.label}, "
+            f"model: {size:,} parameters, {section.blocks} blocks of {mixers}, then {section.mlp.label}, "
             f"width {section.dim}; optimizer: {stacks}\n"
             f"run: {self.run.path}"
         )

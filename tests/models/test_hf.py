@@ -55,7 +55,7 @@ def test_it_is_the_model_with_other_manners(name: str) -> None:
     torch.testing.assert_close(out.loss, model.model.loss(x)[0])
     torch.testing.assert_close(model(x, logits_to_keep=1).logits, logits[:, -1:])
     assert model(x, return_dict=False)[0].equal(out.logits)
-    assert model(x, use_cache=False).past_key_values is None
+    assert model(x, use_cache=False).cache is None
     labels = x.clone()
     labels[0, 3:] = -100
     torch.testing.assert_close(model.train()(x, labels=labels).loss, _counted(logits, labels))
@@ -140,17 +140,17 @@ def test_a_cache_goes_on() -> None:
     model, x = make("two"), some(2, 12)
     whole = model(x).logits
     first = model(x[:, :5])
-    cache = first.past_key_values
+    cache = first.cache
     assert isinstance(cache, HopeCache)
     assert cache.get_seq_length() == 5
-    second = model(x[:, 5:], past_key_values=cache, attention_mask=torch.ones_like(x))
-    assert second.past_key_values is cache
+    second = model(x[:, 5:], cache=cache, attention_mask=torch.ones_like(x))
+    assert second.cache is cache
     assert cache.get_seq_length() == 12
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, rtol=1e-4, atol=1e-5)
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0, 3]))
-    chosen = HopeCache(detach(model(x).past_key_values.state), 12)  # rows 0 and 1, once more
-    again, other = (model(x, past_key_values=c).logits for c in (cache, chosen))
+    chosen = HopeCache(detach(model(x).cache.state), 12)  # rows 0 and 1, once more
+    again, other = (model(x, cache=c).logits for c in (cache, chosen))
     torch.testing.assert_close(again, other, rtol=1e-4, atol=1e-4)
     with pytest.raises(NotImplementedError, match="can't be cropped"):
         cache.crop(3)
@@ -158,8 +158,8 @@ def test_a_cache_goes_on() -> None:
 
 def test_reading_without_learning() -> None:
     model, x = make("two"), some()
-    still = model(x, learn="mixer").past_key_values.state["block_0"]["mlp"]["levels"]["every_4"]["weights"]["W1"]
-    moved = model(x).past_key_values.state["block_0"]["mlp"]["levels"]["every_4"]["weights"]["W1"]
+    still = model(x, learn="mixer").cache.state["block_0"]["mlp"]["levels"]["every_4"]["weights"]["W1"]
+    moved = model(x).cache.state["block_0"]["mlp"]["levels"]["every_4"]["weights"]["W1"]
     start = model.model.blocks[0].mlp.levels["every_4"].W1
     torch.testing.assert_close(still[0], start)
     assert not torch.isclose(moved[0], start).all()

@@ -162,7 +162,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "local": {},
     "nested": {"variant": "nested"},
     "adam": {"learner": adam(), "rate": 0.05},
-    "auto": {"periods": (2, Auto(1.5, every=3)), "normalized": True},
+    "auto": {"periods": (2, Auto(threshold=1.5, every=3)), "normalized": True},
+    "calibrated": {"periods": (2, Auto(5, every=3)), "normalized": True},
 }
 
 
@@ -250,7 +251,7 @@ def test_read_without_writing() -> None:
 
 def test_it_writes_when_it_is_surprised_enough() -> None:
     x = some(2, 60)
-    always, sometimes, never = (make(periods=(Auto(threshold, every=4),)) for threshold in (0, 6, 1e9))
+    always, sometimes, never = (make(periods=(Auto(threshold=x, every=4),)) for x in (0, 6, 1e9))
     states = {name: m(x)[1] for name, m in (("always", always), ("sometimes", sometimes), ("never", never))}
     assert states["always"]["levels"]["auto_4"]["writes"].tolist() == [15, 15]
     assert states["never"]["levels"]["auto_4"]["writes"].tolist() == [0, 0]
@@ -263,10 +264,47 @@ def test_it_writes_when_it_is_surprised_enough() -> None:
     plain.load_state_dict({key.replace("auto_4", "every_4"): value for key, value in always.state_dict().items()})
     torch.testing.assert_close(plain(x)[0], always(x)[0], rtol=1e-12, atol=1e-12)
     # more surprise, more writes
-    loud = make(periods=(Auto(6, every=4),))
+    loud = make(periods=(Auto(threshold=6, every=4),))
     with torch.no_grad():
         loud.levels["auto_4"].target.mul_(3)
     assert (loud(x)[1]["levels"]["auto_4"]["writes"] > writes).all()
+
+
+def test_a_threshold_that_calibrates_itself() -> None:
+    """A loop over looks, from the equation; and what it is for: the mean period, whatever the size of the errors."""
+    x = some(2, 600)
+    module = make(periods=(Auto(24, every=4),), rate=1e-3)
+    _, state = module(x)
+    writes = state["levels"]["auto_4"]["writes"]
+    for row, count in zip(x, writes.tolist(), strict=True):
+        now, level = module.init_state(1), "auto_4"
+        since, total, found = 0.0, 0.0, 0
+        for first in range(0, 600, 4):
+            part = row[None, first : first + 4]
+            before = now["levels"][level]["surprise_so_far"].item()
+            _, now = module(part, now)
+            surprise = now["levels"][level]["surprise_so_far"].item() - before
+            since, total = since + surprise, total + surprise
+            if since >= (24 - 1.5) * total / (first + 4):
+                since, found = 0.0, found + 1
+        assert found == count
+    means = module.mean_periods(state)["auto_4"]
+    assert ((means > 0.85 * 24) & (means < 1.15 * 24)).all()
+    loud = make(periods=(Auto(24, every=4),), rate=1e-3)
+    with torch.no_grad():
+        loud.levels["auto_4"].target.mul_(100)
+    means = loud.mean_periods(loud(x)[1])["auto_4"]
+    assert ((means > 0.85 * 24) & (means < 1.15 * 24)).all()
+
+
+def test_it_writes_sooner_where_it_is_more_surprised() -> None:
+    module, error = make(periods=(Auto(20, every=2),), teach="loss", rate=1e-9), some(1, 1)[0, 0]
+    _, calm = driven(module, some(1, 100), lambda b, t, y: error)
+    _, both = driven(module, some(1, 200), lambda b, t, y: error if t < 100 else 3 * error)
+    before, after = (state["levels"]["auto_2"]["writes"].item() for state in (calm, both))
+    # looks come every 2 tokens, and (20 - 1/2) tokens of one size pass at the tenth
+    assert before == 5
+    assert after - before > 1.5 * before
 
 
 def test_auto_in_a_config() -> None:
@@ -276,10 +314,13 @@ def test_auto_in_a_config() -> None:
         assert Config.from_data(config.to_data()) == config
         return config.model.mlp.periods
 
-    assert built([16, {"auto": 4.0, "every": 8}]) == (16, Auto(4.0, every=8))
+    assert built([16, {"auto": 40, "every": 8}]) == (16, Auto(40, every=8))
+    assert built([{"threshold": 0.0}]) == (Auto(threshold=0.0),) != (Auto(),)
     assert built(["auto", 2]) == (Auto(), 2)
     for wrong, word in (
-        ({"auto": -1.0}, "threshold=-1.0"),
+        ({"threshold": -1.0}, "threshold=-1.0"),
+        ({"auto": 8}, "auto=8.* every=16 or more"),
+        ({"auto": 64, "threshold": 1.0}, "give one of them"),
         ({"every": 0}, "every=0"),
         ({"autos": 1.0}, "autos"),
         (0, "0"),

@@ -167,7 +167,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.vocab = self.config.model["vocab"] = self.config.vocab_size = found.num_embeddings
         return found
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor,
@@ -186,7 +186,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: token numbers.
             attention_mask: `[B, T]`, or with what came before `[B, n + T]`: 0 for padding, on either side, which is
                 neither read nor learned from.
-            cache: of a former call, to go on (`past_key_values`, as it was called before transformers 5.24, still works).
+            cache: of a former call, to go on. Its name before transformers 5.24, `past_key_values`, still works.
             labels: `[B, T]` token numbers, -100 where nothing is counted; shifted here.
             use_cache: whether to give a `HopeCache`. Default: unless training.
             return_dict: False gives a tuple.

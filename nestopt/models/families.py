@@ -40,6 +40,9 @@ class Family(Protocol):
     def width(self, model: nn.Module) -> int:
         """Of its stream."""
 
+    def longest(self, model: nn.Module) -> int | None:
+        """Tokens that a context can have at most, where positions are learned one by one; else None."""
+
     def has_head(self, model: nn.Module) -> bool:
         """Whether it predicts tokens."""
 
@@ -59,12 +62,13 @@ class Decoder:
     Args:
         layers, norm: their names in the core.
         core: the name of the core in a model with a head.
+        positions: the name of its embedding of positions, if it has one.
     """
 
     causal = True
 
-    def __init__(self, core: str, layers: str, norm: str) -> None:
-        self._core, self._layers, self._norm = core, layers, norm
+    def __init__(self, core: str, layers: str, norm: str, positions: str | None = None) -> None:
+        self._core, self._layers, self._norm, self._positions = core, layers, norm, positions
 
     def core(self, model: nn.Module) -> nn.Module:
         """The model without its head."""
@@ -78,6 +82,11 @@ class Decoder:
 
     def width(self, model: nn.Module) -> int:
         return int(cast(Any, model).config.hidden_size)
+
+    def longest(self, model: nn.Module) -> int | None:
+        if self._positions is None:
+            return None
+        return int(getattr(self.core(model), self._positions).num_embeddings)
 
     def has_head(self, model: nn.Module) -> bool:
         return hasattr(model, "lm_head")
@@ -164,6 +173,9 @@ class Bert:
     def width(self, model: nn.Module) -> int:
         return int(cast(Any, model).config.hidden_size)
 
+    def longest(self, model: nn.Module) -> int | None:
+        return int(self.core(model).embeddings.position_embeddings.num_embeddings)
+
     def has_head(self, model: nn.Module) -> bool:
         return False  # what it predicts is not the next token
 
@@ -177,7 +189,7 @@ class Bert:
         return cast(Context, None)  # it has none: each call is read as a whole
 
 
-GPT2, LLAMA, BERT = Decoder("transformer", "h", "ln_f"), Decoder("model", "layers", "norm"), Bert()
+GPT2, LLAMA, BERT = Decoder("transformer", "h", "ln_f", "wpe"), Decoder("model", "layers", "norm"), Bert()
 
 
 def family_of(model: nn.Module) -> Family:

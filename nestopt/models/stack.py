@@ -187,12 +187,15 @@ class Stacked(nn.Module):
             learn: False reads with the weights in the state, and changes none.
 
         Raises:
-            ValueError: for a mask of another shape, or a cache of an encoder.
+            ValueError: for a mask of another shape, a cache of an encoder, or a context longer than the model has
+                positions.
         """
         state = dict(state) if state else self.init_state(tokens.shape[0])
         past = state.pop("cache", None)
+        past = past if cache else None
         if cache and not self._family.causal:
             raise ValueError("Stacked: cache=True is for decoders; an encoder reads each call as a whole")
+        self._check_length(tokens.shape[1] + (0 if past is None else past["mask"].shape[1]))
         if not self._layers and not cache:
             return self._plain(tokens, attention_mask), state
         mask, rows = None, None
@@ -200,7 +203,7 @@ class Stacked(nn.Module):
             check_mask(attention_mask.bool(), *tokens.shape)
             rows = Rows.of(attention_mask.bool())
             tokens, mask = rows.moved(tokens[..., None])[..., 0], rows.front
-        context = self._family.context(self.pretrained, past if cache else None, mask)
+        context = self._family.context(self.pretrained, past, mask)
         if not self._family.causal:
             out, state = self._encoded(tokens, state, mask, learn)
         elif learn and self._layers:
@@ -212,6 +215,15 @@ class Stacked(nn.Module):
         if cache:
             state["cache"] = context.tensors()
         return (out if rows is None else rows.back(out)), state
+
+    def _check_length(self, length: int) -> None:
+        longest = self._family.longest(self.pretrained)
+        if longest is not None and length > longest:
+            raise ValueError(
+                f"Stacked: a context of {length:,} tokens is longer than the {longest:,} positions of "
+                f"{type(self.pretrained).__name__}; read the text in calls of at most {longest:,} tokens and "
+                "cache=False, from which only what was learned goes on"
+            )
 
     def _plain(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
         found = self.pretrained(tokens, attention_mask=attention_mask)
@@ -292,6 +304,8 @@ class Stacked(nn.Module):
         learn: bool = True,
     ) -> tuple[Tensor, State]:
         """Go on with `prompt` `[B, n]` for `length` tokens: `[B, n + length]`, and the state after all but the last."""
+        past = (state or {}).get("cache")
+        self._check_length(prompt.shape[1] + max(length - 1, 0) + (0 if past is None else past["mask"].shape[1]))
         tokens, seen = [prompt], prompt
         now: State = dict(state) if state else self.init_state(len(prompt))
         for _ in range(length):

@@ -256,6 +256,28 @@ def test_it_says_what_does_not_fit() -> None:
     torch.testing.assert_close(stack(model, 3, rate=0.3, family=own)(some())[0], stack(model, 3, rate=0.3)(some())[0])
 
 
+@pytest.mark.parametrize(("name", "longest"), [("gpt2", 64), ("bert", 512)])
+def test_a_context_longer_than_the_positions(name: str, longest: int) -> None:
+    stacked, x = stack(make(name), 16, rate=1e-3, teach="local"), some(1, 600)
+    with pytest.raises(ValueError, match=rf"context of {longest + 1} tokens .* {longest} positions .*cache=False"):
+        stacked(x[:, : longest + 1])
+    state = None
+    for first in range(0, 600, 60):  # as it says
+        y, state = stacked(x[:, first : first + 60], state)
+    assert y.isfinite().all()
+
+
+def test_a_cache_that_would_be_longer_than_the_positions() -> None:
+    stacked, x = stack(make("gpt2"), 16), some(1, 60)
+    _, state = stacked(x, cache=True)
+    for refused in (lambda: stacked(x[:, :5], state, cache=True), lambda: stacked.generate(x[:, :1], 5, state=state)):
+        with pytest.raises(ValueError, match="context of 65 tokens"):
+            refused()
+    assert stacked.generate(x[:, :1], 4, state=state)[0].shape == (1, 5)
+    long = stack(make("llama"), 16)  # rotations have no end
+    assert long(some(1, 70))[0].isfinite().all()
+
+
 # -- models that are packages ------------------------------------------------------------------------------------------
 
 

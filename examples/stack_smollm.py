@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from nestopt.models.stack import Stacked, stack
+from nestopt.models import Stacked, stack
 
 
 def package(name: str) -> Path:

@@ -228,8 +228,9 @@ def main() -> None:
         costs.append(cost_row(name, level, found))
         (MADE / f"{name}-cost.inc").write_text(cost(name, found), encoding="utf-8")
         (MADE / f"{name}-defaults.inc").write_text(SHARED["defaults"](name, level), encoding="utf-8")
-    own = SHARED["defaults"]("self_modifying", nestopt.build("level", "self_modifying"))
-    (MADE / "self_modifying-defaults.inc").write_text(own, encoding="utf-8")
+    for name in ("self_modifying", "cms"):
+        own = SHARED["defaults"](name, nestopt.build("level", name))
+        (MADE / f"{name}-defaults.inc").write_text(own, encoding="utf-8")
     (MADE / "table.inc").write_text("\n".join(rows) + "\n", encoding="utf-8")
     (MADE / "costs.inc").write_text("\n".join(costs) + "\n", encoding="utf-8")
 

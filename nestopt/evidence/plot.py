@@ -34,7 +34,7 @@ def plot(report: ForgettingReport, path: str | os.PathLike[str]) -> None:
         axes.grid(axis="y", color="#888888", alpha=0.25, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     with replacing(path) as temporary:
         figure.savefig(temporary, format=Path(path).suffix.removeprefix(".") or "png", metadata=_undated(path))
 

@@ -136,6 +136,15 @@ def test_padding_on_either_side(name: str) -> None:
     assert made[:1].equal(wanted)
 
 
+def test_they_are_found_where_models_are() -> None:
+    import nestopt.models
+
+    assert nestopt.models.HopeForCausalLM is HopeForCausalLM
+    assert nestopt.models.HopeConfig is HopeConfig
+    with pytest.raises(AttributeError, match="HopeConf'"):
+        nestopt.models.HopeConf  # noqa: B018
+
+
 def test_a_cache_goes_on() -> None:
     model, x = make("two"), some(2, 12)
     whole = model(x).logits

@@ -17,8 +17,8 @@ transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
 from nestopt.core.tree import State, leaves  # noqa: E402  # not before it is known that transformers is there
 from nestopt.levels import momentum  # noqa: E402
+from nestopt.models import stack  # noqa: E402
 from nestopt.models.families import Decoder  # noqa: E402
-from nestopt.models.stack import stack  # noqa: E402
 from nestopt.nn import cat, index  # noqa: E402
 
 LLAMA: dict[str, Any] = {

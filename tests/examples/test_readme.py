@@ -43,6 +43,7 @@ def test_there_are_the_examples_it_promises() -> None:
         "Swap an optimizer",
         "Compose a stack",
         "Use a layer",
+        "Learn while reading",
         "Write a level",
         "One object, three roles",
     ]

@@ -86,6 +86,7 @@ LIBRARIES = (
     "pydantic_core",
     "safetensors",
     "torch",
+    "transformers",
     "nn",
     "yaml",
 )

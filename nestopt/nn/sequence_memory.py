@@ -15,7 +15,7 @@ from nestopt.core.memories import Window
 from nestopt.core.tokens import PENDING, begin
 from nestopt.core.tree import State, nested
 from nestopt.nn.conv import CausalConv
-from nestopt.nn.decode import keep, waits
+from nestopt.nn.decode import keep, move, moves, waits
 from nestopt.nn.gating import Gates, Start
 from nestopt.nn.options import check_options, projection
 from nestopt.nn.reset import begun_anew, chosen
@@ -104,7 +104,7 @@ class SequenceMemory(nn.Module):
         self.start = nn.ParameterDict(
             {key: nn.Parameter(torch.stack([one[name] for one in starts])) for key, name in self._start_names.items()}
         )
-        self._waits = waits(level)
+        self._waits, self._moves = waits(level), moves(level)
         self._pads = not attends or fast_form(level) == "attention"
         self._shapes = shapes_of(self.init_state(1))
         if attends and not self._pads:
@@ -233,14 +233,15 @@ class SequenceMemory(nn.Module):
                 f"SequenceMemory.step: x_t has the shape {list(x_t.shape)}; it must be [batch, dim={self.dim}]"
             )
         now = self._begun(state, x_t)
-        if not learn or not self._waits or now["memory"][PENDING]["live"].shape[2] == self.level.span - 1:
+        ends = self._waits and now["memory"][PENDING]["live"].shape[2] == self.level.span - 1
+        if not learn or ends or not (self._waits or self._moves):
             y, new = self._through(x_t[:, None], now, self._run if learn else self._read, learn=learn)
             return y[:, 0], new
         h, new = x_t, {}
         if self.conv is not None:
             seen, new["conv"] = self.conv(x_t[:, None], now["conv"])
             h = seen[:, 0]
-        y, new["memory"] = keep(self, h, now["memory"])
+        y, new["memory"] = (move if self._moves else keep)(self, h, now["memory"])
         return self._read_out(y, h), new
 
     # -- how -----------------------------------------------------------------------------------------------------------

@@ -14,9 +14,11 @@ from nestopt.core.level import Level
 from nestopt.core.memories import Window
 from nestopt.core.tokens import PENDING, begin
 from nestopt.core.tree import State, nested
+from nestopt.kernels.unit import unit
 from nestopt.nn.conv import CausalConv
 from nestopt.nn.decode import keep, move, moves, waits
 from nestopt.nn.gating import Gates, Start
+from nestopt.nn.head_norm import HeadNorm
 from nestopt.nn.options import check_options, projection
 from nestopt.nn.reset import begun_anew, chosen
 from nestopt.nn.rotary import rotary
@@ -95,7 +97,7 @@ class SequenceMemory(nn.Module):
         self.out = projection(inner, dim)
         out_norm = not attends if out_norm is None else out_norm
         # its eps is far above float32's: before the first write a read is exactly 0
-        self.norm = nn.RMSNorm(self.dim_head, eps=1e-5) if out_norm else None
+        self.norm = HeadNorm(self.dim_head, eps=1e-5) if out_norm else None
         self.output_gate = projection(dim, inner) if gate_output else None
         self.level_gates = Gates(level, gates, heads)
         self.gates = self.level_gates.projection(dim, heads)
@@ -282,9 +284,9 @@ class SequenceMemory(nn.Module):
             x, new["conv"] = self.conv(x, state["conv"], None if rows is None else rows.count)
         q, k, v = (part(x).unflatten(-1, (self.heads, -1)) for part in (self.query, self.key, self.value))
         if self.qk_norm:
-            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            q, k = unit(q), unit(k)
         if self.v_norm:
-            v = F.normalize(v, dim=-1)
+            v = unit(v)
         if self.rope:
             seen = state["memory"]["step"][:, :1]  # of every head the same
             # what is only read comes next, all of it

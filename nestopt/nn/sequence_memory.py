@@ -20,6 +20,7 @@ from nestopt.nn.decode import keep, move, moves, waits
 from nestopt.nn.gating import Gates, Start
 from nestopt.nn.head_norm import HeadNorm
 from nestopt.nn.options import check_options, projection
+from nestopt.nn.pieces import lengths
 from nestopt.nn.reset import begun_anew, chosen
 from nestopt.nn.rotary import rotary
 from nestopt.nn.rows import Rows, lengths_of, spread
@@ -215,7 +216,7 @@ class SequenceMemory(nn.Module):
             x = spread(x, packed)
         now = self._begun(state, x)
         if mask is None:
-            y, new = self._through(x, now, attend, learn=learn)
+            y, new = self._through_all(x, now, attend, learn, whole=return_stats)
         else:
             y, new = self._through_padded(x, now, attend, mask, learn)
         y = y if packed is None else y[packed][None]
@@ -274,6 +275,17 @@ class SequenceMemory(nn.Module):
         }
         memory = state["memory"]
         return {**state, "memory": {**memory, "level": {**memory["level"], **nested(fixed)}}}
+
+    def _through_all(self, x: Tensor, state: State, attend: Attend, learn: bool, whole: bool) -> tuple[Tensor, State]:
+        """Tokens `[B, T, dim]` without padding, in pieces unless they are to be taken as a `whole`."""
+        cut = [x.shape[1]] if whole or self.checkpoint else lengths(self.level, x, state["memory"])
+        if len(cut) == 1:
+            return self._through(x, state, attend, learn=learn)
+        ys = []
+        for piece in x.split(cut, dim=1):
+            y, state = self._through(piece, state, attend, learn=learn)
+            ys.append(y)
+        return torch.cat(ys, dim=1), state
 
     def _through(
         self, x: Tensor, state: State, attend: Attend, rows: Rows | None = None, learn: bool = True

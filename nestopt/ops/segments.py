@@ -20,6 +20,11 @@ CACHED = 1 << 18
 Run = Callable[[Tokens, Mapping[str, Tensor], Any, int], tuple[Tensor, Any]]
 
 
+def chunk_for(x: Tensor) -> int:
+    """Tokens that a matrix memory is computed for at once, where nobody says how many."""
+    return 32 if x.device.type == "cpu" else 64
+
+
 def check_gates(gates: Mapping[str, float | Tensor], validate: bool) -> None:
     """Raise ValueError for a number below 0; with `validate`, for anything not finite or outside its range."""
     for name, value in gates.items():

@@ -80,7 +80,7 @@ def over_segments(
 def _lengths(q: Tensor, v: Tensor, chunk: int, rows: int) -> list[int]:
     """Of the segments: as many chunks as there are, on a CPU as stay in its cache; then the rest of the last chunk."""
     batch, length, heads, dim_k = q.shape
-    chunks, rest = divmod(length, chunk)
+    chunks, rest = length // chunk, length % chunk  # a compiler that knows no length has no divmod
     most = max(1, chunks)
     if q.device.type == "cpu":
         most = min(most, max(1, CACHED // (batch * heads * chunk * rows * max(dim_k, v.shape[-1], chunk * rows))))

@@ -16,12 +16,17 @@ from nestopt.kernels.functions import batched, may_write
 
 def unit(x: Tensor) -> Tensor:
     """x `[.., D]` over its length, as `torch.nn.functional.normalize` on the last dimension."""
-    return _Unit.apply(x, None)
+    return _unit(x, None)
 
 
 def unit_rms(x: Tensor, eps: float) -> Tensor:
     """x `[.., D]` over its root mean square, as `torch.nn.functional.rms_norm` without a weight."""
-    return _Unit.apply(x, eps)
+    return _unit(x, eps)
+
+
+def _unit(x: Tensor, eps: float | None) -> Tensor:
+    # without a graph, as for a token alone, the function by itself: to apply it takes as long again
+    return _Unit.apply(x, eps) if torch.is_grad_enabled() else x * _inverse(x, eps)
 
 
 def _inverse(x: Tensor, eps: float | None) -> Tensor:

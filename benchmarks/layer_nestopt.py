@@ -33,6 +33,7 @@ def rows() -> list[Row]:
     write = flops.mlp_memory(1, heads=1, delta=True)
     return [
         _row("titans, one head", _titans, titans, heads=1, chunked=True, peer=TITANS_SETTLED),
+        _row("titans, one head, checkpoint=2", _titans, titans, heads=1, chunked=True, checkpoint=2),
         _row("titans, four heads", _titans, narrow, chunked=True),
         _row("ttt, four heads", _ttt, narrow, chunked=True),
         _row("deltanet", lambda _: levels.deltanet(), delta),
@@ -79,21 +80,29 @@ def _self_modifying(size: Size) -> nestopt.Level:
 # -- layers ----------------------------------------------------------------------------------------------------------
 
 
-def _row(name: str, make: Make, memory: Flops, heads: int | None = None, chunked: bool = False, peer: str = "") -> Row:
+def _row(
+    name: str,
+    make: Make,
+    memory: Flops,
+    heads: int | None = None,
+    chunked: bool = False,
+    peer: str = "",
+    checkpoint: int = 0,
+) -> Row:
     """The level `make` gives as a layer; its own projections, of q, k, v and the answer, are in the floor."""
 
     def at(size: Size) -> Size:
         return size if heads is None else dataclasses.replace(size, heads=heads)
 
     def build(size: Size) -> Layer:
-        return _layer(make(at(size)), at(size))
+        return _layer(make(at(size)), at(size), checkpoint)
 
     needed = flops.plus(flops.projections(4), memory)
     return Row(f"nestopt {name}", build, lambda size: needed(at(size)), chunked, peer)
 
 
-def _layer(made: nestopt.Level, size: Size) -> Layer:
-    module = nestopt.nn.SequenceMemory(made, dim=size.dim, heads=size.heads)
+def _layer(made: nestopt.Level, size: Size, checkpoint: int = 0) -> Layer:
+    module = nestopt.nn.SequenceMemory(made, dim=size.dim, heads=size.heads, checkpoint=checkpoint)
 
     def jump(batch: int, position: int) -> State:
         return _at(module.init_state(batch), position)

@@ -30,8 +30,8 @@ MADE = Path(__file__).parents[1] / "tokens" / "made"
 SHARED = runpy.run_path(str(Path(__file__).with_name("level_table.py")))
 
 DIM, TOKENS = 64, 512
-MATRIX_CHUNK = 64
-"""The `chunk` of the operations on matrix memories."""
+MATRIX_CHUNKS = {"linear_attention": 32, "delta_rule": 32, "oja": 64, "omega": 64, "attention": 64}
+"""The `chunk` of the operations on matrix memories, on a CPU."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ def preset(name: str) -> AssociativeMemory:
 def size_of(level: AssociativeMemory, dim: int, pairs: int) -> Size:
     memory = level.memory
     window = memory.size if isinstance(memory, Window) else getattr(level, "window", 1)
-    chunk = level.span if isinstance(memory, Mlp) else MATRIX_CHUNK
+    chunk = level.span if isinstance(memory, Mlp) else MATRIX_CHUNKS[fast_form(level) or ""]
     hidden = (memory.hidden or 2 * dim) if isinstance(memory, Mlp) else 0
     return Size(dim, chunk, hidden, window or 0, pairs)
 

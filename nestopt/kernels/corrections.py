@@ -134,8 +134,8 @@ class _Corrections(torch.autograd.Function):
         to_pairs = to_lower * gram
         to_gram = to_lower * (pairs * eta)
         by_start, by_write = _dots(to_known, k), _dots(to_written, k)
-        to_k = _gathered(to_known, starts_by_lr) + _gathered(to_written, writes)
-        to_k = _plus_product(_plus_product(to_k, to_gram, k), to_gram.mT, k)
+        to_k = _plus_gathered(_gathered(to_written, writes), to_known, starts_by_lr)
+        to_k = _plus_product(to_k, to_gram + to_gram.mT, k)
         to_lr = (to_pairs * pairs).sum(-1) + (z * v).sum(-1)
         to_lr = to_lr - (by_start if starts is None else by_start * starts).sum(-1)
         return (
@@ -185,6 +185,11 @@ def _gathered(x: Tensor, shares: Tensor | None) -> Tensor:
     if shares.shape[-1] == 1:
         return x * shares
     return (x.unflatten(-1, (shares.shape[-1], -1)) * shares[..., None]).sum(-2)
+
+
+def _plus_gathered(total: Tensor, x: Tensor, shares: Tensor) -> Tensor:
+    """total + what `_gathered` gives."""
+    return torch.addcmul(total, x, shares) if shares.shape[-1] == 1 else total + _gathered(x, shares)
 
 
 def _to_turn(to_ends: Tensor, begun: Tensor, count: int) -> Tensor:

@@ -112,15 +112,18 @@ class Held:
 
     # -- the chunk's write -------------------------------------------------------------------------------------------
 
-    def write(self, steps: Tensor, strength: Tensor | None) -> None:
-        """Write the inputs applied last, with g `[.., C, out]` and, for delta decay, its strength e `[.., C]`."""
+    def write(self, steps: Tensor, strength: Tensor | None, near: Tensor | None) -> None:
+        """Write the inputs a applied last, with g `[.., C, out]` and, for delta decay, its strength e `[.., C]`.
+
+        `near` is a aᵀ `[.., C, C]`, which the delta decay needs.
+        """
         x, base, old = self._applied
         rows = Rows(x, steps, None)
-        if strength is not None:
-            rows = Rows(x, steps, self._decays(rows, base, old, strength))
+        if strength is not None and near is not None:
+            rows = Rows(x, steps, self._decays(rows, base, old, strength, near))
         self.rows = rows if self.rows is None else self.rows.and_then(rows)
 
-    def _decays(self, new: Rows, base: Tensor, old: Tensor | None, strength: Tensor) -> Tensor:
+    def _decays(self, new: Rows, base: Tensor, old: Tensor | None, strength: Tensor, near: Tensor) -> Tensor:
         """w `[.., C, out]`, given M_0 a and S_0 a."""
         first, size = self.done, new.inputs.shape[-2]
         at = self.fading.before().rows(first, first + size)
@@ -130,13 +133,17 @@ class Held:
                 old, self.momentum = applied(self.momentum, new.inputs)
             answers = answers - at.c[..., None] * old
         rows = new if self.rows is None else dataclasses.replace(self.rows, decays=None).and_then(new)
-        near = new.inputs @ rows.inputs.mT
+        if self.rows is not None:
+            near = torch.cat([new.inputs @ self.rows.inputs.mT, near], dim=-1)
         fed = _weigh(at.Gamma, near, first - 1)
         answers = answers - (fed if at.kappa is None else at.kappa * near) @ rows.steps
         if self.rows is not None and self.rows.decays is not None:
             answers = answers - fed[..., :first] @ self.rows.decays
-        system = torch.eye(size, dtype=base.dtype, device=base.device) + strength[..., None] * fed[..., first:]
-        return torch.linalg.solve_triangular(system, strength[..., None] * answers, upper=False, unitriangular=True)
+        # by the inverse, which is as small as the system: a solver takes twice as long for so many columns
+        eye = torch.eye(size, dtype=base.dtype, device=base.device).expand_as(near[..., first:])
+        system = (strength[..., None] * fed[..., first:]).mT
+        inverse = torch.linalg.solve_triangular(system, eye, upper=True, left=False, unitriangular=True)
+        return inverse.mT @ (strength[..., None] * answers)
 
     def read(self, x: Tensor, reads: str) -> Tensor:
         """M_t x_t `[.., C, out]` (`"before"`: M_{t-1} x_t) for each token t of the chunk that was written last."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,15 +125,42 @@ _TINY = 1e-30
 """Under roots of squares: the root has no derivative at 0."""
 
 
+class _WithSlope(torch.autograd.Function):
+    """σ(z) and σ′(z), of which only z and σ′(z) are kept, and σ″(z) is made again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        if name == "gelu":  # kernels of torch's own: of so many steps each would be a pass
+            return torch.nn.functional.gelu(z), torch.ops.aten.gelu_backward(torch.ones_like(z), z)
+        s = z.sigmoid()
+        a = z * s
+        return a, torch.addcmul(s, a, 1 - s)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: tuple[Tensor, Tensor]) -> None:
+        z, ctx.name = inputs
+        ctx.save_for_backward(z, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, to_value: Tensor, to_slope: Tensor) -> tuple[Tensor, None]:
+        z, slope = ctx.saved_tensors
+        if ctx.name == "gelu":
+            square = z.square()
+            curve = (-0.5 * square).exp() * (2 - square) / math.sqrt(2 * math.pi)
+        else:
+            s = z.sigmoid()
+            curve = (1 - s) * (s + slope - z * s * s)
+        return torch.addcmul(to_value * slope, to_slope, curve), None
+
+
 def _silu(z: Tensor) -> tuple[Tensor, Tensor]:
-    s = z.sigmoid()
-    a = z * s
-    return a, torch.addcmul(s, a, 1 - s)
+    return _WithSlope.apply(z, "silu")
 
 
 def _gelu(z: Tensor) -> tuple[Tensor, Tensor]:
-    cdf = 0.5 * (1 + torch.erf(z / math.sqrt(2)))
-    return z * cdf, cdf + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    return _WithSlope.apply(z, "gelu")
 
 
 def _relu(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,11 +42,11 @@ EPS = 1e-4
 """ε above: keys much shorter than its root are stepped on less."""
 
 
-def closeness(inputs: Sequence[Tensor], sensitivities: Sequence[Tensor | None], delta: float) -> Tensor:
-    """K `[.., C, C]` of the layers' inputs `[.., C, in]` and their sensitivities `[.., C]`."""
+def closeness(near: Sequence[Tensor], sensitivities: Sequence[Tensor | None], delta: float) -> Tensor:
+    """K `[.., C, C]` of the products a aᵀ `[.., C, C]` of the layers' inputs, and their sensitivities `[.., C]`."""
     total, own = None, None
-    for a, j in zip(inputs, sensitivities, strict=True):
-        gram = (a @ a.mT).abs()
+    for product, j in zip(near, sensitivities, strict=True):
+        gram = product.abs()
         if delta:
             own = gram if own is None else torch.maximum(own, gram)
         if j is not None:
@@ -76,7 +76,7 @@ def margin(chunk: int, read: Literal["after", "before", "chunk"]) -> float:
 def step_sizes(
     lr: Tensor,
     damping: Tensor,
-    inputs: Sequence[Tensor],
+    near: Sequence[Tensor],
     sensitivities: Sequence[Tensor | None],
     *,
     delta: float,
@@ -84,6 +84,9 @@ def step_sizes(
     read: Literal["after", "before", "chunk"],
     chunk: int,
 ) -> Tensor:
-    """η `[.., C]` from η̃ = `lr` in (0, 1] and `damping` = α(1 - θ), which the whole step is multiplied by."""
-    n = norms(closeness(inputs, sensitivities, delta), read) * margin(chunk, read)
+    """η `[.., C]` from η̃ = `lr` in (0, 1] and `damping` = α(1 - θ), which the whole step is multiplied by.
+
+    `near` has the products a aᵀ `[.., C, C]` of each layer's inputs.
+    """
+    n = norms(closeness(near, sensitivities, delta), read) * margin(chunk, read)
     return bound * lr * damping / (EPS + n)

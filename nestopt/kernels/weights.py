@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestopt.kernels.functions import batched, may_write
+
 
 def applied(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """W x: `[.., out, in]` and `[.., C, in]` to `[.., C, out]`; and the weight, to be used from there on."""
@@ -65,33 +67,15 @@ def moved(
     return _MovedBoth.apply(weight, momentum, inputs, gamma, added, c, theta, left)
 
 
-def _may_write() -> bool:
-    """Whether a backward pass may write on gradients: not if it is differentiated itself, or traced by a compiler."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
 def _plus_product(grad: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """grad + leftᵀ right, in place where it may be."""
     if grad is None:
         return left.mT @ right
-    if not _may_write() or grad.ndim < 3 or not grad.is_contiguous():
+    if not may_write() or grad.ndim < 3 or not grad.is_contiguous():
         return grad + left.mT @ right
     one, two = (x.reshape(-1, *x.shape[-2:]) for x in (left.mT, right))
     grad.view(-1, *grad.shape[-2:]).baddbmm_(one, two)
     return grad
-
-
-def _batched(function: type[torch.autograd.Function], info: Any, in_dims: Any, args: tuple[Any, ...]) -> Any:
-    """`function` under vmap: all here take any leading dimensions, so the new one is put before them.
-
-    All inputs get it, also those that are the same for all: else the backward pass could not write on their gradients.
-    """
-    spread = [
-        x if x is None else x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        for x, dim in zip(args, in_dims, strict=True)
-    ]
-    outputs = function.apply(*spread)
-    return outputs, (0,) * len(outputs) if isinstance(outputs, tuple) else 0
 
 
 class _Applied(torch.autograd.Function):
@@ -114,7 +98,7 @@ class _Applied(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _batched(_Applied, info, in_dims, args)
+        return batched(_Applied, info, in_dims, args)
 
 
 class _Pulled(torch.autograd.Function):
@@ -137,7 +121,7 @@ class _Pulled(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _batched(_Pulled, info, in_dims, args)
+        return batched(_Pulled, info, in_dims, args)
 
 
 class _Squares(torch.autograd.Function):
@@ -158,11 +142,11 @@ class _Squares(torch.autograd.Function):
         twice = (2 * dy)[..., None, :]
         if grad is None:
             return twice * weight
-        return grad.addcmul_(weight, twice) if _may_write() else grad + twice * weight
+        return grad.addcmul_(weight, twice) if may_write() else grad + twice * weight
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _batched(_Squares, info, in_dims, args)
+        return batched(_Squares, info, in_dims, args)
 
 
 class _SquaresSince(torch.autograd.Function):
@@ -201,7 +185,7 @@ class _SquaresSince(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _batched(_SquaresSince, info, in_dims, args)
+        return batched(_SquaresSince, info, in_dims, args)
 
 
 def _since(
@@ -209,7 +193,7 @@ def _since(
 ) -> Tensor:
     """γ W - c S - addedᵀ a."""
     new = (-added).mT @ inputs
-    plus_product = Tensor.addcmul_ if _may_write() else torch.addcmul  # in place there is no batching rule
+    plus_product = Tensor.addcmul_ if may_write() else torch.addcmul  # in place there is no batching rule
     new = new.add_(weight) if gamma is None else plus_product(new, weight, gamma)
     return new if momentum is None or c is None else plus_product(new, momentum, -c)
 
@@ -218,7 +202,7 @@ def _plus_scaled(grad: Tensor | None, d: Tensor, scale: Tensor | None) -> Tensor
     """grad + scale · d, in place where it may be."""
     if grad is None:
         return d if scale is None else d * scale
-    if not _may_write():
+    if not may_write():
         return grad + (d if scale is None else d * scale)
     return grad.add_(d) if scale is None else grad.addcmul_(d, scale)
 
@@ -244,7 +228,7 @@ class _Moved(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _batched(_Moved, info, in_dims, args)
+        return batched(_Moved, info, in_dims, args)
 
 
 class _MovedBoth(torch.autograd.Function):
@@ -291,7 +275,7 @@ class _MovedBoth(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _batched(_MovedBoth, info, in_dims, args)
+        return batched(_MovedBoth, info, in_dims, args)
 
 
 def _faded(grad: Tensor, gamma: Tensor | None) -> Tensor:
@@ -304,7 +288,7 @@ def _carried(grad_s: Tensor, theta: Tensor, grad: Tensor | None, c: Tensor) -> T
     found = grad_s * _wide(theta)
     if grad is None:
         return found
-    return found.addcmul_(grad, _wide(-c)) if _may_write() else found - grad * _wide(c)
+    return found.addcmul_(grad, _wide(-c)) if may_write() else found - grad * _wide(c)
 
 
 def _wide(number: Tensor) -> Tensor:

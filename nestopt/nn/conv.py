@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from nestopt.kernels.causal_conv import causal_conv
+
 
 class CausalConv(nn.Conv1d):
     r"""A depthwise causal convolution with a residual, $y_t = x_t + \sum_{i<\mathrm{width}} w_i \odot x_{t-i}$.
@@ -33,9 +35,7 @@ class CausalConv(nn.Conv1d):
         if x.shape[1] == 1:
             y = x + (seen * self.weight[:, 0].mT).sum(1, keepdim=True)
         else:
-            y = x
-            for i, weight in enumerate(self.weight[:, 0].unbind(-1)):  # the oldest token first
-                y = y + weight * seen[:, i : i + x.shape[1]]
+            y = causal_conv(seen, self.weight[:, 0].mT)
         if count is None:
             return y, seen[:, x.shape[1] :].to(tail.dtype)
         last = count[:, None] + torch.arange(width - 1, device=x.device)

@@ -14,10 +14,13 @@ from nestopt.core.level import Level
 from nestopt.core.memories import Window
 from nestopt.core.tokens import PENDING, begin
 from nestopt.core.tree import State, nested
+from nestopt.kernels.unit import unit
 from nestopt.nn.conv import CausalConv
-from nestopt.nn.decode import keep, waits
+from nestopt.nn.decode import keep, move, moves, waits
 from nestopt.nn.gating import Gates, Start
+from nestopt.nn.head_norm import HeadNorm
 from nestopt.nn.options import check_options, projection
+from nestopt.nn.pieces import lengths
 from nestopt.nn.reset import begun_anew, chosen
 from nestopt.nn.rotary import rotary
 from nestopt.nn.rows import Rows, lengths_of, spread
@@ -95,7 +98,7 @@ class SequenceMemory(nn.Module):
         self.out = projection(inner, dim)
         out_norm = not attends if out_norm is None else out_norm
         # its eps is far above float32's: before the first write a read is exactly 0
-        self.norm = nn.RMSNorm(self.dim_head, eps=1e-5) if out_norm else None
+        self.norm = HeadNorm(self.dim_head, eps=1e-5) if out_norm else None
         self.output_gate = projection(dim, inner) if gate_output else None
         self.level_gates = Gates(level, gates, heads)
         self.gates = self.level_gates.projection(dim, heads)
@@ -104,7 +107,7 @@ class SequenceMemory(nn.Module):
         self.start = nn.ParameterDict(
             {key: nn.Parameter(torch.stack([one[name] for one in starts])) for key, name in self._start_names.items()}
         )
-        self._waits = waits(level)
+        self._waits, self._moves = waits(level), moves(level)
         self._pads = not attends or fast_form(level) == "attention"
         self._shapes = shapes_of(self.init_state(1))
         if attends and not self._pads:
@@ -213,7 +216,7 @@ class SequenceMemory(nn.Module):
             x = spread(x, packed)
         now = self._begun(state, x)
         if mask is None:
-            y, new = self._through(x, now, attend, learn=learn)
+            y, new = self._through_all(x, now, attend, learn, whole=return_stats)
         else:
             y, new = self._through_padded(x, now, attend, mask, learn)
         y = y if packed is None else y[packed][None]
@@ -233,14 +236,15 @@ class SequenceMemory(nn.Module):
                 f"SequenceMemory.step: x_t has the shape {list(x_t.shape)}; it must be [batch, dim={self.dim}]"
             )
         now = self._begun(state, x_t)
-        if not learn or not self._waits or now["memory"][PENDING]["live"].shape[2] == self.level.span - 1:
+        ends = self._waits and now["memory"][PENDING]["live"].shape[2] == self.level.span - 1
+        if not learn or ends or not (self._waits or self._moves):
             y, new = self._through(x_t[:, None], now, self._run if learn else self._read, learn=learn)
             return y[:, 0], new
         h, new = x_t, {}
         if self.conv is not None:
             seen, new["conv"] = self.conv(x_t[:, None], now["conv"])
             h = seen[:, 0]
-        y, new["memory"] = keep(self, h, now["memory"])
+        y, new["memory"] = (move if self._moves else keep)(self, h, now["memory"])
         return self._read_out(y, h), new
 
     # -- how -----------------------------------------------------------------------------------------------------------
@@ -272,6 +276,17 @@ class SequenceMemory(nn.Module):
         memory = state["memory"]
         return {**state, "memory": {**memory, "level": {**memory["level"], **nested(fixed)}}}
 
+    def _through_all(self, x: Tensor, state: State, attend: Attend, learn: bool, whole: bool) -> tuple[Tensor, State]:
+        """Tokens `[B, T, dim]` without padding, in pieces unless they are to be taken as a `whole`."""
+        cut = [x.shape[1]] if whole or self.checkpoint else lengths(self.level, x, state["memory"])
+        if len(cut) == 1:
+            return self._through(x, state, attend, learn=learn)
+        ys = []
+        for piece in x.split(cut, dim=1):
+            y, state = self._through(piece, state, attend, learn=learn)
+            ys.append(y)
+        return torch.cat(ys, dim=1), state
+
     def _through(
         self, x: Tensor, state: State, attend: Attend, rows: Rows | None = None, learn: bool = True
     ) -> tuple[Tensor, State]:
@@ -281,9 +296,9 @@ class SequenceMemory(nn.Module):
             x, new["conv"] = self.conv(x, state["conv"], None if rows is None else rows.count)
         q, k, v = (part(x).unflatten(-1, (self.heads, -1)) for part in (self.query, self.key, self.value))
         if self.qk_norm:
-            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            q, k = unit(q), unit(k)
         if self.v_norm:
-            v = F.normalize(v, dim=-1)
+            v = unit(v)
         if self.rope:
             seen = state["memory"]["step"][:, :1]  # of every head the same
             # what is only read comes next, all of it

@@ -222,7 +222,7 @@ def fitted(
     """
     if not isinstance(state, Mapping):
         raise ValueError(f"{owner}: {path} is {type(state).__name__}, not a dict; give a state of this layer, or None")
-    for key in state:
+    for key in state if state.keys() != shapes.keys() else ():
         if key not in shapes:
             required = [name for name, shape in shapes.items() if not (isinstance(shape, Leaf) and shape.optional)]
             raise ValueError(
@@ -233,11 +233,21 @@ def fitted(
     for key, shape in shapes.items():
         if not isinstance(shape, Leaf):
             found[key] = fitted(state.get(key, {}), shape, batch, owner, f"{path}[{key!r}]", dtype, device)
+        elif key in state and _fits(state[key], shape, batch, dtype, device):
+            found[key] = state[key]  # nearly always, and a token of a layer has little time for more
         elif key in state:
             found[key] = _fitted_leaf(state[key], shape, batch, owner, f"{path}[{key!r}]", dtype, device)
         elif not shape.optional:
             raise ValueError(f"{owner}: {path}[{key!r}] is missing. Is it the state of another layer?")
     return found
+
+
+def _fits(leaf: Any, wanted: Leaf, batch: int, dtype: torch.dtype | None, device: torch.device | None) -> bool:
+    """Whether it is what a layer makes itself."""
+    if not isinstance(leaf, Tensor) or leaf.dtype != (wanted.dtype or dtype) or (device and leaf.device != device):
+        return False
+    whole = (batch, *wanted.shape)
+    return leaf.shape == whole or (0 in wanted.shape and leaf.shape[:1] == (batch,) and _same(leaf.shape, whole))
 
 
 def _fitted_leaf(

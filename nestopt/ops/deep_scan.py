@@ -273,11 +273,14 @@ def _write(weights: Sequence[Held], at: mlp.Linearised, tokens: Chunk, settings:
     wrong = at.y - tokens.v if settings.objective == "l2" else -tokens.v
     errors = mlp.errors(weights, at, wrong, settings.form)
     lr = tokens.lr
+    near: Sequence[Tensor | None] = [None] * len(weights)
+    if settings.step == "normalized" or settings.delta:
+        near = [a @ a.mT for a in at.inputs]
     if settings.step == "normalized":
         lr = step_sizes(
             lr,
             tokens.damping,
-            at.inputs,
+            [product for product in near if product is not None],
             mlp.sensitivities(weights, at, settings.form),
             delta=settings.delta,
             bound=settings.bound,
@@ -285,8 +288,8 @@ def _write(weights: Sequence[Held], at: mlp.Linearised, tokens: Chunk, settings:
             chunk=settings.chunk,
         )
     strength = settings.delta * lr if settings.delta else None
-    for weight, error in zip(weights, errors, strict=True):
-        weight.write(lr[..., None] * error, strength)
+    for weight, error, products in zip(weights, errors, near, strict=True):
+        weight.write(lr[..., None] * error, strength, products)
 
 
 def _answers(weights: Sequence[Held], q: Tensor, settings: Settings) -> Tensor:

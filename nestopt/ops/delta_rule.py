@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nestopt.kernels.chunk_matrix import Shares, answers, corrected, shares, shares_with_momentum
 from nestopt.ops.given import Tokens, check_finite, packed
-from nestopt.ops.segments import check_gates, chunks_of, first, log_gate, over_segments, rates
+from nestopt.ops.segments import check_gates, chunk_for, chunks_of, first, log_gate, over_segments, rates
 from nestopt.ops.shapes import check_choice, check_tokens, check_whole
 
 
@@ -23,7 +23,7 @@ def delta_rule(
     decay: float | Tensor | None = None,
     momentum: float | Tensor | None = None,
     state: Tensor | Mapping[str, Tensor] | None = None,
-    chunk: int = 64,
+    chunk: int | None = None,
     read: Literal["after", "before"] = "after",
     decay_first: bool = True,
     mask: Tensor | None = None,
@@ -54,7 +54,7 @@ def delta_rule(
         momentum: θ, what is kept of the momentum, likewise; None is no momentum. α and θ are computed as logarithms;
             one below the least normal number of the dtype counts as that.
         state: M before the first token, `[B, H, D_v, D_k]`; with momentum `{"memory": M, "momentum": S}`. None is zero.
-        chunk: tokens computed at once.
+        chunk: tokens computed at once; None takes what is fast: 32 on a CPU, else 64.
         read: whether a token reads the memory after or before its own write.
         decay_first: whether the error is that of the decayed memory.
         mask: `[B, T]`, True for a token, False for padding, which neither writes nor decays and is answered with 0.
@@ -70,6 +70,7 @@ def delta_rule(
     Raises:
         ValueError: for shapes that do not fit, no tokens, a negative gate, `chunk` < 1, or another word for `read`.
     """
+    chunk = chunk_for(q) if chunk is None else chunk
     check_whole("chunk", chunk, 1)
     check_choice("read", read, ("after", "before"))
     check_tokens(q, k, v)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nestopt.kernels.chunk_matrix import added, answers, shares
 from nestopt.ops.given import Tokens, check_finite, packed
-from nestopt.ops.segments import check_gates, chunks_of, first, log_gate, over_segments
+from nestopt.ops.segments import check_gates, chunk_for, chunks_of, first, log_gate, over_segments
 from nestopt.ops.shapes import check_choice, check_tokens, check_whole
 
 
@@ -22,7 +22,7 @@ def linear_attention(
     *,
     decay: float | Tensor | None = None,
     state: Tensor | None = None,
-    chunk: int = 64,
+    chunk: int | None = None,
     read: Literal["after", "before"] = "after",
     features: Callable[[Tensor], Tensor] | None = None,
     mask: Tensor | None = None,
@@ -43,7 +43,7 @@ def linear_attention(
         decay: a, what is kept of the memory at each token: None (all), one number, `[H]` or `[B, T, H]`; 0 or more.
             Computed as logarithms; a decay below the least normal number of the dtype counts as that.
         state: M before the first token, `[B, H, D_v, D_k]` (D_k as the features have it); None is zero.
-        chunk: tokens computed at once.
+        chunk: tokens computed at once; None takes what is fast: 32 on a CPU, else 64.
         read: whether a token reads the memory after or before its own write.
         features: φ, a map of the last dimension; None is the identity.
         mask: `[B, T]`, True for a token, False for padding, which neither writes nor decays and is answered with 0.
@@ -58,6 +58,7 @@ def linear_attention(
     Raises:
         ValueError: for shapes that do not fit, no tokens, a negative decay, `chunk` < 1, or another word for `read`.
     """
+    chunk = chunk_for(q) if chunk is None else chunk
     check_whole("chunk", chunk, 1)
     check_choice("read", read, ("after", "before"))
     check_tokens(q, k, v)

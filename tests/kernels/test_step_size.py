@@ -20,7 +20,7 @@ def harmonic(count: int) -> float:
 
 def largest(keys: Tensor, read: str) -> Tensor:
     """The largest eigenvalue of K diag(η), the chunk's whole step, at η = 1/(margin · n): one layer, these keys."""
-    n = norms(closeness([keys], [None], 0.0), read) * margin(keys.shape[-2], read)  # type: ignore[arg-type]
+    n = norms(closeness([keys @ keys.mT], [None], 0.0), read) * margin(keys.shape[-2], read)  # type: ignore[arg-type]
     scaled = keys / n.sqrt()[..., None]
     return torch.linalg.eigvalsh(scaled @ scaled.mT)[..., -1]
 
@@ -82,7 +82,7 @@ def test_the_equations() -> None:
         found = step_sizes(
             lr,
             damping,
-            inputs,
+            [a @ a.mT for a in inputs],
             [None, bounds],
             delta=delta,
             bound=1.5,
@@ -98,7 +98,9 @@ def test_the_equations() -> None:
 
 def test_keys_of_zeros() -> None:
     keys = torch.zeros(4, 3, requires_grad=True)
-    found = step_sizes(torch.ones(4), torch.ones(4), [keys], [None], delta=1.0, bound=1.0, read="chunk", chunk=4)
+    found = step_sizes(
+        torch.ones(4), torch.ones(4), [keys @ keys.mT], [None], delta=1.0, bound=1.0, read="chunk", chunk=4
+    )
     assert torch.equal(found, torch.full((4,), 1 / EPS))
     (gradient,) = torch.autograd.grad(found.sum(), keys)
     assert torch.equal(gradient, torch.zeros(4, 3))

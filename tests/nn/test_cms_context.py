@@ -362,6 +362,7 @@ def test_meta_gradients_are_finite_differences() -> None:
     assert torch.autograd.gradcheck(answers, values, atol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, as it traces
 def test_recomputing_and_compiling_change_nothing() -> None:
     module, x = make(), some().requires_grad_()
     y, _ = module(x)

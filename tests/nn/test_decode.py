@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from nestopt import Gate
+from nestopt.core.features import Elu
+from nestopt.core.retentions import Decay
 from nestopt.core.tree import leaves
-from nestopt.levels import titans
+from nestopt.levels import (
+    deltanet,
+    gated_deltanet,
+    gated_linear,
+    linear_attention,
+    momentum,
+    retnet,
+    titans,
+)
 from nestopt.nn import SequenceMemory, detach
-from nestopt.nn.decode import waits
-from tests.nn.tools import F64, LEVELS, in_steps, level_of, make, same, same_states
+from nestopt.nn.decode import moves, waits
+from tests.nn.tools import F64, LEVELS, away, in_steps, level_of, make, same, same_states
 
 CHUNKED = ["titans in chunks", "titans, matrix", "ttt in chunks", "ttt without gates"]
+
+MATRICES = {
+    "linear_attention": linear_attention(features=Elu()),
+    "retnet": retnet(read="before"),
+    "gated_linear": gated_linear(lr=Gate(0.3), step_size=0.7),
+    "a constant decay": gated_linear(retention=Decay(0.9)),
+    "deltanet": deltanet(features=Elu()),
+    "deltanet, bound": deltanet(normalized=True, retention=Decay(Gate(0.8))),
+    "gated_deltanet": gated_deltanet(lr=0.3, read="before"),
+    "gated_deltanet, fading as it writes": gated_deltanet(fade="with"),
+}
 
 
 @pytest.mark.parametrize("name", LEVELS)
@@ -37,18 +61,21 @@ def test_steps_go_on_from_a_piece_and_a_piece_from_steps(name: str) -> None:
 def test_which_levels_have_a_shorter_way() -> None:
     assert [waits(level_of(name)) for name in CHUNKED] == [True] * 4
     assert not any(waits(level_of(name)) for name in ("titans", "titans before", "ttt, a write a chunk", "deltanet"))
+    assert all(moves(level) for level in MATRICES.values())
+    others = [level_of(name) for name in ("titans in chunks", "oja", "momentum", "attention")]
+    assert not any(moves(level) for level in (*others, deltanet(rule=momentum(0.5)), deltanet(period=4)))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"gates": False},
-        {"rope": 100.0, "gate_output": True},
-        {"qk_norm": False, "out_norm": False, "conv": 0},
-        {"v_norm": True, "conv": 1, "dim_head": 3},
-        {"qk_norm": False, "v_norm": True},
-    ],
-)
+OPTIONS: list[dict[str, Any]] = [
+    {"gates": False},
+    {"rope": 100.0, "gate_output": True},
+    {"qk_norm": False, "out_norm": False, "conv": 0},
+    {"v_norm": True, "conv": 1, "dim_head": 3},
+    {"qk_norm": False, "v_norm": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", CHUNKED)
 def test_the_shorter_way_knows_every_option(name: str, options: dict[str, object]) -> None:
     module = make(name, **options)
@@ -56,6 +83,27 @@ def test_the_shorter_way_knows_every_option(name: str, options: dict[str, object
     whole, end = module(x)
     stepped, state = in_steps(module, x)
     same(stepped, whole)
+    same_states(state, end)
+
+
+@pytest.mark.parametrize("options", [{}, *OPTIONS])
+@pytest.mark.parametrize("name", MATRICES)
+def test_a_matrix_is_written_to_as_by_the_whole(name: str, options: dict[str, Any]) -> None:
+    module = away(SequenceMemory(MATRICES[name], 8, 2, **options).double())
+    x = torch.randn(3, 7, 8, dtype=F64, requires_grad=True)
+    inputs = [x, *module.parameters()]
+    whole, end = module(x)
+    wanted = torch.autograd.grad(whole.sin().sum(), inputs, allow_unused=True)
+    stepped, state = in_steps(module, x)
+    same(stepped, whole)
+    same_states(state, end)
+    same(torch.autograd.grad(stepped.sin().sum(), inputs, allow_unused=True), wanted, 1e-9)
+    with torch.no_grad():
+        x[0, 4, 2] = torch.inf
+        whole, end = module(x)
+        stepped, state = in_steps(module, x)
+    assert stepped[0, 4].isnan().all()
+    torch.testing.assert_close(stepped, whole, rtol=1e-10, atol=1e-10, equal_nan=True)
     same_states(state, end)
 
 

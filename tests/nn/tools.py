@@ -55,7 +55,11 @@ LEVELS = [*REGISTERED, *VARIANTS]
 
 def make(name: str, dim: int = 8, heads: int = 2, **options: Any) -> SequenceMemory:
     """A float64 layer whose parameters are away from where they start, so that gates differ from token to token."""
-    module = SequenceMemory(level_of(name), dim, heads, **options).double()
+    return away(SequenceMemory(level_of(name), dim, heads, **options).double())
+
+
+def away(module: SequenceMemory) -> SequenceMemory:
+    """`module`, its parameters moved away from where they start."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

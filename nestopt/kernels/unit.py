@@ -1,0 +1,66 @@
+r"""Vectors brought to one length, and the backward pass in as few passes over them.
+
+Of $y = r x$ with r a number for each vector, $\dot x = r\,\dot y - r^3\,(x\cdot\dot y)\,x$ times what the norm in r is
+divided by. Autograd makes a dozen tensors of the size of x for that; here there are two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestopt.kernels.functions import batched, may_write
+
+
+def unit(x: Tensor) -> Tensor:
+    """x `[.., D]` over its length, as `torch.nn.functional.normalize` on the last dimension."""
+    return _unit(x, None)
+
+
+def unit_rms(x: Tensor, eps: float) -> Tensor:
+    """x `[.., D]` over its root mean square, as `torch.nn.functional.rms_norm` without a weight."""
+    return _unit(x, eps)
+
+
+def _unit(x: Tensor, eps: float | None) -> Tensor:
+    # without a graph, as for a token alone, the function by itself: to apply it takes as long again
+    return _Unit.apply(x, eps) if torch.is_grad_enabled() else x * _inverse(x, eps)
+
+
+def _inverse(x: Tensor, eps: float | None) -> Tensor:
+    """r `[.., 1]`."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    if eps is None:
+        return length.clamp_min(_LEAST).reciprocal()
+    return (length.square() / x.shape[-1] + eps).rsqrt()
+
+
+_LEAST = 1e-12
+"""Of a length that is divided by; shorter vectors are divided by this."""
+
+
+class _Unit(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, eps: float | None) -> Tensor:
+        return x * _inverse(x, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float | None], output: Tensor) -> None:
+        x, ctx.eps = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        r = _inverse(x, ctx.eps)
+        along = (x * dy).sum(-1, keepdim=True) * r**3
+        along = torch.where(r * _LEAST < 1, along, 0) if ctx.eps is None else along / x.shape[-1]
+        if may_write():
+            return (dy * r).addcmul_(x, along, value=-1), None
+        return dy * r - x * along, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return batched(_Unit, info, in_dims, args)

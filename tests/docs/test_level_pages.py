@@ -16,7 +16,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((DOCS / "levels").glob("*.md"))}
 
 COMPOSED = {"chain", "parallel", "nest"}
-ON_TOKENS = [path.stem for path in sorted((DOCS / "tokens").glob("*.md")) if path.stem not in ("index", "step")]
+ON_TOKENS = sorted({path.stem for path in (DOCS / "tokens").glob("*.md")} - {"index", "step"} - set(PAGES))
 ELSEWHERE = {"associative_memory": "idea.md", **{name: f"tokens/{name}.md" for name in ON_TOKENS}}
 """Levels that are explained on another page: the generic one, and those whose place is in a layer."""
 

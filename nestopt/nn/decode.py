@@ -18,6 +18,7 @@ from nestopt.core.part import Gate, Number
 from nestopt.core.retentions import Decay
 from nestopt.core.tokens import PENDING
 from nestopt.core.tree import State, leaves, nested
+from nestopt.kernels.step_size import EPS
 from nestopt.nn.rotary import rotary
 from nestopt.ops.dispatch import fast_form
 from nestopt.ops.forms import Rule, rule_of
@@ -131,7 +132,7 @@ def move(layer: SequenceMemory, h: Tensor, state: State) -> tuple[Tensor, State]
             share = number(level.retention.keep, "retention.keep")
             kept = before * torch.where(live, share, 1.0)[..., None, None]
         if level.normalized:
-            rate = level.bound * rate * (1.0 if share is None else share) / (1e-4 + k.square().sum(-1))
+            rate = level.bound * rate * (1.0 if share is None else share) / (EPS + k.square().sum(-1))
         if fast_form(level) == "delta_rule":
             v = v - ((kept if level.fade == "before" else before) @ k[..., None])[..., 0]
         v = torch.where(live, rate, 0.0)[..., None] * v

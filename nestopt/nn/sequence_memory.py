@@ -278,7 +278,8 @@ class SequenceMemory(nn.Module):
 
     def _through_all(self, x: Tensor, state: State, attend: Attend, learn: bool, whole: bool) -> tuple[Tensor, State]:
         """Tokens `[B, T, dim]` without padding, in pieces unless they are to be taken as a `whole`."""
-        cut = [x.shape[1]] if whole or self.checkpoint else lengths(self.level, x, state["memory"])
+        recomputes = self.checkpoint and torch.is_grad_enabled()
+        cut = [x.shape[1]] if whole or recomputes else lengths(self.level, x, state["memory"])
         if len(cut) == 1:
             return self._through(x, state, attend, learn=learn)
         ys = []

@@ -146,6 +146,7 @@ class _Training:
                 losses.append(loss)
                 self.step += 1
                 self.elapsed = self._seconds_since(begin)
+                bar.total = max(self.step, round(self.step / self._progress()))  # fewer, where time ends the run
                 bar.update()
                 if self.step % settings.log_every == 0:
                     now = time.monotonic()

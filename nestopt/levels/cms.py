@@ -81,7 +81,7 @@ class Auto(Mapping[str, float]):
         if self.threshold is not None:
             return surprise > self.threshold
         assert self.mean is not None
-        return surprise >= (self.mean - (self.every - 1) / 2) * total / step
+        return (surprise > 0) & (surprise >= (self.mean - (self.every - 1) / 2) * total / step)
 
     # a mapping, so that a config can hold it as it is
     def __getitem__(self, key: str) -> float:

@@ -305,6 +305,8 @@ def test_it_writes_sooner_where_it_is_more_surprised() -> None:
     # looks come every 2 tokens, and (20 - 1/2) tokens of one size pass at the tenth
     assert before == 5
     assert after - before > 1.5 * before
+    _, bored = driven(module, some(1, 100), lambda b, t, y: 0 * error)
+    assert bored["levels"]["auto_2"]["writes"].item() == 0
 
 
 def test_auto_in_a_config() -> None:

@@ -22,7 +22,8 @@ TEXT = bytes(range(32, 127)) * 3
 
 def make(mixer: object = None, **options: object) -> HopeLM:
     torch.manual_seed(0)
-    mlp = cms(periods=(4, 16), learn="context", teach="loss", rate=0.3, **options)
+    settings = {"periods": (4, 16), "learn": "context", "teach": "loss", "rate": 0.3, **options}
+    mlp = cms(**settings)  # type: ignore[arg-type]
     return HopeLM(dim=8, blocks=2, heads=2, mixer=mixer or deltanet(), mlp=mlp).eval()  # type: ignore[arg-type]
 
 
@@ -98,7 +99,7 @@ def held(writer: Writer) -> int:
 @pytest.mark.parametrize("times", [20, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_long_document_takes_no_more_memory_than_a_short_one(times: int) -> None:
     """With 1,000: a million bytes."""
-    writer = Writer(make(window_attention(memory=Window(32))))
+    writer = Writer(make(window_attention(memory=Window(32)), periods=(64, 256)))
     writer.read(b"x" * PIECE)
     before = held(writer)
     tracemalloc.start()

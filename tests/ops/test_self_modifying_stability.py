@@ -97,7 +97,7 @@ def test_token_by_token(gain: float) -> None:
 def test_no_tokens_make_them_diverge_ever(
     pair: tuple[int, int], momentum: float | None, delta: float, gain: float
 ) -> None:
-    # token by token, a momentum of 0.99 carries a hundred steps on that are each bounded by themselves: it wanders further
+    # token by token, a momentum of 0.99 carries on a hundred steps that are each bounded by themselves
     plain = 10.0 if momentum == 0.99 and min(pair) == 1 else 5.0
     check(norms(16384, *pair, momentum=momentum, delta=delta, gain=gain), plain if gain == 1 else 20.0)
 

@@ -87,7 +87,7 @@ def test_a_config_file_with_overrides(run, text, tmp_path):
         (["train", "--data", "no_such.txt"], ["no_such.txt", "does not exist"]),
         (["train", "--resume", "no_such_run"], ["no_such_run", "no config.yaml"]),
         (["train", "model.mlp=adam"], ["model.mlp", "cms"]),
-        (["train", "train.engine=ddp"], ["train.engine", "torchrun"]),
+        (["train", "train.engine=fsdp"], ["train.engine", "fsdp2"]),
         (["train", "train.zero_stage=1"], ["train.zero_stage", "engine=deepspeed"]),
         (["train", "train.device=quantum"], ["train.device", "quantum"]),
         (["generate", "no_such_run"], ["no_such_run"]),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.distributed.settings import ENGINES, LEVELS, RUNS, SAVED, run
 
 HERE = Path(__file__).parent
@@ -19,7 +20,14 @@ Case = tuple[Any, ...]
 def torchrun(world: int, *command: object, timeout: int = 900) -> tuple[int, str]:
     """The status and output of a command in so many processes."""
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", *map(str, command)],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={world}",
+            *map(str, command),
+        ],
         capture_output=True,
         text=True,
         timeout=timeout,

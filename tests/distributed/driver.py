@@ -13,9 +13,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.distributed import cases
-
 from nestopt.train.checkpoint import CheckpointError
+from tests.distributed import cases
 
 
 def main(path: Path) -> None:

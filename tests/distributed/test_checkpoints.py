@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.distributed.conftest import saves, torchrun
-from tests.distributed.settings import ENGINES, SAVED, STEPS, run
 
 from nestopt.config import Config
 from nestopt.train.checkpoint import CheckpointError
@@ -22,6 +20,8 @@ from nestopt.train.loop import train
 from nestopt.train.metrics import read
 from nestopt.train.parts import Parts
 from nestopt.train.run import Run
+from tests.distributed.conftest import saves, torchrun
+from tests.distributed.settings import ENGINES, SAVED, STEPS, run
 
 pytestmark = pytest.mark.distributed
 
@@ -149,7 +149,16 @@ def test_a_run_that_is_killed_goes_on_on_another_stage_and_with_other_processes(
     config["train"]["steps"] = 300
     path, folder = tmp_path / "config.yaml", tmp_path / "001"
     path.write_text(Config.from_data(config).to_yaml())
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "nestopt", "train"]
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "nestopt",
+        "train",
+    ]
     first = killed(folder, [*start, str(path), "-q"], 3, delays.uniform(0, 1))
     again = [*start, "--resume", str(folder), "-q", "train.zero_stage=1"]
     number = Parts.number_in(folder)

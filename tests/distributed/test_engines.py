@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.distributed.cases import level
-from tests.distributed.conftest import torchrun
-from tests.distributed.settings import ENGINES, LEVELS, RUNS, STEPS, run
 
 from nestopt.config import Config
 from nestopt.train import checkpoint
 from nestopt.train.loop import train
 from nestopt.train.metrics import read
+from tests.distributed.cases import level
+from tests.distributed.conftest import torchrun
+from tests.distributed.settings import ENGINES, LEVELS, RUNS, STEPS, run
 
 pytestmark = pytest.mark.distributed
 

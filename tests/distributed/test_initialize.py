@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.distributed.cases import batch, net
-from tests.distributed.conftest import LOOPS, OPTIONS, REFUSED, SPEC
 from torch import nn
 
 import nestopt
+from tests.distributed.cases import batch, net
+from tests.distributed.conftest import LOOPS, OPTIONS, REFUSED, SPEC
 
 pytestmark = pytest.mark.distributed
 

@@ -12,10 +12,10 @@ import torch
 
 from nestopt.config import Config, ConfigError, load
 from nestopt.train import checkpoint
-from nestopt.train.parts import Parts
 from nestopt.train.evaluate import bits_per_byte, held_out_text
 from nestopt.train.loop import train
 from nestopt.train.metrics import read
+from nestopt.train.parts import Parts
 from nestopt.train.run import Run
 from nestopt.train.text import from_path
 

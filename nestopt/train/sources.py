@@ -1,0 +1,49 @@
+"""From a configuration to the source of its data."""
+
+from __future__ import annotations
+
+from nestopt.config import Config, ConfigError
+from nestopt.core.dataset import DocumentDataset
+from nestopt.train.datasets import Files
+from nestopt.train.documents import PackedDocuments
+from nestopt.train.source import Source
+from nestopt.train.windows import Windows
+
+
+def make(config: Config, rank: int = 0, world: int = 1) -> Source:
+    """The data that the section `data` of a configuration describes, for the process `rank` of `world`.
+
+    Raises:
+        ConfigError: no dataset is given, its tokens are more than `model.vocab`, or a number does not fit.
+        CorpusError: the data can't be read.
+    """
+    data = config.data
+    dataset = Files(data.path) if data.path else data.dataset
+    if dataset is None:
+        raise ConfigError.refuse("data.dataset", None, "give a dataset, or data.path")
+    if data.batch % world:
+        raise ConfigError.refuse("data.batch", data.batch, f"give a multiple of {world}, the number of processes")
+    rows = data.batch // world
+    source: Source
+    if isinstance(dataset, DocumentDataset):
+        if data.workers > rows:
+            raise ConfigError.refuse("data.workers", data.workers, f"give at most {rows}, the rows of a process")
+        source = PackedDocuments(
+            dataset.documents(),
+            batch=data.batch,
+            window=data.window,
+            seed=config.train.seed,
+            rank=rank,
+            world=world,
+            workers=data.workers,
+        )
+        needs = f"{dataset.label} has tokens up to {source.vocab - 1}: give {source.vocab} or more"
+    else:
+        if data.workers:
+            raise ConfigError.refuse("data.workers", data.workers, "it is for documents; text as bytes needs none")
+        text = dataset.load()
+        source = Windows(text, batch=data.batch, window=data.window, seed=config.train.seed, rank=rank, world=world)
+        needs = "bytes need 256 or more"
+    if config.model.vocab < source.vocab:
+        raise ConfigError.refuse("model.vocab", config.model.vocab, needs)
+    return source

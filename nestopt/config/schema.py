@@ -224,12 +224,21 @@ class TrainConfig(Section):
     device: str = Field(
         default="auto", description="cpu, cuda, cuda:1, mps, ..., or auto: an accelerator if there is one"
     )
-    dtype: Literal["float32", "float64", "bfloat16"] = Field(default="float32", description="of parameters")
-    engine: Literal["single", "ddp", "deepspeed"] = Field(
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = Field(
+        default="float32",
+        description="of weights and activations; below float32, the optimizer keeps weights and states in float32",
+    )
+    accumulate: Whole = Field(
+        default=1, ge=1, description="a step's sequences are read in so many batches, one after another"
+    )
+    engine: Literal["single", "ddp", "fsdp2", "deepspeed"] = Field(
         default="single", description="one process, or how several share"
     )
-    zero_stage: Annotated[Literal[0, 1, 2], no_bool("give 0, 1 or 2")] = Field(
-        default=0, description="of DeepSpeed's ZeRO"
+    zero_stage: Annotated[Literal[0, 1, 2, 3] | None, no_bool("give 0, 1, 2 or 3")] = Field(
+        default=None, description="of DeepSpeed's ZeRO; null: as `deepspeed` says, or 0"
+    )
+    deepspeed: dict[str, Any] | None = Field(
+        default=None, description="other settings of DeepSpeed, as in its JSON; `--deepspeed FILE` puts them here"
     )
     out: str = Field(default="runs", description="folder in which runs are kept")
     threads: Whole | None = Field(default=None, ge=1, description="CPU threads; null: as torch chooses")
@@ -242,8 +251,10 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _stage_has_its_engine(self) -> Self:
-        if self.zero_stage and self.engine != "deepspeed":
-            raise ConfigError.refuse("zero_stage", self.zero_stage, f"it needs engine=deepspeed, not {self.engine}")
+        for key in ("zero_stage", "deepspeed"):
+            value = getattr(self, key)
+            if value and self.engine != "deepspeed":
+                raise ConfigError.refuse(key, value, f"it needs engine=deepspeed, not {self.engine}")
         return self
 
 

@@ -97,8 +97,8 @@ class HopeLM(nn.Module):
         """The state of `batch` sequences before their first token: nested dicts of tensors, `[batch, ...]` each."""
         state: State = {f"block_{i}": block.init_state(batch) for i, block in enumerate(self._blocks())}
         if self._taught:
-            weight = self.embedding.weight
-            state[TAUGHT] = nothing_carried(len(self.blocks), batch, weight.shape[1], weight)
+            dim = self.embedding.embedding_dim
+            state[TAUGHT] = nothing_carried(len(self.blocks), batch, dim, self.embedding.weight)
         return state
 
     def reset(self, state: Mapping[str, Any], rows: Chosen) -> State:

@@ -121,7 +121,7 @@ class Layer:
                 error = torch.where(live[..., None], error, 0)
             none = error.new_zeros(len(error))
             lesson = Lesson(at.gradient(error), none, none)
-        return self.clocks.after(state, {LEVEL: lesson}, seen, self.starts(), {LEVEL: self.rate.exp()})
+        return self.clocks.after(state, {LEVEL: lesson}, seen, self.starts(), {LEVEL: self.rate.exp()[0]})
 
 
 class Stacked(nn.Module):
@@ -152,7 +152,7 @@ class Stacked(nn.Module):
         for i, period in sorted(self.periods.items()):
             memory = _Module(family.mlp(self._blocks[i]))
             weight = next(iter(memory.start().values()))
-            self.rates[str(i)] = nn.Parameter(torch.tensor(math.log(rate), device=weight.device))
+            self.rates[str(i)] = nn.Parameter(torch.tensor([math.log(rate)], device=weight.device))
             if teach == "local":
                 self.targets[str(i)] = nn.Parameter(torch.eye(family.width(pretrained), device=weight.device))
             target = self.targets[str(i)] if teach == "local" else None

@@ -84,7 +84,8 @@ class CMS(nn.Module):
 
     def _begin_learning(self, memory: Memory) -> None:
         for block in self._blocks().values():
-            block.rate = nn.Parameter(torch.tensor(math.log(self.level.first_rate)))
+            # of one dimension: FSDP2 and DeepSpeed take no parameter without any
+            block.rate = nn.Parameter(torch.tensor([math.log(self.level.first_rate)]))
             if self.level.teach == "local":
                 block.target = nn.Parameter(torch.eye(self.dim))
         start = next(iter(self._blocks().values())).weights()
@@ -212,7 +213,7 @@ class CMS(nn.Module):
         constant = all(clocks.constant(seen, period) for period in clocks.chain.values())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not constant):
             lessons = self._lessons(x, delta, state, live)
-        rates = {name: cast(Tensor, block.rate).exp() for name, block in self._blocks().items()}
+        rates = {name: cast(Tensor, block.rate).exp()[0] for name, block in self._blocks().items()}
         return clocks.after(dict(state), lessons, seen, self._starts(), rates)
 
     def _lessons(

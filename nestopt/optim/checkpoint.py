@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,8 +33,12 @@ LATER = frozenset({"maximize", "decoupled_weight_decay", "differentiable", "ns_f
 
 def to_plain(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Levels in the groups of a state dict become specs."""
-    groups = [{key: _plain(value) for key, value in group.items()} for group in state_dict["param_groups"]]
-    return {**state_dict, "param_groups": groups}
+    return {**state_dict, "param_groups": plain_groups(state_dict["param_groups"])}
+
+
+def plain_groups(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parameter groups with their levels as specs."""
+    return [{key: _plain(value) for key, value in group.items()} for group in groups]
 
 
 def _plain(value: Any) -> Any:
@@ -60,7 +65,7 @@ def load(optimizer: Nested, state_dict: dict[str, Any]) -> None:
     new_groups: list[dict[str, Any]] = []
     params: dict[Any, tuple[Tensor, Level, Split | None]] = {}
     for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
-        new = _group(optimizer, saved, group, i)
+        new = merged_group(optimizer, saved, group, i)
         level = bind(optimizer.level(new))
         check_parameters(new, i, level)
         view = None if level.is_entrywise else new.get("view")
@@ -79,8 +84,11 @@ def load(optimizer: Nested, state_dict: dict[str, Any]) -> None:
         post_hook(optimizer)
 
 
-def _group(optimizer: Nested, saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]:
-    """The settings of group `i`, as saved, with the parameters that it has here."""
+def merged_group(optimizer: Nested, saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]:
+    """The settings of group `i`, as saved, with the parameters that it has here.
+
+    Raises ValueError where they are of another optimizer.
+    """
     path = f"param_groups[{i}]"
     if len(saved["params"]) != len(group["params"]):
         raise ValueError(

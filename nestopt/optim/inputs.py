@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,16 @@ from nestopt.optim.views import work_dtype
 
 Scale = float | Callable[[], float]
 """What the loss was multiplied with: a number, or what gives it."""
+
+
+class Seen(Protocol):
+    """Whoever knows what parameters were multiplied with."""
+
+    def take(self, param: Tensor) -> Inputs | None:
+        """Since the last take; None if nothing."""
+
+    def unseen(self) -> list[str]:
+        """The names of parameters of which it never knew."""
 
 
 class Watcher:
@@ -62,14 +72,26 @@ class Watcher:
         loss_scale: Scale | None = None,
     ) -> None:
         self.loss_scale = loss_scale
-        asked = {param: wants_of(level) for param, level in levels.items() if param.ndim > 1}
+        # a parameter that DeepSpeed has cut up is empty, and says what it was
+        asked = {
+            param: wants_of(level)
+            for param, level in levels.items()
+            if len(getattr(param, "ds_shape", param.shape)) > 1
+        }
         self._sums = {param: Sums(wants, work_dtype(param)) for param, wants in asked.items() if wants is not None}
+        self._of_module: weakref.WeakKeyDictionary[nn.Module, Sums] = weakref.WeakKeyDictionary()
         self._names: dict[Tensor, str] = {}
         if model is not None:
             self._names = {param: name for name, param in model.named_parameters()}
         hook, handles = _Hook(self), []
         for module in model.modules() if model is not None else ():
             if multiplies(module) and module._parameters.get("weight") in self._sums:
+                weight = module._parameters["weight"]
+                assert weight is not None
+                sums = self._sums[weight]
+                sums.groups = int(getattr(module, "groups", 1))
+                if hasattr(weight, "to_local"):  # a DTensor: FSDP2 puts the whole weight in its place for a while
+                    self._of_module[module] = sums
                 # before other hooks, which may change the output
                 handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         self._remove = weakref.finalize(self, _remove, handles)
@@ -78,6 +100,10 @@ class Watcher:
         """What `param` was multiplied with since the last take, and start anew; None if nothing (or not watched)."""
         sums = self._sums.get(param)
         return None if sums is None else sums.take(param.shape)
+
+    def sums(self, param: Tensor) -> Sums | None:
+        """What is summed for `param`; None if it is not watched."""
+        return self._sums.get(param)
 
     def unseen(self) -> list[str]:
         """The names of parameters that want inputs and have a gradient now, but none was ever seen."""
@@ -97,6 +123,8 @@ class Watcher:
     def _see(self, module: nn.Module, x: Tensor, y: Tensor) -> None:
         weight = module._parameters.get("weight")
         sums = self._sums.get(weight) if weight is not None else None
+        if sums is None:
+            sums = self._of_module.get(module)
         if weight is None or sums is None or not (weight.requires_grad and y.requires_grad):
             return
         wants = sums.wants

@@ -19,7 +19,7 @@ from nestopt.core.part import nearest
 from nestopt.optim import checkpoint
 from nestopt.optim.checks import check_gradients, check_group, check_inputs, check_parameters, raise_nonfinite
 from nestopt.optim.explain import Explanation, explain
-from nestopt.optim.inputs import Scale, Watcher
+from nestopt.optim.inputs import Scale, Seen, Watcher
 from nestopt.optim.lanes import Rates
 from nestopt.optim.metrics import Recorder, finite, memory_norms
 from nestopt.optim.plan import Plan, chosen
@@ -112,11 +112,18 @@ class Nested(Optimizer):
         self._settle()
         super().__init__(params, defaults)
 
+    def like(self, groups: Iterable[Any]) -> Nested:
+        """An optimizer of the same kind, for other parameter groups; what these do not say is as here."""
+        other = object.__new__(type(self))
+        other.__dict__.update({k: v for k, v in self.__getstate__().items() if k not in Optimizer.__getstate__(self)})
+        other._start(groups, self.defaults, self.ways)
+        return other
+
     def _settle(self) -> None:
         """What is worked out anew after loading, unpickling or copying."""
         self._plan = Plan(self.complete, compiled=self.ways.compile)
         self._recorder: Recorder | None = None
-        self._watcher: Watcher | None = None
+        self._watcher: Seen | None = None
         self._warned = False
         self._skipped = 0
 

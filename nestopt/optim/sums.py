@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,13 +14,17 @@ from nestopt.optim.rows import Rows
 class Sums:
     """What `wants` asks for, summed over rows in `dtype`, until `take` makes means of it.
 
+    Args:
+        wants, dtype: as above.
+        groups: of the layer: 1 but for grouped convolutions.
+
     Attributes:
         n: rows since the last take.
         ever: whether there were rows at all since this was made.
     """
 
-    def __init__(self, wants: Wants, dtype: torch.dtype) -> None:
-        self.wants, self.dtype, self.ever = wants, dtype, False
+    def __init__(self, wants: Wants, dtype: torch.dtype, groups: int = 1) -> None:
+        self.wants, self.dtype, self.groups, self.ever = wants, dtype, groups, False
         self._clear()
 
     def _clear(self) -> None:
@@ -59,6 +65,28 @@ class Sums:
         for matrix in kept:
             self._remember(matrix)
         self.n, self.ever = self.n + other.n, self.ever or other.ever
+
+    def total(self, shape: torch.Size, device: torch.device, reduce: Callable[[Tensor], object]) -> None:
+        """Add the sums of other processes, for a weight of this shape; `reduce` makes a tensor the sum over them."""
+        if self._keys:  # as many rows as each process has, which differs: their products are as large everywhere
+            matrix, self._keys = torch.cat(self._keys, dim=1), []
+            self._add("gram", matrix.mT @ matrix)
+        side = shape[1:].numel()
+        sizes: dict[str, tuple[int, ...]] = {}
+        if self.wants.decay:
+            sizes |= {"decay": shape, "energy": (self.groups,)}
+        if self.wants.gram:
+            sizes["gram"] = (self.groups, side, side)
+        if self.wants.surprise is not None:
+            sizes["surprise"] = shape
+        for key, size in sizes.items():
+            if key not in self._sums:  # no row came by here
+                self._sums[key] = torch.zeros(size, dtype=self.dtype, device=device)
+            reduce(self._sums[key])
+        count = torch.tensor(self.n, dtype=torch.int64, device=device)
+        reduce(count)
+        self.n = int(count)
+        self.ever = self.ever or self.n > 0
 
     def take(self, shape: torch.Size) -> Inputs | None:
         """The means for a weight of this shape, and a new start; None if there were no rows."""

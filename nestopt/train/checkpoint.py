@@ -39,7 +39,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapp
             tensor that is not plain and dense, or is of a dtype that safetensors lacks.
         ValueError: for the name ``"__metadata__"``, which the file format keeps for itself.
     """
-    _check_json(meta, "meta")
+    check_json(meta, "meta")
     header = {"format": FORMAT, "version": str(VERSION), "meta": json.dumps(meta)}
     plain: dict[str, Tensor] = {}
     storages: set[int] = set()
@@ -57,7 +57,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> tu
     """
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            meta = _read_header(path, file.metadata() or {})
+            meta = read_header(path, file.metadata() or {})
             return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118 (not a dict)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: there is no such checkpoint") from error
@@ -122,22 +122,23 @@ def _kind(tensor: Tensor) -> str:
     return f"a {type(tensor).__name__} on {tensor.device} with layout {tensor.layout} and dtype {tensor.dtype}"
 
 
-def _check_json(value: Any, name: str) -> None:
+def check_json(value: Any, name: str) -> None:
     """Raise TypeError for anything that does not come back from JSON as it went in."""
     if isinstance(value, dict):
         for key, child in value.items():
             if not isinstance(key, str):
                 raise TypeError(f"{name}: keys must be strings, not {key!r}")
-            _check_json(child, f"{name}.{key}")
+            check_json(child, f"{name}.{key}")
     elif isinstance(value, list):
         for place, child in enumerate(value):
-            _check_json(child, f"{name}[{place}]")
+            check_json(child, f"{name}[{place}]")
     elif value is not None and not isinstance(value, (str, int, float)):
         hint = "; write it as a list" if isinstance(value, tuple) else ""
         raise TypeError(f"{name}: {value!r} is a {type(value).__name__}, which JSON does not have{hint}")
 
 
-def _read_header(path: str | os.PathLike[str], header: Mapping[str, str]) -> dict[str, Any]:
+def read_header(path: str | os.PathLike[str], header: Mapping[str, str]) -> dict[str, Any]:
+    """The meta in a file's header. Raises CheckpointError where it is none of ours, or of a newer version."""
     if header.get("format") != FORMAT:
         raise CheckpointError(f"{path}: is a safetensors file, but no checkpoint of nestopt")
     try:

@@ -1,8 +1,10 @@
-"""How the work of a step is shared: one process, or several under `torchrun`."""
+"""How the work of a step is shared: one process, or several."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,9 +13,11 @@ from torch import Tensor, nn
 
 from nestopt.config import Config, ConfigError
 from nestopt.optim import Nested
-from nestopt.train import snapshot
+from nestopt.optim.sharded.optimizer import Lying, Sharded
+from nestopt.train import launch
+from nestopt.train.kept import Kept
 
-Packed = tuple[dict[str, Tensor], dict[str, Any]]
+LOW = (torch.bfloat16, torch.float16)
 
 
 class Engine:
@@ -22,31 +26,109 @@ class Engine:
     Attributes:
         rank, world: this process's number and how many there are.
         device: where the model is.
+        cut: whether weights are in pieces, so that all processes must call the model together.
+        optimizer: whose groups a schedule changes.
+        kept: what checkpoints are made of.
     """
 
     name: ClassVar[str] = "single"
     rank: int = 0
     world: int = 1
+    cut: bool = False
+    comm: Any = None
+    optimizer: Sharded
+    kept: Kept
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.device = _device(config.train.device)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
+        self._check_dtype()
 
-    def attach(self, model: nn.Module, optimizer: Nested) -> None:
-        """Take the model (on the device already) and its optimizer."""
-        self.module, self.optimizer = model, optimizer
-        self.model: nn.Module = model
+    def _check_dtype(self) -> None:
+        if self.config.train.dtype == "float16":
+            raise ConfigError.refuse(
+                "train.dtype",
+                "float16",
+                "its losses must be scaled, which train.engine=deepspeed does; or give bfloat16",
+            )
 
-    def update(self, loss: Tensor) -> Tensor:
-        """Gradients, clipping and the optimizer's step; returns the norm of the whole gradient, before clipping."""
+    def cut_up(self, lm: nn.Module) -> None:
+        """Cut up a model's weights, where that comes before there is an optimizer."""
+
+    def attach(self, objective: nn.Module, lm: nn.Module, nested: Nested) -> None:
+        """Take what is to be trained (on the device already), the model in it, and an optimizer of that."""
+        self.lm = lm
+        self.optimizer = Sharded(nested)
+        self.model = self._wrapped(objective)
+        self.optimizer.attach(self._lying(), self.comm)
+        self._keep()
+
+    def _keep(self) -> None:
+        self.kept = Kept(
+            self.lm,
+            self.optimizer,
+            rank=self.rank,
+            world=self.world,
+            cut=self.cut,
+            wait=self.wait,
+            spread=self._spread,
+        )
+
+    def _wrapped(self, objective: nn.Module) -> nn.Module:
+        return objective
+
+    def _lying(self) -> list[Lying]:
+        """Parameters as they are; in float32 copies, where the model is in less."""
+        self._masters: list[tuple[Tensor, Tensor]] = []
+        for group in self.optimizer.param_groups:
+            for i, param in enumerate(group["params"]):
+                if param.dtype in LOW:
+                    group["params"][i] = master = nn.Parameter(param.detach().float())
+                    self._masters.append((param, master))
+        return [Lying(i, group["params"], group["params"]) for i, group in enumerate(self.optimizer.param_groups)]
+
+    def update(self, batches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Gradients of the mean loss over batches of one size, clipping, and the optimizer's step.
+
+        Returns:
+            This process's loss, and the norm of the whole gradient before clipping.
+        """
         self.optimizer.zero_grad()
-        loss.backward()
-        clip = self.config.train.clip
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), float("inf") if clip is None else clip)
+        losses = []
+        for i, batch in enumerate(batches):
+            with self._together(i == len(batches) - 1):
+                loss = self.model(batch) / len(batches)
+                loss.backward()
+            losses.append(loss.detach())
+            for param, master in self._masters:
+                if param.grad is not None:
+                    grad = param.grad.float()
+                    master.grad = grad if master.grad is None else master.grad.add_(grad)
+                    param.grad = None
+        norm = self._clip()
         self.optimizer.step()
-        return norm
+        self._spread()
+        return torch.stack(losses).sum(), norm
+
+    @contextlib.contextmanager
+    def _together(self, last: bool) -> Iterator[None]:
+        """Around one of several batches of a step: gradients are averaged over processes with the last."""
+        yield
+
+    def _clip(self) -> Tensor:
+        clip = self.config.train.clip
+        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        return nn.utils.clip_grad_norm_(params, float("inf") if clip is None else clip)
+
+    @torch.no_grad()
+    def _spread(self) -> None:
+        """Let the model have what the optimizer has written."""
+        for param, master in self._masters:
+            param.copy_(master)
+
+    # -- processes -------------------------------------------------------------------------------------------------
 
     def total(self, value: Tensor) -> Tensor:
         """The sum of `value` over processes."""
@@ -62,19 +144,6 @@ class Engine:
     def wait(self) -> None:
         """Until all processes are here."""
 
-    def pack(self) -> Packed:
-        """Model and optimizer, for the checkpoint that this process writes."""
-        return snapshot.pack(self.module, self.optimizer)
-
-    def unpack(self, packed: Packed) -> None:
-        """Put back what `pack` gave."""
-        snapshot.unpack(self.module, self.optimizer, packed)
-
-    @property
-    def files(self) -> int:
-        """How many files a checkpoint has: the first so many processes write one each."""
-        return 1
-
     def close(self) -> None:
         """Leave the group of processes."""
 
@@ -85,6 +154,7 @@ class Ddp(Engine):
     name: ClassVar[str] = "ddp"
 
     def __init__(self, config: Config) -> None:
+        launch.prepare()
         if "RANK" not in os.environ:
             raise ConfigError.refuse(
                 "train.engine",
@@ -94,21 +164,29 @@ class Ddp(Engine):
         super().__init__(config)
         self._begun = not dist.is_initialized()  # else the caller's group of processes is used, and left as it is
         self._initialise()
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world, self.comm = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
-        if config.data.batch % self.world:
+        shares = self.world * config.train.accumulate
+        if config.data.batch % shares:
             self.close()
-            raise ConfigError.refuse("data.batch", config.data.batch, f"give a multiple of the {self.world} processes")
+            what = f"{self.world} processes"
+            if config.train.accumulate > 1:
+                what += f" times train.accumulate={config.train.accumulate}"
+            raise ConfigError.refuse("data.batch", config.data.batch, f"give a multiple of the {what}")
 
     def _initialise(self) -> None:
         if self._begun:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
-    def attach(self, model: nn.Module, optimizer: Nested) -> None:
-        super().attach(model, optimizer)
-        self.model = nn.parallel.DistributedDataParallel(model)
+    def _wrapped(self, objective: nn.Module) -> nn.Module:
+        return nn.parallel.DistributedDataParallel(objective)
+
+    @contextlib.contextmanager
+    def _together(self, last: bool) -> Iterator[None]:
+        with contextlib.nullcontext() if last else self.model.no_sync():  # type: ignore[operator]
+            yield
 
     def total(self, value: Tensor) -> Tensor:
         dist.all_reduce(value)
@@ -130,15 +208,31 @@ class Ddp(Engine):
 
 def make(config: Config) -> Engine:
     """The engine that `train.engine` names."""
-    if config.train.engine == "deepspeed":
-        from nestopt.train.zero import DeepSpeed
-
-        return DeepSpeed(config)
-    if config.train.engine == "single" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if config.train.engine == "single" and launch.processes() > 1:
         raise ConfigError.refuse(
-            "train.engine", "single", f"{os.environ['WORLD_SIZE']} processes were started; give ddp or deepspeed"
+            "train.engine", "single", f"{launch.processes()} processes were started; give ddp, fsdp2 or deepspeed"
         )
-    return {"single": Engine, "ddp": Ddp}[config.train.engine](config)
+    return _ENGINES[config.train.engine]()(config)
+
+
+def _fsdp2() -> type[Engine]:
+    from nestopt.train.fsdp import Fsdp2
+
+    return Fsdp2
+
+
+def _deepspeed() -> type[Engine]:
+    from nestopt.train.deepspeed import DeepSpeed
+
+    return DeepSpeed
+
+
+_ENGINES: dict[str, Callable[[], type[Engine]]] = {
+    "single": lambda: Engine,
+    "ddp": lambda: Ddp,
+    "fsdp2": _fsdp2,
+    "deepspeed": _deepspeed,
+}
 
 
 def _device(name: str) -> torch.device:

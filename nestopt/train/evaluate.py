@@ -65,11 +65,15 @@ def bits_per_byte(
     starts = list(range(0, max(1, len(text) - 1 - known), window - known))
     full = [s for s in starts if s + window + 1 <= len(text)]
     groups = [full[i : i + batch] for i in range(0, len(full), batch)] + [[s] for s in starts if s not in set(full)]
-    for group in groups[rank::world]:
+    # every process makes as many calls: where weights are cut up, all must make them together
+    mine = [*groups[rank::world], *groups[:1]][: -(-len(groups) // world)]
+    for i, group in enumerate(mine):
         pieces = torch.stack([text[s : s + window + 1] for s in group]).long()
         logits, _ = model(pieces[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1).float(), pieces[:, 1:].flatten(), reduction="none")
         loss = loss.view(len(group), -1)
+        if rank + i * world >= len(groups):
+            continue
         for start, row in zip(group, loss, strict=True):
             nats += row[(0 if start == 0 else known) :].sum(dtype=torch.float64)
     model.train(training)
@@ -114,10 +118,13 @@ def stream_bits_per_byte(
     rows = -(-wanted // length)
     # the last stretch is filled up; what is read there comes after all that counts
     filled = F.pad(text.long(), (0, rows * length - wanted))
-    inputs, targets = filled[:-1].view(rows, length)[rank::world], filled[1:].view(rows, length)[rank::world]
-    counted = (torch.arange(rows * length, device=text.device) < wanted).view(rows, length)[rank::world]
+    counted = (torch.arange(rows * length, device=text.device) < wanted).view(rows, length)
+    own = torch.arange(rows, device=text.device)[rank::world]
+    if not len(own):  # it makes the others' calls: where weights are cut up, all must make them together
+        own, counted = own.new_zeros(1), torch.zeros_like(counted)
+    inputs, targets, counted = filled[:-1].view(rows, length)[own], filled[1:].view(rows, length)[own], counted[own]
     nats, state = torch.zeros((), dtype=torch.float64, device=text.device), None
-    for first in range(0, length if len(inputs) else 0, piece):
+    for first in range(0, length, piece):
         part = slice(first, first + piece)
         logits, state = model(inputs[:, part], state, learn=learn)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets[:, part].flatten(), reduction="none")

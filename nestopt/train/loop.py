@@ -15,20 +15,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from nestopt.config import Config, ConfigError
+from nestopt.nn.hope import Learn
 from nestopt.optim import optimizer as make_optimizer
-from nestopt.train import checkpoint, engines
+from nestopt.optim.sharded.saved import Stretch
+from nestopt.train import engines
 from nestopt.train.datasets import Files
 from nestopt.train.evaluate import bits_per_byte, held_out_text, stream_bits_per_byte
 from nestopt.train.metrics import MetricsLog
+from nestopt.train.objective import Objective
+from nestopt.train.parts import Parts
+from nestopt.train.randomness import random_state, restore_random_state
 from nestopt.train.report import Report
 from nestopt.train.run import Run, build_model
 from nestopt.train.schedule import factor
-from nestopt.train.snapshot import random_state, restore_random_state
 from nestopt.train.text import windows
 
 RANDOM = "random."
@@ -88,15 +91,18 @@ class _Training:
         self.corpus = dataset.load()
         self.tokens = torch.from_numpy(self.corpus.train)
         self.text = held_out_text(self.corpus.held_out, config.train.final_bytes)
-        model = build_model(config).to(engine.device)
-        self.optimizer = make_optimizer(model, config)
-        for group in self.optimizer.param_groups:
+        self.lm = build_model(config).to(engine.device)
+        size = sum(param.numel() for param in self.lm.parameters())
+        engine.cut_up(self.lm)
+        nested = make_optimizer(self.lm, config)
+        for group in nested.param_groups:
             group["initial_lr"] = group["lr"]
         torch.manual_seed(config.train.seed)
         self.step, self.elapsed = 0, 0.0
         self.losses: list[Tensor] = []  # since the last line of the log
-        engine.attach(model, self.optimizer)
-        self.lm = model
+        learn: Learn = True if config.train.learn == "all" else "mixer"
+        engine.attach(Objective(self.lm, learn), self.lm, nested)
+        self.optimizer = engine.optimizer
         if run is not None:
             self.run = run
             self._load()
@@ -104,11 +110,12 @@ class _Training:
             self.run = Run.create(config)
         if engine.world > 1 and run is None:
             self.run = _shared(self.run if engine.rank == 0 else None)
+        self.report = Report(self.run, self.corpus.name, self.text, self.corpus.train, size, quiet=self.quiet)
 
     def run_to_the_end(self) -> Result:
-        report = Report(self.run, self.corpus.name, self.text, self.corpus.train, quiet=self.quiet)
+        report = self.report
         if self.step == 0:
-            report.begin(self.lm, self.optimizer, self.config)
+            report.begin(self.optimizer, self.config)
         writes = self.engine.rank == 0
         log = MetricsLog(self.run.metrics_file) if writes else None
         if log:
@@ -123,9 +130,11 @@ class _Training:
             return Result(self.run, self.step, self.elapsed, None, {}, False)
         report.say(f"measuring on {len(self.text):,} held-out bytes …")
         score = self._evaluate(self.text)
+        weights = self.engine.kept.whole_weights(self.run.path)
+        self._sample()
         if log:
-            self.run.save_model(self.lm, {"step": self.step, "bits_per_byte": score})
-            report.sample(self.lm, self.step, self.config)
+            assert weights is not None
+            self.run.save_model(weights, {"step": self.step, "bits_per_byte": score})
             log.append({"step": self.step, "seconds": self.elapsed, "eval/bits_per_byte": score})
             log.close()
             report.end(score, self.elapsed)
@@ -191,9 +200,7 @@ class _Training:
             rank=self.engine.rank,
             world=self.engine.world,
         ).to(self.engine.device)
-        logits, _ = self.engine.model(batch[:, :-1], learn=True if settings.learn == "all" else "mixer")
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
-        return loss.detach(), self.engine.update(loss)
+        return self.engine.update(batch.chunk(settings.accumulate))
 
     def _log(self, log: MetricsLog | None, bar: Any, loss: float, norm: float, rate: float) -> None:
         if log is None:
@@ -214,12 +221,17 @@ class _Training:
 
     def _middle(self, log: MetricsLog | None, report: Report, bar: Any) -> None:
         score = self._evaluate(held_out_text(self.corpus.held_out, self.config.train.eval_bytes))
+        self._sample()
         if log:
             log.append({"step": self.step, "seconds": self.elapsed, "eval/bits_per_byte": score})
-            report.sample(self.lm, self.step, self.config)
             report.plot()
             if not self.quiet:
                 bar.write(f"step {self.step}: held out {score:.3f} bits per byte")
+
+    def _sample(self) -> None:
+        """Text of the model's own, written by the first process; where weights are cut up, all must ask for it."""
+        if self.engine.rank == 0 or self.engine.cut:
+            self.report.sample(self.lm, self.step, self.config, write=self.engine.rank == 0)
 
     def _evaluate(self, held_out: npt.NDArray[np.uint8]) -> float:
         data, engine = self.config.data, self.engine
@@ -238,31 +250,29 @@ class _Training:
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        if self.engine.rank < self.engine.files:
-            tensors, values = self.engine.pack()
-            tensors |= {RANDOM + name: state for name, state in random_state().items()}
-            losses = [float(loss) for loss in self.losses]
-            meta = {"step": self.step, "elapsed": self.elapsed, "losses": losses, **values}
-            checkpoint.save(self.run.checkpoint_file(self.engine.rank, self.engine.files), tensors, meta)
-        self.engine.wait()
+        losses = [float(loss) for loss in self.losses]
+        meta = {"step": self.step, "elapsed": self.elapsed, "losses": losses}
+        self.engine.kept.save(self.run.path, meta, self._own)
+
+    def _own(self) -> Iterator[tuple[str, Stretch]]:
+        """What a checkpoint has of this process besides the model and its optimizer."""
+        for name, state in random_state().items():
+            yield f"{RANDOM}{self.engine.rank}.{name}", Stretch(state)
 
     def _load(self) -> None:
-        part = self.engine.rank if self.engine.files > 1 else 0
-        path = self.run.checkpoint_file(part, self.engine.files)
-        tensors, meta = checkpoint.load(path, self.engine.device)
-        random = {
-            name.removeprefix(RANDOM): tensors.pop(name).cpu() for name in list(tensors) if name.startswith(RANDOM)
-        }
-        try:
-            self.engine.unpack((tensors, meta))
-        except checkpoint.CheckpointError as error:
-            raise checkpoint.CheckpointError(f"{path}: {error}") from error
+        with Parts(self.run.path) as parts:
+            self.engine.kept.load(parts)
+            meta = parts.meta
+            # more processes than there were: those begin as the first one goes on
+            mine = f"{RANDOM}{self.engine.rank}."
+            prefix = mine if any(key.startswith(mine) for key in parts.keys()) else f"{RANDOM}0."  # noqa: SIM118
+            random = {
+                key.removeprefix(prefix): parts.whole(key)
+                for key in parts.keys()  # noqa: SIM118
+                if key.startswith(prefix)
+            }
         self.step, self.elapsed = meta["step"], meta["elapsed"]
         self.losses = [torch.tensor(loss, device=self.engine.device) for loss in meta["losses"]]
-        if self.engine.any(
-            self.step != round(float(self.engine.mean(torch.tensor(float(self.step), device=self.engine.device))))
-        ):
-            raise checkpoint.CheckpointError(f"{path}: the parts of this checkpoint are of different steps")
         restore_random_state(random)
 
 

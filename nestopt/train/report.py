@@ -11,7 +11,7 @@ import torch
 
 from nestopt.config import Config
 from nestopt.models import HopeLM
-from nestopt.optim import Nested
+from nestopt.optim.sharded.optimizer import Sharded
 from nestopt.train.baselines import baselines
 from nestopt.train.metrics import read
 from nestopt.train.plots import loss_plot
@@ -29,12 +29,13 @@ class Report:
         name: of the text.
         text: the held-out bytes that are measured.
         train: the training bytes, for the simple models to count in.
+        size: how many parameters the model has.
         quiet: print nothing (files are written all the same).
     """
 
-    def __init__(self, run: Run, name: str, text: Bytes, train: Bytes, *, quiet: bool) -> None:
+    def __init__(self, run: Run, name: str, text: Bytes, train: Bytes, size: int, *, quiet: bool) -> None:
         self.run, self.name, self.text, self.quiet = run, name, text, quiet
-        self._train = train
+        self._train, self._size = train, size
 
     @functools.cached_property
     def baselines(self) -> dict[str, float]:
@@ -45,21 +46,20 @@ class Report:
         if not self.quiet:
             print(text, flush=True)
 
-    def begin(self, model: HopeLM, optimizer: Nested, config: Config) -> None:
+    def begin(self, optimizer: Sharded, config: Config) -> None:
         """What is about to run."""
-        size = sum(p.numel() for p in model.parameters())
         stacks = ", ".join(dict.fromkeys(optimizer.level(group).label for group in optimizer.param_groups))
         section = config.model
         mixers = " and ".join(dict.fromkeys(level.label for level in section.mixers or [section.mixer]))
         self.say(
             f"{self.name}: {len(self._train):,} bytes to train on, {len(self.text):,} held-out bytes to measure on\n"
-            f"model: {size:,} parameters, {section.blocks} blocks of {mixers}, then {section.mlp.label}, "
+            f"model: {self._size:,} parameters, {section.blocks} blocks of {mixers}, then {section.mlp.label}, "
             f"width {section.dim}; optimizer: {stacks}\n"
             f"run: {self.run.path}"
         )
 
-    def sample(self, model: HopeLM, step: int, config: Config) -> None:
-        """Append some generated text to samples.txt."""
+    def sample(self, model: HopeLM, step: int, config: Config, *, write: bool = True) -> None:
+        """Generate some text, and append it to samples.txt if it is to be written."""
         length = config.train.sample_bytes
         if not length:
             return
@@ -67,6 +67,8 @@ class Report:
         generator = torch.Generator(device).manual_seed(config.train.seed)
         prompt = torch.tensor([list(b"def ")], device=device)
         tokens, _ = model.generate(prompt, length, lambda z: choose(z.float(), temperature=0.8, generator=generator))
+        if not write:
+            return
         body = bytes(tokens[0].clamp(max=255).tolist()).decode("utf-8", errors="replace")
         with open(self.run.path / "samples.txt", "a", encoding="utf-8") as file:
             file.write(f"--- step {step} ---\n{body}\n\n")

@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nestopt import models
 from nestopt.config import Config, ConfigError, load, save
 from nestopt.core.part import nearest
 from nestopt.models import HopeLM
+from nestopt.optim.sharded.saved import WEIGHTS
 from nestopt.train import checkpoint
-
-CHECKPOINT = "checkpoint"
+from nestopt.train.parts import Parts, load_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A folder with `config.yaml`, `metrics.jsonl`, `loss.png`, `samples.txt`, `model.safetensors` and a checkpoint."""
+    """A folder with `config.yaml`, `metrics.jsonl`, `loss.png`, `samples.txt`, `model.safetensors` and a checkpoint
+    (`checkpoint.json` and the parts that it names).
+    """
 
     path: Path
 
@@ -69,15 +72,9 @@ class Run:
         assert isinstance(config, Config)
         return config
 
-    def checkpoint_file(self, part: int = 0, parts: int = 1) -> Path:
-        """The checkpoint, or a process's part of one that several wrote."""
-        return self.path / (
-            f"{CHECKPOINT}.safetensors" if parts == 1 else f"{CHECKPOINT}-{part + 1}-of-{parts}.safetensors"
-        )
-
-    def save_model(self, model: HopeLM, meta: dict[str, Any]) -> None:
+    def save_model(self, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Write `model.safetensors`: weights by name, readable by any safetensors reader."""
-        checkpoint.save(self.model_file, model.state_dict(), meta)
+        checkpoint.save(self.model_file, weights, meta)
 
     def load_model(self, device: torch.device | str = "cpu") -> HopeLM:
         """The trained model; while the run has not ended, that of its checkpoint.
@@ -85,17 +82,13 @@ class Run:
         Raises:
             CheckpointError: there is neither, or it can't be read.
         """
-        config = self.config()
+        model = build_model(self.config())
         if self.model_file.exists():
             weights, _ = checkpoint.load(self.model_file)
+            model.load_state_dict(weights)
         else:
-            parts = sorted(self.path.glob(f"{CHECKPOINT}*.safetensors"))
-            tensors, _ = checkpoint.load(parts[0] if parts else self.checkpoint_file())
-            weights = {
-                name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")
-            }
-        model = build_model(config)
-        model.load_state_dict(weights)
+            with Parts(self.path) as parts:
+                load_weights(model, parts, WEIGHTS)
         return model.to(device).eval()
 
 

@@ -12,6 +12,7 @@ import torch
 
 from nestopt.config import Config, ConfigError, load
 from nestopt.train import checkpoint
+from nestopt.train.parts import Parts
 from nestopt.train.evaluate import bits_per_byte, held_out_text
 from nestopt.train.loop import train
 from nestopt.train.metrics import read
@@ -124,7 +125,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(text, tmp_path):
     process = subprocess.Popen([sys.executable, "-m", "nestopt", "train", str(path), "-q"])
     try:
         deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("001/checkpoint.safetensors")):
+        while not list(tmp_path.glob("001/checkpoint.json")):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -132,7 +133,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(text, tmp_path):
         process.kill()
         process.wait()
     run = Run.open(tmp_path / "001")
-    _, meta = checkpoint.load(run.checkpoint_file())
+    with Parts(run.path) as parts:
+        meta = parts.meta
     short = run.config()
     short.train.steps = meta["step"] + 3
     result = train(short, resume=run.path, quiet=True)

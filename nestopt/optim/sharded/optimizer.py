@@ -1,0 +1,247 @@
+"""The optimizer that an engine is given: a nest, wherever its parameters lie."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nestopt.core.inputs import INPUTS, Inputs
+from nestopt.core.level import Level
+from nestopt.optim.checks import names
+from nestopt.optim.inputs import Watcher
+from nestopt.optim.optimizer import Nested
+from nestopt.optim.sharded.inputs import total_inputs
+from nestopt.optim.sharded.owners import owners, step_cost
+from nestopt.optim.sharded.saved import Misfit, Saved, StateKeys, Stretch
+from nestopt.optim.sharded.slices import Slice
+from nestopt.optim.sharded.units import Flat, Group, Owned, Unit, Whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Lying:
+    """How the parameters of one group, or some of them, lie.
+
+    Attributes:
+        group: the number of the group.
+        handles: by what the group refers to them: the parameters, or what an engine has put in their place.
+        tensors: what this process has of them, each in one piece of memory.
+        table: which slices these hold; None: each tensor is the parameter of the same place, whole.
+    """
+
+    group: int
+    handles: Sequence[Tensor]
+    tensors: Sequence[Tensor]
+    table: Sequence[Slice] | None = None
+
+
+class Sharded(Optimizer):
+    """Runs a nest whose parameters an engine has put elsewhere: in float32 copies, in slices over several processes.
+
+    Groups and their settings are those of the nest, and schedules change them here. What is done with them is settled
+    by `attach`, once the engine has made its arrangements; a step before that is none, and no clock ticks at it
+    (DeepSpeed takes one to make room for states).
+
+    Args:
+        nested: made for the model's own parameters.
+    """
+
+    def __init__(self, nested: Nested) -> None:
+        if nested.ways.on_nonfinite != "ignore" or nested.ways.capturable or nested.ways.metrics:
+            raise ValueError(
+                f"{nested.ways} is not for several processes, which would each decide for themselves; "
+                "leave out on_nonfinite, capturable and metrics"
+            )
+        self.nested = nested
+        self.names = [names(group, i) for i, group in enumerate(nested.param_groups)]
+        self.models = {
+            name: param
+            for own, group in zip(self.names, nested.param_groups, strict=True)
+            for name, param in zip(own, group["params"], strict=True)
+        }
+        super().__init__([{**g, "params": list(g["params"])} for g in nested.param_groups], nested.defaults)
+        self._comm: Any = None
+        self._units: dict[int, tuple[Unit, Lying]] = {}
+        self._attached = False
+
+    def level(self, group: Group) -> Level:
+        """The level that a parameter group runs."""
+        return self.nested.level(group)
+
+    def attach(self, lying: Sequence[Lying], comm: Any = None, *, limit: int = 1 << 26) -> None:
+        """Settle what is done with parameters that lie so.
+
+        Args:
+            lying: of all groups.
+            comm: the group of processes over which slices lie; None: there are no others.
+            limit: numbers that a process is sent in a round of `Owned`, about.
+
+        Raises:
+            RuntimeError: the processes have other levels, or slices that do not make the parameters up.
+        """
+        self._comm = comm
+        tables: list[list[Sequence[Slice] | None]] = [[some.table for some in lying]]
+        if comm is not None:
+            self._check_alike(comm)
+            tables = [[] for _ in range(dist.get_world_size(comm))]
+            dist.all_gather_object(tables, [some.table for some in lying], group=comm)
+        owner = self._owners(lying, tables)
+        self._units = {}
+        for i, some in enumerate(lying):
+            group = self.param_groups[some.group]
+            unit: Unit
+            if some.table is None:
+                unit = Whole(self.nested, group, self.names[some.group], some.tensors)
+            elif self.level(group).is_entrywise:
+                unit = Flat(self.nested, group, some.tensors, some.table)
+            else:
+                own = [table[i] or () for table in tables]
+                unit = Owned(self.nested, group, some.tensors, own, owner, comm, limit)
+            self._units.update((id(handle), (unit, some)) for handle in some.handles)
+        self._attached = True
+
+    def _owners(self, lying: Sequence[Lying], tables: list[list[Sequence[Slice] | None]]) -> dict[str, int]:
+        costs: dict[str, float] = {}
+        for i, some in enumerate(lying):
+            group = self.param_groups[some.group]
+            level = self.level(group)
+            if some.table is None or level.is_entrywise:
+                continue
+            for piece in (piece for table in tables for piece in table[i] or ()):
+                if piece.name not in costs:
+                    costs[piece.name] = step_cost(level, torch.Size(piece.shape), group.get("view"))
+        self.owner = owners(costs, len(tables))
+        return self.owner
+
+    def _check_alike(self, comm: Any) -> None:
+        mine = [
+            (own, repr(self.level(group)), group["weight_decay"], group.get("period", 1), repr(group.get("view")))
+            for own, group in zip(self.names, self.param_groups, strict=True)
+        ]
+        found: list[Any] = [None] * dist.get_world_size(comm)
+        dist.all_gather_object(found, mine, group=comm)
+        for rank, other in enumerate(found):
+            for i in range(max(len(other), len(found[0]))):
+                here, there = (some[i] if i < len(some) else "nothing" for some in (found[0], other))
+                if here != there:
+                    raise RuntimeError(
+                        f"the processes have other levels: in parameter group {i} process 0 has {_short(here)}, "
+                        f"process {rank} has {_short(there)}; build the same optimizer in all of them"
+                    )
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of what the groups refer to now, as engines set it for each of their calls."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._attached:
+            return loss
+        for group in self.param_groups:
+            for unit, lying in self._units_of(group):
+                inputs = self._inputs(unit, group)
+                unit.step([_gradient(handle, t) for handle, t in _pairs(lying)], group, inputs)
+                for handle, tensor in _pairs(lying):
+                    if lying.table is None and handle is not tensor:
+                        handle.copy_(tensor)
+        return loss
+
+    def _units_of(self, group: Group) -> list[tuple[Unit, Lying]]:
+        found: dict[int, tuple[Unit, Lying]] = {}
+        for handle in group["params"]:
+            if id(handle) not in self._units:
+                raise RuntimeError(
+                    f"a parameter group refers to a tensor of shape {list(handle.shape)} that it did not refer to when "
+                    "the optimizer was attached; initialize the engine anew"
+                )
+            unit, lying = self._units[id(handle)]
+            found[id(unit)] = unit, lying
+        return list(found.values())
+
+    def _inputs(self, unit: Unit, group: Group) -> dict[str, Inputs | None]:
+        watcher = self.nested._watcher
+        if INPUTS not in self.level(group).needs or not isinstance(watcher, Watcher):
+            return {}
+        shapes = unit.shapes()
+        return {
+            name: total_inputs(watcher, self.models[name], torch.Size(shapes[name]), self._comm)
+            for name in sorted(shapes)
+        }
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of what the groups refer to, and the layer inputs that belong to them."""
+        super().zero_grad(set_to_none)
+        self.forget_inputs()
+
+    def forget_inputs(self) -> None:
+        """Forget what layers were shown since the last step (of groups with a period, nothing)."""
+        if self.nested._watcher is not None:
+            for own, group in zip(self.names, self.param_groups, strict=True):
+                if group.get("period", 1) == 1:
+                    for name in own:
+                        self.nested._watcher.take(self.models[name])
+
+    def explain(self) -> Any:
+        """As `Nested.explain`."""
+        return self.nested.explain()
+
+    # -- what is saved ---------------------------------------------------------------------------------------------
+
+    def units(self) -> list[Unit]:
+        """In the order of the groups; the same on all processes."""
+        return list({id(unit): unit for unit, _ in self._units.values()}.values())
+
+    def weights(self) -> Iterator[tuple[str, Stretch]]:
+        """The parameters' numbers that this process has, by `model.NAME`."""
+        for unit in self.units():
+            yield from unit.weights()
+
+    def states(self) -> Iterator[tuple[str, Stretch]]:
+        """The state that this process keeps, by `optimizer.NAME|KEY`."""
+        for unit in self.units():
+            yield from unit.state()
+
+    def load(self, saved: Saved) -> None:
+        """Put back weights and state of what was saved, wherever it lay then.
+
+        Raises:
+            Misfit: it is of another optimizer.
+        """
+        keys = StateKeys(saved)
+        if strange := keys.names() - self.models.keys():
+            raise Misfit(f"it has a state of {min(strange)}, which has none here")
+        for unit in self.units():
+            unit.load_state(saved, keys)
+        for unit in self.units():
+            unit.load_weights(saved)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this process keeps, for engines that save by process: loads at the same stage and number of them."""
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
+        return {"state": {}, "param_groups": groups, "nest": dict(self.states())}
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) < 200 else text[:200] + " …"
+
+
+def _pairs(lying: Lying) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(lying.handles, lying.tensors, strict=True)
+
+
+def _gradient(handle: Tensor, tensor: Tensor) -> Tensor | None:
+    """The gradient of `handle`, as a tensor like `tensor`."""
+    grad = handle.grad
+    if grad is None:
+        return None
+    local: Tensor = grad.to_local() if hasattr(grad, "to_local") else grad  # a DTensor's
+    return local.to(tensor.dtype)

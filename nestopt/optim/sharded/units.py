@@ -1,0 +1,320 @@
+"""What is stepped at once: tensors as a process has them, or whole tensors that it owns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from nestopt.core.gates import bind
+from nestopt.core.inputs import INPUTS, Inputs
+from nestopt.core.level import Level
+from nestopt.optim.checkpoint import checked_state
+from nestopt.optim.optimizer import Nested
+from nestopt.optim.sharded.exchange import Exchange, Pending
+from nestopt.optim.sharded.saved import (
+    Misfit,
+    Saved,
+    StateKeys,
+    Stretch,
+    load_sliced,
+    load_weights,
+    load_whole,
+    sliced_state,
+    weights,
+    whole_state,
+)
+from nestopt.optim.sharded.slices import Slice, check_cover, held
+
+KEPT = frozenset({"params", "param_names", "why"})
+"""What a parameter group has of its own, wherever its parameters lie; all else is a setting."""
+
+Group = dict[str, Any]
+
+
+class Shown:
+    """What layers were shown, for an optimizer whose parameters stand for the model's."""
+
+    def __init__(self, inputs: dict[Any, Inputs | None]) -> None:
+        self.inputs = inputs
+
+    def take(self, param: Tensor) -> Inputs | None:
+        return self.inputs.get(param)
+
+    def unseen(self) -> list[str]:
+        return [f"a parameter of shape {list(p.shape)}" for p, found in self.inputs.items() if found is None]
+
+
+class Unit(ABC):
+    """Parameters of one group that are stepped together.
+
+    Args:
+        tensors: what this process has of them, each in one piece of memory.
+        table: which slices of which parameters these hold.
+
+    Attributes:
+        divided: whether each process has something of its own of them.
+    """
+
+    divided: ClassVar[bool] = True
+
+    def __init__(self, tensors: Sequence[Tensor], table: Sequence[Slice]) -> None:
+        self.tensors, self.table = list(tensors), list(table)
+
+    @abstractmethod
+    def step(self, grads: Sequence[Tensor | None], group: Group, inputs: Mapping[str, Inputs | None]) -> None:
+        """One step, with the gradients of `tensors`, the settings of `group`, and what layers were shown, by name."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The true shapes of all its parameters, of which this process may have nothing."""
+        return {piece.name: piece.shape for piece in self.table}
+
+    @abstractmethod
+    def inner(self) -> Iterator[Nested]:
+        """The optimizers at work."""
+
+    def weights(self) -> Iterator[tuple[str, Stretch]]:
+        """The numbers of the parameters that this process has."""
+        return weights(self.table, self.tensors)
+
+    def load_weights(self, saved: Saved) -> None:
+        load_weights(saved, self.table, self.tensors)
+
+    @abstractmethod
+    def state(self) -> Iterator[tuple[str, Stretch]]:
+        """The state that this process keeps."""
+
+    @abstractmethod
+    def load_state(self, saved: Saved, keys: StateKeys) -> None:
+        """Put back what of it is this process's. Raises Misfit where it is not this optimizer's."""
+
+
+class Whole(Unit):
+    """Parameters that this process has whole: any level."""
+
+    divided: ClassVar[bool] = False
+
+    def __init__(self, nested: Nested, group: Group, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+        super().__init__(
+            tensors, [Slice.whole(name, t.shape, i) for i, (name, t) in enumerate(zip(names, tensors, strict=True))]
+        )
+        self.names = list(names)
+        self._nested = _inner(nested, group, names, tensors)
+
+    def step(self, grads: Sequence[Tensor | None], group: Group, inputs: Mapping[str, Inputs | None]) -> None:
+        _settings(self._nested, group)
+        if inputs:
+            own = zip(self.names, self.tensors, strict=True)
+            self._nested._watcher = Shown({tensor: inputs.get(name) for name, tensor in own})
+        for tensor, grad in zip(self.tensors, grads, strict=True):
+            tensor.grad = grad
+        self._nested.step()
+
+    def inner(self) -> Iterator[Nested]:
+        yield self._nested
+
+    def state(self) -> Iterator[tuple[str, Stretch]]:
+        for name, tensor in zip(self.names, self.tensors, strict=True):
+            yield from whole_state(name, self._nested.state.get(tensor, {}))
+
+    def load_state(self, saved: Saved, keys: StateKeys) -> None:
+        for name, tensor in zip(self.names, self.tensors, strict=True):
+            _put(self._nested, tensor, load_whole(saved, keys, name), tensor, name)
+
+
+class Flat(Unit):
+    """Slices of parameters, as they lie: for a level that works entry by entry.
+
+    Raises:
+        TypeError: for any other level.
+    """
+
+    def __init__(self, nested: Nested, group: Group, tensors: Sequence[Tensor], table: Sequence[Slice]) -> None:
+        level = nested.level(group)
+        if not level.is_entrywise:
+            raise TypeError(f"{level.label} does not work entry by entry, and can't be shown slices of parameters")
+        super().__init__(tensors, table)
+        self._full = [i for i, tensor in enumerate(tensors) if tensor.numel()]
+        names = [f"slice {i}" for i in self._full]
+        self._params: dict[int, Tensor] = {
+            i: tensors[i] if isinstance(tensors[i], nn.Parameter) else nn.Parameter(tensors[i]) for i in self._full
+        }
+        settings = {key: value for key, value in group.items() if key != "view"}
+        self._nested = _inner(nested, settings, names, list(self._params.values()))
+
+    def step(self, grads: Sequence[Tensor | None], group: Group, inputs: Mapping[str, Inputs | None]) -> None:
+        _settings(self._nested, {key: value for key, value in group.items() if key != "view"})
+        for i, param in self._params.items():
+            param.grad = grads[i]
+        self._nested.step()
+        for param in self._params.values():
+            param.grad = None
+
+    def inner(self) -> Iterator[Nested]:
+        yield self._nested
+
+    def state(self) -> Iterator[tuple[str, Stretch]]:
+        states = {i: self._nested.state.get(param, {}) for i, param in self._params.items()}
+        return sliced_state(self.table, states)
+
+    def load_state(self, saved: Saved, keys: StateKeys) -> None:
+        for i, param in self._params.items():
+            found = load_sliced(saved, keys, self.table, i, param)
+            name = next(piece.name for piece in held(self.table) if piece.tensor == i) if found else ""
+            _put(self._nested, param, found, param, name)
+
+
+class Owned(Unit):
+    """Slices of parameters that a level must see whole: they go to their owners, are stepped there, and come back.
+
+    The owners' tensors are divided into rounds of about `limit` numbers; while one is stepped, the next is on its way
+    there and the former on its way back. Weights travel in the dtype of the slices.
+
+    Args:
+        tables: the slices of all processes.
+        owner: of each parameter, by name.
+        comm: the group of processes.
+        limit: numbers that a process is sent in a round, about.
+    """
+
+    def __init__(
+        self,
+        nested: Nested,
+        group: Group,
+        tensors: Sequence[Tensor],
+        tables: Sequence[Sequence[Slice]],
+        owner: Mapping[str, int],
+        comm: Any,
+        limit: int = 1 << 26,
+    ) -> None:
+        rank = torch.distributed.get_rank(comm)
+        super().__init__(tensors, tables[rank])
+        check_cover(tables)
+        self._shapes = {piece.name: piece.shape for table in tables for piece in table}
+        self.rounds = [
+            _Round(nested, group, names, self._shapes, tables, owner, comm, tensors[0])
+            for names in rounds(self._shapes, owner, len(tables), limit)
+        ]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def step(self, grads: Sequence[Tensor | None], group: Group, inputs: Mapping[str, Inputs | None]) -> None:
+        grads = list(grads)
+        known = [torch.zeros_like(t) if g is None else g.to(t.dtype) for g, t in zip(grads, self.tensors, strict=True)]
+        without = {
+            piece.name for piece in self.table if grads[piece.tensor] is None
+        }  # no gradient here is none anywhere
+        sources = [known, [tensor.detach() for tensor in self.tensors]]
+        coming = [step.exchange.gather(sources) for step in self.rounds[:1]]
+        going: list[Pending] = []
+        for i, now in enumerate(self.rounds):
+            if i + 1 < len(self.rounds):
+                coming.append(self.rounds[i + 1].exchange.gather(sources))
+            going.append(now.step(coming[i].wait(), group, inputs, without, sources[1][0]))
+        for now, pending in zip(self.rounds, going, strict=True):
+            now.exchange.store(pending.wait(), sources[1])
+
+    def inner(self) -> Iterator[Nested]:
+        for now in self.rounds:
+            yield now.nested
+
+    def state(self) -> Iterator[tuple[str, Stretch]]:
+        for now in self.rounds:
+            for name, param in now.work.items():
+                yield from whole_state(name, now.nested.state.get(param, {}))
+
+    def load_state(self, saved: Saved, keys: StateKeys) -> None:
+        for now in self.rounds:
+            for name, param in now.work.items():
+                _put(now.nested, param, load_whole(saved, keys, name), _shaped(now.shapes[name], param), name)
+
+
+class _Round:
+    """Some of the parameters of an `Owned`, on this process those that it owns."""
+
+    def __init__(
+        self,
+        nested: Nested,
+        group: Group,
+        names: Sequence[str],
+        shapes: Mapping[str, tuple[int, ...]],
+        tables: Sequence[Sequence[Slice]],
+        owner: Mapping[str, int],
+        comm: Any,
+        like: Tensor,
+    ) -> None:
+        self.exchange, self.shapes = Exchange(tables, owner, names, comm), shapes
+        mine = [name for name in names if owner[name] == self.exchange.rank]
+        self.work = {name: nn.Parameter(_shaped(shapes[name], like.detach())) for name in mine}
+        self.nested = _inner(nested, group, mine, list(self.work.values()))
+        self._empty()
+
+    def step(
+        self, received: Tensor, group: Group, inputs: Mapping[str, Inputs | None], without: set[str], like: Tensor
+    ) -> Pending:
+        grads, values = self.exchange.unpack(received, 2)
+        _settings(self.nested, group)
+        if INPUTS in self.nested.level(group).needs:
+            self.nested._watcher = Shown({param: inputs.get(name) for name, param in self.work.items()})
+        for name, param in self.work.items():
+            param.data = values[name]
+            param.grad = None if name in without else grads[name]
+        self.nested.step()
+        pending = self.exchange.scatter({name: param.data for name, param in self.work.items()}, like)
+        self._empty()
+        return pending
+
+    def _empty(self) -> None:
+        """Between steps only the state is kept."""
+        for param in self.work.values():
+            param.grad, param.data = None, param.data.new_empty(0)
+
+
+def rounds(shapes: Mapping[str, tuple[int, ...]], owner: Mapping[str, int], world: int, limit: int) -> list[list[str]]:
+    """The parameters in rounds, in each about `limit` numbers of every owner; the same on all processes."""
+    found: list[list[str]] = []
+    for rank in range(world):
+        at, filled = 0, 0
+        for name in (name for name in sorted(shapes) if owner[name] == rank):
+            numel = torch.Size(shapes[name]).numel()
+            if filled and filled + numel > limit:
+                at, filled = at + 1, 0
+            while len(found) <= at:
+                found.append([])
+            found[at].append(name)
+            filled += numel
+    return found
+
+
+def _inner(nested: Nested, group: Group, names: Sequence[str], tensors: Sequence[Tensor]) -> Nested:
+    """An optimizer of the same kind for these tensors, with the settings of a group."""
+    settings = {key: value for key, value in group.items() if key not in KEPT}
+    return nested.like([{**settings, "params": list(zip(names, tensors, strict=True))}])
+
+
+def _settings(nested: Nested, group: Group) -> None:
+    """Learning rate and all else as the group says now: schedules change it there."""
+    for own in nested.param_groups:
+        own.update((key, value) for key, value in group.items() if key not in KEPT)
+
+
+def _put(nested: Nested, param: Tensor, found: dict[str, Tensor], like: Tensor, name: str) -> None:
+    (group,) = nested.param_groups
+    level: Level = bind(nested.level(group))
+    if not found:
+        nested.state.pop(param, None)
+        return
+    view = None if level.is_entrywise else group.get("view")
+    try:
+        nested.state[param] = checked_state(nested, found, like, level, name, view)
+    except ValueError as error:
+        raise Misfit(str(error)) from None
+
+
+def _shaped(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A tensor of this shape on the device of `like` that takes no memory."""
+    return torch.empty((), dtype=like.dtype, device=like.device).expand(shape)

@@ -196,6 +196,7 @@ class HopeLM(nn.Module):
         starts: Tensor | None = None,
         learn: Learn = True,
         piece: int = 1024,
+        reduction: Literal["mean", "sum"] = "mean",
     ) -> tuple[Tensor, State]:
         """Mean loss, in nats, of each token but the first of `[B, T + 1]`, and the state after the T tokens before it.
 
@@ -207,6 +208,8 @@ class HopeLM(nn.Module):
             mask: `[B, T + 1]`; where a token or the one before it is padding, nothing is counted.
             starts: `[B, T + 1]`, as for `forward`; the first token of a document is not counted.
             piece: positions at a time, 1 or more.
+            reduction: `"sum"` for the sum of the losses that are counted: of batches that count differently many, these
+                sums add up to that of one batch, and means do not.
         """
         if tokens.ndim != 2 or tokens.shape[1] < 2:
             raise ValueError(
@@ -214,6 +217,8 @@ class HopeLM(nn.Module):
             )
         if piece < 1:
             raise ValueError(f"HopeLM.loss: piece={piece} is not allowed; give a whole number, 1 or more")
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f'HopeLM.loss: reduction={reduction!r} is not allowed; give "mean" or "sum"')
         if starts is not None:
             _check_starts(starts, tokens)
         masked, begun = (None if given is None else given[:, :-1] for given in (mask, starts))
@@ -228,7 +233,7 @@ class HopeLM(nn.Module):
             total = torch.stack([self._loss(x, y) for x, y in pairs]).sum()
         else:
             total = torch.stack([checkpoint(self._loss, x, y, use_reentrant=False) for x, y in pairs]).sum()
-        return total / (targets != _NOT_COUNTED).sum().clamp_min(1), state
+        return (total if reduction == "sum" else total / (targets != _NOT_COUNTED).sum().clamp_min(1)), state
 
     # -- how -----------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from nestopt.core.dataset import Dataset, DocumentDataset
 from nestopt.core.hookspecs import Register, hookimpl
 from nestopt.train.shards import Shards
 from nestopt.train.text import Corpus, from_path, standard_library
-from nestopt.train.tokens import Tokens
+from nestopt.train.tokens import Vocabulary
 
 
 class Stdlib(Dataset):
@@ -60,7 +60,7 @@ class Documents(DocumentDataset):
         self.check("held_out", 2)
 
     def documents(self) -> Shards:
-        tokens = Tokens(self.tokenizer, self.begin, self.end)
+        tokens = Vocabulary(self.tokenizer, self.begin, self.end)
         return Shards(self.path, self.config, self.split, self.column, tokens, self.shuffle, self.held_out)
 
 

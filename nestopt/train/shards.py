@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nestopt.core.dataset import CorpusError
 from nestopt.core.part import nearest
-from nestopt.train.tokens import EXTRA, Tokens
+from nestopt.train.tokens import EXTRA, Vocabulary
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -36,7 +36,7 @@ class Shards:
     """
 
     def __init__(
-        self, path: str, config: str | None, split: str, column: str, tokens: Tokens, shuffle: int, held_out: int
+        self, path: str, config: str | None, split: str, column: str, tokens: Vocabulary, shuffle: int, held_out: int
     ) -> None:
         self.column, self.tokens, self.shuffle, self.held_out = column, tokens, shuffle, held_out
         self.name = path if config is None else f"{path}, {config}"

@@ -19,6 +19,12 @@ class Batch(NamedTuple):
     tokens: Tensor
     starts: Tensor | None
 
+    @property
+    def targets(self) -> int:
+        """How many tokens are to be guessed: all but the first of each row, and of each document."""
+        inner = self.tokens[:, 1:]
+        return inner.numel() - (0 if self.starts is None else int(self.starts[:, 1:].sum()))
+
 
 class HeldOut(NamedTuple):
     """Text that is not trained on, the same in every process.

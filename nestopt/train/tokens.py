@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 EXTRA = "documents need the packages datasets and tokenizers: pip install 'nestopt[data]'"
 
 
-class Tokens:
+class Vocabulary:
     """Documents as tokens, with a token before and one behind each.
 
     Args:

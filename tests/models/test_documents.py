@@ -153,6 +153,7 @@ def test_the_loss_counts_no_guess_of_a_document_s_first_token(name: str) -> None
             total = total + model.loss(tokens[i : i + 1, a:b])[0] * (b - a - 1)
             count += b - a - 1
     same(loss, total / count)
+    same(model.loss(tokens, starts=starts, reduction="sum")[0], total)
     true, mine = gradients(total / count, model), gradients(loss, model)
     for key in true:
         torch.testing.assert_close(mine[key], true[key], rtol=1e-10, atol=1e-10, msg=lambda m, key=key: f"{key}: {m}")
@@ -269,6 +270,11 @@ def test_in_lockstep_all_documents_take_the_same_calls() -> None:
         back.clear()
     assert seen[0] == seen[1] == seen[2]
     assert sum(seen[0]) == 200 + 100 + 50
+
+
+def test_refuses_another_reduction() -> None:
+    with pytest.raises(ValueError, match='reduction=\'none\' is not allowed; give "mean" or "sum"'):
+        make("attention").loss(tokens_of(2, 9), reduction="none")
 
 
 @pytest.mark.parametrize(

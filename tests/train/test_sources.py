@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from nestopt.config import Config, ConfigError
 from nestopt.core import DocumentDataset, DocumentSet
 from nestopt.train.evaluate import held_out_text
 from nestopt.train.source import merged
-from nestopt.train.sources import make
+from nestopt.train.sources import documents, make
 from nestopt.train.text import CorpusError, from_path, windows
 from tests.train.words import Words
 
@@ -62,6 +63,14 @@ def test_documents_of_a_plugin_are_packed() -> None:
     assert batch.tokens.shape == (2, 10)
     assert batch.starts is not None
     assert batch.starts[:, 0].all()
+    assert batch.targets == 18 - int(batch.starts[:, 1:].sum()) < 18
+    found = pickle.loads(pickle.dumps(documents(config())))
+    assert torch.equal(make(config(), rank=1, world=2, given=found).batch().tokens, batch.tokens)
+
+
+def test_text_as_bytes_has_no_documents(text: Path) -> None:
+    assert documents(config(text)) is None
+    assert make(config(text)).batch().targets == 4 * 9
 
 
 @pytest.mark.parametrize(

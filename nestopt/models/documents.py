@@ -96,8 +96,8 @@ def run_documents(
         state: of the rows; None where all begin anew.
         run: runs some sequences.
         begin: makes the state of so many new sequences.
-        lockstep: call `run` as often, and on as many places, as for any other documents in a batch of these T, as
-            long as `state` is None.
+        lockstep: call `run` as often, and on rows as long, as for any other documents in rows of these T. `state` is
+            None then, and no state is made: where weights are in pieces, one that still has them can't be cut.
 
     Returns:
         `[B, T, dim]`, zeros at padding, and the state of each row's last document; of rows without tokens, as it was.
@@ -105,7 +105,7 @@ def run_documents(
     batch, length = tokens.shape
     device, last = tokens.device, pieces.last
     found, where, states, rows = [], [], [], []
-    for group in _groups(pieces, length, lockstep, state is not None):
+    for group in _groups(pieces, length, lockstep):
         inside = torch.arange(group.size) < pieces.length[group.pieces][:, None]
         at = (pieces.first[group.pieces][:, None] + torch.arange(group.size)) * inside
         n = len(group.pieces)
@@ -115,30 +115,33 @@ def run_documents(
         own = None
         if group.goes_on:
             assert state is not None
-            own = index(state, pieces.row[group.pieces] if len(group.pieces) else torch.zeros(1, dtype=torch.int64))
+            own = index(state, pieces.row[group.pieces])
         mask = None if bool(inside.all()) and not lockstep else inside.to(device)
         x, new = run(tokens.flatten()[taken], own, mask)
         places = inside.flatten().nonzero()[:, 0]
         found.append(x.flatten(0, 1)[places.to(device)])
         where.append(pieces.token[at.flatten()[places]])
         ends = last[group.pieces].nonzero()[:, 0]
-        if len(ends):
+        if len(ends) and not lockstep:
             rows.append(pieces.row[group.pieces[ends]])
             states.append(new if len(ends) == n else index(new, ends))
     some = torch.cat(found)
     x = some.new_zeros(batch * length, some.shape[-1]).index_copy(0, torch.cat(where).to(device), some)
+    x = x.unflatten(0, (batch, length))
+    if lockstep:
+        return x, {}
     still = torch.ones(batch, dtype=torch.bool).index_fill(0, pieces.row, False).nonzero()[:, 0]
     if len(still):
         rows.append(still)
         states.append(begin(len(still)) if state is None else index(state, still))
     order = torch.cat(rows).argsort()
     together = states[0] if len(states) == 1 else cat(_alike(states))
-    return x.unflatten(0, (batch, length)), index(together, order)
+    return x, index(together, order)
 
 
-def _groups(pieces: Pieces, length: int, lockstep: bool, has_state: bool) -> Iterator[Group]:
+def _groups(pieces: Pieces, length: int, lockstep: bool) -> Iterator[Group]:
     """Pieces by length: those of more than half of the places of the batch, of more than a quarter, and so on."""
-    for goes_on in (False, True) if has_state else (False,):
+    for goes_on in (False,) if lockstep else (False, True):
         size = length
         while True:
             below = 0 if size <= SHORTEST else -(-size // 2)

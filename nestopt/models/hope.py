@@ -49,8 +49,9 @@ class HopeLM(nn.Module):
             everything. Activations of T tokens need the memory of T / segment states and one segment: least near √T.
 
     Attributes:
-        lockstep: whether, with `starts`, all blocks are called as often whatever the documents are, on some places for
-            nothing. It must be where processes gather sharded parameters at each call (FSDP, ZeRO 3). Default False.
+        lockstep: whether, with `starts`, blocks are called as often whatever the documents are, some for nothing. It
+            must be so where processes gather sharded parameters at each call (FSDP, ZeRO 3). All rows then begin anew,
+            and the state that comes back is empty. Default False.
 
     Raises:
         ValueError: for a number that is out of range.
@@ -175,6 +176,8 @@ class HopeLM(nn.Module):
             check_mask(mask, *tokens.shape)
         if starts is not None:
             _check_starts(starts, tokens)
+            if self.lockstep and now is not None:
+                raise ValueError("HopeLM: a state and starts are given, and lockstep is set; give no state")
             pieces = Pieces.of(starts, mask, goes_on=now is not None)
             if self.lockstep or not pieces.in_rows(batch):
                 run = partial(self._sequences, learn=learn)

@@ -130,6 +130,9 @@ def test_each_document_is_what_it_is_alone(name: str, lockstep: bool) -> None:
     mine = gradients(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), model)
     for key in true:
         torch.testing.assert_close(mine[key], true[key], rtol=1e-10, atol=1e-10, msg=lambda m, key=key: f"{key}: {m}")
+    if lockstep:
+        assert state == {}
+        return
     for i, end in ends.items():
         row, alone = dict(leaves(index(state, [i]))), dict(leaves(end))
         assert {key: row[key].tolist() for key in row if key.endswith("step")} == {
@@ -270,6 +273,14 @@ def test_in_lockstep_all_documents_take_the_same_calls() -> None:
         back.clear()
     assert seen[0] == seen[1] == seen[2]
     assert sum(seen[0]) == 200 + 100 + 50
+
+
+def test_refuses_a_state_in_lockstep() -> None:
+    model = make("attention")
+    model.lockstep = True
+    _, state = model(tokens_of(2, 9))
+    with pytest.raises(ValueError, match="lockstep is set; give no state"):
+        model(tokens_of(2, 9), state, starts=starts_of([[3], []], 9))
 
 
 def test_refuses_another_reduction() -> None:

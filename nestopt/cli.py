@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="nestopt", description="Nested learning: levels that are optimizers and layers."
     )
     parser.add_argument("-p", dest="plugin", action="append", metavar="no:NAME", help="switch the plugin NAME off")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher puts it there
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     _add_train(
@@ -92,6 +93,9 @@ def _add_train(train: argparse.ArgumentParser) -> None:
         "--baseline",
         choices=["transformer"],
         help="then train one with as many parameters on the same bytes, at equal tokens and at equal seconds",
+    )
+    train.add_argument(
+        "--deepspeed", metavar="FILE.json", help="train with DeepSpeed, under these settings of its own (any stage)"
     )
     train.add_argument("-q", "--quiet", action="store_true", help="no progress, no report")
     train.set_defaults(run=_train)
@@ -162,6 +166,10 @@ def _train(args: argparse.Namespace) -> int:
     from nestopt.train.run import Run
 
     given = list(args.given)
+    if args.deepspeed:
+        from nestopt.train.deepspeed_settings import read
+
+        given += ["train.engine=deepspeed", f"train.deepspeed={json.dumps(read(args.deepspeed))}"]
     if args.resume:
         fixed = [item for item in given if not item.startswith("train.")]
         if fixed or args.data or args.out:

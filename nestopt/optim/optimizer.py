@@ -112,16 +112,21 @@ class Nested(Optimizer):
         self._settle()
         super().__init__(params, defaults)
 
-    def like(self, groups: Iterable[Any]) -> Nested:
-        """An optimizer of the same kind, for other parameter groups; what these do not say is as here."""
+    def like(self, groups: Iterable[Any], seed: int) -> Nested:
+        """An optimizer of the same kind, for other parameter groups; what these do not say is as here.
+
+        A state that starts at random is drawn from `seed` and the name of the parameter.
+        """
         other = object.__new__(type(self))
         other.__dict__.update({k: v for k, v in self.__getstate__().items() if k not in Optimizer.__getstate__(self)})
         other._start(groups, self.defaults, self.ways)
+        other._plan.seed = seed
         return other
 
     def _settle(self) -> None:
         """What is worked out anew after loading, unpickling or copying."""
-        self._plan = Plan(self.complete, compiled=self.ways.compile)
+        self._plan = Plan(self.complete, self._accept, compiled=self.ways.compile)
+        self._accepted: set[int] = set()
         self._recorder: Recorder | None = None
         self._watcher: Seen | None = None
         self._warned = False
@@ -143,6 +148,16 @@ class Nested(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        self._accepted.update(map(id, added["params"]))
+
+    def _accept(self, level: Level, param: Tensor, name: str) -> None:
+        """Raise RuntimeError for what an engine has put in a parameter's place, if `level` must see its shape."""
+        if id(param) not in self._accepted and param.ndim < 2 and not level.is_entrywise:
+            raise RuntimeError(
+                f"{level.label} must see tensors in their true shape, and a tensor of shape {list(param.shape)} has come "
+                f"in the place of {name}: DeepSpeed's ZeRO puts flat slices of many parameters there. Use "
+                "nestopt.train.deepspeed.initialize, or add_param_group for a parameter of that shape"
+            )
 
     def level(self, group: dict[str, Any]) -> Level:
         """The level that a parameter group runs."""
@@ -189,13 +204,14 @@ class Nested(Optimizer):
     def _step_traced(self) -> None:
         for index, group in enumerate(self.param_groups):
             check_gradients(group, index, [param.grad for param in group["params"]])
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             level, rates = bind(self.level(group)), self._rates(group)
             view = None if level.is_entrywise else group.get("view")
             for param in group["params"]:
                 if param.grad is not None and param.numel():
                     state = self.state[param]
                     if not state:
+                        self._accept(level, param, f"a parameter of group {index}")
                         state.update(begin_traced(level, param, rates.period, view))
                     traced_step(level, param, param.grad, state, rates, view)
 
@@ -211,6 +227,11 @@ class Nested(Optimizer):
         """
         levels = {param: self.level(group) for group in self.param_groups for param in group["params"]}
         self._watcher = Watcher(model, levels, loss_scale=loss_scale)
+
+    def tell_loss_scale(self, scale: Scale) -> None:
+        """Say what the mean loss is multiplied with from now on, unless `watch` was told."""
+        if isinstance(self._watcher, Watcher) and self._watcher.loss_scale is None:
+            self._watcher.loss_scale = scale
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, as in torch, and the layer inputs that belong to them."""
@@ -284,8 +305,11 @@ class Nested(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        watcher = self.__dict__.get("_watcher")
+        watcher, accepted = self.__dict__.get("_watcher"), self.__dict__.get("_accepted")
         self._settle()
+        if accepted is None:  # a copy
+            accepted = {id(param) for group in self.param_groups for param in group["params"]}
+        self._accepted = accepted
         self._watcher = watcher  # loading leaves the model as it is
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from operator import is_
 from typing import Any
 
@@ -22,6 +24,7 @@ RESTLESS = 3
 """After so many changes of which parameters have a gradient, states are no longer moved into common buffers."""
 
 Fill = Callable[[dict[str, Any], Tensor], None]
+Accept = Callable[[Level, Tensor, str], None]
 
 
 @dataclasses.dataclass
@@ -57,10 +60,22 @@ class Share:
 
 
 class Plan:
-    """The shares of all groups. `fill` completes the state of a parameter that its group's level has outgrown."""
+    """The shares of all groups.
 
-    def __init__(self, fill: Fill, *, compiled: bool = False) -> None:
-        self._fill, self._compiled = fill, compiled
+    Args:
+        fill: completes the state of a parameter that its group's level has outgrown.
+        accept: raises for a parameter that a level can't be shown.
+        compiled: as of `lanes_for`.
+
+    Attributes:
+        seed: what starts at random is drawn from this and the parameter's name; None: from torch's generator, one
+            after another.
+    """
+
+    seed: int | None = None
+
+    def __init__(self, fill: Fill, accept: Accept, *, compiled: bool = False) -> None:
+        self._fill, self._accept, self._compiled = fill, accept, compiled
         self._shares: list[Share] = []
         self._known: list[dict[str, Any]] = []
         self._changes = 0
@@ -112,6 +127,8 @@ class Plan:
         called = names(group, index)
         # an empty tensor has nothing to learn, and no state
         places = [i for i, shape in enumerate(shapes) if shape is not None and shape.numel()]
+        for i in places:
+            self._accept(level, params[i], called[i])
         members = [self._member(level, params[i], state[params[i]], view, called[i]) for i in places]
         lanes = lanes_for(level, members, packed=self._changes < RESTLESS, compiled=self._compiled) if members else []
         where = {id(params[i]): i for i in places}
@@ -124,7 +141,8 @@ class Plan:
     def _member(self, level: Level, param: Tensor, state: dict[str, Any], view: Split | None, name: str) -> Member:
         if not state:
             state[STEP] = torch.zeros(())
-            tree = begin(level, param.detach().to(work_dtype(param)), view)
+            with _drawn_for(name, self.seed, param.device):
+                tree = begin(level, param.detach().to(work_dtype(param)), view)
             if taken := tree.keys() & {STEP, SUM}:
                 state.clear()
                 raise ValueError(
@@ -138,6 +156,18 @@ class Plan:
                 self._fill(state, param)
             _check_state(level, param, state, tree, name)
         return Member(param, state, tree, view)
+
+
+@contextlib.contextmanager
+def _drawn_for(name: str, seed: int | None, device: torch.device) -> Iterator[None]:
+    """Within, random numbers are those of a parameter's name, whichever process draws them, and in whatever order."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        mixed = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest()
+        torch.manual_seed(int.from_bytes(mixed, "big"))
+        yield
 
 
 def _check_state(level: Level, param: Tensor, state: dict[str, Any], tree: State, name: str) -> None:

@@ -94,6 +94,7 @@ def import_deepspeed(device: str = "auto") -> Any:
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         # only inference wants this extension, which would be compiled for a minute at the first start
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    launch.hush()
     launch.prepare()
     if not torch.distributed.is_initialized():
         if launch.processes() == 1:
@@ -115,6 +116,7 @@ def _initialized(
     engine, _, loader, scheduler = deepspeed.initialize(
         model=called, optimizer=optimizer, config=settings, dist_init_required=False, **options
     )
+    nested.tell_loss_scale(1 / engine.gradient_accumulation_steps())
     lying, comm = zero.lying(engine, optimizer)
     optimizer.attach(lying, comm)
     if nested._watcher is not None:
@@ -153,6 +155,13 @@ def _check_levels(optimizer: Sharded, settings: Mapping[str, Any]) -> None:
     offloaded = (section.get("offload_optimizer") or {}).get("device", "none") not in ("none", None)
     half = bool((settings.get("fp16") or {}).get("enabled"))
     stage = deepspeed_settings.stage_of(settings)
+    if half and stage == 0:
+        raise ConfigError.refuse(
+            "fp16",
+            settings["fp16"],
+            "at stage 0 DeepSpeed 0.19 divides gradients by a scale that losses were not multiplied with; give "
+            "zero_optimization.stage 1 or more, or bf16",
+        )
     for group in optimizer.param_groups:
         level = optimizer.level(group)
         if offloaded and not level.is_entrywise:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -12,10 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nestopt.config import Config, ConfigError
+from nestopt.nn import CMS
 from nestopt.optim import Nested
 from nestopt.optim.sharded.optimizer import Lying, Sharded
 from nestopt.train import launch
 from nestopt.train.kept import Kept
+
+log = logging.getLogger("nestopt")
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -60,6 +64,7 @@ class Engine:
     def attach(self, objective: nn.Module, lm: nn.Module, nested: Nested) -> None:
         """Take what is to be trained (on the device already), the model in it, and an optimizer of that."""
         self.lm = lm
+        nested.tell_loss_scale(1 / self.config.train.accumulate)
         self.optimizer = Sharded(nested)
         self.model = self._wrapped(objective)
         self.optimizer.attach(self._lying(), self.comm)
@@ -107,6 +112,10 @@ class Engine:
                     grad = param.grad.float()
                     master.grad = grad if master.grad is None else master.grad.add_(grad)
                     param.grad = None
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                if param.grad is None:  # not reached by this batch: zero, as DeepSpeed has it
+                    param.grad = torch.zeros_like(param)
         norm = self._clip()
         self.optimizer.step()
         self._spread()
@@ -154,13 +163,14 @@ class Ddp(Engine):
     name: ClassVar[str] = "ddp"
 
     def __init__(self, config: Config) -> None:
+        launch.hush()
         launch.prepare()
-        if "RANK" not in os.environ:
-            raise ConfigError.refuse(
-                "train.engine",
+        if launch.processes() == 1 and "RANK" not in os.environ:
+            log.warning(
+                "train.engine=%s runs in one process; torchrun --nproc-per-node N -m nestopt train … starts several",
                 self.name,
-                f"start it with `torchrun --nproc-per-node N -m nestopt train … train.engine={self.name}`",
             )
+            launch.alone()
         super().__init__(config)
         self._begun = not dist.is_initialized()  # else the caller's group of processes is used, and left as it is
         self._initialise()
@@ -181,7 +191,9 @@ class Ddp(Engine):
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
     def _wrapped(self, objective: nn.Module) -> nn.Module:
-        return nn.parallel.DistributedDataParallel(objective)
+        # a batch without a write does not reach what says how far a write goes
+        writes = any(isinstance(module, CMS) and module.learns for module in objective.modules())
+        return nn.parallel.DistributedDataParallel(objective, find_unused_parameters=writes)
 
     @contextlib.contextmanager
     def _together(self, last: bool) -> Iterator[None]:

@@ -38,7 +38,10 @@ class Fsdp2(Ddp):
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
             lm.float()
         # what is put together at a time, the whole last
-        for part, methods in users(lm):
+        parts = list(users(lm))
+        if not any(part is lm for part, _ in parts):
+            parts.append((lm, ()))
+        for part, methods in parts:
             fully_shard(part, mesh=mesh, mp_policy=policy)
             for method in methods:
                 register_fsdp_forward_method(part, method)

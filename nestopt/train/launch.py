@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import warnings
 
 from nestopt.config import ConfigError
 
@@ -36,6 +37,11 @@ def prepare() -> None:
             )
         os.environ["MASTER_ADDR"] = nodes or "127.0.0.1"
     os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "9500")) % 20000))
+
+
+def hush() -> None:
+    """Keep torch's advice to DeepSpeed and to itself, about names of its functions, from people who can't take it."""
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
 
 
 def alone() -> None:

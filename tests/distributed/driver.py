@@ -1,7 +1,7 @@
-"""Started by `torchrun`: runs several trainings one after another in the same processes, which saves their start.
+"""Started by `torchrun`: runs jobs one after another in the same processes, which saves their start.
 
-Reads a list of [config data, folder to resume or None] from the JSON file given; writes how each ended, and what it
-measured, beside it.
+Reads a list of [function of `cases.py`, arguments by name] from the JSON file given; writes beside it what each gave in
+the first process, or by what it was refused.
 """
 
 import json
@@ -11,22 +11,25 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nestopt.config import Config
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.distributed import cases
+
 from nestopt.train.checkpoint import CheckpointError
-from nestopt.train.loop import train
-from nestopt.train.metrics import read
 
 
 def main(path: Path) -> None:
     dist.init_process_group("gloo")
     ends = []
-    for data, resume in json.loads(path.read_text()):
+    for name, arguments in json.loads(path.read_text()):
+        if os.environ["RANK"] == "0":  # for whoever looks for what did not return
+            print(f"{name} {arguments}", file=sys.stderr, flush=True)
         try:
-            config = Config.from_data(data) if data is not None else None
-            run = train(config, resume=resume, quiet=True).run
-            ends.append({"folder": str(run.path), "records": read(run.metrics_file)})
-        except (ValueError, CheckpointError) as error:
-            ends.append({"refused": str(error)})
+            ends.append({"gave": getattr(cases, name)(**arguments)})
+        except (ValueError, TypeError, RuntimeError, CheckpointError) as error:
+            if not arguments.get("refuse"):
+                raise
+            ends.append({"refused": f"{type(error).__name__}: {error}"})
     dist.barrier()
     dist.destroy_process_group()
     if os.environ["RANK"] == "0":

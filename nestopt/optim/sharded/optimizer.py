@@ -90,18 +90,22 @@ class Sharded(Optimizer):
             self._check_alike(comm)
             tables = [[] for _ in range(dist.get_world_size(comm))]
             dist.all_gather_object(tables, [some.table for some in lying], group=comm)
-        owner = self._owners(lying, tables)
+        owner, seed = self._owners(lying, tables), torch.initial_seed()
+        if comm is not None:
+            seeds: list[Any] = [seed] * len(tables)
+            dist.all_gather_object(seeds, seed, group=comm)
+            seed = seeds[0]
         self._units = {}
         for i, some in enumerate(lying):
             group = self.param_groups[some.group]
             unit: Unit
             if some.table is None:
-                unit = Whole(self.nested, group, self.names[some.group], some.tensors)
+                unit = Whole(self.nested, group, self.names[some.group], some.tensors, seed)
             elif self.level(group).is_entrywise:
                 unit = Flat(self.nested, group, some.tensors, some.table)
             else:
                 own = [table[i] or () for table in tables]
-                unit = Owned(self.nested, group, some.tensors, own, owner, comm, limit)
+                unit = Owned(self.nested, group, some.tensors, own, owner, comm, seed, limit)
             self._units.update((id(handle), (unit, some)) for handle in some.handles)
         self._attached = True
 

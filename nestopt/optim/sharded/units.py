@@ -97,12 +97,14 @@ class Whole(Unit):
 
     divided: ClassVar[bool] = False
 
-    def __init__(self, nested: Nested, group: Group, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    def __init__(
+        self, nested: Nested, group: Group, names: Sequence[str], tensors: Sequence[Tensor], seed: int
+    ) -> None:
         super().__init__(
             tensors, [Slice.whole(name, t.shape, i) for i, (name, t) in enumerate(zip(names, tensors, strict=True))]
         )
         self.names = list(names)
-        self._nested = _inner(nested, group, names, tensors)
+        self._nested = _inner(nested, group, names, tensors, seed)
 
     def step(self, grads: Sequence[Tensor | None], group: Group, inputs: Mapping[str, Inputs | None]) -> None:
         _settings(self._nested, group)
@@ -143,7 +145,7 @@ class Flat(Unit):
             i: tensors[i] if isinstance(tensors[i], nn.Parameter) else nn.Parameter(tensors[i]) for i in self._full
         }
         settings = {key: value for key, value in group.items() if key != "view"}
-        self._nested = _inner(nested, settings, names, list(self._params.values()))
+        self._nested = _inner(nested, settings, names, list(self._params.values()), 0)
 
     def step(self, grads: Sequence[Tensor | None], group: Group, inputs: Mapping[str, Inputs | None]) -> None:
         _settings(self._nested, {key: value for key, value in group.items() if key != "view"})
@@ -177,6 +179,7 @@ class Owned(Unit):
         tables: the slices of all processes.
         owner: of each parameter, by name.
         comm: the group of processes.
+        seed: of states that start at random, the same on all processes; as of `Whole`.
         limit: numbers that a process is sent in a round, about.
     """
 
@@ -188,6 +191,7 @@ class Owned(Unit):
         tables: Sequence[Sequence[Slice]],
         owner: Mapping[str, int],
         comm: Any,
+        seed: int,
         limit: int = 1 << 26,
     ) -> None:
         rank = torch.distributed.get_rank(comm)
@@ -195,7 +199,7 @@ class Owned(Unit):
         check_cover(tables)
         self._shapes = {piece.name: piece.shape for table in tables for piece in table}
         self.rounds = [
-            _Round(nested, group, names, self._shapes, tables, owner, comm, tensors[0])
+            _Round(nested, group, names, self._shapes, tables, owner, comm, seed, tensors[0])
             for names in rounds(self._shapes, owner, len(tables), limit)
         ]
 
@@ -245,12 +249,13 @@ class _Round:
         tables: Sequence[Sequence[Slice]],
         owner: Mapping[str, int],
         comm: Any,
+        seed: int,
         like: Tensor,
     ) -> None:
         self.exchange, self.shapes = Exchange(tables, owner, names, comm), shapes
         mine = [name for name in names if owner[name] == self.exchange.rank]
         self.work = {name: nn.Parameter(_shaped(shapes[name], like.detach())) for name in mine}
-        self.nested = _inner(nested, group, mine, list(self.work.values()))
+        self.nested = _inner(nested, group, mine, list(self.work.values()), seed)
         self._empty()
 
     def step(
@@ -290,10 +295,10 @@ def rounds(shapes: Mapping[str, tuple[int, ...]], owner: Mapping[str, int], worl
     return found
 
 
-def _inner(nested: Nested, group: Group, names: Sequence[str], tensors: Sequence[Tensor]) -> Nested:
+def _inner(nested: Nested, group: Group, names: Sequence[str], tensors: Sequence[Tensor], seed: int) -> Nested:
     """An optimizer of the same kind for these tensors, with the settings of a group."""
     settings = {key: value for key, value in group.items() if key not in KEPT}
-    return nested.like([{**settings, "params": list(zip(names, tensors, strict=True))}])
+    return nested.like([{**settings, "params": list(zip(names, tensors, strict=True))}], seed)
 
 
 def _settings(nested: Nested, group: Group) -> None:

@@ -13,6 +13,7 @@ from nestopt.core.registry import registry
 
 NEEDED = ("torch", "numpy", "pluggy", "pydantic", "pyyaml", "safetensors", "tqdm", "matplotlib")
 OPTIONAL = {
+    "datasets": "documents, such as FineWeb-Edu: pip install 'nestopt[data]'",
     "deepspeed": "train.engine=deepspeed: pip install 'nestopt[deepspeed]'",
     "transformers": "Hugging Face models: pip install 'nestopt[hf]'",
 }

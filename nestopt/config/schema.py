@@ -188,6 +188,9 @@ class DataConfig(Section):
     path: str | None = Field(default=None, description="own text: a file or a folder, in place of the dataset")
     window: Whole = Field(default=128, ge=1, description="tokens per sequence")
     batch: Whole = Field(default=8, ge=1, description="sequences per step")
+    workers: Whole = Field(
+        default=0, ge=0, description="processes that read and tokenize documents ahead; 0: the training process does it"
+    )
 
 
 class TrainConfig(Section):

@@ -3,7 +3,7 @@
 from nestopt.core.associative import AssociativeMemory, Gd
 from nestopt.core.clock import advance, start
 from nestopt.core.compose import Chain, Nest, Parallel, chain, nest, parallel
-from nestopt.core.dataset import Dataset
+from nestopt.core.dataset import Dataset, DocumentDataset, DocumentSet
 from nestopt.core.features import Features
 from nestopt.core.gates import bind, gates_of
 from nestopt.core.hookspecs import hookimpl
@@ -23,6 +23,8 @@ __all__ = [
     "AssociativeMemory",
     "Chain",
     "Dataset",
+    "DocumentDataset",
+    "DocumentSet",
     "Features",
     "Gate",
     "Gd",

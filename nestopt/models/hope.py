@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from nestopt.core.level import Level
 from nestopt.core.tree import State, leaves, nested
 from nestopt.levels.cms import Cms
 from nestopt.levels.tokens import Attention
+from nestopt.models.documents import Pieces, run_documents
 from nestopt.models.taught import TAUGHT, Read, nothing_carried, run_taught, teach_signal
 from nestopt.nn.consolidate import Consolidation, consolidate
 from nestopt.nn.hope import HopeBlock, Learn, writes
@@ -46,9 +48,16 @@ class HopeLM(nn.Module):
         segment: in training, recompute in the backward pass all but the states at the ends of so many tokens; 0 keeps
             everything. Activations of T tokens need the memory of T / segment states and one segment: least near √T.
 
+    Attributes:
+        lockstep: whether, with `starts`, blocks are called as often whatever the documents are, some for nothing. It
+            must be so where processes gather sharded parameters at each call (FSDP, ZeRO 3). All rows then begin anew,
+            and the state that comes back is empty. Default False.
+
     Raises:
         ValueError: for a number that is out of range.
     """
+
+    lockstep: bool = False
 
     def __init__(
         self,
@@ -122,6 +131,7 @@ class HopeLM(nn.Module):
         state: Mapping[str, Any] | None = None,
         *,
         mask: Tensor | None = None,
+        starts: Tensor | None = None,
         learn: Learn = True,
     ) -> tuple[Tensor, State]:
         """Tokens `[B, T]`, T >= 1, of any integer dtype, to logits `[B, T, vocab]` of the tokens after each.
@@ -131,18 +141,22 @@ class HopeLM(nn.Module):
             state: from a former call, to go on with its sequences; None begins new ones.
             mask: `[B, T]`, True for tokens, False for padding, wherever it is: a row's tokens are read as if they were
                 neighbours. Logits at padding mean nothing.
+            starts: `[B, T]` bool, True where a document begins: there its row is begun anew, and each document is what
+                it is alone. A row whose first token begins none goes on from `state`. Best on the CPU, as on another
+                device it is waited for.
             learn: whether memories are written: True; False, all are read as the state has them, and none changes;
                 `"mixer"` or `"mlp"`, only those of that half of each block.
 
         Returns:
-            The logits and the state after the last token.
+            The logits and the state after the last token; with `starts`, of each row's last document. Where the level
+            has chunks, one that then goes on may have fewer tokens in its next chunk than it would have alone.
 
         Raises:
             TypeError: for tokens that are not integers.
             ValueError: for another shape, no tokens, tokens out of range (on the CPU; elsewhere the device stops), or a
                 state that does not fit.
         """
-        hidden, state = self.hidden(tokens, state, mask=mask, learn=learn)
+        hidden, state = self.hidden(tokens, state, mask=mask, starts=starts, learn=learn)
         return self.head(self.norm(hidden)), state
 
     def hidden(
@@ -151,23 +165,29 @@ class HopeLM(nn.Module):
         state: Mapping[str, Any] | None = None,
         *,
         mask: Tensor | None = None,
+        starts: Tensor | None = None,
         learn: Learn = True,
     ) -> tuple[Tensor, State]:
         """The residual stream after the last block, `[B, T, dim]`, and the state: `forward` but for norm and head."""
         self._check(tokens)
         batch = tokens.shape[0]
-        read = Read([0], False)
-        if state is None:
-            now = self.init_state(batch)
-        else:
-            now = self._fitted(state, batch, "HopeLM")
-            read = self._read(now)
-        rows = None
+        now = None if state is None else self._fitted(state, batch, "HopeLM")
         if mask is not None:
             check_mask(mask, *tokens.shape)
+        if starts is not None:
+            _check_starts(starts, tokens)
+            if self.lockstep and now is not None:
+                raise ValueError("HopeLM: a state and starts are given, and lockstep is set; give no state")
+            pieces = Pieces.of(starts, mask, goes_on=now is not None)
+            if self.lockstep or not pieces.in_rows(batch):
+                run = partial(self._sequences, learn=learn)
+                return run_documents(tokens, pieces, now, run, self.init_state, self.lockstep)
+            now = now if pieces.goes_on.all() else None
+        rows = None
+        if mask is not None:
             rows = Rows.of(mask)
             tokens, mask = rows.moved(tokens[..., None])[..., 0], rows.front
-        x, now = self._segments(tokens, now, mask, learn, read)
+        x, now = self._sequences(tokens, now, mask, learn)
         return (x if rows is None else rows.back(x)), now
 
     def loss(
@@ -176,8 +196,10 @@ class HopeLM(nn.Module):
         state: Mapping[str, Any] | None = None,
         *,
         mask: Tensor | None = None,
+        starts: Tensor | None = None,
         learn: Learn = True,
         piece: int = 1024,
+        reduction: Literal["mean", "sum"] = "mean",
     ) -> tuple[Tensor, State]:
         """Mean loss, in nats, of each token but the first of `[B, T + 1]`, and the state after the T tokens before it.
 
@@ -187,7 +209,10 @@ class HopeLM(nn.Module):
         Args:
             tokens, state, learn: as for `forward`; one token more than is read.
             mask: `[B, T + 1]`; where a token or the one before it is padding, nothing is counted.
+            starts: `[B, T + 1]`, as for `forward`; the first token of a document is not counted.
             piece: positions at a time, 1 or more.
+            reduction: `"sum"` for the sum of the losses that are counted: of batches that count differently many, these
+                sums add up to that of one batch, and means do not.
         """
         if tokens.ndim != 2 or tokens.shape[1] < 2:
             raise ValueError(
@@ -195,9 +220,15 @@ class HopeLM(nn.Module):
             )
         if piece < 1:
             raise ValueError(f"HopeLM.loss: piece={piece} is not allowed; give a whole number, 1 or more")
-        before = None if mask is None else mask[:, :-1]
-        hidden, state = self.hidden(tokens[:, :-1], state, mask=before, learn=learn)
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f'HopeLM.loss: reduction={reduction!r} is not allowed; give "mean" or "sum"')
+        if starts is not None:
+            _check_starts(starts, tokens)
+        masked, begun = (None if given is None else given[:, :-1] for given in (mask, starts))
+        hidden, state = self.hidden(tokens[:, :-1], state, mask=masked, starts=begun, learn=learn)
         targets = tokens[:, 1:].long()
+        if starts is not None:
+            targets = torch.where(starts[:, 1:].to(targets.device), _NOT_COUNTED, targets)
         if mask is not None:
             targets = torch.where(mask[:, 1:] & mask[:, :-1], targets, _NOT_COUNTED)
         pairs = list(zip(hidden.split(piece, dim=1), targets.split(piece, dim=1), strict=True))
@@ -205,7 +236,7 @@ class HopeLM(nn.Module):
             total = torch.stack([self._loss(x, y) for x, y in pairs]).sum()
         else:
             total = torch.stack([checkpoint(self._loss, x, y, use_reentrant=False) for x, y in pairs]).sum()
-        return total / (targets != _NOT_COUNTED).sum().clamp_min(1), state
+        return (total if reduction == "sum" else total / (targets != _NOT_COUNTED).sum().clamp_min(1)), state
 
     # -- how -----------------------------------------------------------------------------------------------------------
 
@@ -222,6 +253,14 @@ class HopeLM(nn.Module):
         carried = state[TAUGHT]["live"].sum(1)
         seen, carries = torch.stack([state[f"block_{i}"]["mlp"]["step"] + carried, carried]).tolist()
         return Read(sorted(set(seen)), all(carries))
+
+    def _sequences(
+        self, tokens: Tensor, state: State | None, mask: Tensor | None, learn: Learn
+    ) -> tuple[Tensor, State]:
+        """Tokens at the front of their rows, from a state of this model, or None for new sequences."""
+        if state is None:
+            return self._segments(tokens, self.init_state(tokens.shape[0]), mask, learn, Read([0], False))
+        return self._segments(tokens, state, mask, learn, self._read(state))
 
     def _segments(
         self, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn, read: Read
@@ -426,3 +465,11 @@ class HopeLM(nn.Module):
 
 
 _NOT_COUNTED = -100
+
+
+def _check_starts(starts: Tensor, tokens: Tensor) -> None:
+    if starts.dtype != torch.bool or starts.shape != tokens.shape:
+        raise ValueError(
+            f"HopeLM: starts is {starts.dtype} {list(starts.shape)}; it must be bool {list(tokens.shape)}: True where "
+            "a document begins"
+        )

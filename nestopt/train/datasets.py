@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from nestopt.core.dataset import Dataset
+from nestopt.core.dataset import Dataset, DocumentDataset
 from nestopt.core.hookspecs import Register, hookimpl
+from nestopt.train.shards import Shards
 from nestopt.train.text import Corpus, from_path, standard_library
+from nestopt.train.tokens import Vocabulary
 
 
 class Stdlib(Dataset):
@@ -27,8 +29,59 @@ class Files(Dataset):
         return from_path(self.path)
 
 
+class Documents(DocumentDataset):
+    """Documents in Parquet shards, local or on the Hugging Face hub, with a tokenizer. Needs the extra `data`.
+
+    Args:
+        path: of a Parquet file, of a folder with such files, a pattern of files, or a name on the hub.
+        tokenizer: the path of a `tokenizer.json`, or of a folder with one; or a name on the hub.
+        config: on the hub, which part of the dataset.
+        split: on the hub, which split.
+        column: with the text.
+        begin: the token before each document; null for none.
+        end: the token behind each document; null for none.
+        shuffle: documents of a row group that are permuted together, in memory.
+        held_out: one document in so many is held out, by a hash of its text.
+    """
+
+    path: str
+    tokenizer: str
+    config: str | None = None
+    split: str = "train"
+    column: str = "text"
+    begin: str | None = None
+    end: str | None = "</s>"
+    shuffle: int = 1024
+    held_out: int = 200
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("shuffle", 1)
+        self.check("held_out", 2)
+
+    def documents(self) -> Shards:
+        tokens = Vocabulary(self.tokenizer, self.begin, self.end)
+        return Shards(self.path, self.config, self.split, self.column, tokens, self.shuffle, self.held_out)
+
+
+class FinewebEdu(Documents):
+    """FineWeb-Edu, streamed from the hub: 100 billion tokens of educational web pages, with a Llama tokenizer of 32,000
+    tokens. For a copy of one's own give its `path`, and `config: null`.
+
+    Args:
+        config: `sample-10BT`, `sample-100BT`, `sample-350BT`, or `default` for all of it.
+    """
+
+    path: str = "HuggingFaceFW/fineweb-edu"
+    tokenizer: str = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+    config: str | None = "sample-100BT"
+    begin: str | None = "<s>"
+
+
 @hookimpl
 def nestopt_register_datasets(register: Register) -> None:
     """Register the datasets of this file."""
     register("stdlib", Stdlib)
     register("files", Files)
+    register("documents", Documents)
+    register("fineweb_edu", FinewebEdu)

@@ -15,6 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nestopt.core.dataset import CorpusError
+
+__all__ = ["Corpus", "CorpusError", "from_path", "standard_library", "windows"]
+
 logger = logging.getLogger(__name__)
 
 HELD_OUT_ONE_IN = 20  # 5 % is held out
@@ -23,10 +27,6 @@ MIN_FILES = 20  # with fewer, one file decides the split
 HELD_OUT_SHARE = (0.01, 0.20)  # of the bytes: beyond it a few large files have fallen to one side
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
-
-
-class CorpusError(ValueError):
-    """A corpus cannot be made: nothing at the path, no text in it, or too little of it."""
 
 
 @dataclass(frozen=True, eq=False)

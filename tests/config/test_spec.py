@@ -132,6 +132,7 @@ def test_random_stacks_survive_yaml(stack: Level) -> None:
 
 
 NEEDS: dict[str, dict[str, Any]] = {
+    "documents": {"path": "some/folder", "tokenizer": "tokenizer.json"},
     "files": {"path": "some/folder"},
     "chain": {"levels": {"a": L.momentum(), "b": L.adam()}},
     "parallel": {"levels": {"momentum": L.momentum(), "adam": L.adam()}},

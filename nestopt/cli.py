@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import codecs
 import json
 import sys
 from collections.abc import Sequence
@@ -107,7 +106,9 @@ def _add_generate(generate: argparse.ArgumentParser) -> None:
         "--prompt", help="text to go on from (default: 'def '; none, after --prompt-file or --from-state)"
     )
     generate.add_argument("--prompt-file", metavar="FILE", help="read this document, of any length, before the prompt")
-    generate.add_argument("--length", type=int, default=400, help="bytes to add (default: 400)")
+    generate.add_argument(
+        "--length", type=int, default=400, help="tokens to add (default: 400)"
+    )
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest byte (default: 0.8)")
     generate.add_argument("--top-k", type=int, help="choose among the k likeliest")
     generate.add_argument("--top-p", type=float, help="choose among the fewest with this probability together")
@@ -194,33 +195,35 @@ def _generate(args: argparse.Namespace) -> int:
 
     from nestopt.train.run import Run
     from nestopt.train.sampling import choose
+    from nestopt.train.text_of_tokens import text_of_tokens
     from nestopt.train.writing import Writer
 
-    writer = Writer(Run.open(args.path).load_model(), learn=True if args.learn else "mixer")
+    run = Run.open(args.path)
+    writer = Writer(run.load_model(), learn=True if args.learn else "mixer")
     prompt = args.prompt
     if prompt is None:
         prompt = "" if args.prompt_file or args.from_state else "def "
     generator = torch.Generator().manual_seed(args.seed)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    text = text_of_tokens(run.config())
 
-    def next_byte(logits: torch.Tensor) -> torch.Tensor:
+    def next_token(logits: torch.Tensor) -> torch.Tensor:
         chosen = choose(
             logits.float(), temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, generator=generator
         )
-        print(decoder.decode(bytes(chosen.clamp(max=255).tolist())), end="", flush=True)
+        print(text.add(int(chosen)), end="", flush=True)
         return chosen
 
     try:
         if args.from_state:
             writer.load(args.from_state)
         if args.prompt_file:
-            writer.read(_document(args.prompt_file), quiet=not sys.stderr.isatty())
-        writer.read(prompt.encode())
+            writer.read(text.encode(_document(args.prompt_file)), quiet=not sys.stderr.isatty())
+        writer.read(text.encode(prompt.encode()))
         print(prompt, end="", flush=True)
-        writer.write(args.length, next_byte)
+        writer.write(args.length, next_token)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    print(decoder.decode(b"", final=True))
+    print(text.end())
     if args.state:
         writer.save(args.state)
     return 0

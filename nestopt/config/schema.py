@@ -202,6 +202,9 @@ class TrainConfig(Section):
     )
     warmup: Finite = Field(default=0.02, ge=0, le=1, description="share of the run in which the learning rate rises")
     decay: Finite = Field(default=0.8, ge=0, le=1, description="share of the run, at its end, in which it falls to 0")
+    decay_shape: Literal["linear", "cosine"] = Field(
+        default="linear", description="how it falls: in a straight line, or along half a wave"
+    )
     clip: Finite | None = Field(default=1.0, gt=0, description="largest norm of the whole gradient; null for any")
     seed: Whole = Field(default=0, ge=0, description="of all random numbers")
     eval_every: Whole = Field(default=200, ge=0, description="steps between evaluations; 0: at the end only")

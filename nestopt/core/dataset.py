@@ -27,7 +27,24 @@ class Text(Protocol):
     def held_out(self) -> npt.NDArray[np.uint8]: ...
 
 
-class DocumentSet(Protocol):
+class Tokens(Protocol):
+    """What text is as tokens."""
+
+    @property
+    def vocab(self) -> int:
+        """One more than the largest token."""
+        ...
+
+    def encode_prompt(self, text: str) -> Sequence[int]:
+        """The begin of a document as tokens, with what marks it and no end."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Tokens as text, without marks."""
+        ...
+
+
+class DocumentSet(Tokens, Protocol):
     """Documents in blocks, each of which can be read by itself, and the tokens that they become.
 
     The library shuffles, holds out, packs and resumes. A set only has to give the same documents in the same order
@@ -39,11 +56,6 @@ class DocumentSet(Protocol):
     @property
     def blocks(self) -> int:
         """How many blocks there are. A block is read as a whole: some hundreds or thousands of documents are right."""
-        ...
-
-    @property
-    def vocab(self) -> int:
-        """One more than the largest token."""
         ...
 
     @property
@@ -64,14 +76,6 @@ class DocumentSet(Protocol):
         """A document as tokens, one or more, with what marks its begin and its end."""
         ...
 
-    def encode_prompt(self, text: str) -> Sequence[int]:
-        """The begin of a document as tokens, with what marks it and no end."""
-        ...
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Tokens as text, without marks."""
-        ...
-
 
 class Dataset(Part):
     """A source of text: `load()` gives its training and held-out bytes."""
@@ -87,6 +91,10 @@ class DocumentDataset(Dataset):
 
     @abstractmethod
     def documents(self) -> DocumentSet: ...
+
+    def tokens(self) -> Tokens:
+        """Its tokens, where no documents are asked for."""
+        return self.documents()
 
     def load(self) -> NoReturn:
         """Raises CorpusError: there are no bytes."""

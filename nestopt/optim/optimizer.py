@@ -154,8 +154,8 @@ class Nested(Optimizer):
         """Raise RuntimeError for what an engine has put in a parameter's place, if `level` must see its shape."""
         if id(param) not in self._accepted and param.ndim < 2 and not level.is_entrywise:
             raise RuntimeError(
-                f"{level.label} must see tensors in their true shape, and a tensor of shape {list(param.shape)} has come "
-                f"in the place of {name}: DeepSpeed's ZeRO puts flat slices of many parameters there. Use "
+                f"{level.label} must see tensors in their true shape, and a tensor of shape {list(param.shape)} has "
+                f"come in the place of {name}: DeepSpeed's ZeRO puts flat slices of many parameters there. Use "
                 "nestopt.train.deepspeed.initialize, or add_param_group for a parameter of that shape"
             )
 

@@ -60,8 +60,10 @@ class Documents(DocumentDataset):
         self.check("held_out", 2)
 
     def documents(self) -> Shards:
-        tokens = Vocabulary(self.tokenizer, self.begin, self.end)
-        return Shards(self.path, self.config, self.split, self.column, tokens, self.shuffle, self.held_out)
+        return Shards(self.path, self.config, self.split, self.column, self.tokens(), self.shuffle, self.held_out)
+
+    def tokens(self) -> Vocabulary:
+        return Vocabulary(self.tokenizer, self.begin, self.end)
 
 
 class FinewebEdu(Documents):

@@ -243,11 +243,11 @@ class DeepSpeed(Ddp):
         engine, self.optimizer, *_ = _initialized(lm, objective, nested, self.settings_given)
         self.model, self.kept, self.cut = engine, engine.nestopt, engine.nestopt.cut
 
-    def update(self, batches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def update(self, batches: Sequence[tuple[Any, ...]]) -> tuple[Tensor, Tensor]:
         engine: Any = self.model
         losses = []
         for batch in batches:
-            loss = engine(batch)
+            loss = engine(*batch)
             losses.append(loss.detach())
             engine.backward(loss)
             engine.step()

@@ -94,8 +94,11 @@ class Engine:
                     self._masters.append((param, master))
         return [Lying(i, group["params"], group["params"]) for i, group in enumerate(self.optimizer.param_groups)]
 
-    def update(self, batches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Gradients of the mean loss over batches of one size, clipping, and the optimizer's step.
+    def update(self, batches: Sequence[tuple[Any, ...]]) -> tuple[Tensor, Tensor]:
+        """Gradients of the mean loss over batches, clipping, and the optimizer's step.
+
+        Args:
+            batches: what the objective is called with, each.
 
         Returns:
             This process's loss, and the norm of the whole gradient before clipping.
@@ -104,7 +107,7 @@ class Engine:
         losses = []
         for i, batch in enumerate(batches):
             with self._together(i == len(batches) - 1):
-                loss = self.model(batch) / len(batches)
+                loss = self.model(*batch) / len(batches)
                 loss.backward()
             losses.append(loss.detach())
             for param, master in self._masters:
@@ -149,6 +152,10 @@ class Engine:
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set in any process: all of them get the same answer."""
         return flag
+
+    def gathered(self, value: Any) -> list[Any]:
+        """What each process has given, in all of them; plain values."""
+        return [value]
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -208,6 +215,11 @@ class Ddp(Engine):
         seen = torch.tensor(float(flag), device=self.device)
         dist.all_reduce(seen, dist.ReduceOp.MAX)
         return bool(seen)
+
+    def gathered(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value)
+        return found
 
     def wait(self) -> None:
         dist.barrier()

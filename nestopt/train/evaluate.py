@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nestopt.models import HopeLM
+
 STRETCHES = 16
 """The held-out text is so many stretches, evenly spread, so that it is not all from the first few files."""
 
@@ -78,6 +80,52 @@ def bits_per_byte(
             nats += row[(0 if start == 0 else known) :].sum(dtype=torch.float64)
     model.train(training)
     return float(total(nats)) / (len(text) - 1) / math.log(2)
+
+
+@torch.no_grad()
+def documents_bits(
+    model: HopeLM,
+    tokens: Tensor,
+    starts: Tensor,
+    *,
+    window: int,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    total: Callable[[Tensor], Tensor] = lambda x: x,
+) -> float:
+    """Mean bits that `model` needs for each token of documents but the first of each, read in windows of their own.
+
+    Args:
+        model: its state begins anew with each window, and in it with each document.
+        tokens: `[N]`, documents end to end, on the model's device.
+        starts: `[N]` bool, where each begins, on the CPU.
+        window: tokens per window; of the last one, what is left.
+        batch: windows at a time.
+        rank, world, total: as of `bits_per_byte`.
+
+    Raises:
+        ValueError: fewer than two tokens.
+    """
+    if len(tokens) < 2:
+        raise ValueError(f"held-out text of {len(tokens)} tokens can't be measured; give two or more")
+    training = model.training
+    model.eval()
+    firsts = list(range(0, len(tokens) - 1, window))
+    full = [first for first in firsts if first + window < len(tokens)]
+    groups = [full[i : i + batch] for i in range(0, len(full), batch)]
+    groups += [firsts[-1:]] if len(full) < len(firsts) else []
+    nats = torch.zeros((), dtype=torch.float64, device=tokens.device)
+    mine = [*groups[rank::world], *groups[:1]][: -(-len(groups) // world)]  # as many calls in every process
+    for i, group in enumerate(mine):
+        parts = [slice(first, min(first + window + 1, len(tokens))) for first in group]
+        rows = torch.stack([tokens[part] for part in parts]).long()
+        begun = torch.stack([starts[part] for part in parts])
+        loss, _ = model.loss(rows, starts=begun, reduction="sum")
+        nats += loss * (rank + i * world < len(groups))
+    model.train(training)
+    counted = len(tokens) - 1 - int(starts[1:].sum())
+    return float(total(nats)) / max(1, counted) / math.log(2)
 
 
 @torch.no_grad()

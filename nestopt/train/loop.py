@@ -12,19 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nestopt.config import Config, ConfigError
+from nestopt.config import Config
 from nestopt.nn.hope import Learn
 from nestopt.optim import optimizer as make_optimizer
 from nestopt.optim.sharded.saved import Stretch
-from nestopt.train import engines
-from nestopt.train.datasets import Files
-from nestopt.train.evaluate import bits_per_byte, held_out_text, stream_bits_per_byte
+from nestopt.train import engines, sources
+from nestopt.train.evaluate import bits_per_byte, documents_bits, stream_bits_per_byte
 from nestopt.train.metrics import MetricsLog
 from nestopt.train.objective import Objective
 from nestopt.train.parts import Parts
@@ -32,7 +29,7 @@ from nestopt.train.randomness import random_state, restore_random_state
 from nestopt.train.report import Report
 from nestopt.train.run import Run, build_model
 from nestopt.train.schedule import factor
-from nestopt.train.text import windows
+from nestopt.train.source import Batch, HeldOut, merged
 
 RANDOM = "random."
 
@@ -59,7 +56,7 @@ class Result:
 
 
 def train(config: Config | None = None, *, resume: str | Path | None = None, quiet: bool = False) -> Result:
-    """Train a byte-level language model.
+    """Train a language model on bytes, or on the tokens of documents.
 
     Args:
         config: the run; None is the default one (or, with `resume`, the one the run was started with).
@@ -74,7 +71,11 @@ def train(config: Config | None = None, *, resume: str | Path | None = None, qui
         config = Config() if run is None else run.config()
     engine = engines.make(config)
     try:
-        return _Training(config, engine, run, quiet).run_to_the_end()
+        training = _Training(config, engine, run, quiet)
+        try:
+            return training.run_to_the_end()
+        finally:
+            training.source.close()
     finally:
         engine.close()
 
@@ -82,15 +83,9 @@ def train(config: Config | None = None, *, resume: str | Path | None = None, qui
 class _Training:
     def __init__(self, config: Config, engine: engines.Engine, run: Run | None, quiet: bool) -> None:
         self.config, self.engine, self.quiet = config, engine, quiet or engine.rank != 0
-        data = config.data
-        dataset = Files(data.path) if data.path else data.dataset
-        if dataset is None:
-            raise ConfigError.refuse("data.dataset", None, "give a dataset, or data.path")
-        if config.model.vocab < 256:
-            raise ConfigError.refuse("model.vocab", config.model.vocab, "bytes need 256 or more")
-        self.corpus = dataset.load()
-        self.tokens = torch.from_numpy(self.corpus.train)
-        self.text = held_out_text(self.corpus.held_out, config.train.final_bytes)
+        found = engine.gathered(sources.documents(config) if engine.rank == 0 else None)
+        self.source = sources.make(config, engine.rank, engine.world, found[0])
+        self.held_out = self.source.held_out(config.train.final_bytes)
         self.lm = build_model(config).to(engine.device)
         size = sum(param.numel() for param in self.lm.parameters())
         engine.cut_up(self.lm)
@@ -102,6 +97,7 @@ class _Training:
         self.losses: list[Tensor] = []  # since the last line of the log
         learn: Learn = True if config.train.learn == "all" else "mixer"
         engine.attach(Objective(self.lm, learn), self.lm, nested)
+        self.lm.lockstep = engine.cut
         self.optimizer = engine.optimizer
         if run is not None:
             self.run = run
@@ -110,7 +106,7 @@ class _Training:
             self.run = Run.create(config)
         if engine.world > 1 and run is None:
             self.run = _shared(self.run if engine.rank == 0 else None)
-        self.report = Report(self.run, self.corpus.name, self.text, self.corpus.train, size, quiet=self.quiet)
+        self.report = Report(self.run, self.source, self.held_out, size, quiet=self.quiet)
 
     def run_to_the_end(self) -> Result:
         report = self.report
@@ -128,8 +124,8 @@ class _Training:
                 log.close()
             report.interrupted(self.step)
             return Result(self.run, self.step, self.elapsed, None, {}, False)
-        report.say(f"measuring on {len(self.text):,} held-out bytes …")
-        score = self._evaluate(self.text)
+        report.say(f"measuring on {self.held_out.bytes:,} held-out bytes …")
+        score = self._evaluate(self.held_out)
         weights = self.engine.kept.whole_weights(self.run.path)
         self._sample()
         if log:
@@ -188,19 +184,21 @@ class _Training:
         settings = self.config.train
         # the first step has a rate above 0, and so has the last
         progress = min(1.0, self._progress() + 0.5 / settings.steps)
-        scale = factor(progress, warmup=settings.warmup, decay=settings.decay)
+        scale = factor(progress, warmup=settings.warmup, decay=settings.decay, shape=settings.decay_shape)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * scale
-        batch = windows(
-            self.tokens,
-            self.step,
-            batch=self.config.data.batch,
-            length=self.config.data.window,
-            seed=settings.seed,
-            rank=self.engine.rank,
-            world=self.engine.world,
-        ).to(self.engine.device)
-        return self.engine.update(batch.chunk(settings.accumulate))
+        return self.engine.update(self._batches(self.source.batch()))
+
+    def _batches(self, batch: Batch) -> list[tuple[Tensor | None, ...]]:
+        """What the objective is called with, `train.accumulate` times."""
+        count = self.config.train.accumulate
+        tokens = batch.tokens.to(self.engine.device, non_blocking=True).chunk(count)
+        if batch.starts is None:
+            return [(part,) for part in tokens]
+        # each counts as many targets as its documents have: the mean is over those of all
+        targets = self.engine.total(torch.tensor(float(batch.targets), device=self.engine.device))
+        scale = count * self.engine.world / targets.clamp_min(1)
+        return [(part, starts, scale) for part, starts in zip(tokens, batch.starts.chunk(count), strict=True)]
 
     def _log(self, log: MetricsLog | None, bar: Any, loss: float, norm: float, rate: float) -> None:
         if log is None:
@@ -220,7 +218,7 @@ class _Training:
         )
 
     def _middle(self, log: MetricsLog | None, report: Report, bar: Any) -> None:
-        score = self._evaluate(held_out_text(self.corpus.held_out, self.config.train.eval_bytes))
+        score = self._evaluate(self.source.held_out(self.config.train.eval_bytes))
         self._sample()
         if log:
             log.append({"step": self.step, "seconds": self.elapsed, "eval/bits_per_byte": score})
@@ -233,25 +231,25 @@ class _Training:
         if self.engine.rank == 0 or self.engine.cut:
             self.report.sample(self.lm, self.step, self.config, write=self.engine.rank == 0)
 
-    def _evaluate(self, held_out: npt.NDArray[np.uint8]) -> float:
+    def _evaluate(self, held_out: HeldOut) -> float:
         data, engine = self.config.data, self.engine
-        text = torch.from_numpy(held_out).to(engine.device)
+        text = held_out.tokens.to(engine.device)
         shared: dict[str, Any] = {"rank": engine.rank, "world": engine.world, "total": engine.total}
-        if streams := self.config.train.eval_streams:
-            return stream_bits_per_byte(self.lm, text, streams=streams, piece=data.window, **shared)
-        return bits_per_byte(
-            self.lm,
-            text,
-            window=data.window,
-            batch=4 * data.batch,
-            **shared,
-        )
+        if held_out.starts is not None:
+            rows = max(1, data.batch // (engine.world * self.config.train.accumulate))
+            bits = documents_bits(self.lm, text, held_out.starts, window=data.window, batch=rows, **shared)
+        elif streams := self.config.train.eval_streams:
+            bits = stream_bits_per_byte(self.lm, text, streams=streams, piece=data.window, **shared)
+        else:
+            bits = bits_per_byte(self.lm, text, window=data.window, batch=4 * data.batch, **shared)
+        return bits / held_out.bytes_per_token
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
         losses = [float(loss) for loss in self.losses]
-        meta = {"step": self.step, "elapsed": self.elapsed, "losses": losses}
+        data = merged(self.engine.gathered(self.source.state_dict()))
+        meta = {"step": self.step, "elapsed": self.elapsed, "losses": losses, "data": data}
         self.engine.kept.save(self.run.path, meta, self._own)
 
     def _own(self) -> Iterator[tuple[str, Stretch]]:
@@ -272,6 +270,7 @@ class _Training:
                 if key.startswith(prefix)
             }
         self.step, self.elapsed = meta["step"], meta["elapsed"]
+        self.source.load_state_dict(meta["data"])
         self.losses = [torch.tensor(loss, device=self.engine.device) for loss in meta["losses"]]
         restore_random_state(random)
 

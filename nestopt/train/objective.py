@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 
 from nestopt.models import HopeLM
@@ -20,7 +22,14 @@ class Objective(nn.Module):
         super().__init__()
         self.lm, self.learn = lm, learn
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens `[B, T + 1]` to the mean loss, in nats, of all but the first."""
-        loss, _ = self.lm.loss(tokens, learn=self.learn)
-        return loss
+    def forward(self, tokens: Tensor, starts: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        """Tokens `[B, T + 1]` to the mean loss, in nats, of all but the first.
+
+        Args:
+            tokens: of windows.
+            starts: `[B, T + 1]`, True where a document begins, whose first token is not counted either.
+            scale: the sum of losses times this in the place of their mean, which is of as many as one batch counts.
+        """
+        reduction: Literal["mean", "sum"] = "mean" if scale is None else "sum"
+        loss, _ = self.lm.loss(tokens, starts=starts, learn=self.learn, reduction=reduction)
+        return loss if scale is None else loss * scale

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import sys
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from nestopt.config import Config
@@ -17,8 +15,11 @@ from nestopt.train.metrics import read
 from nestopt.train.plots import loss_plot
 from nestopt.train.run import Run
 from nestopt.train.sampling import choose
+from nestopt.train.source import HeldOut, Source
+from nestopt.train.windows import Windows
 
-Bytes = npt.NDArray[np.uint8]
+PROMPT = "def "
+"""What samples go on from."""
 
 
 class Report:
@@ -26,21 +27,22 @@ class Report:
 
     Args:
         run: its folder.
-        name: of the text.
-        text: the held-out bytes that are measured.
-        train: the training bytes, for the simple models to count in.
+        source: of its data.
+        held_out: the text that is measured.
         size: how many parameters the model has.
         quiet: print nothing (files are written all the same).
     """
 
-    def __init__(self, run: Run, name: str, text: Bytes, train: Bytes, size: int, *, quiet: bool) -> None:
-        self.run, self.name, self.text, self.quiet = run, name, text, quiet
-        self._train, self._size = train, size
+    def __init__(self, run: Run, source: Source, held_out: HeldOut, size: int, *, quiet: bool) -> None:
+        self.run, self.source, self.held_out, self.quiet = run, source, held_out, quiet
+        self._size = size
 
     @functools.cached_property
     def baselines(self) -> dict[str, float]:
-        """Bits per byte of simple models on the same held-out text."""
-        return baselines(self._train, self.text)
+        """Bits per byte of simple models on the same held-out text; none where the text is not bytes."""
+        if not isinstance(self.source, Windows):
+            return {}
+        return baselines(self.source.training, self.held_out.tokens.numpy())
 
     def say(self, text: str) -> None:
         if not self.quiet:
@@ -48,11 +50,13 @@ class Report:
 
     def begin(self, optimizer: Sharded, config: Config) -> None:
         """What is about to run."""
+        bytes_ = len(self.source.training) if isinstance(self.source, Windows) else None
+        text = "documents to train on" if bytes_ is None else f"{bytes_:,} bytes to train on"
         stacks = ", ".join(dict.fromkeys(optimizer.level(group).label for group in optimizer.param_groups))
         section = config.model
         mixers = " and ".join(dict.fromkeys(level.label for level in section.mixers or [section.mixer]))
         self.say(
-            f"{self.name}: {len(self._train):,} bytes to train on, {len(self.text):,} held-out bytes to measure on\n"
+            f"{self.source.name}: {text}, {self.held_out.bytes:,} held-out bytes to measure on\n"
             f"model: {self._size:,} parameters, {section.blocks} blocks of {mixers}, then {section.mlp.label}, "
             f"width {section.dim}; optimizer: {stacks}\n"
             f"run: {self.run.path}"
@@ -65,11 +69,11 @@ class Report:
             return
         device = next(model.parameters()).device
         generator = torch.Generator(device).manual_seed(config.train.seed)
-        prompt = torch.tensor([list(b"def ")], device=device)
+        prompt = torch.tensor([list(self.source.encode(PROMPT))], device=device)
         tokens, _ = model.generate(prompt, length, lambda z: choose(z.float(), temperature=0.8, generator=generator))
         if not write:
             return
-        body = bytes(tokens[0].clamp(max=255).tolist()).decode("utf-8", errors="replace")
+        body = self.source.decode(tokens[0].clamp(max=self.source.vocab - 1).tolist())
         with open(self.run.path / "samples.txt", "a", encoding="utf-8") as file:
             file.write(f"--- step {step} ---\n{body}\n\n")
 
@@ -80,7 +84,7 @@ class Report:
             read(self.run.metrics_file),
             self.run.path / "loss.png",
             references,
-            title=f"{self.name}, run {self.run.path.name}",
+            title=f"{self.source.name}, run {self.run.path.name}",
         )
 
     def interrupted(self, step: int) -> None:
@@ -94,7 +98,7 @@ class Report:
         lines = [f"  {name:<{width}}  {bits:.3f}" for name, bits in sorted(rows.items(), key=lambda row: -row[1])]
         self.say(
             "\n".join(
-                [f"bits per byte on {len(self.text):,} held-out bytes, after {seconds:.0f} s of training:", *lines]
+                [f"bits per byte on {self.held_out.bytes:,} held-out bytes, after {seconds:.0f} s of training:", *lines]
             )
         )
         self.say(f"in {self.run.path}: loss.png, samples.txt, metrics.jsonl, model.safetensors, config.yaml")

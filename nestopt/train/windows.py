@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from nestopt.core.dataset import Text
@@ -31,6 +33,11 @@ class Windows:
         self._train, self._held_out = torch.from_numpy(text.train), text.held_out
         self._drawn: dict[str, int] = {"batch": batch, "length": window, "seed": seed, "rank": rank, "world": world}
         self._step = 0
+
+    @property
+    def training(self) -> npt.NDArray[np.uint8]:
+        """The bytes that windows are drawn from."""
+        return self._train.numpy()
 
     def batch(self) -> Batch:
         tokens = windows(self._train, self._step, **self._drawn)

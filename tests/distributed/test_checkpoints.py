@@ -101,7 +101,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_changes(ends, 
     folder = saves(out)["zero 3", 2]
     other = run("hope", text, str(out))
     other["model"] = {**other["model"], "dim": 32}
-    with pytest.raises(CheckpointError, match="another model: .* differs"):
+    with pytest.raises(CheckpointError, match=r"another model: .* differs"):
         train(Config.from_data(other), resume=folder, quiet=True)
     other = run("hope", text, str(out))
     other["optimizer"] = {**other["optimizer"], "stack": "adam"}

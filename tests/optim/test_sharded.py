@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
@@ -79,8 +80,9 @@ def test_a_flat_tensor_in_the_place_of_a_matrix_is_refused(level, capturable):
     optimizer.param_groups[0]["params"] = [flat]
     with pytest.raises(RuntimeError, match=r"true shape.*\[20\].*initialize"):
         optimizer.step()
-    with pytest.raises((RuntimeError, ValueError), match=r"true shape|takes matrices"):
+    with contextlib.suppress(ValueError):  # matrices are asked for there already
         optimizer.load_state_dict(optimizer.state_dict())  # which must not make it one of its own
+    with pytest.raises(RuntimeError, match="true shape"):
         optimizer.step()
     adams = Nested([nn.Parameter(torch.ones(4, 5))], adam(), capturable=capturable)
     adams.param_groups[0]["params"] = [flat]

@@ -102,5 +102,5 @@ def test_settings_are_kept_with_the_run(tmp_path):
 
 
 def test_they_need_their_engine():
-    with pytest.raises(ConfigError, match="deepspeed.*engine=deepspeed"):
+    with pytest.raises(ConfigError, match=r"deepspeed.*engine=deepspeed"):
         Config.from_data({"train": {"deepspeed": {"zero_optimization": {"stage": 1}}}})

@@ -106,9 +106,7 @@ def _add_generate(generate: argparse.ArgumentParser) -> None:
         "--prompt", help="text to go on from (default: 'def '; none, after --prompt-file or --from-state)"
     )
     generate.add_argument("--prompt-file", metavar="FILE", help="read this document, of any length, before the prompt")
-    generate.add_argument(
-        "--length", type=int, default=400, help="tokens to add (default: 400)"
-    )
+    generate.add_argument("--length", type=int, default=400, help="tokens to add (default: 400)")
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest byte (default: 0.8)")
     generate.add_argument("--top-k", type=int, help="choose among the k likeliest")
     generate.add_argument("--top-p", type=float, help="choose among the fewest with this probability together")

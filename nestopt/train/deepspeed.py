@@ -245,11 +245,18 @@ class DeepSpeed(Ddp):
 
     def update(self, batches: Sequence[tuple[Any, ...]]) -> tuple[Tensor, Tensor]:
         engine: Any = self.model
-        losses = []
+        losses, norm = [], None
         for batch in batches:
             loss = engine(*batch)
             losses.append(loss.detach())
             engine.backward(loss)
+            if engine.optimizer is self.optimizer:  # stage 0 in float32: DeepSpeed does not say
+                norm = self._norm()
             engine.step()
-        norm = engine.get_global_grad_norm()
+        if engine.optimizer is not self.optimizer:
+            norm = engine.get_global_grad_norm()
         return torch.stack(losses).mean(), torch.as_tensor(float("nan") if norm is None else norm)
+
+    def _norm(self) -> Tensor:
+        grads = [param.grad for group in self.optimizer.param_groups for param in group["params"]]
+        return nn.utils.get_total_norm([grad for grad in grads if grad is not None])

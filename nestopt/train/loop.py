@@ -203,7 +203,7 @@ class _Training:
     def _log(self, log: MetricsLog | None, bar: Any, loss: float, norm: float, rate: float) -> None:
         if log is None:
             return
-        bits = loss / math.log(2)
+        bits = loss / math.log(2) / self.held_out.bytes_per_token  # as many bytes as a token has there
         bar.set_postfix_str(f"loss {loss:.3f}, {bits:.3f} bits/byte, {rate:,.0f} tokens/s")
         log.append(
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.settings import ENGINES, LEVELS, RUNS, SAVED, run
+from tests.distributed.settings import ENGINES, LEVELS, RUNS, SAVED, document_run, run
+from tests.train.parquet import write_shards
 
 HERE = Path(__file__).parent
 Case = tuple[Any, ...]
@@ -67,6 +69,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str | None:
+    """Documents; None where the extra `data` is not installed."""
+    if importlib.util.find_spec("datasets") is None:
+        return None
+    return str(write_shards(tmp_path_factory.mktemp("shards")))
 
 
 def saves(out: Path) -> dict[tuple[str, int], str]:
@@ -142,7 +152,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 
 
 @pytest.fixture(scope="session")
-def ends(text: str, out: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Any]:
+def ends(text: str, shards: str | None, out: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Any]:
     """What came of everything."""
     folder = tmp_path_factory.mktemp("jobs")
     found: dict[Case, Any] = {}
@@ -167,10 +177,15 @@ def ends(text: str, out: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         add_resumed(now, text, out, taken_up)
         if world == 2:
             add_of_two(now, text, out)
+            if shards:
+                add_documents(now, shards, out)
         found |= now.start()
     # and what two saved, by one
     last = Together(1, folder)
     add_resumed(last, text, out, {key: path for key, path in saves(out).items() if key[1] == 2})
+    if shards:
+        config = document_run("hope", shards, str(out), **ENGINES["zero 1"])
+        last.add(("documents", "again"), "trained", config=config, resume=str(out / "documents-zero 3" / "001"))
     return found | last.start()
 
 
@@ -185,6 +200,14 @@ def add_resumed(now: Together, text: str, out: Path, folders: dict[tuple[str, in
             folders=list(folders.values()),
             out=str(copies),
         )
+
+
+def add_documents(now: Together, shards: str, out: Path) -> None:
+    for name, engine in ENGINES.items():
+        for kind in RUNS:
+            where = str(out / f"documents-{name}") if kind == "hope" else str(out / "documents")
+            config = document_run(kind, shards, where, save_every=SAVED, **engine)
+            now.add(("documents", kind, name), "trained", config=config)
 
 
 def add_of_two(now: Together, text: str, out: Path) -> None:

@@ -74,6 +74,15 @@ def run(kind: str, text: str, out: str, **train: Any) -> dict[str, Any]:
     }
 
 
+def document_run(kind: str, shards: str, out: str, **train: Any) -> dict[str, Any]:
+    """The same on documents, which begin anew where they begin, in batches of one row."""
+    dataset = {"dataset": "documents", "path": shards, "tokenizer": f"{shards}/tokenizer.json", "held_out": 10}
+    found = run(kind, "", out, accumulate=2, **train)
+    found["model"] = {**found["model"], "vocab": 400}
+    found["data"] = {"dataset": dataset, "window": 24, "batch": 4}
+    return found
+
+
 LEVELS: dict[str, Any] = {
     "gd": "gd",
     "momentum": {"level": "momentum", "period": 2},

@@ -11,7 +11,7 @@ from nestopt.train.loop import train
 from nestopt.train.metrics import read
 from tests.distributed.cases import level
 from tests.distributed.conftest import torchrun
-from tests.distributed.settings import ENGINES, LEVELS, RUNS, STEPS, run
+from tests.distributed.settings import ENGINES, LEVELS, RUNS, STEPS, document_run, run
 
 pytestmark = pytest.mark.distributed
 
@@ -43,6 +43,21 @@ def alone(text, out):
 def test_a_run_is_the_same_everywhere(ends, alone, dtype, kind, name, world):
     losses = measured(ends["same", dtype, kind, name, world]["gave"]["records"])
     assert losses == pytest.approx(alone[dtype, kind], rel=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_on_documents_is_the_same_everywhere(ends, shards, out, kind):
+    """Each process has other documents, of other numbers of tokens; what one saved, another number takes up."""
+    if shards is None:
+        pytest.skip("needs the extra data")
+    config = Config.from_data(document_run(kind, shards, str(out / "alone")))
+    alone = measured(read(train(config, quiet=True).run.metrics_file))
+    assert len(alone) == STEPS + 3
+    for name in ENGINES:
+        losses = measured(ends["documents", kind, name]["gave"]["records"])
+        assert losses == pytest.approx(alone, rel=1e-5), name
+    if kind == "hope":
+        assert measured(ends["documents", "again"]["gave"]["records"]) == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ENGINES)

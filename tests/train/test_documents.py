@@ -6,7 +6,6 @@ import builtins
 import itertools
 import json
 import pickle
-import random
 from pathlib import Path
 from typing import Any
 
@@ -20,44 +19,15 @@ from nestopt.train.datasets import Documents, FinewebEdu
 from nestopt.train.source import merged
 from nestopt.train.sources import documents, make
 from nestopt.train.text import CorpusError
+from tests.train.parquet import GROUP, ROWS, SHARDS, text_of, write_shards
 
 pytest.importorskip("datasets")
 tokenizers = pytest.importorskip("tokenizers")
 
-WORDS = "an associative memory on a clock learns what it is shown and does not care which it was".split()  # noqa: SIM905
-SHARDS, ROWS, GROUP = 3, 40, 8
-
-
-def text_of(number: int) -> str:
-    chance = random.Random(number)
-    return f"{number}: " + " ".join(chance.choices(WORDS, k=3 + number % 30))
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards as on the hub, and a tokenizer beside them."""
-    import pyarrow
-    from pyarrow import parquet
-
-    root = tmp_path_factory.mktemp("fineweb")
-    for shard in range(SHARDS):
-        numbers = range(shard * ROWS, (shard + 1) * ROWS)
-        columns = {"text": [text_of(n) for n in numbers], "id": [f"<urn:{n}>" for n in numbers], "score": [3.5] * ROWS}
-        (root / "sample" / "100BT").mkdir(parents=True, exist_ok=True)
-        path = root / "sample" / "100BT" / f"{shard:03}_00000.parquet"
-        parquet.write_table(pyarrow.table(columns), path, row_group_size=GROUP)
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([text_of(n) for n in range(60)], trainer)
-    tokenizer.save(str(root / "tokenizer.json"))
-    return root
+    return write_shards(tmp_path_factory.mktemp("fineweb"))
 
 
 def dataset(folder: Path, **options: Any) -> FinewebEdu:

@@ -40,8 +40,11 @@ def prepare() -> None:
 
 
 def hush() -> None:
-    """Keep torch's advice to DeepSpeed and to itself, about names of its functions, from people who can't take it."""
+    """Keep advice from people who can't take it: torch's to DeepSpeed and itself, about names of its functions, and
+    FSDP2's about operations in place on what modules give, of which there are none here.
+    """
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
 
 
 def alone() -> None:

@@ -91,7 +91,7 @@ def level(spec: Any, steps: int = 5, accumulate: int = 2, **train: Any) -> list[
     engine.attach(model, model, nested)
     losses = []
     for step in range(steps):
-        loss, _ = engine.update(batch(step, engine.rank, engine.world).chunk(accumulate))
+        loss, _ = engine.update([(part,) for part in batch(step, engine.rank, engine.world).chunk(accumulate)])
         losses.append(float(engine.mean(loss)))
     return losses
 

@@ -139,6 +139,14 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
         "--periods", nargs="+", metavar="C,C", help="choices to compare, such as 16 16,64; static is one static mlp"
     )
     plan.add_argument("--check", action="store_true", help="also run each, and print how far off the expectation was")
+    plan.add_argument("--gpus", type=int, metavar="N", help="instead: memory, time and traffic of the run on N GPUs")
+    plan.add_argument("--engine", metavar="NAME", help="single, ddp, fsdp2 or deepspeed (default: the config's)")
+    plan.add_argument("--zero", type=int, metavar="STAGE", help="of DeepSpeed, 0 to 3 (default: the config's)")
+    plan.add_argument("--tflops", type=float, default=989, help="peak of a GPU (default: 989, H100 in bfloat16)")
+    plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (default: 0.4)")
+    plan.add_argument("--memory", type=float, default=80, metavar="GB", help="of a GPU (default: 80)")
+    plan.add_argument("--tokens", type=int, help="of the whole run (default: steps x batch x window)")
+    plan.add_argument("--ranks", action="store_true", help="each process's tensors, states and traffic instead")
     plan.set_defaults(run=_plan)
 
 
@@ -304,6 +312,16 @@ def _plan(args: argparse.Namespace) -> int:
     from nestopt.train import plan
 
     config = _config(args.given)
+    if args.gpus is not None:
+        from nestopt.train import planning
+
+        sharing = planning.Sharing.of(config, args.gpus, args.engine, args.zero)
+        if args.ranks:
+            print(planning.ranks_table(planning.simulate(config, sharing)))
+        else:
+            gpu = planning.Gpu(args.tflops, args.memory, args.mfu)
+            print(planning.scale_table(planning.scale(config, sharing, gpu, tokens=args.tokens)))
+        return 0
     choices = plan.PERIODS if args.periods is None else [plan.choice(text) for text in args.periods]
     print(plan.table(plan.plan(config, choices, check=args.check, quiet=False)))
     return 0

@@ -228,6 +228,9 @@ class TrainConfig(Section):
     zero_stage: Annotated[Literal[0, 1, 2], no_bool("give 0, 1 or 2")] = Field(
         default=0, description="of DeepSpeed's ZeRO"
     )
+    accumulate: Whole = Field(
+        default=1, ge=1, description="micro-batches per step; data.batch is over all of them and all processes"
+    )
     out: str = Field(default="runs", description="folder in which runs are kept")
     threads: Whole | None = Field(default=None, ge=1, description="CPU threads; null: as torch chooses")
 

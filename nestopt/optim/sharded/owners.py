@@ -121,4 +121,3 @@ def imbalance(costs: Mapping[str, float], found: Mapping[str, int], world: int) 
         load[rank] += costs[name]
     mean = sum(load) / world
     return max(load) / mean if mean else 1.0
-

@@ -139,28 +139,18 @@ def scale(config: Config, sharing: Sharing, gpu: Gpu | None = None, *, tokens: i
     rows = data.batch // pieces
     learn: Learn = True if config.train.learn == "all" else "mixer"
     counted = count_pass(config.model, rows, data.window, dtype=sharing.dtype, learn=learn)
-    return planned(Parts.of(config), counted, sharing, gpu or Gpu(), rows, data.window, tokens, per_step)
-
-
-def planned(
-    parts: Parts, counted: Pass, sharing: Sharing, gpu: Gpu, rows: int, window: int, tokens: int, per_step: int
-) -> Scale:
-    """`scale`, of what has been counted."""
+    parts = Parts.of(config)
     owner = parts.owners(sharing.world) if sharing.spreads_states else {}
-    flops, memory = 0.0, []
-    for rank in _unlike(parts, owner, sharing):
-        done = parts.step(sharing, rank, owner)
-        flops = max(flops, done.flops)
-        memory.append(_memory(parts, counted, sharing, done.held, done.work + _visiting(parts, owner, sharing, rank)))
+    ranks = _unlike(parts, owner, sharing)
     return Scale(
         sharing,
-        gpu,
+        gpu or Gpu(),
         parts.numel,
         rows,
-        window,
-        max(memory, key=lambda m: m.total),
+        data.window,
+        max((rank_memory(parts, counted, sharing, owner, rank) for rank in ranks), key=lambda memory: memory.total),
         counted.flops * sharing.accumulate,
-        flops,
+        max(parts.step(sharing, rank, owner).flops for rank in ranks),
         _sent(parts, owner, sharing),
         tokens,
         per_step,
@@ -177,9 +167,12 @@ def _unlike(parts: Parts, owner: Mapping[str, int], sharing: Sharing) -> list[in
     return list(found.values())
 
 
-def _memory(parts: Parts, counted: Pass, sharing: Sharing, states: int, work: int) -> Memory:
+def rank_memory(parts: Parts, counted: Pass, sharing: Sharing, owner: Mapping[str, int], rank: int) -> Memory:
+    """What the GPU of the process `rank` holds."""
+    done = parts.step(sharing, rank, owner)
+    states, work = done.held, done.work + _visiting(parts, owner, sharing, rank)
     wide, width = NUMBER, sharing.dtype.itemsize
-    whole, slices = parts.numel, sum(sharing.part(shape.numel()) for shape in parts.shapes.values())
+    whole, slices = parts.numel, sum(sharing.part(shape.numel(), rank) for shape in parts.shapes.values())
     masters = (slices if sharing.spreads_states else whole) * wide if sharing.has_masters else 0
     weights = (slices if sharing.spreads_weights else whole) * width
     gradients = (slices if sharing.spreads_gradients else whole) * width

@@ -81,8 +81,13 @@ class Sharing:
 
     @property
     def has_masters(self) -> bool:
-        """Whether there are float32 weights beside narrow ones; one process, and DDP, step the latter themselves."""
-        return self.narrow and self.engine in ("fsdp2", "deepspeed")
+        """Whether float32 weights are kept for the optimizer: beside narrow ones, and by ZeRO 1 and up beside any.
+
+        One process, and DDP, step the weights themselves.
+        """
+        return (self.engine == "fsdp2" and self.narrow) or (
+            self.engine == "deepspeed" and (self.narrow or self.stage > 0)
+        )
 
     @property
     def stepped(self) -> torch.dtype:

@@ -55,8 +55,8 @@ def scale_table(plan: Scale) -> str:
         *_column([(_SENT[name], _gb(size)) for name, size in plan.sent.items()]),
         "",
         "Counted, on tensors without data: weights, gradients, states, masters, fast weights, activations, work space,",
-        "and the operations of matrix products (those computed again, too). Assumed: the utilisation, that sending goes",
-        "on meanwhile, and the engine's buffers and collectives (rings).",
+        "and the operations of matrix products, those done again too. Assumed: the utilisation, that sending goes on",
+        "meanwhile, and the engine's buffers and collectives (rings).",
     ]
     return "\n".join(lines)
 

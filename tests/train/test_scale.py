@@ -17,14 +17,17 @@ from nestopt.train.planning.passes import _count
 from nestopt.train.planning.steps import dry_step
 
 CONTEXT = {"level": "cms", "periods": [4, 8], "learn": "context", "teach": "loss", "through": "first_order"}
-SELF = {"level": "self_modifying", "chunk": 4, "projection_chunk": 4}
+SELF = {"level": "self_modifying", "chunk": 8, "projection_chunk": 8}
 MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "transformer": ({"blocks": 7}, 32),
     "deltanet": ({"blocks": 5, "mixer": "deltanet"}, 32),
     "mixers in turn": ({"blocks": 9, "mixers": ["attention", "deltanet"]}, 16),
-    "hope, deep": ({"blocks": 5, "mixer": SELF, "mlp": CONTEXT}, 16),
-    "hope, long": ({"blocks": 1, "mixer": SELF, "mlp": CONTEXT, "segment": 4}, 52),
-    "hope, deep and long": ({"blocks": 4, "mixer": SELF, "mlp": CONTEXT, "segment": 8}, 36),
+    "hope, deep": ({"blocks": 5, "mixer": SELF, "mlp": CONTEXT}, 8),
+    "hope, long": ({"blocks": 1, "mixer": SELF, "mlp": CONTEXT, "segment": 8}, 36),
+    "a continuum, deep and long": (
+        {"blocks": 4, "mixer": "linear_attention", "mlp": {**CONTEXT, "periods": [4]}, "segment": 4},
+        18,
+    ),
     "deltanet in segments": ({"blocks": 2, "mixer": "deltanet", "segment": 8}, 64),
     "attention in segments, whose states grow": ({"blocks": 2, "segment": 8}, 64),
 }
@@ -49,7 +52,7 @@ def test_a_few_blocks_and_segments_tell_of_all(name: str) -> None:
 
 def test_what_is_counted_is_not_all_that_there_is() -> None:
     counted: list[tuple[int, int]] = []
-    section = small(model=MODELS["hope, deep and long"][0]).model
+    section = small(model=MODELS["a continuum, deep and long"][0]).model
     from nestopt.train.planning import passes
 
     def noted(smaller: Any, rows: int, window: int, *rest: Any) -> Any:
@@ -59,7 +62,7 @@ def test_what_is_counted_is_not_all_that_there_is() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(passes, "_count", noted)
         count_pass(section, 1, 800)
-    assert sorted(counted) == [(2, 16), (2, 24), (3, 16), (3, 24)]
+    assert sorted(counted) == [(2, 8), (2, 12), (3, 8), (3, 12)]
 
 
 def test_shares_add_up_to_the_whole() -> None:

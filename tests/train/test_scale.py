@@ -46,8 +46,8 @@ def test_a_few_blocks_and_segments_tell_of_all(name: str) -> None:
     found = count_pass(section, 2, window)
     assert found.flops == whole.flops
     assert found.state == whole.state
-    assert found.peak == pytest.approx(whole.peak, rel=1e-3)
-    assert found.apart == pytest.approx(whole.apart, rel=1e-3)
+    assert found.peak == pytest.approx(whole.peak, rel=5e-3)
+    assert found.apart == pytest.approx(whole.apart, rel=5e-3)
 
 
 def test_what_is_counted_is_not_all_that_there_is() -> None:

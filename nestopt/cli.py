@@ -142,9 +142,9 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--gpus", type=int, metavar="N", help="instead: memory, time and traffic of the run on N GPUs")
     plan.add_argument("--engine", metavar="NAME", help="single, ddp, fsdp2 or deepspeed (default: the config's)")
     plan.add_argument("--zero", type=int, metavar="STAGE", help="of DeepSpeed, 0 to 3 (default: the config's)")
-    plan.add_argument("--tflops", type=float, default=989, help="peak of a GPU (default: 989, H100 in bfloat16)")
-    plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (default: 0.4)")
-    plan.add_argument("--memory", type=float, default=80, metavar="GB", help="of a GPU (default: 80)")
+    plan.add_argument("--tflops", type=float, help="peak of a GPU (default: 989, H100 in bfloat16)")
+    plan.add_argument("--mfu", type=float, help="share of the peak that is reached (default: 0.4)")
+    plan.add_argument("--memory", type=float, metavar="GB", help="of a GPU (default: 80)")
     plan.add_argument("--tokens", type=int, help="of the whole run (default: steps x batch x window)")
     plan.add_argument("--ranks", action="store_true", help="each process's tensors, states and traffic instead")
     plan.set_defaults(run=_plan)
@@ -308,19 +308,18 @@ def _plugins(args: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
+_SCALE = ("gpus", "engine", "zero", "tflops", "mfu", "memory", "tokens", "ranks")
+
+
 def _plan(args: argparse.Namespace) -> int:
     from nestopt.train import plan
 
     config = _config(args.given)
-    if args.gpus is not None:
-        from nestopt.train import planning
+    asked = {name: getattr(args, name) for name in _SCALE if getattr(args, name) not in (None, False)}
+    if asked:
+        from nestopt.train.planning.command import answer
 
-        sharing = planning.Sharing.of(config, args.gpus, args.engine, args.zero)
-        if args.ranks:
-            print(planning.ranks_table(planning.simulate(config, sharing)))
-        else:
-            gpu = planning.Gpu(args.tflops, args.memory, args.mfu)
-            print(planning.scale_table(planning.scale(config, sharing, gpu, tokens=args.tokens)))
+        print(answer(config, asked | {name: True for name in ("periods", "check") if getattr(args, name)}))
         return 0
     choices = plan.PERIODS if args.periods is None else [plan.choice(text) for text in args.periods]
     print(plan.table(plan.plan(config, choices, check=args.check, quiet=False)))

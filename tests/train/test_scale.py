@@ -203,3 +203,9 @@ def test_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "give --engine ddp, fsdp2 or deepspeed" in capsys.readouterr().err
     assert main(["plan", *given, "--gpus", "4", "--engine", "ddp", "--ranks"]) == 2
     assert "give --zero 1, 2 or 3" in capsys.readouterr().err
+    assert main(["plan", *given, "--zero", "1"]) == 2
+    assert "--zero: 1 is not allowed; it is about a run on many GPUs; give --gpus too" in capsys.readouterr().err
+    assert main(["plan", *given, "--gpus", "4", "--zero", "1", "--check"]) == 2
+    assert "--check: True is not allowed" in capsys.readouterr().err
+    assert main(["plan", *given, "--gpus", "4", "--zero", "1", "--ranks", "--mfu", "0.3"]) == 2
+    assert "--mfu: 0.3 is not allowed; --ranks tells no times" in capsys.readouterr().err

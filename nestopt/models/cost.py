@@ -90,7 +90,8 @@ class Live(TorchDispatchMode):
     """Bytes of all tensors that were made since and are still held; those that were there before don't count.
 
     Attributes:
-        now, peak: at present, and the most at a time.
+        now: at present.
+        peak: the most at a time.
         peak_else: the most at a time of all but those that have been `set_apart`.
         flops: of the matrix products meanwhile.
     """

@@ -185,7 +185,8 @@ def test_the_table_says_whether_it_fits() -> None:
     plan = scale(config, Sharing.of(config, 8, "deepspeed", 1))
     assert "at the most; fits in 80 GB" in scale_table(plan)
     assert "does not fit in 1e-06 GB" in scale_table(dataclasses.replace(plan, gpu=Gpu(memory=1e-6)))
-    assert "DeepSpeed ZeRO 1 on 8 GPUs, 1 x 16 tokens on each" in scale_table(plan)
+    assert "DeepSpeed ZeRO 1 on 8 GPUs, 1 x 16 tokens on each\n" in scale_table(plan)
+    assert "tokens on each; mixers only write\n" in scale_table(dataclasses.replace(plan, learn="mixer"))
 
 
 def test_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

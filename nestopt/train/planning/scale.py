@@ -86,6 +86,7 @@ class Scale:
         sent: bytes by what is in them.
         tokens: of the whole run.
         tokens_per_step: of all GPUs.
+        learn: what writes its memories in training: `"all"`, or `"mixer"`, the mixers only.
     """
 
     sharing: Sharing
@@ -99,6 +100,7 @@ class Scale:
     sent: Mapping[str, float]
     tokens: int
     tokens_per_step: int
+    learn: str
 
     @property
     def seconds(self) -> float:
@@ -154,6 +156,7 @@ def scale(config: Config, sharing: Sharing, gpu: Gpu | None = None, *, tokens: i
         _sent(parts, owner, sharing),
         tokens,
         per_step,
+        config.train.learn,
     )
 
 

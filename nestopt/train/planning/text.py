@@ -19,9 +19,10 @@ def scale_table(plan: Scale) -> str:
     sharing, memory, gpu = plan.sharing, plan.memory, plan.gpu
     each = f"{plan.rows} x {plan.window:,} tokens"
     passes = "" if sharing.accumulate == 1 else f", {sharing.accumulate} micro-batches a step"
+    written = "; mixers only write" if plan.learn == "mixer" else ""
     lines = [
         f"{plan.parameters:,} parameters, {str(sharing.dtype).removeprefix('torch.')}; {sharing} on {sharing.world} "
-        f"GPU{'s' if sharing.world > 1 else ''}, {each} on each{passes}",
+        f"GPU{'s' if sharing.world > 1 else ''}, {each} on each{passes}{written}",
         "",
         "memory of a GPU",
         *_column(

@@ -142,6 +142,14 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
         "--periods", nargs="+", metavar="C,C", help="choices to compare, such as 16 16,64; static is one static mlp"
     )
     plan.add_argument("--check", action="store_true", help="also run each, and print how far off the expectation was")
+    plan.add_argument("--gpus", type=int, metavar="N", help="instead: memory, time and traffic of the run on N GPUs")
+    plan.add_argument("--engine", metavar="NAME", help="single, ddp, fsdp2 or deepspeed (default: the config's)")
+    plan.add_argument("--zero", type=int, metavar="STAGE", help="of DeepSpeed, 0 to 3 (default: the config's)")
+    plan.add_argument("--tflops", type=float, help="peak of a GPU (default: 989, H100 in bfloat16)")
+    plan.add_argument("--mfu", type=float, help="share of the peak that is reached (default: 0.4)")
+    plan.add_argument("--memory", type=float, metavar="GB", help="of a GPU (default: 80)")
+    plan.add_argument("--tokens", type=int, help="of the whole run (default: steps x batch x window)")
+    plan.add_argument("--ranks", action="store_true", help="each process's tensors, states and traffic instead")
     plan.set_defaults(run=_plan)
 
 
@@ -309,10 +317,19 @@ def _plugins(args: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
+_SCALE = ("gpus", "engine", "zero", "tflops", "mfu", "memory", "tokens", "ranks")
+
+
 def _plan(args: argparse.Namespace) -> int:
     from nestopt.train import plan
 
     config = _config(args.given)
+    asked = {name: getattr(args, name) for name in _SCALE if getattr(args, name) not in (None, False)}
+    if asked:
+        from nestopt.train.planning.command import answer
+
+        print(answer(config, asked | {name: True for name in ("periods", "check") if getattr(args, name)}))
+        return 0
     choices = plan.PERIODS if args.periods is None else [plan.choice(text) for text in args.periods]
     print(plan.table(plan.plan(config, choices, check=args.check, quiet=False)))
     return 0

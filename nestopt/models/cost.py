@@ -48,16 +48,21 @@ class _Counter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func.is_view or func.namespace == "prim" or func in _FREE:
             return out
-        packet = func.overloadpacket
-        if packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
-        elif packet is _ATTENTION:
-            self.flops += sdpa_flop_count(*(x.shape for x in args[:3]))
-        elif packet is _ATTENTION_BACKWARD:
-            self.flops += sdpa_backward_flop_count(*(x.shape for x in args[:4]))
+        self.flops += _flops(func, args, kwargs, out)
         self.bytes += sum(_size(x) for x in tree_leaves((args, kwargs, out)))
         self.ops += 1
         return out
+
+
+def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    packet = func.overloadpacket
+    if packet in flop_registry:
+        return flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+    if packet is _ATTENTION:
+        return sdpa_flop_count(*(x.shape for x in args[:3]))
+    if packet is _ATTENTION_BACKWARD:
+        return sdpa_backward_flop_count(*(x.shape for x in args[:4]))
+    return 0
 
 
 # those of other devices are in the registry
@@ -81,34 +86,66 @@ def cost_of(run: Callable[[], object]) -> Cost:
     return Cost(counter.flops, counter.bytes, counter.ops)
 
 
-class _Live(TorchDispatchMode):
-    """Bytes of all tensors that were made since and are still held."""
+class Live(TorchDispatchMode):
+    """Bytes of all tensors that were made since and are still held; those that were there before don't count.
+
+    Attributes:
+        now: at present.
+        peak: the most at a time.
+        peak_else: the most at a time of all but those that have been `set_apart`.
+        flops: of the matrix products meanwhile.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self.sizes: dict[int, int] = {}
+        self.now = self.peak = self.peak_else = self.flops = 0
+        self._apart = 0
+        self._sizes: dict[int, int] = {}
+        self._set_apart: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if not isinstance(x, Tensor):
-                continue
-            storage = x.untyped_storage()
-            if storage._cdata not in self.sizes:
-                self.sizes[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._freed, storage._cdata)
+        if func.is_view:
+            return out
+        self.flops += _flops(func, args, kwargs, out)
+        made = [out] if isinstance(out, Tensor) else [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        fresh = [x for x in made if x.untyped_storage()._cdata not in self._sizes]
+        if fresh:
+            # what an operation has written in place, or is a view of
+            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            before = {x.untyped_storage()._cdata for x in given}
+            for x in fresh:
+                self._note(x.untyped_storage(), before)
         return out
 
+    def _note(self, storage: torch.UntypedStorage, before: set[int]) -> None:
+        key = storage._cdata
+        if key in before or key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        self.peak_else = max(self.peak_else, self.now - self._apart)
+        weakref.finalize(storage, self._freed, key)
+
+    def set_apart(self, tensor: Tensor) -> None:
+        """Leave `tensor` out of `peak_else` from now on."""
+        key = tensor.untyped_storage()._cdata
+        if key in self._sizes and key not in self._set_apart:
+            self._set_apart.add(key)
+            self._apart += self._sizes[key]
+
     def _freed(self, key: int) -> None:
-        self.now -= self.sizes.pop(key)
+        size = self._sizes.pop(key)
+        self.now -= size
+        if key in self._set_apart:
+            self._set_apart.remove(key)
+            self._apart -= size
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
     """The most memory that tensors made by `run` take at a time. Within a `FakeTensorMode`, what they would take."""
-    with _Live() as live:
+    with Live() as live:
         run()
     return live.peak
 

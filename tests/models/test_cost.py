@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nestopt.levels import cms, self_modifying
 from nestopt.models import HopeLM
-from nestopt.models.cost import peak_bytes
+from nestopt.models.cost import Live, peak_bytes
 
 
 def test_counts_what_is_held_at_a_time() -> None:
@@ -24,6 +24,37 @@ def test_counts_what_is_held_at_a_time() -> None:
     assert peak_bytes(run) == 8000
     with FakeTensorMode():
         assert peak_bytes(run) == 8000
+
+
+def test_what_was_there_before_does_not_count() -> None:
+    before = torch.zeros(1000)
+    with Live() as live:
+        before.add_(1)
+        before.view(10, 100).mul_(2)
+        torch._foreach_add_([before], 1)
+        assert live.peak == 0
+        made = before + 1
+        made.add_(1)
+    assert live.peak == live.now == 4000
+    del made
+    assert live.now == 0
+
+
+def test_what_is_set_apart_counts_in_the_whole_only() -> None:
+    with Live() as live:
+        kept = torch.zeros(1000)
+        live.set_apart(kept)
+        other = torch.zeros(500)
+        del kept, other
+        third = torch.zeros(100)
+    assert (live.peak, live.peak_else, live.now) == (6000, 4000, 400)
+    assert third.numel() == 100
+
+
+def test_counts_products_meanwhile() -> None:
+    with Live() as live:
+        torch.zeros(3, 4) @ torch.zeros(4, 5)
+    assert live.flops == 2 * 3 * 4 * 5
 
 
 def peak(length: int, segment: int) -> int:

@@ -1,0 +1,250 @@
+"""A run on many GPUs: memory of each, time, and what is sent."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from nestopt.config import Config, ConfigError
+from nestopt.nn.hope import Learn
+from nestopt.train.planning.parts import Parts
+from nestopt.train.planning.passes import Pass, count_pass
+from nestopt.train.planning.ranks import NUMBER, traffic
+from nestopt.train.planning.sharing import BUCKET, Sharing
+
+GIGA, TERA, DAY = 1e9, 1e12, 86400.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What a GPU can do.
+
+    Args:
+        tflops: 10¹² floating-point operations a second, at the most. Default 989: H100, bfloat16, dense.
+        memory: 10⁹ bytes. Default 80.
+        mfu: the share of `tflops` that is reached, all that is counted included. Default 0.4.
+
+    Raises:
+        ConfigError: a number out of range; names the flag.
+    """
+
+    tflops: float = 989.0
+    memory: float = 80.0
+    mfu: float = 0.4
+
+    def __post_init__(self) -> None:
+        for name in ("tflops", "memory", "mfu"):
+            value, most = getattr(self, name), 1.0 if name == "mfu" else float("inf")
+            if not 0 < value <= most or value == float("inf"):
+                allowed = "above 0" if name != "mfu" else "above 0, 1 at the most"
+                raise ConfigError.refuse(f"--{name}", value, f"give a number {allowed}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on a GPU: what is there all the time, and what comes and goes.
+
+    Attributes:
+        weights: in the dtype that is computed with; of spread ones, the GPU's slices.
+        gradients: at the end of the backward pass.
+        states, masters: the optimizer's, and float32 weights beside narrow ones.
+        buffers: what gradients are sent from, and weights that are gathered for as long as they are used.
+        fast: the states of the micro-batch's sequences, fast weights among them, at the end of the pass.
+        activations: what else the pass holds at its peak.
+        work: what the step of the optimizer makes and throws away; at an owner, the tensors that came to it too.
+        in_pass, in_step: all that is held at the peak of either.
+    """
+
+    weights: int
+    gradients: int
+    states: int
+    masters: int
+    buffers: int
+    fast: int
+    activations: int
+    work: int
+    in_pass: int
+    in_step: int
+
+    @property
+    def total(self) -> int:
+        """At the most, at a time."""
+        return max(self.in_pass, self.in_step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """The plan of a run; bytes and operations are those of one GPU and one step, of the GPU that has most.
+
+    Attributes:
+        sharing, gpu: what was planned for.
+        parameters: numbers in the model, what is tied once.
+        rows, window: sequences of a micro-batch, and their tokens.
+        memory: of a GPU.
+        pass_flops: of forward and backward passes, with what is computed again.
+        step_flops: of the optimizer, on average over its levels' clocks.
+        sent: bytes by what is in them.
+        tokens: of the whole run.
+        tokens_per_step: of all GPUs.
+        learn: what writes its memories in training: `"all"`, or `"mixer"`, the mixers only.
+    """
+
+    sharing: Sharing
+    gpu: Gpu
+    parameters: int
+    rows: int
+    window: int
+    memory: Memory
+    pass_flops: int
+    step_flops: float
+    sent: Mapping[str, float]
+    tokens: int
+    tokens_per_step: int
+    learn: str
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, at the stated utilisation; sending is taken to go on meanwhile."""
+        return (self.pass_flops + self.step_flops) / (self.gpu.tflops * TERA * self.gpu.mfu)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens_per_step / self.seconds
+
+    @property
+    def days(self) -> float:
+        return self.tokens / self.tokens_per_second / DAY
+
+
+def scale(config: Config, sharing: Sharing, gpu: Gpu | None = None, *, tokens: int | None = None) -> Scale:
+    """What training `config` takes of each of `sharing.world` GPUs.
+
+    Nothing is computed: the model's pass and the optimizer's step are run on tensors without data.
+
+    Args:
+        config: the run. Its batch is that of all GPUs and micro-batches.
+        sharing: how the GPUs share it.
+        gpu: what each can do. Default an H100.
+        tokens: of the whole run. Default: steps × batch × window.
+
+    Raises:
+        ConfigError: the batch is no multiple of GPUs and micro-batches; tokens out of range.
+    """
+    data, pieces = config.data, sharing.world * sharing.accumulate
+    if data.batch % pieces:
+        what = f"{sharing.world} GPUs with {sharing.accumulate} micro-batches each"
+        raise ConfigError.refuse("data.batch", data.batch, f"give a multiple of {pieces}, for {what}")
+    per_step = data.batch * data.window
+    tokens = config.train.steps * per_step if tokens is None else tokens
+    if tokens < 1:
+        raise ConfigError.refuse("--tokens", tokens, "give a whole number, 1 or more")
+    rows = data.batch // pieces
+    learn: Learn = True if config.train.learn == "all" else "mixer"
+    counted = count_pass(config.model, rows, data.window, dtype=sharing.dtype, learn=learn)
+    parts = Parts.of(config)
+    owner = parts.owners(sharing.world) if sharing.spreads_states else {}
+    ranks = _unlike(parts, owner, sharing)
+    return Scale(
+        sharing,
+        gpu or Gpu(),
+        parts.numel,
+        rows,
+        data.window,
+        max((rank_memory(parts, counted, sharing, owner, rank) for rank in ranks), key=lambda memory: memory.total),
+        counted.flops * sharing.accumulate,
+        max(parts.step(sharing, rank, owner).flops for rank in ranks),
+        _sent(parts, owner, sharing),
+        tokens,
+        per_step,
+        config.train.learn,
+    )
+
+
+def _unlike(parts: Parts, owner: Mapping[str, int], sharing: Sharing) -> list[int]:
+    """Processes that have tensors of other shapes than those before. The first has the largest slices."""
+    found: dict[tuple[tuple[int, ...], ...], int] = {}
+    if not sharing.spreads_states:
+        return [0]
+    for rank in range(sharing.world):
+        found.setdefault(tuple(sorted(tuple(parts.shapes[n]) for n, own in owner.items() if own == rank)), rank)
+    return list(found.values())
+
+
+def rank_memory(parts: Parts, counted: Pass, sharing: Sharing, owner: Mapping[str, int], rank: int) -> Memory:
+    """What the GPU of the process `rank` holds."""
+    done = parts.step(sharing, rank, owner)
+    states, work = done.held, done.work + _visiting(parts, owner, sharing, rank)
+    wide, width = NUMBER, sharing.dtype.itemsize
+    whole, slices = parts.numel, sum(sharing.part(shape.numel(), rank) for shape in parts.shapes.values())
+    masters = (slices if sharing.spreads_states else whole) * wide if sharing.has_masters else 0
+    weights = (slices if sharing.spreads_weights else whole) * width
+    gradients = (slices if sharing.spreads_gradients else whole) * width
+    if sharing.engine == "fsdp2":  # which keeps masters only, and reduces into their dtype
+        gradients = slices * max(wide, width)
+        weights = 0 if masters else weights
+    resident = weights + states + masters + _buffers(parts, sharing)
+    if sharing.has_masters:  # their gradients, as wide as they are
+        work += 0 if sharing.engine == "fsdp2" else masters
+    # where nothing is spread or added to, gradients come into being in the course of the pass
+    growing = not sharing.spreads_gradients and sharing.accumulate == 1
+    in_pass = counted.peak if growing else counted.apart + gradients
+    return Memory(
+        weights,
+        gradients,
+        states,
+        masters,
+        _buffers(parts, sharing),
+        counted.state,
+        counted.apart - counted.state,
+        work,
+        resident + in_pass,
+        resident + gradients + work,
+    )
+
+
+def _visiting(parts: Parts, owner: Mapping[str, int], sharing: Sharing, rank: int) -> int:
+    """Gradients and masters of whole tensors at their owner, and those slices of them that are sent."""
+    if not sharing.spreads_states:
+        return 0
+    sizes = {name: parts.shapes[name].numel() for name in owner}
+    own = sum(size for name, size in sizes.items() if owner[name] == rank)
+    return 2 * NUMBER * (own + sum(sharing.part(size, rank) for size in sizes.values()))
+
+
+def _buffers(parts: Parts, sharing: Sharing) -> int:
+    """What torch and DeepSpeed keep for sending, as they come.
+
+    DDP: a copy of all gradients. ZeRO 1 and 2: a bucket. ZeRO 3 and FSDP2: weights of two blocks, this and the next,
+    and of what is outside of blocks, and the gradients of one.
+    """
+    width = sharing.dtype.itemsize
+    if sharing.engine == "single" or sharing.world == 1:
+        return 0
+    if not sharing.spreads_weights:
+        return (min(BUCKET, parts.numel) if sharing.engine == "deepspeed" else parts.numel) * width
+    blocks: dict[str, int] = {}
+    outside = 0
+    for name, shape in parts.shapes.items():
+        kind, _, rest = name.partition(".")
+        if kind == "blocks":
+            block = rest.partition(".")[0]
+            blocks[block] = blocks.get(block, 0) + shape.numel()
+        else:
+            outside += shape.numel()
+    return (3 * max(blocks.values()) + outside) * width
+
+
+def _sent(parts: Parts, owner: Mapping[str, int], sharing: Sharing) -> dict[str, float]:
+    """Bytes that a GPU sends in a step: rings for what all get, each process to each for owners."""
+    width, world = sharing.dtype.itemsize, sharing.world
+    once = (world - 1) / world * parts.numel * width
+    if not sharing.spreads_states:
+        return {"gradients": 2 * once}
+    # slices are not added up over micro-batches before they are sent, whole gradients are
+    times = sharing.accumulate if sharing.spreads_gradients else 1
+    sizes = {name: parts.shapes[name].numel() for name in owner}
+    return {
+        "gradients": once * times,
+        "weights": once * (2 * sharing.accumulate if sharing.spreads_weights else 1),
+        "owners": float(max(traffic(sizes, owner, sharing)[0])),
+    }

@@ -1,0 +1,101 @@
+"""Plans as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nestopt.train.planning.ranks import Simulation
+from nestopt.train.planning.scale import GIGA, TERA, Scale
+
+_SENT = {
+    "gradients": "gradients, added up over GPUs",
+    "weights": "weights, gathered",
+    "owners": "gradients and masters to owners, and back",
+}
+
+
+def scale_table(plan: Scale) -> str:
+    """All of a plan, with what is counted and what is assumed."""
+    sharing, memory, gpu = plan.sharing, plan.memory, plan.gpu
+    each = f"{plan.rows} x {plan.window:,} tokens"
+    passes = "" if sharing.accumulate == 1 else f", {sharing.accumulate} micro-batches a step"
+    written = "; mixers only write" if plan.learn == "mixer" else ""
+    lines = [
+        f"{plan.parameters:,} parameters, {str(sharing.dtype).removeprefix('torch.')}; {sharing} on {sharing.world} "
+        f"GPU{'s' if sharing.world > 1 else ''}, {each} on each{passes}{written}",
+        "",
+        "memory of a GPU",
+        *_column(
+            [
+                ("weights", _gb(memory.weights)),
+                ("gradients", _gb(memory.gradients)),
+                ("optimizer: states", _gb(memory.states)),
+                ("optimizer: float32 masters", _gb(memory.masters)),
+                ("buffers for sending", _gb(memory.buffers)),
+                ("fast weights: states of the sequences", _gb(memory.fast)),
+                ("activations, at the peak of the pass", _gb(memory.activations)),
+                ("work space of the optimizer's step", _gb(memory.work)),
+                ("at a time: in the pass", _gb(memory.in_pass)),
+                ("at a time: in the step", _gb(memory.in_step)),
+                (_fits(plan), _gb(memory.total)),
+            ]
+        ),
+        "",
+        "time",
+        *_column(
+            [
+                ("forward and backward, a GPU and step", f"{plan.pass_flops / TERA:.2f} TFLOP"),
+                ("optimizer, a GPU and step", f"{plan.step_flops / TERA:.2f} TFLOP"),
+                (f"a step at {gpu.mfu:.0%} of {gpu.tflops:g} TFLOP/s", f"{plan.seconds:.3f} s"),
+                ("all GPUs", f"{plan.tokens_per_second:,.0f} tokens/s"),
+                (f"the run of {plan.tokens:,} tokens", f"{plan.days:.2f} days"),
+            ]
+        ),
+        "",
+        "sent by a GPU in a step",
+        *_column([(_SENT[name], _gb(size)) for name, size in plan.sent.items()]),
+        "",
+        "Counted, on tensors without data: weights, gradients, states, masters, fast weights, activations, work space,",
+        "and the operations of matrix products, those done again too. Assumed: the utilisation, that sending goes on",
+        "meanwhile, and the engine's buffers and collectives (rings).",
+    ]
+    return "\n".join(lines)
+
+
+def _fits(plan: Scale) -> str:
+    verdict = "fits" if plan.memory.total <= plan.gpu.memory * GIGA else "does not fit"
+    return f"at the most; {verdict} in {plan.gpu.memory:g} GB"
+
+
+def ranks_table(found: Simulation) -> str:
+    """One line a process, and how even they are."""
+    lines: list[tuple[str, ...]] = [("rank", "tensors", "cost", "GFLOP", "states", "sent", "received")]
+    for i, rank in enumerate(found.ranks):
+        lines.append(
+            (
+                str(i),
+                str(len(rank.owned)),
+                f"{rank.cost / GIGA:.1f}",
+                f"{rank.flops / GIGA:.1f}",
+                _gb(rank.states),
+                _gb(rank.sent),
+                _gb(rank.received),
+            )
+        )
+    uneven = [f"{found.uneven(name):.3f}" for name in ("cost", "flops", "states", "sent", "received")]
+    lines.append(("max/mean", "", *uneven))
+    return "\n".join([f"owners of {len(found.owner)} whole tensors", *_grid(lines)])
+
+
+def _column(rows: Sequence[tuple[str, str]]) -> list[str]:
+    left, right = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return [f"  {name:<{left}}  {value:>{right}}" for name, value in rows]
+
+
+def _grid(lines: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)) for line in lines]
+
+
+def _gb(size: float) -> str:
+    return f"{size / GIGA:.3f} GB"

@@ -243,9 +243,6 @@ class TrainConfig(Section):
     deepspeed: dict[str, Any] | None = Field(
         default=None, description="other settings of DeepSpeed, as in its JSON; `--deepspeed FILE` puts them here"
     )
-    accumulate: Whole = Field(
-        default=1, ge=1, description="micro-batches per step; data.batch is over all of them and all processes"
-    )
     out: str = Field(default="runs", description="folder in which runs are kept")
     threads: Whole | None = Field(default=None, ge=1, description="CPU threads; null: as torch chooses")
 

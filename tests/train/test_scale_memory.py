@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from nestopt.config import Config
 from nestopt.levels.m3 import M3
-from nestopt.optim import Nested
 from nestopt.optim import optimizer as make_optimizer
+from nestopt.optim.sharded.slices import Slice
+from nestopt.optim.sharded.units import Flat, Owned, Unit
+from nestopt.train import engines
+from nestopt.train.objective import Objective
 from nestopt.train.planning import Sharing, scale
 from nestopt.train.planning.parts import Parts
 from nestopt.train.planning.passes import count_pass
@@ -76,18 +80,16 @@ def allocated(run: Callable[[], object]) -> int:
     return most
 
 
-def steps(config: Config, count: int) -> Callable[[], nn.Module]:
-    """Real training, from the making of the model on."""
+def steps(config: Config, count: int) -> Callable[[], object]:
+    """Real training by the engine of one process, from the making of the model on."""
 
-    def run() -> nn.Module:
+    def run() -> object:
+        engine = engines.make(config)
         model = build_model(config)
-        optimizer = make_optimizer(model, config)
+        engine.attach(Objective(model), model, make_optimizer(model, config))
         for _ in range(count):
-            optimizer.zero_grad()
-            tokens = torch.randint(256, (config.data.batch, config.data.window + 1))
-            model.loss(tokens)[0].backward()
-            optimizer.step()
-        return model
+            engine.update([(torch.randint(256, (config.data.batch, config.data.window + 1)),)])
+        return engine
 
     return run
 
@@ -138,68 +140,72 @@ SPREAD = {
 }
 
 
+@pytest.fixture
+def processes() -> Iterator[Callable[[int, int], None]]:
+    """Be one of several processes, the others of which do nothing: what is sent is made, what comes is whatever."""
+
+    def begin(rank: int, world: int) -> None:
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+
+    yield begin
+    torch.distributed.destroy_process_group()
+
+
 def own_step(config: Config, sharing: Sharing, rank: int) -> Callable[[], object]:
     """What one process holds and does after the backward pass: slices of all, its own tensors whole, and their steps.
 
-    Slices are cut from real tensors of the model, and the optimizer steps them for real, a few times over.
+    Slices are cut from real tensors of the model; the units that every engine runs step them.
     """
-    parts = Parts.of(config)
+    parts, nested = Parts.of(config), make_optimizer(build_model(config), config)
     owner = parts.owners(sharing.world)
-    model = dict(build_model(config).named_parameters())
-
-    def sliced(tensor: Tensor) -> Tensor:
-        size = -(-tensor.numel() // sharing.world)
-        return tensor.detach().flatten()[rank * size : (rank + 1) * size].to(torch.float32, copy=True)
+    model = {name: param.detach() for group in nested.param_groups for name, param in _named(group)}
 
     def run() -> object:
-        masters = {name: sliced(param) for name, param in model.items()}
-        gradients = {name: sliced(param).to(sharing.dtype) for name, param in model.items()}
-        built: list[Nested] = []
-        for step in range(2):
+        masters = {name: _sliced(param, sharing, rank).float() for name, param in model.items()}
+        gradients = {name: _sliced(param, sharing, rank).to(sharing.dtype) for name, param in model.items()}
+        units: list[Unit] = []
+        for group in nested.param_groups:
+            own = [masters[name] for name, _ in _named(group)]
+            tables = [_table(group, sharing, r) for r in range(sharing.world)]
+            if nested.level(group).is_entrywise:
+                units.append(Flat(nested, group, own, tables[rank]))
+            else:
+                units.append(Owned(nested, group, own, tables, owner, torch.distributed.group.WORLD, 0))
+        for _ in range(2):
             wide = {name: slice_.to(torch.float32, copy=True) for name, slice_ in gradients.items()}
-            sent = [wide[name].clone() for name in owner] + [masters[name].clone() for name in owner]
-            mine = {name: nn.Parameter(model[name].detach().float().clone()) for name in owner if owner[name] == rank}
-            for param in mine.values():
-                param.grad = torch.randn_like(param)
-            if step == 0:
-                built += [_nested(parts, masters, mine)]
-            else:  # the states stay, the tensors come anew
-                for group in built[0].param_groups:
-                    for name, param in zip(group["param_names"], group["params"], strict=True):
-                        if name in mine:
-                            param.data, param.grad = mine[name].data, mine[name].grad
-            for group in built[0].param_groups:
-                for name, param in zip(group["param_names"], group["params"], strict=True):
-                    if name not in mine:
-                        param.grad = wide[name]
-            built[0].step()
-            for group in built[0].param_groups:
-                for name, param in zip(group["param_names"], group["params"], strict=True):
-                    if name in mine:
-                        param.data, param.grad = torch.empty(0), None
-            del sent, wide, mine
-        return built, gradients
+            for unit, group in zip(units, nested.param_groups, strict=True):
+                unit.step([wide[name] for name, _ in _named(group)], group, {})
+            del wide
+        return units, gradients
 
     return run
 
 
-def _nested(parts: Parts, slices: dict[str, Tensor], mine: dict[str, nn.Parameter]) -> Nested:
-    groups: list[dict[str, Any]] = []
-    for group in parts.groups:
-        if group.level.is_entrywise:
-            params: dict[str, nn.Parameter] = {name: nn.Parameter(slices[name]) for name in group.shapes}
-        else:
-            params = {name: mine[name] for name in group.shapes if name in mine}
-        groups.append({**group.settings, "params": list(params.items())})
-    return Nested(groups)
+def _named(group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    return zip(group["param_names"], group["params"], strict=True)
+
+
+def _sliced(tensor: Tensor, sharing: Sharing, rank: int) -> Tensor:
+    size = -(-tensor.numel() // sharing.world)
+    return tensor.flatten()[rank * size : (rank + 1) * size].clone()
+
+
+def _table(group: dict[str, Any], sharing: Sharing, rank: int) -> list[Slice]:
+    found = []
+    for i, (name, param) in enumerate(_named(group)):
+        size = -(-param.numel() // sharing.world)
+        start = min(rank * size, param.numel())
+        found.append(Slice(name, tuple(param.shape), start, min(size, param.numel() - start), i))
+    return found
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rank", [0, 2])
-def test_an_owner_needs_what_is_planned(rank: int, dtype: str) -> None:
+def test_an_owner_needs_what_is_planned(processes: Callable[[int, int], None], rank: int, dtype: str) -> None:
     config = Config.from_data({**SPREAD, "train": {"dtype": dtype}})
     sharing = Sharing.of(config, 4, "deepspeed", 2)
     parts, rows = Parts.of(config), config.data.batch // sharing.world
+    processes(rank, sharing.world)
     counted = count_pass(config.model, rows, config.data.window, dtype=sharing.dtype)
     memory = rank_memory(parts, counted, sharing, parts.owners(sharing.world), rank)
     assert memory.in_step - memory.weights - memory.buffers == pytest.approx(

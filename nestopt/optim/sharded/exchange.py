@@ -46,15 +46,13 @@ class Exchange:
 
     def gather(self, sources: Sequence[Sequence[Tensor]]) -> Pending:
         """Begin to send slices of several tensors a parameter (its gradient, its values) to the owners."""
-        packed = [
-            torch.cat([piece.of(tensors) for tensors in sources for piece in pieces] or [sources[0][0].new_empty(0)])
-            for pieces in self.leaving
-        ]
-        n = len(sources)
-        return self._exchange(torch.cat(packed), [n * s for s in self._sent], [n * s for s in self._got])
+        parts = [piece.of(tensors) for pieces in self.leaving for tensors in sources for piece in pieces]
+        packed, n = torch.cat(parts) if parts else sources[0][0].new_empty(0), len(sources)
+        return self._exchange(packed, [n * s for s in self._sent], [n * s for s in self._got])
 
-    def unpack(self, received: Tensor, sources: int) -> list[dict[str, Tensor]]:
-        """What `gather` brought: for each source the whole tensors by name, in their true shapes."""
+    def unpack(self, coming: Pending, sources: int) -> list[dict[str, Tensor]]:
+        """What `gather` brings: for each source the whole tensors by name, in their true shapes."""
+        received = coming.take()
         if sum(self._got) == 0:
             return [{} for _ in range(sources)]
         found: list[dict[str, Tensor]] = []
@@ -81,9 +79,9 @@ class Exchange:
         ]
         return self._exchange(torch.cat(packed) if packed else like.new_empty(0), self._got, self._sent)
 
-    def store(self, received: Tensor, tensors: Sequence[Tensor]) -> None:
-        """Put what `scatter` brought where this process has its slices."""
-        at = 0
+    def store(self, coming: Pending, tensors: Sequence[Tensor]) -> None:
+        """Put what `scatter` brings where this process has its slices."""
+        received, at = coming.take(), 0
         for piece in (piece for pieces in self.leaving for piece in pieces):
             piece.of(tensors).copy_(received[at : at + piece.size])
             at += piece.size
@@ -98,9 +96,12 @@ class Pending:
     """What is on its way."""
 
     def __init__(self, received: Tensor, sent: Tensor, work: Any) -> None:
-        self._received, self._sent, self._work = received, sent, work
+        self._held: tuple[Tensor, Tensor, Any] | None = (received, sent, work)
 
-    def wait(self) -> Tensor:
-        """What has come, once it has."""
-        self._work.wait()
-        return self._received
+    def take(self) -> Tensor:
+        """What has come, once it has; then nothing is held here."""
+        assert self._held is not None
+        received, _, work = self._held
+        work.wait()
+        self._held = None
+        return received

@@ -20,7 +20,7 @@ from nestopt.optim.sharded.inputs import total_inputs
 from nestopt.optim.sharded.owners import owners, step_cost
 from nestopt.optim.sharded.saved import Misfit, Saved, StateKeys, Stretch
 from nestopt.optim.sharded.slices import Slice
-from nestopt.optim.sharded.units import Flat, Group, Owned, Unit, Whole
+from nestopt.optim.sharded.units import LIMIT, Flat, Group, Owned, Unit, Whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Sharded(Optimizer):
         """The level that a parameter group runs."""
         return self.nested.level(group)
 
-    def attach(self, lying: Sequence[Lying], comm: Any = None, *, limit: int = 1 << 26) -> None:
+    def attach(self, lying: Sequence[Lying], comm: Any = None, *, limit: int = LIMIT) -> None:
         """Settle what is done with parameters that lie so.
 
         Args:

@@ -34,6 +34,9 @@ KEPT = frozenset({"params", "param_names", "why"})
 
 Group = dict[str, Any]
 
+LIMIT = 1 << 26
+"""Numbers that an owner is sent in a round, about."""
+
 
 class Shown:
     """What layers were shown, for an optimizer whose parameters stand for the model's."""
@@ -192,7 +195,7 @@ class Owned(Unit):
         owner: Mapping[str, int],
         comm: Any,
         seed: int,
-        limit: int = 1 << 26,
+        limit: int = LIMIT,
     ) -> None:
         rank = torch.distributed.get_rank(comm)
         super().__init__(tensors, tables[rank])
@@ -213,14 +216,19 @@ class Owned(Unit):
             piece.name for piece in self.table if grads[piece.tensor] is None
         }  # no gradient here is none anywhere
         sources = [known, [tensor.detach() for tensor in self.tensors]]
-        coming = [step.exchange.gather(sources) for step in self.rounds[:1]]
-        going: list[Pending] = []
+        ahead = self.rounds[0].exchange.gather(sources) if self.rounds else None
+        behind: tuple[_Round, Pending] | None = None
         for i, now in enumerate(self.rounds):
+            here, ahead = ahead, None
+            assert here is not None
+            grads_, values = now.exchange.unpack(here, 2)
             if i + 1 < len(self.rounds):
-                coming.append(self.rounds[i + 1].exchange.gather(sources))
-            going.append(now.step(coming[i].wait(), group, inputs, without, sources[1][0]))
-        for now, pending in zip(self.rounds, going, strict=True):
-            now.exchange.store(pending.wait(), sources[1])
+                ahead = self.rounds[i + 1].exchange.gather(sources)
+            if behind is not None:
+                behind[0].exchange.store(behind[1], sources[1])
+            behind = now, now.step(grads_, values, group, inputs, without, sources[1][0])
+        if behind is not None:
+            behind[0].exchange.store(behind[1], sources[1])
 
     def inner(self) -> Iterator[Nested]:
         for now in self.rounds:
@@ -259,15 +267,21 @@ class _Round:
         self._empty()
 
     def step(
-        self, received: Tensor, group: Group, inputs: Mapping[str, Inputs | None], without: set[str], like: Tensor
+        self,
+        grads: dict[str, Tensor],
+        values: dict[str, Tensor],
+        group: Group,
+        inputs: Mapping[str, Inputs | None],
+        without: set[str],
+        like: Tensor,
     ) -> Pending:
-        grads, values = self.exchange.unpack(received, 2)
+        """Step what has come, which is used up, and send it back."""
         _settings(self.nested, group)
         if INPUTS in self.nested.level(group).needs:
             self.nested._watcher = Shown({param: inputs.get(name) for name, param in self.work.items()})
         for name, param in self.work.items():
-            param.data = values[name]
-            param.grad = None if name in without else grads[name]
+            param.data, grad = values.pop(name), grads.pop(name)
+            param.grad = None if name in without else grad
         self.nested.step()
         pending = self.exchange.scatter({name: param.data for name, param in self.work.items()}, like)
         self._empty()
@@ -293,6 +307,29 @@ def rounds(shapes: Mapping[str, tuple[int, ...]], owner: Mapping[str, int], worl
             found[at].append(name)
             filled += numel
     return found
+
+
+def held_in_rounds(own: Sequence[int], sliced: Sequence[int], work: int = 0) -> int:
+    """How much `Owned.step` holds at its peak, in numbers, besides slices and states.
+
+    Args:
+        own: of the tensors that a process owns, in each round.
+        sliced: of its slices, in each round.
+        work: that the levels' own steps take.
+    """
+    most = 2 * (own[0] + sliced[0]) if own else 0
+    for i, (mine, slices) in enumerate(zip(own, sliced, strict=True)):
+        ahead = 2 * (own[i + 1] + sliced[i + 1]) if i + 1 < len(own) else 0
+        behind = own[i - 1] + sliced[i - 1] if i else 0
+        # unpacked; the next sent for; stepped; sent back
+        most = max(
+            most,
+            4 * mine + behind,
+            2 * mine + behind + ahead,
+            2 * mine + ahead + work,
+            3 * mine + slices + ahead,
+        )
+    return most
 
 
 def _inner(nested: Nested, group: Group, names: Sequence[str], tensors: Sequence[Tensor], seed: int) -> Nested:

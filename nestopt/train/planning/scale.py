@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from nestopt.config import Config, ConfigError
 from nestopt.nn.hope import Learn
+from nestopt.optim.sharded.units import LIMIT, held_in_rounds, rounds
 from nestopt.train.planning.parts import Parts
 from nestopt.train.planning.passes import Pass, count_pass
 from nestopt.train.planning.ranks import NUMBER, traffic
@@ -173,7 +174,7 @@ def _unlike(parts: Parts, owner: Mapping[str, int], sharing: Sharing) -> list[in
 def rank_memory(parts: Parts, counted: Pass, sharing: Sharing, owner: Mapping[str, int], rank: int) -> Memory:
     """What the GPU of the process `rank` holds."""
     done = parts.step(sharing, rank, owner)
-    states, work = done.held, done.work + _visiting(parts, owner, sharing, rank)
+    states, work = done.held, _working(parts, owner, sharing, rank, done.work)
     wide, width = NUMBER, sharing.dtype.itemsize
     whole, slices = parts.numel, sum(sharing.part(shape.numel(), rank) for shape in parts.shapes.values())
     masters = (slices if sharing.spreads_states else whole) * wide if sharing.has_masters else 0
@@ -183,8 +184,11 @@ def rank_memory(parts: Parts, counted: Pass, sharing: Sharing, owner: Mapping[st
         gradients = slices * max(wide, width)
         weights = 0 if masters else weights
     resident = weights + states + masters + _buffers(parts, sharing)
-    if sharing.has_masters:  # their gradients, as wide as they are
-        work += 0 if sharing.engine == "fsdp2" else masters
+    stepping = gradients
+    if sharing.has_masters and sharing.engine != "fsdp2":  # their gradients, as wide as they are
+        work += masters
+        if sharing.engine != "deepspeed":  # which take the others' place
+            stepping = 0
     # where nothing is spread or added to, gradients come into being in the course of the pass
     growing = not sharing.spreads_gradients and sharing.accumulate == 1
     in_pass = counted.peak if growing else counted.apart + gradients
@@ -198,17 +202,24 @@ def rank_memory(parts: Parts, counted: Pass, sharing: Sharing, owner: Mapping[st
         counted.apart - counted.state,
         work,
         resident + in_pass,
-        resident + gradients + work,
+        resident + stepping + work,
     )
 
 
-def _visiting(parts: Parts, owner: Mapping[str, int], sharing: Sharing, rank: int) -> int:
-    """Gradients and masters of whole tensors at their owner, and those slices of them that are sent."""
+def _working(parts: Parts, owner: Mapping[str, int], sharing: Sharing, rank: int, work: int) -> int:
+    """What steps take for a while: `work` of the levels, and at an owner the tensors that come, and are sent back."""
     if not sharing.spreads_states:
-        return 0
-    sizes = {name: parts.shapes[name].numel() for name in owner}
-    own = sum(size for name, size in sizes.items() if owner[name] == rank)
-    return 2 * NUMBER * (own + sum(sharing.part(size, rank) for size in sizes.values()))
+        return work
+    most = work
+    for group in parts.groups:
+        sizes = {name: shape.numel() for name, shape in group.shapes.items() if name in owner}
+        if sizes:
+            shapes = {name: tuple(group.shapes[name]) for name in sizes}
+            found = rounds(shapes, owner, sharing.world, LIMIT)
+            own = [sum(sizes[name] for name in names if owner[name] == rank) for names in found]
+            slices = [sum(sharing.part(sizes[name], rank) for name in names) for names in found]
+            most = max(most, NUMBER * held_in_rounds(own, slices, -(-work // NUMBER)))
+    return most
 
 
 def _buffers(parts: Parts, sharing: Sharing) -> int:

@@ -8,6 +8,7 @@ from typing import Literal, cast, get_args
 import torch
 
 from nestopt.config import Config, ConfigError
+from nestopt.train.deepspeed_settings import stage_of
 
 Engine = Literal["single", "ddp", "fsdp2", "deepspeed"]
 
@@ -58,7 +59,9 @@ class Sharing:
         if engine is None:
             engine = train.engine if stage is None else "deepspeed"
         if stage is None:
-            stage = train.zero_stage if engine == train.engine else 0
+            stage = 0
+            if engine == train.engine:
+                stage = stage_of(train.deepspeed or {}) if train.zero_stage is None else int(train.zero_stage)
         return cls(cast(Engine, engine), stage, world, train.accumulate, getattr(torch, train.dtype))
 
     @property
@@ -81,13 +84,8 @@ class Sharing:
 
     @property
     def has_masters(self) -> bool:
-        """Whether float32 weights are kept for the optimizer: beside narrow ones, and by ZeRO 1 and up beside any.
-
-        One process, and DDP, step the weights themselves.
-        """
-        return (self.engine == "fsdp2" and self.narrow) or (
-            self.engine == "deepspeed" and (self.narrow or self.stage > 0)
-        )
+        """Whether float32 weights are kept for the optimizer: beside narrow ones, and by ZeRO 1 and up beside any."""
+        return self.narrow or (self.engine == "deepspeed" and self.stage > 0)
 
     @property
     def stepped(self) -> torch.dtype:

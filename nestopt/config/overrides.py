@@ -11,6 +11,7 @@ from typing import Any
 
 from nestopt.config.errors import ConfigError, join, show
 from nestopt.config.io import parse
+from nestopt.config.sizes import named
 from nestopt.config.spec import field_default, field_hints, kind_of, kind_of_items, to_spec
 from nestopt.core import Part, UnknownName, registry
 
@@ -117,6 +118,8 @@ def _open(value: Any, place: _Place, key: Key) -> Any:
         return value if section else {"stack": value}
     if isinstance(key, int):
         return value
+    if place.keys == ("model",) and isinstance(value, str):
+        return named(value)
     if place.kind and isinstance(value, str):
         return {place.kind: value}
     if place.kind == "level" and isinstance(value, list):

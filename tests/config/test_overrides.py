@@ -13,6 +13,7 @@ from nestopt import levels as L
 from nestopt.config import Config, ConfigError, build, load
 from nestopt.config.io import dump
 from nestopt.config.overrides import apply
+from nestopt.config.sizes import named
 from nestopt.core import chain
 
 names = st.sampled_from(["a", "b", "c", "d"])
@@ -208,3 +209,9 @@ def test_a_new_key_is_left_to_the_schema() -> None:
         load({}, ["optimizer.lrr=1"])
     with pytest.raises(ConfigError, match=r"^optimizer.stack.bta: 1 is not allowed; .*Did you mean 'beta'\?"):
         load({}, ["optimizer.stack.bta=1"])
+
+
+def test_a_model_that_is_named_opens_into_its_keys() -> None:
+    found = apply({"model": "hope-1.3b"}, ["model.segment=256"])["model"]
+    assert found == {**named("hope-1.3b"), "segment": 256}
+    assert Config.from_data({"model": found}).model.segment == 256

@@ -7,6 +7,7 @@ the first process, or by what it was refused.
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -23,12 +24,14 @@ def main(path: Path) -> None:
     for name, arguments in json.loads(path.read_text()):
         if os.environ["RANK"] == "0":  # for whoever looks for what did not return
             print(f"{name} {arguments}", file=sys.stderr, flush=True)
+        begun = time.perf_counter()
         try:
             ends.append({"gave": getattr(cases, name)(**arguments)})
         except (ValueError, TypeError, RuntimeError, CheckpointError) as error:
             if not arguments.get("refuse"):
                 raise
             ends.append({"refused": f"{type(error).__name__}: {error}"})
+        ends[-1]["seconds"] = time.perf_counter() - begun
     dist.barrier()
     dist.destroy_process_group()
     if os.environ["RANK"] == "0":

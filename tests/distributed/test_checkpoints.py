@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -122,7 +123,6 @@ def killed(folder, command, after, delay):
     """Start a run, and kill all its processes `delay` seconds after it has saved `after` times."""
     process = subprocess.Popen(
         command,
-        start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -134,7 +134,12 @@ def killed(folder, command, after, delay):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     time.sleep(delay)
-    os.killpg(process.pid, signal.SIGKILL)
+    # torchrun's processes are in sessions of their own, and would live on
+    everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for one in everyone:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(everyone)
     process.wait()
     process.stdout.close()
     with Parts(folder) as parts:

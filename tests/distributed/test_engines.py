@@ -32,7 +32,7 @@ def alone(text, out):
             config = Config.from_data(run(kind, text, str(out / "alone"), dtype=dtype))
             found[dtype, kind] = measured(read(train(config, quiet=True).run.metrics_file))
             assert len(found[dtype, kind]) == STEPS + 3
-            assert found[dtype, kind][STEPS - 1] < found[dtype, kind][0]
+            assert found[dtype, kind][-2] < found[dtype, kind][0]
     return found
 
 

@@ -26,7 +26,7 @@ def alone(spec=SPEC, steps=4, clip=None, gamma=1.0, accumulate=1, **options):
         for part in range(accumulate):
             loss = model(whole[:, part].flatten(0, 1)) / accumulate
             loss.backward()
-            losses.append(float(loss) * accumulate)
+            losses.append(float(loss.detach()) * accumulate)
         if clip:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()

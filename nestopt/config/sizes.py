@@ -57,6 +57,6 @@ def named(name: str) -> dict[str, Any]:
         "mixer": _MIXERS[kind],
         "mlp": mlp,
         "gate_output": kind != "transformer",
-        "segment": 1024 if kind == "hope" else 0,
+        "segment": 256 if kind == "hope" else 0,
         **_SHAPES[size],
     }

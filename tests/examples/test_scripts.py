@@ -23,7 +23,7 @@ def printed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_there_is_a_test_for_every_example() -> None:
-    tested = {"swap_optimizer.py", "compose.py", "stack.yaml", "layer.py", "own_text.yaml", "hope_1b.yaml"}
+    tested = {"swap_optimizer.py", "compose.py", "stack.yaml", "layer.py", "own_text.yaml"}
     tested |= {"huggingface.py", "lightning_module.py"}  # in test_recipes.py
     tested |= {"stack_smollm.py"}  # in test_pretrained.py
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == tested
@@ -74,10 +74,3 @@ def test_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert cli.main(["describe", "runs/001"]) == 0
     assert "every 8 steps" in capsys.readouterr().out
     assert isinstance(nestopt.load(EXAMPLES / "own_text.yaml"), nestopt.Config)
-
-
-def test_hope_1b() -> None:
-    config = nestopt.load(EXAMPLES / "hope_1b.yaml")
-    assert isinstance(config, nestopt.Config)
-    named = nestopt.Config.from_data({"model": "hope-1.3b"}).model
-    assert config.model.model_copy(update={"segment": named.segment}) == named

@@ -27,7 +27,7 @@ class Text(Protocol):
     def held_out(self) -> npt.NDArray[np.uint8]: ...
 
 
-class Tokens(Protocol):
+class TextCodec(Protocol):
     """What text is as tokens."""
 
     @property
@@ -44,7 +44,7 @@ class Tokens(Protocol):
         ...
 
 
-class DocumentSet(Tokens, Protocol):
+class DocumentSet(TextCodec, Protocol):
     """Documents in blocks, each of which can be read by itself, and the tokens that they become.
 
     The library shuffles, holds out, packs and resumes. A set only has to give the same documents in the same order
@@ -92,7 +92,7 @@ class DocumentDataset(Dataset):
     @abstractmethod
     def documents(self) -> DocumentSet: ...
 
-    def tokens(self) -> Tokens:
+    def tokens(self) -> TextCodec:
         """Its tokens, where no documents are asked for."""
         return self.documents()
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from nestopt.config import Config
-from nestopt.core.dataset import DocumentDataset, Tokens
+from nestopt.core.dataset import DocumentDataset, TextCodec
 
 
-class Text(Protocol):
+class Coded(Protocol):
     """Text and tokens of one model."""
 
     def encode(self, text: bytes) -> Sequence[int]:
@@ -46,7 +46,7 @@ class Tokenized:
         tokens: what text is as tokens.
     """
 
-    def __init__(self, tokens: Tokens) -> None:
+    def __init__(self, tokens: TextCodec) -> None:
         self.tokens = tokens
         self._all: list[int] = []
         self._shown = ""
@@ -66,7 +66,7 @@ class Tokenized:
         return self.tokens.decode(self._all)[len(self._shown) :]
 
 
-def text_of_tokens(config: Config) -> Text:
+def text_of_tokens(config: Config) -> Coded:
     """That of a run of this configuration.
 
     Raises:

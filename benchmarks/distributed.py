@@ -84,7 +84,9 @@ def measure(level: str, tensors: str, rounds: int) -> Row:
     nested = Nested([{"params": [(n, nn.Parameter(v.clone())) for n, v in values.items()], "stack": LEVELS[level]}])
     (group,) = nested.param_groups
     rank, world = dist.get_rank(), dist.get_world_size()
-    tables = [[_slice(name, shape, i, r, world) for i, (name, shape) in enumerate(shapes.items())] for r in range(world)]
+    tables = [
+        [_slice(name, shape, i, r, world) for i, (name, shape) in enumerate(shapes.items())] for r in range(world)
+    ]
     slices = [values[piece.name].flatten()[piece.start : piece.start + piece.size].clone() for piece in tables[rank]]
     sliced = [grads[piece.name].flatten()[piece.start : piece.start + piece.size].clone() for piece in tables[rank]]
     whole = Whole(nested, group, list(shapes), [nn.Parameter(v) for v in values.values()], seed=0)
@@ -158,8 +160,9 @@ def work(rank: int, world: int, port: int, chosen: list[tuple[str, str]], rounds
 def table(rows: Sequence[Row], world: int) -> str:
     """As Markdown."""
     machine = describe()
+    where = f"{machine['cpu']}, {machine['instructions']}, torch {machine['torch']}"
     lines = [
-        f"{world} processes, one thread each, gloo; {machine['cpu']}, {machine['instructions']}, torch {machine['torch']}",
+        f"{world} processes, one thread each, gloo; {where}",
         "",
         f"| level | tensors | {WHOLE}, ms | {OWNED}, ms | ratio | state of a process, MB | sent, MB | max/mean |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -167,8 +170,8 @@ def table(rows: Sequence[Row], world: int) -> str:
     for row in rows:
         state = " → ".join(f"{size / 1e6:.1f}" for size in row.state)
         lines.append(
-            f"| {row.level} | {row.tensors} | {row.replicated_ms:.1f} | {row.owned_ms:.1f} | {row.ratio:.2f} | {state} | "
-            f"{row.sent / 1e6:.1f} | {row.imbalance:.2f} |"
+            f"| {row.level} | {row.tensors} | {row.replicated_ms:.1f} | {row.owned_ms:.1f} | {row.ratio:.2f} | "
+            f"{state} | {row.sent / 1e6:.1f} | {row.imbalance:.2f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -96,7 +96,10 @@ nitpick_ignore_regex = [
     (r"py:.*", rf"({'|'.join(dir(builtins))})"),
     (r"py:.*", r"(Any|Callable|ClassVar|Iterable|Iterator|Literal|Mapping|Module|Path|Sequence|Tensor)"),
     # names of our own type aliases and validators, which the fields of a schema show as they are written
-    (r"py:class", r"(Accept|BeforeValidator|Bool|Bytes|DatasetSpec|Fill|Finite|LevelSpec|OnNonfinite|Whole|_rest|no_bool)"),
+    (
+        r"py:class",
+        r"(Accept|BeforeValidator|Bool|Bytes|DatasetSpec|Fill|Finite|LevelSpec|OnNonfinite|Whole|_rest|no_bool)",
+    ),
 ]
 
 # -- examples ------------------------------------------------------------------------------------------------------

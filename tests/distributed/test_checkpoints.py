@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -121,6 +120,8 @@ def test_a_missing_part_is_named(ends, out, tmp_path):
 
 def killed(folder, command, after, delay):
     """Start a run, and kill all its processes `delay` seconds after it has saved `after` times."""
+    import psutil  # with DeepSpeed
+
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

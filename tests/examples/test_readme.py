@@ -48,7 +48,7 @@ def test_there_are_the_examples_it_promises() -> None:
         "One object, three roles",
     ]
     assert list(blocks("yaml")) == ["Compose a stack"]
-    assert list(blocks("sh")) == ["Start", "Start, 2"]
+    assert list(blocks("sh")) == ["Start", "Start, 2", "Outgrow one machine"]
 
 
 @pytest.mark.parametrize("name", blocks("python"))

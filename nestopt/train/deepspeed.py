@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nestopt.config import Config, ConfigError
-from nestopt.core.inputs import INPUTS
+from nestopt.core.inputs import INPUTS, wants_of
 from nestopt.optim import Nested
 from nestopt.optim import optimizer as make_optimizer
 from nestopt.optim.sharded.optimizer import Sharded
@@ -162,6 +162,11 @@ def _check_levels(optimizer: Sharded, settings: Mapping[str, Any]) -> None:
             "at stage 0 DeepSpeed 0.19 divides gradients by a scale that losses were not multiplied with; give "
             "zero_optimization.stage 1 or more, or bf16",
         )
+    experts = [name for name, param in optimizer.models.items() if not getattr(param, "allreduce", True)]
+    if experts:
+        raise ValueError(
+            f"{experts[0]} is an expert's of DeepSpeed's MoE, which only some processes have; it can't be stepped"
+        )
     for group in optimizer.param_groups:
         level = optimizer.level(group)
         if offloaded and not level.is_entrywise:
@@ -175,8 +180,8 @@ def _check_levels(optimizer: Sharded, settings: Mapping[str, Any]) -> None:
             raise ConfigError.refuse(
                 "fp16", settings["fp16"], f"the level {level.label} sums up inputs of steps that are skipped; give bf16"
             )
-        wants = getattr(level, "wants", None)
-        if stage == 3 and INPUTS in level.needs and getattr(wants, "surprise", None) is not None:
+        wants = wants_of(level)
+        if stage == 3 and wants is not None and wants.surprise is not None:
             raise ConfigError.refuse(
                 "zero_optimization.stage",
                 3,

@@ -137,6 +137,7 @@ def initialized(
     recompute: bool = False,
     saved: str | None = None,
     loaded: str | None = None,
+    theirs: bool = False,
     refuse: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
@@ -167,7 +168,9 @@ def initialized(
         options["lr_scheduler"] = lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     engine, optimizer, _, _ = ours.initialize(model, spec, config, **options)
     begin = 0
-    if loaded:
+    if loaded and theirs:
+        begin = engine.load_checkpoint(loaded)[1]["step"]
+    elif loaded:
         begin = ours.load(engine, loaded)["step"]
     losses = []
     for step in range(begin, steps):
@@ -178,7 +181,9 @@ def initialized(
             total = loss.detach().clone()
             dist.all_reduce(total)
             losses.append(float(total) / dist.get_world_size())
-    if saved:
+    if saved and theirs:
+        engine.save_checkpoint(saved, client_state={"step": steps})
+    elif saved:
         ours.save(engine, saved, {"step": steps})
     steps_taken = {int(s["step"]) for unit in optimizer.units() for n in unit.inner() for s in n.state.values()}
     return {

@@ -235,6 +235,29 @@ def add_of_two(now: Together, text: str, out: Path) -> None:
         first, then = ({"zero_optimization": {"stage": stage, **sizes}} for stage in (save, load))
         now.add(("saved", save, load), "initialized", spec=SPEC, config=first, steps=3, saved=folder, **OPTIONS)
         now.add(("loaded", save, load), "initialized", spec=SPEC, config=then, steps=6, loaded=folder, **OPTIONS)
+    for stage in range(4):
+        given = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+        folder = str(out / f"theirs-{stage}")
+        now.add(
+            ("theirs", "saved", stage),
+            "initialized",
+            spec=SPEC,
+            config=given,
+            steps=3,
+            saved=folder,
+            theirs=True,
+            **OPTIONS,
+        )
+        now.add(
+            ("theirs", "loaded", stage),
+            "initialized",
+            spec=SPEC,
+            config=given,
+            steps=6,
+            loaded=folder,
+            theirs=True,
+            **OPTIONS,
+        )
     now.add(("longer",), "initialized", spec=SPEC, config={}, steps=6, **OPTIONS)
     for case, (name, arguments, _) in REFUSED.items():
         now.add(("refused", case), name, refuse=True, **arguments)

@@ -82,6 +82,14 @@ def test_what_one_stage_saved_another_loads(ends, save, load):
     assert ends["loaded", save, load]["gave"]["steps"] == [6]
 
 
+@pytest.mark.parametrize("stage", range(4))
+def test_deepspeed_s_own_checkpoints_have_the_states_too(ends, stage):
+    assert ends["theirs", "saved", stage]["gave"]["steps"] == [3]
+    whole = ends["longer",]["gave"]["losses"]
+    assert ends["theirs", "loaded", stage]["gave"]["losses"] == pytest.approx(whole[3:], rel=1e-5)
+    assert ends["theirs", "loaded", stage]["gave"]["steps"] == [6]
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_would_be_something_else_is_refused(ends, case):
     for word in REFUSED[case][2]:

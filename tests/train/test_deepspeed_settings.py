@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
+import nestopt
 from nestopt.cli import main
 from nestopt.config import Config, ConfigError
+from nestopt.optim.sharded.optimizer import Sharded
 from nestopt.train.deepspeed_settings import checked, merged, read, stage_of
 
 
@@ -96,11 +99,23 @@ def test_settings_are_kept_with_the_run(tmp_path):
     text = config(given).to_yaml()
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    import nestopt
-
     assert nestopt.load(path).train.deepspeed == json.loads(json.dumps(given))
 
 
 def test_they_need_their_engine():
     with pytest.raises(ConfigError, match=r"deepspeed.*engine=deepspeed"):
         Config.from_data({"train": {"deepspeed": {"zero_optimization": {"stage": 1}}}})
+
+
+def test_what_levels_can_t_be_stepped_under_is_refused():
+    from nestopt.train.deepspeed import _check_levels
+
+    model = torch.nn.Linear(4, 4)
+    muon = Sharded(nestopt.optimizer(model, ["ggd", "momentum"], rest="adamw"))
+    _check_levels(muon, {"zero_optimization": {"stage": 3}})
+    own = Sharded(nestopt.optimizer(model, [{"level": "ggd", "objective": "huber"}, "momentum"]))  # within a stack
+    with pytest.raises(ConfigError, match=r"zero_optimization.stage.*give stage 2"):
+        _check_levels(own, {"zero_optimization": {"stage": 3}})
+    model.weight.allreduce = False  # as DeepSpeed marks the experts of its MoE
+    with pytest.raises(ValueError, match="weight is an expert's"):
+        _check_levels(Sharded(nestopt.optimizer(model, "adam")), {})

@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 
 from nestopt.core.inputs import INPUTS, Inputs
 from nestopt.core.level import Level
+from nestopt.optim.checkpoint import merged_group, plain_groups
 from nestopt.optim.checks import names
 from nestopt.optim.inputs import Watcher
 from nestopt.optim.optimizer import Nested
 from nestopt.optim.sharded.inputs import total_inputs
 from nestopt.optim.sharded.owners import owners, step_cost
-from nestopt.optim.sharded.saved import Misfit, Saved, StateKeys, Stretch
+from nestopt.optim.sharded.saved import Misfit, Own, Saved, StateKeys, Stretch
 from nestopt.optim.sharded.slices import Slice
 from nestopt.optim.sharded.units import LIMIT, Flat, Group, Owned, Unit, Whole
 
@@ -228,9 +229,33 @@ class Sharded(Optimizer):
             unit.load_weights(saved)
 
     def state_dict(self) -> dict[str, Any]:
-        """What this process keeps, for engines that save by process: loads at the same stage and number of them."""
-        groups = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
-        return {"state": {}, "param_groups": groups, "nest": dict(self.states())}
+        """What this process keeps, by name, in plain values: it loads at the same stage and by as many processes.
+
+        That is what DeepSpeed's own checkpoints are made of; `nestopt.train.deepspeed.save` has no such limits.
+        """
+        groups = plain_groups([{k: v for k, v in g.items() if k != "params"} for g in self.param_groups])
+        kept = {name: dataclasses.asdict(item) for name, item in self.states()}
+        return {"state": {}, "param_groups": groups, "nest": kept}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put back what `state_dict` of the same process gave; numbers of the groups too.
+
+        Raises:
+            ValueError: it is of another optimizer, stage or number of processes.
+        """
+        saved, groups = state_dict["param_groups"], self.param_groups
+        if len(saved) != len(groups):
+            raise Misfit(f"it has {len(saved)} parameter groups, this optimizer {len(groups)}")
+        merged = [
+            merged_group(self.nested, {**theirs, "params": group["params"]}, group, i)
+            for i, (theirs, group) in enumerate(zip(saved, groups, strict=True))
+        ]
+        own = Own({name: Stretch(**item) for name, item in state_dict["nest"].items()})
+        keys = StateKeys(own)
+        for unit in self.units():
+            unit.load_state(own, keys)
+        for group, new in zip(groups, merged, strict=True):
+            group.update(new)
 
 
 def _short(value: object) -> str:

@@ -52,6 +52,36 @@ class Saved(Protocol):
         """Some numbers `[size]` of its flattened form."""
 
 
+class Own:
+    """What one process has kept, as it lies there.
+
+    Args:
+        items: by name.
+    """
+
+    def __init__(self, items: Mapping[str, Stretch]) -> None:
+        self.items = items
+
+    def keys(self) -> Iterable[str]:
+        return self.items.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        item = self.items[key]
+        return tuple(item.values.shape) if item.shape is None else tuple(item.shape)
+
+    def whole(self, key: str) -> Tensor:
+        if self.items[key].shape is not None:
+            raise Misfit(f"of {key} it has a part, and here it is whole; load it at the stage that it was saved at")
+        return self.items[key].values
+
+    def stretch(self, key: str, start: int, size: int) -> Tensor:
+        item = self.items[key]
+        first = start - item.start
+        if first < 0 or first + size > item.values.numel():
+            raise Misfit(f"of {key} it has another part; load it by as many processes, at the same stage")
+        return item.values.reshape(-1)[first : first + size]
+
+
 class StateKeys:
     """Which state a checkpoint has of each parameter."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -250,12 +250,7 @@ class Nested(Optimizer):
             self._warned = True
             unseen = self._watcher.unseen() if self._watcher else ["all its parameters (no model is watched)"]
             if unseen:
-                log.warning(
-                    "%s has not seen the inputs of %s: there it does without; optimizer.watch(model) shows it those of "
-                    "linear and convolution layers",
-                    level.label,
-                    ", ".join(unseen),
-                )
+                warn_unseen(level, unseen)
         return self._watcher.take if self._watcher else lambda param: None
 
     def metrics(self) -> dict[str, Tensor]:
@@ -314,3 +309,13 @@ class Nested(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "ways": self.ways}
+
+
+def warn_unseen(level: Level, names: Sequence[str]) -> None:
+    """Say of which parameters a level that asks for layer inputs has none."""
+    log.warning(
+        "%s has not seen the inputs of %s: there it does without; optimizer.watch(model) shows it those of linear and "
+        "convolution layers",
+        level.label,
+        ", ".join(names),
+    )

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.settings import ENGINES, LEVELS, RUNS, SAVED, document_run, run
+from tests.distributed.settings import ENGINES, LEVELS, RUNS, SAVED, STACKS, document_run, run
 from tests.train.parquet import write_shards
 
 HERE = Path(__file__).parent
@@ -211,7 +211,7 @@ def add_documents(now: Together, shards: str, out: Path) -> None:
 
 
 def add_of_two(now: Together, text: str, out: Path) -> None:
-    for level, spec in LEVELS.items():
+    for level, spec in {**LEVELS, **STACKS}.items():
         for name, engine in ENGINES.items():
             now.add(("level", level, name), "level", spec=spec, **engine)
     for name, engine in ENGINES.items():

@@ -103,3 +103,8 @@ LEVELS: dict[str, Any] = {
     "cms": {"level": "cms", "periods": [1, 2]},
 }
 """A spec of every level on gradients."""
+
+STACKS: dict[str, Any] = {
+    "dgd, up every second step": {"stack": "dgd", "groups": [{"match": "up", "period": 2}], "rest": "adamw"},
+}
+"""Sections of a configuration that are more than a level."""

@@ -11,7 +11,7 @@ from nestopt.train.loop import train
 from nestopt.train.metrics import read
 from tests.distributed.cases import level
 from tests.distributed.conftest import torchrun
-from tests.distributed.settings import ENGINES, LEVELS, RUNS, STEPS, document_run, run
+from tests.distributed.settings import ENGINES, LEVELS, RUNS, STACKS, STEPS, document_run, run
 
 pytestmark = pytest.mark.distributed
 
@@ -61,10 +61,10 @@ def test_a_run_on_documents_is_the_same_everywhere(ends, shards, out, kind):
 
 
 @pytest.mark.parametrize("name", ENGINES)
-@pytest.mark.parametrize("spec", LEVELS)
+@pytest.mark.parametrize("spec", {**LEVELS, **STACKS})
 def test_a_level_is_the_same_everywhere(ends, spec, name):
     """The support table of the documentation: each of its cells."""
-    one = level(LEVELS[spec])
+    one = level({**LEVELS, **STACKS}[spec])
     assert one[-1] != one[0]
     assert ends["level", spec, name]["gave"] == pytest.approx(one, rel=1e-5)
 

@@ -191,3 +191,39 @@ def test_slices_of_one_tensor_must_be_at_one_step():
 def test_ways_that_processes_would_differ_in_are_refused(ways):
     with pytest.raises(ValueError, match="each decide for themselves"):
         Sharded(Nested([nn.Parameter(torch.ones(2))], **ways))
+
+
+def test_layers_that_are_not_watched_are_named_once(caplog):
+    net = model()
+    optimizer = Sharded(nestopt.optimizer(list(net.named_parameters()), "dgd", route="all"))
+    optimizer.attach([Lying(i, g["params"], g["params"]) for i, g in enumerate(optimizer.param_groups)])
+    for _ in range(2):
+        net(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    said = [record.getMessage() for record in caplog.records if "has not seen" in record.getMessage()]
+    assert len(said) == 1
+    assert "0.weight, 2.weight" in said[0]
+
+
+def test_inputs_are_summed_over_a_group_s_period():
+    """And the count goes on where a checkpoint has it."""
+    one, other = model(), model()
+    groups = [{"match": "weight", "period": 2}]
+    plain = nestopt.optimizer(one, "dgd", lr=0.1, groups=groups)
+    found = None
+    for step in range(4):
+        if step % 3 == 0:  # anew, in the middle of a period
+            sharded = Sharded(nestopt.optimizer(other, "dgd", lr=0.1, groups=groups))
+            sharded.attach([Lying(i, g["params"], g["params"]) for i, g in enumerate(sharded.param_groups)])
+            if found is not None:
+                sharded.load_state_dict(found)
+        x = torch.full((2, 3), 0.1 * (step + 1))
+        for net, optimizer in ((one, plain), (other, sharded)):
+            optimizer.zero_grad()
+            net(x).square().sum().backward()
+            optimizer.step()
+        found = sharded.state_dict()
+        if step == 1:
+            for a, b in zip(one.parameters(), other.parameters(), strict=True):
+                assert torch.equal(a, b)
+    assert sharded.param_groups[0]["steps_taken"] == 4

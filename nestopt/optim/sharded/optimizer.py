@@ -16,12 +16,15 @@ from nestopt.core.level import Level
 from nestopt.optim.checkpoint import merged_group, plain_groups
 from nestopt.optim.checks import names
 from nestopt.optim.inputs import Watcher
-from nestopt.optim.optimizer import Nested
+from nestopt.optim.optimizer import Nested, warn_unseen
 from nestopt.optim.sharded.inputs import total_inputs
 from nestopt.optim.sharded.owners import owners, step_cost
 from nestopt.optim.sharded.saved import Misfit, Own, Saved, StateKeys, Stretch
 from nestopt.optim.sharded.slices import Slice
 from nestopt.optim.sharded.units import LIMIT, Flat, Group, Owned, Unit, Whole
+
+TAKEN = "steps_taken"
+"""A group's key for how many steps it has taken."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Sharded(Optimizer):
         super().__init__([{**g, "params": list(g["params"])} for g in nested.param_groups], nested.defaults)
         self._comm: Any = None
         self._units: dict[int, tuple[Unit, Lying]] = {}
-        self._attached = False
+        self._attached = self._warned = False
 
     def level(self, group: Group) -> Level:
         """The level that a parameter group runs."""
@@ -152,11 +155,11 @@ class Sharded(Optimizer):
             return loss
         for group in self.param_groups:
             for unit, lying in self._units_of(group):
-                inputs = self._inputs(unit, group)
-                unit.step([_gradient(handle, t) for handle, t in _pairs(lying)], group, inputs)
-                for handle, tensor in _pairs(lying):
-                    if lying.table is None and handle is not tensor:
-                        handle.copy_(tensor)
+                group[TAKEN] = unit.taken = unit.taken + 1
+                # a group with a period sums gradients until it is over, and so do those who watch layers
+                inputs = {} if unit.taken % group.get("period", 1) else self._inputs(unit, group)
+                pairs = zip(lying.handles, lying.tensors, strict=True)
+                unit.step([_gradient(handle, tensor) for handle, tensor in pairs], group, inputs)
         return loss
 
     def _units_of(self, group: Group) -> list[tuple[Unit, Lying]]:
@@ -172,14 +175,18 @@ class Sharded(Optimizer):
         return list(found.values())
 
     def _inputs(self, unit: Unit, group: Group) -> dict[str, Inputs | None]:
-        watcher = self.nested._watcher
-        if INPUTS not in self.level(group).needs or not isinstance(watcher, Watcher):
+        level, watcher, shapes = self.level(group), self.nested._watcher, unit.shapes()
+        if INPUTS not in level.needs:
             return {}
-        shapes = unit.shapes()
-        return {
-            name: total_inputs(watcher, self.models[name], torch.Size(shapes[name]), self._comm)
-            for name in sorted(shapes)
-        }
+        found: dict[str, Inputs | None] = dict.fromkeys(shapes)
+        if isinstance(watcher, Watcher):
+            for name in sorted(shapes):
+                found[name] = total_inputs(watcher, self.models[name], torch.Size(shapes[name]), self._comm)
+        unseen = [name for name, inputs in found.items() if inputs is None and len(shapes[name]) > 1]
+        if unseen and not self._warned:
+            self._warned = True
+            warn_unseen(level, unseen)
+        return found
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of what the groups refer to, and the layer inputs that belong to them."""
@@ -227,6 +234,12 @@ class Sharded(Optimizer):
             unit.load_state(saved, keys)
         for unit in self.units():
             unit.load_weights(saved)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Let units count steps from where their groups are: after these were loaded."""
+        for unit, lying in self._units.values():
+            unit.taken = int(self.param_groups[lying.group].get(TAKEN, 0))
 
     def state_dict(self) -> dict[str, Any]:
         """What this process keeps, by name, in plain values: it loads at the same stage and by as many processes.
@@ -256,15 +269,12 @@ class Sharded(Optimizer):
             unit.load_state(own, keys)
         for group, new in zip(groups, merged, strict=True):
             group.update(new)
+        self.go_on()
 
 
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) < 200 else text[:200] + " …"
-
-
-def _pairs(lying: Lying) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(lying.handles, lying.tensors, strict=True)
 
 
 def _gradient(handle: Tensor, tensor: Tensor) -> Tensor | None:

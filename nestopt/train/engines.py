@@ -204,7 +204,8 @@ class Ddp(Engine):
 
     @contextlib.contextmanager
     def _together(self, last: bool) -> Iterator[None]:
-        with contextlib.nullcontext() if last else self.model.no_sync():  # type: ignore[operator]
+        # gradients that are added up in float32 copies are averaged before they go there
+        with contextlib.nullcontext() if last or self._masters else self.model.no_sync():  # type: ignore[operator]
             yield
 
     def total(self, value: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def level(spec: Any, steps: int = 5, accumulate: int = 2, **train: Any) -> list[
         }
     )
     engine = engines.make(config)
-    model = net()
+    model = net().to(getattr(torch, config.train.dtype))
     engine.cut_up(model)
     nested = nestopt.optimizer(model, spec, lr=0.05, weight_decay=0.01, rest={"stack": "adamw", "lr": 0.01})
     engine.attach(model, model, nested)

@@ -70,6 +70,14 @@ def test_a_level_is_the_same_everywhere(ends, spec, name):
 
 
 @pytest.mark.parametrize("name", ENGINES)
+def test_parts_of_a_step_add_up_in_bfloat16_too(ends, name):
+    """Of the four, each process's every part counts."""
+    one = level(LEVELS["m3"], accumulate=4, dtype="bfloat16")
+    assert one != pytest.approx(level(LEVELS["m3"], accumulate=4), rel=1e-5)  # it is bfloat16
+    assert ends["low", name]["gave"] == pytest.approx(one, rel=6e-3)  # DeepSpeed adds gradients up in bfloat16
+
+
+@pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("spec", ["muon", "m3"])
 def test_a_matrix_is_orthogonalized_by_its_owner_alone(ends, spec, name):
     """Two matrices in six steps: m3's slow memory is read at every second. Whole in every process, twice as often."""

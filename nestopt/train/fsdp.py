@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -55,8 +55,7 @@ class Fsdp2(Ddp):
 
     @contextlib.contextmanager
     def _together(self, last: bool) -> Iterator[None]:
-        cast(FSDPModule, self.lm).set_requires_gradient_sync(last)
-        yield
+        yield  # gradients are added up in their slices: whole ones would take the memory that was to be saved
 
     def _clip(self) -> Tensor:
         norm = super()._clip()

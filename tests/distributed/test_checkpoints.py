@@ -40,9 +40,7 @@ def losses(records):
 
 @pytest.fixture(scope="module")
 def saved(ends, out):
-    found = {key: whole(path) for key, path in saves(out).items()}
-    assert all("optimizer.blocks.0.mixer.query.weight|fast" not in tensors for tensors in found.values())
-    return found
+    return {key: whole(path) for key, path in saves(out).items()}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +75,10 @@ def test_every_engine_takes_up_what_any_has_saved(ends, saved, alone, out, name,
 def test_all_save_the_same_names_and_shapes(saved, key):
     first = saved["ddp", 1]
     assert {name: value.shape for name, value in saved[key].items()} == {n: v.shape for n, v in first.items()}
-    assert {"step", "fast.momentum"} & {name.rpartition("|")[2] for name in first} or len(first) > 20
+    weight = "blocks.0.mixer.query.weight"
+    assert first[f"model.{weight}"].shape == (16, 16)
+    assert float(first[f"optimizer.{weight}|step"]) == SAVED
+    assert sum(value.shape == (16, 16) for name, value in first.items() if name.startswith(f"optimizer.{weight}|")) >= 3
 
 
 @pytest.mark.parametrize("key", SAVES, ids=str)

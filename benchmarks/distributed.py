@@ -113,7 +113,7 @@ def measure(level: str, tensors: str, rounds: int) -> Row:
             if i:  # the first makes the states
                 times[name].append(1e3 * float(took))
     ratios = [b / a for a, b in zip(times[WHOLE], times[OWNED], strict=True)]
-    sent = sum(part.exchange.traffic for part in own.rounds) if isinstance(own, Owned) else 0
+    sent = sum(part.exchange.sent for part in own.rounds) if isinstance(own, Owned) else 0
     numbers = torch.tensor([_state(whole), _state(own), sent])
     dist.all_reduce(numbers, dist.ReduceOp.MAX)
     return Row(
@@ -123,7 +123,7 @@ def measure(level: str, tensors: str, rounds: int) -> Row:
         statistics.median(times[OWNED]),
         statistics.median(ratios),
         (int(numbers[0]), int(numbers[1])),
-        3 * 4 * int(numbers[2]),  # gradients and weights there, weights back
+        4 * int(numbers[2]),
         imbalance(costs, owner, world) if isinstance(own, Owned) else 1.0,
     )
 

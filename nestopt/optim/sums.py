@@ -14,17 +14,16 @@ from nestopt.optim.rows import Rows
 class Sums:
     """What `wants` asks for, summed over rows in `dtype`, until `take` makes means of it.
 
-    Args:
-        wants, dtype: as above.
-        groups: of the layer: 1 but for grouped convolutions.
-
     Attributes:
+        groups: of the layer: 1 but for grouped convolutions.
         n: rows since the last take.
         ever: whether there were rows at all since this was made.
     """
 
-    def __init__(self, wants: Wants, dtype: torch.dtype, groups: int = 1) -> None:
-        self.wants, self.dtype, self.groups, self.ever = wants, dtype, groups, False
+    groups: int = 1
+
+    def __init__(self, wants: Wants, dtype: torch.dtype) -> None:
+        self.wants, self.dtype, self.ever = wants, dtype, False
         self._clear()
 
     def _clear(self) -> None:

@@ -137,8 +137,9 @@ class Engine:
     @torch.no_grad()
     def _spread(self) -> None:
         """Let the model have what the optimizer has written."""
-        for param, master in self._masters:
-            param.copy_(master)
+        if self._masters:
+            params, masters = zip(*self._masters, strict=True)
+            torch._foreach_copy_(params, masters)
 
     # -- processes -------------------------------------------------------------------------------------------------
 

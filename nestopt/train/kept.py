@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from nestopt.optim.sharded.optimizer import Sharded
 from nestopt.optim.sharded.saved import WEIGHTS, Misfit, Stretch
 from nestopt.train.checkpoint import CheckpointError
-from nestopt.train.groups import group_settings, load_group_settings
 from nestopt.train.parts import Parts, Writer
 
 GROUPS = "groups"
@@ -73,7 +72,7 @@ class Kept:
             yield from self.optimizer.states()
             yield from items()
 
-        writer.save(everything(), {**meta, GROUPS: group_settings(self.optimizer)})
+        writer.save(everything(), {**meta, GROUPS: self.optimizer.settings()})
         self._numbers[folder] = writer.number
 
     def _number(self, folder: Path) -> int:
@@ -99,8 +98,7 @@ class Kept:
         if strange:
             raise CheckpointError(f"{parts.path}: the checkpoint is of another model: {strange[0]} is not here")
         try:
-            load_group_settings(self.optimizer, parts.meta[GROUPS])
-            self.optimizer.load(parts)
+            self.optimizer.load(parts, parts.meta[GROUPS])
         except Misfit as error:
             raise CheckpointError(f"{parts.path}: the checkpoint is of another optimizer: {error}") from error
         for name, tensor in self._others():

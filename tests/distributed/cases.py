@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import nestopt
 from nestopt.config import Config
 from nestopt.levels import m3, muon
+from nestopt.optim.sharded import units
 from nestopt.train import engines
 from nestopt.train.loop import _Training, train
 from nestopt.train.metrics import read
@@ -94,6 +95,23 @@ def level(spec: Any, steps: int = 5, accumulate: int = 2, **train: Any) -> list[
         loss, _ = engine.update([(part,) for part in batch(step, engine.rank, engine.world).chunk(accumulate)])
         losses.append(float(engine.mean(loss)))
     return losses
+
+
+def in_rounds(spec: Any, limit: int, **train: Any) -> dict[str, Any]:
+    """The losses of a level whose tensors go to their owners in several rounds, and how many there were."""
+    before, units.LIMIT = units.LIMIT, limit
+    made: list[int] = []
+    owned = units.Owned.__init__
+
+    def counted(self: units.Owned, *args: Any, **options: Any) -> None:
+        owned(self, *args, **options)
+        made.append(len(self.rounds))
+
+    units.Owned.__init__ = counted  # type: ignore[method-assign]
+    try:
+        return {"losses": level(spec, **train), "rounds": made}
+    finally:
+        units.LIMIT, units.Owned.__init__ = before, owned  # type: ignore[method-assign]
 
 
 def iterations(spec: Any, steps: int = 6, **train: Any) -> dict[str, Any]:

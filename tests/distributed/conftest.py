@@ -215,6 +215,8 @@ def add_of_two(now: Together, text: str, out: Path) -> None:
         for name, engine in ENGINES.items():
             now.add(("level", level, name), "level", spec=spec, **engine)
     for name, engine in ENGINES.items():
+        if name not in ("ddp", "zero 0"):
+            now.add(("rounds", name), "in_rounds", spec="delta_momentum", limit=100, **engine)
         now.add(("low", name), "level", spec=LEVELS["m3"], dtype="bfloat16", accumulate=4, **engine)
         for level in ("muon", "m3"):
             now.add(("iterations", level, name), "iterations", spec=LEVELS[level], accumulate=1, **engine)

@@ -69,6 +69,14 @@ def test_a_level_is_the_same_everywhere(ends, spec, name):
     assert ends["level", spec, name]["gave"] == pytest.approx(one, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["fsdp2", "zero 1", "zero 2", "zero 3"])
+def test_tensors_that_go_in_rounds_are_stepped_as_those_that_go_at_once(ends, name):
+    """Several are then on their way at a time, to their owners and back, and owners have differently many."""
+    found = ends["rounds", name]["gave"]
+    assert max(found["rounds"]) > 2
+    assert found["losses"] == pytest.approx(level("delta_momentum"), rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_parts_of_a_step_add_up_in_bfloat16_too(ends, name):
     """Of the four, each process's every part counts."""

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from nestopt.config import Config
 from nestopt.levels.m3 import M3
 from nestopt.optim import optimizer as make_optimizer
+from nestopt.optim.sharded import units
 from nestopt.optim.sharded.slices import Slice
 from nestopt.optim.sharded.units import Flat, Owned, Unit
 from nestopt.train import engines
@@ -23,6 +24,7 @@ from nestopt.train.objective import Objective
 from nestopt.train.planning import Sharing, scale
 from nestopt.train.planning.parts import Parts
 from nestopt.train.planning.passes import count_pass
+from nestopt.train.planning.ranks import traffic
 from nestopt.train.planning.scale import rank_memory
 from nestopt.train.run import build_model
 
@@ -163,20 +165,20 @@ def own_step(config: Config, sharing: Sharing, rank: int) -> Callable[[], object
     def run() -> object:
         masters = {name: _sliced(param, sharing, rank).float() for name, param in model.items()}
         gradients = {name: _sliced(param, sharing, rank).to(sharing.dtype) for name, param in model.items()}
-        units: list[Unit] = []
+        made: list[Unit] = []
         for group in nested.param_groups:
             own = [masters[name] for name, _ in _named(group)]
             tables = [_table(group, sharing, r) for r in range(sharing.world)]
             if nested.level(group).is_entrywise:
-                units.append(Flat(nested, group, own, tables[rank]))
+                made.append(Flat(nested, group, own, tables[rank]))
             else:
-                units.append(Owned(nested, group, own, tables, owner, torch.distributed.group.WORLD, 0))
+                made.append(Owned(nested, group, own, tables, owner, torch.distributed.group.WORLD, 0))
         for _ in range(2):
             wide = {name: slice_.to(torch.float32, copy=True) for name, slice_ in gradients.items()}
-            for unit, group in zip(units, nested.param_groups, strict=True):
+            for unit, group in zip(made, nested.param_groups, strict=True):
                 unit.step([wide[name] for name, _ in _named(group)], group, {})
             del wide
-        return units, gradients
+        return made, gradients
 
     return run
 
@@ -199,9 +201,13 @@ def _table(group: dict[str, Any], sharing: Sharing, rank: int) -> list[Slice]:
     return found
 
 
+@pytest.mark.parametrize("limit", [units.LIMIT, 40_000], ids=["at once", "in rounds"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rank", [0, 2])
-def test_an_owner_needs_what_is_planned(processes: Callable[[int, int], None], rank: int, dtype: str) -> None:
+def test_an_owner_needs_what_is_planned(
+    processes: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch, rank: int, dtype: str, limit: int
+) -> None:
+    monkeypatch.setattr(units, "LIMIT", limit)
     config = Config.from_data({**SPREAD, "train": {"dtype": dtype}})
     sharing = Sharing.of(config, 4, "deepspeed", 2)
     parts, rows = Parts.of(config), config.data.batch // sharing.world
@@ -211,3 +217,21 @@ def test_an_owner_needs_what_is_planned(processes: Callable[[int, int], None], r
     assert memory.in_step - memory.weights - memory.buffers == pytest.approx(
         allocated(own_step(config, sharing, rank)), rel=0.1
     )
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_process_sends_what_is_planned(processes: Callable[[int, int], None], rank: int) -> None:
+    config = Config.from_data(SPREAD)
+    sharing = Sharing.of(config, 4, "deepspeed", 2)
+    processes(rank, sharing.world)
+    parts, nested = Parts.of(config), make_optimizer(build_model(config), config)
+    owner = parts.owners(sharing.world)
+    sent = 0
+    for group in nested.param_groups:
+        if not nested.level(group).is_entrywise:
+            own = [_sliced(param.detach(), sharing, rank) for _, param in _named(group)]
+            tables = [_table(group, sharing, r) for r in range(sharing.world)]
+            unit = Owned(nested, group, own, tables, owner, torch.distributed.group.WORLD, 0)
+            sent += sum(now.exchange.sent for now in unit.rounds)
+    planned, _ = traffic({name: parts.shapes[name].numel() for name in owner}, owner, sharing)
+    assert 4 * sent == planned[rank] > 0

@@ -40,9 +40,9 @@ class Exchange:
         self._got = [sum(piece.size for piece in pieces) for pieces in self.coming]
 
     @property
-    def traffic(self) -> int:
-        """How many numbers of each parameter tensor this process sends to others on the way there."""
-        return sum(self._sent) - self._sent[self.rank]
+    def sent(self) -> int:
+        """How many numbers this process sends to others in a step: gradients and values there, values back."""
+        return 2 * (sum(self._sent) - self._sent[self.rank]) + sum(self._got) - self._got[self.rank]
 
     def gather(self, sources: Sequence[Sequence[Tensor]]) -> Pending:
         """Begin to send slices of several tensors a parameter (its gradient, its values) to the owners."""
@@ -81,10 +81,10 @@ class Exchange:
 
     def store(self, coming: Pending, tensors: Sequence[Tensor]) -> None:
         """Put what `scatter` brings where this process has its slices."""
-        received, at = coming.take(), 0
-        for piece in (piece for pieces in self.leaving for piece in pieces):
-            piece.of(tensors).copy_(received[at : at + piece.size])
-            at += piece.size
+        places = [piece.of(tensors) for pieces in self.leaving for piece in pieces]
+        received = coming.take()
+        if places:
+            torch._foreach_copy_(places, list(received.split([place.numel() for place in places])))
 
     def _exchange(self, packed: Tensor, sent: list[int], got: list[int]) -> Pending:
         received = packed.new_empty(sum(got))

@@ -21,7 +21,7 @@ from nestopt.optim.sharded.inputs import total_inputs
 from nestopt.optim.sharded.owners import owners, step_cost
 from nestopt.optim.sharded.saved import Misfit, Own, Saved, StateKeys, Stretch
 from nestopt.optim.sharded.slices import Slice
-from nestopt.optim.sharded.units import LIMIT, Flat, Group, Owned, Unit, Whole
+from nestopt.optim.sharded.units import Flat, Group, Owned, Unit, Whole
 
 TAKEN = "steps_taken"
 """A group's key for how many steps it has taken."""
@@ -77,13 +77,12 @@ class Sharded(Optimizer):
         """The level that a parameter group runs."""
         return self.nested.level(group)
 
-    def attach(self, lying: Sequence[Lying], comm: Any = None, *, limit: int = LIMIT) -> None:
+    def attach(self, lying: Sequence[Lying], comm: Any = None) -> None:
         """Settle what is done with parameters that lie so.
 
         Args:
             lying: of all groups.
             comm: the group of processes over which slices lie; None: there are no others.
-            limit: numbers that a process is sent in a round of `Owned`, about.
 
         Raises:
             RuntimeError: the processes have other levels, or slices that do not make the parameters up.
@@ -109,7 +108,7 @@ class Sharded(Optimizer):
                 unit = Flat(self.nested, group, some.tensors, some.table)
             else:
                 own = [table[i] or () for table in tables]
-                unit = Owned(self.nested, group, some.tensors, own, owner, comm, seed, limit)
+                unit = Owned(self.nested, group, some.tensors, own, owner, comm, seed)
             self._units.update((id(handle), (unit, some)) for handle in some.handles)
         self._attached = True
 
@@ -123,8 +122,7 @@ class Sharded(Optimizer):
             for piece in (piece for table in tables for piece in table[i] or ()):
                 if piece.name not in costs:
                     costs[piece.name] = step_cost(level, torch.Size(piece.shape), group.get("view"))
-        self.owner = owners(costs, len(tables))
-        return self.owner
+        return owners(costs, len(tables))
 
     def _check_alike(self, comm: Any) -> None:
         mine = [
@@ -221,23 +219,41 @@ class Sharded(Optimizer):
         for unit in self.units():
             yield from unit.state()
 
-    def load(self, saved: Saved) -> None:
-        """Put back weights and state of what was saved, wherever it lay then.
+    def settings(self) -> list[dict[str, Any]]:
+        """Settings and names of each group, as plain values; numbers that are tensors become numbers."""
+        found = plain_groups([{k: v for k, v in g.items() if k != "params"} for g in self.param_groups])
+        for group, own in zip(found, self.names, strict=True):
+            group["param_names"] = list(own)
+            group.update((key, value.item()) for key, value in list(group.items()) if isinstance(value, Tensor))
+        return found
+
+    def load(self, saved: Saved, settings: Sequence[dict[str, Any]]) -> None:
+        """Put back settings, weights and state of what was saved, wherever it lay then.
 
         Raises:
-            Misfit: it is of another optimizer.
+            Misfit: it is of another optimizer. Weights have not been changed then.
         """
+        self._load_states(saved, settings)
+        for unit in self.units():
+            unit.load_weights(saved)
+
+    def _load_states(self, saved: Saved, settings: Sequence[dict[str, Any]]) -> None:
+        if [list(group["param_names"]) for group in settings] != self.names:
+            raise Misfit("it has its parameters in other groups")
         keys = StateKeys(saved)
         if strange := keys.names() - self.models.keys():
             raise Misfit(f"it has a state of {min(strange)}, which has none here")
+        try:
+            merged = [
+                merged_group(self.nested, {**theirs, "params": group["params"]}, group, i)
+                for i, (theirs, group) in enumerate(zip(settings, self.param_groups, strict=True))
+            ]
+        except ValueError as error:
+            raise Misfit(str(error)) from None
         for unit in self.units():
             unit.load_state(saved, keys)
-        for unit in self.units():
-            unit.load_weights(saved)
-        self.go_on()
-
-    def go_on(self) -> None:
-        """Let units count steps from where their groups are: after these were loaded."""
+        for group, new in zip(self.param_groups, merged, strict=True):
+            group.update(new)
         for unit, lying in self._units.values():
             unit.taken = int(self.param_groups[lying.group].get(TAKEN, 0))
 
@@ -246,30 +262,17 @@ class Sharded(Optimizer):
 
         That is what DeepSpeed's own checkpoints are made of; `nestopt.train.deepspeed.save` has no such limits.
         """
-        groups = plain_groups([{k: v for k, v in g.items() if k != "params"} for g in self.param_groups])
-        kept = {name: dataclasses.asdict(item) for name, item in self.states()}
-        return {"state": {}, "param_groups": groups, "nest": kept}
+        kept = {name: {"values": s.values, "shape": s.shape, "start": s.start} for name, s in self.states()}
+        return {"state": {}, "param_groups": self.settings(), "nest": kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put back what `state_dict` of the same process gave; numbers of the groups too.
 
         Raises:
-            ValueError: it is of another optimizer, stage or number of processes.
+            Misfit: it is of another optimizer, stage or number of processes.
         """
-        saved, groups = state_dict["param_groups"], self.param_groups
-        if len(saved) != len(groups):
-            raise Misfit(f"it has {len(saved)} parameter groups, this optimizer {len(groups)}")
-        merged = [
-            merged_group(self.nested, {**theirs, "params": group["params"]}, group, i)
-            for i, (theirs, group) in enumerate(zip(saved, groups, strict=True))
-        ]
         own = Own({name: Stretch(**item) for name, item in state_dict["nest"].items()})
-        keys = StateKeys(own)
-        for unit in self.units():
-            unit.load_state(own, keys)
-        for group, new in zip(groups, merged, strict=True):
-            group.update(new)
-        self.go_on()
+        self._load_states(own, state_dict["param_groups"])
 
 
 def _short(value: object) -> str:

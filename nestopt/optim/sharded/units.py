@@ -177,7 +177,7 @@ class Flat(Unit):
 class Owned(Unit):
     """Slices of parameters that a level must see whole: they go to their owners, are stepped there, and come back.
 
-    The owners' tensors are divided into rounds of about `limit` numbers; while one is stepped, the next is on its way
+    The owners' tensors are divided into rounds of about `LIMIT` numbers; while one is stepped, the next is on its way
     there and the former on its way back. Weights travel in the dtype of the slices.
 
     Args:
@@ -185,7 +185,6 @@ class Owned(Unit):
         owner: of each parameter, by name.
         comm: the group of processes.
         seed: of states that start at random, the same on all processes; as of `Whole`.
-        limit: numbers that a process is sent in a round, about.
     """
 
     def __init__(
@@ -197,7 +196,6 @@ class Owned(Unit):
         owner: Mapping[str, int],
         comm: Any,
         seed: int,
-        limit: int = LIMIT,
     ) -> None:
         rank = torch.distributed.get_rank(comm)
         super().__init__(tensors, tables[rank])
@@ -205,7 +203,7 @@ class Owned(Unit):
         self._shapes = {piece.name: piece.shape for table in tables for piece in table}
         self.rounds = [
             _Round(nested, group, names, self._shapes, tables, owner, comm, seed, tensors[0])
-            for names in rounds(self._shapes, owner, len(tables), limit)
+            for names in rounds(self._shapes, owner, len(tables), LIMIT)
         ]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

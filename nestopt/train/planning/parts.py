@@ -14,6 +14,7 @@ from nestopt.core.gates import bind
 from nestopt.core.level import Level
 from nestopt.models.build import build_model
 from nestopt.optim import optimizer as make_optimizer
+from nestopt.optim.sharded import units
 from nestopt.optim.sharded.owners import owners, step_cost
 from nestopt.optim.views import Split
 from nestopt.train.planning.sharing import Sharing
@@ -90,7 +91,11 @@ class Parts:
                 shapes = {name: torch.Size([sharing.part(s.numel(), rank)]) for name, s in shapes.items()}
             elif sharing.spreads_states:
                 assert owner is not None
-                shapes = {name: shape for name, shape in shapes.items() if owner[name] == rank}
+                every = {name: tuple(shape) for name, shape in shapes.items()}
+                for names in units.rounds(every, owner, sharing.world, units.LIMIT):
+                    mine = {name: shapes[name] for name in names if owner[name] == rank}
+                    total = total + self._step(i, settings, mine, sharing.stepped)
+                continue
             total = total + self._step(i, settings, shapes, sharing.stepped)
         return total
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from nestopt.config import Config, ConfigError
 from nestopt.nn.hope import Learn
-from nestopt.optim.sharded.units import LIMIT, held_in_rounds, rounds
+from nestopt.optim.sharded import units
 from nestopt.train.planning.parts import Parts
 from nestopt.train.planning.passes import Pass, count_pass
 from nestopt.train.planning.ranks import NUMBER, traffic
@@ -215,10 +215,10 @@ def _working(parts: Parts, owner: Mapping[str, int], sharing: Sharing, rank: int
         sizes = {name: shape.numel() for name, shape in group.shapes.items() if name in owner}
         if sizes:
             shapes = {name: tuple(group.shapes[name]) for name in sizes}
-            found = rounds(shapes, owner, sharing.world, LIMIT)
+            found = units.rounds(shapes, owner, sharing.world, units.LIMIT)
             own = [sum(sizes[name] for name in names if owner[name] == rank) for names in found]
             slices = [sum(sharing.part(sizes[name], rank) for name in names) for names in found]
-            most = max(most, NUMBER * held_in_rounds(own, slices, -(-work // NUMBER)))
+            most = max(most, NUMBER * units.held_in_rounds(own, slices, -(-work // NUMBER)))
     return most
 
 

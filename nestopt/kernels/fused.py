@@ -57,7 +57,8 @@ def adam(
     taken off the parameter if `decoupled`.
     """
     device = params[0].device
-    count = _on_cpu(step) if device.type == "cpu" else torch.full((), step, device=device)
+    # the kernels read a float32 and don't look whether it is one
+    count = _on_cpu(step) if device.type == "cpu" else torch.full((), step, dtype=torch.float32, device=device)
     kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
     kernel(  # type: ignore[call-overload]
         params,

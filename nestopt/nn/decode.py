@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestopt.core.associative import AssociativeMemory
+from nestopt.core.device import no_autocast, number_like
 from nestopt.core.level import Level
 from nestopt.core.part import Gate, Number
 from nestopt.core.retentions import Decay
@@ -97,7 +98,7 @@ def keep(layer: SequenceMemory, h: Tensor, state: State) -> tuple[Tensor, State]
     level, held = layer.level, state[PENDING]
     assert isinstance(level, AssociativeMemory)
     q, k, v, gates, live, given = shown(layer, h, state)
-    with torch.autocast(h.device.type, enabled=False):
+    with no_autocast(h.device):
         y = level.memory.read(state["level"]["memory"], level.features(q[:, :, None]))
         y = torch.where(live[..., None], y[:, :, 0], torch.nan).to(given)
         gates = torch.where(live[:, None], gates, layer.level_gates.idle_like(gates))
@@ -121,9 +122,9 @@ def move(layer: SequenceMemory, h: Tensor, state: State) -> tuple[Tensor, State]
     at = dict(zip(layer.level_gates.idle, gates.unbind(1), strict=True))
 
     def number(value: Number, path: str) -> Tensor:
-        return at[path] if isinstance(value, Gate) else torch.as_tensor(value, dtype=gates.dtype, device=gates.device)
+        return at[path] if isinstance(value, Gate) else number_like(value, gates)
 
-    with torch.autocast(h.device.type, enabled=False):
+    with no_autocast(h.device):
         q, k = level.features(q), level.features(k)
         rate, share, kept = number(level.lr, "lr"), None, before
         if level.step_size != 1.0:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nestopt.core.device import no_autocast
 from nestopt.core.tree import State
 from nestopt.kernels import mlp
 from nestopt.ops.deep_scan import Now, Read, Settings, scan_chunks
@@ -143,7 +144,7 @@ def _run(
     fresh = {"k": given.k, "v": given.v, "live": given.live}
     idle = {"lr": 0.0, "decay": 1.0, "momentum": 1.0}
     fresh |= {name: given.gate(gate, idle[name]).expand(lengths) for name, gate in gates.items()}
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         now, pending = _begun(weights, fresh, settings, "momentum" in gates, state)
         y, now, rest = scan_chunks(now, given.q, pending, fresh, settings)
     return given.answer(y), {**named(now), "pending": rest}

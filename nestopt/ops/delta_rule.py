@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nestopt.core.device import no_autocast
 from nestopt.kernels.chunk_matrix import Shares, answers, corrected, shares, shares_with_momentum
 from nestopt.ops.given import Tokens, check_finite, packed
 from nestopt.ops.segments import check_gates, chunk_for, chunks_of, first, log_gate, over_segments, rates
@@ -97,7 +98,7 @@ def delta_rule(
         u, begun, memory = corrected(k, v, rates(x, gates, size), error, ends, memory)
         return answers(q, k, u, after if read == "after" else after.before(), begun).flatten(2, 3), memory
 
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         y, end = over_segments(run, q, k, v, gates, start, chunk=chunk, mask=mask)
     if momentum is None:
         return y, end

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nestopt.core.associative import AssociativeMemory
+from nestopt.core.device import no_autocast
 from nestopt.core.gates import gates_of, per_head
 from nestopt.core.level import Level
 from nestopt.core.memories import Memory
@@ -97,7 +98,7 @@ def run(
     if state is None:
         state = begin(level, q, v[:, :0].to(dtype), learned)
     form = fast_form(level)
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         if not learn:
             return recall(level, q, k, v, gates, state, mask), state
         if form is None:

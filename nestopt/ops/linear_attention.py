@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nestopt.core.device import no_autocast
 from nestopt.kernels.chunk_matrix import added, answers, shares
 from nestopt.ops.given import Tokens, check_finite, packed
 from nestopt.ops.segments import check_gates, chunk_for, chunks_of, first, log_gate, over_segments
@@ -79,7 +80,7 @@ def linear_attention(
         y = answers(queries, keys, values, after if read == "after" else after.before(), begun)
         return y.flatten(2, 3), memory
 
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         return over_segments(run, q, k, v, gates, state, chunk=chunk, mask=mask)
 
 

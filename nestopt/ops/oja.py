@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
+from nestopt.core.device import no_autocast
 from nestopt.kernels.chunk_matrix import answers, corrected, shares
 from nestopt.ops.given import Tokens, check_finite, packed
 from nestopt.ops.segments import check_gates, chunks_of, first, log_gate, over_segments, rates
@@ -79,5 +79,5 @@ def oja(
         y = answers(queries, u, values, after if read == "after" else after.before(), begun.mT)
         return y.flatten(2, 3), end.mT
 
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         return over_segments(run, q, k, v, gates, start, chunk=chunk, mask=mask)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestopt.core.device import no_autocast
 from nestopt.core.tree import State
 from nestopt.kernels.chunk_matrix import answers, corrected, shares
 from nestopt.ops.given import Tokens, check_finite, packed
@@ -94,7 +95,7 @@ def omega(
         y = answers(queries, keys, u, (after if read == "after" else after.before()).repeated(1, window), begun)
         return y.flatten(2, 3), {"memory": memory, **pairs}
 
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         return over_segments(run, q, k, v, gates, start, chunk=max(1, chunk // window), mask=mask, rows=window)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nestopt.core.device import no_autocast
 from nestopt.core.part import nearest
 from nestopt.core.tree import State
 from nestopt.kernels import mlp
@@ -159,7 +160,7 @@ def _run(
         state = _begun(starts, given, theta is not None)
     else:
         _check_state(state, starts, maker, given, theta is not None, settings)
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         y, new = scan_boxes(given, theta, state, maker, settings)
     return given.answer(y), new
 

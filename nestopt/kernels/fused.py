@@ -45,6 +45,11 @@ def _counts(step: float | Sequence[Tensor], params: Sequence[Tensor]) -> Sequenc
     return [count] * len(params)
 
 
+def _rate(lr: float | Tensor) -> float | Tensor:
+    """Return a learning rate as the kernels read it: on an accelerator in float32."""
+    return lr.to(torch.float32) if isinstance(lr, Tensor) and lr.device.type != "cpu" else lr
+
+
 def adam(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -74,7 +79,7 @@ def adam(
         exp_avg_sqs,
         max_exp_avg_sqs,
         _counts(step, params),
-        lr=lr,
+        lr=_rate(lr),
         beta1=betas[0],
         beta2=betas[1],
         weight_decay=weight_decay,
@@ -107,7 +112,7 @@ def sgd(
         momenta,
         weight_decay=weight_decay,
         momentum=momentum,
-        lr=lr,
+        lr=_rate(lr),
         dampening=dampening,
         nesterov=nesterov,
         maximize=maximize,

@@ -22,7 +22,7 @@ from nestopt.core.device import present_exception
 WAITING = frozenset(
     {
         *("_local_scalar_dense", "is_nonzero", "equal", "histc", "bincount", "multinomial"),
-        *("nonzero", "nonzero_numpy", "masked_select", "repeat_interleave"),
+        *("nonzero", "nonzero_numpy", "masked_select", "repeat_interleave.Tensor"),
         *("_unique2", "unique_dim", "unique_consecutive"),
         *("_linalg_eigh", "_linalg_check_errors", "_linalg_svd", "linalg_eig", "linalg_lstsq"),
     }
@@ -107,7 +107,7 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, given = func.overloadpacket.__name__, tree_leaves((args, kwargs))
         if any(map(on_device, given)) or on_device(kwargs and kwargs.get("out")):
-            self._check(name, args, given)
+            self._check(name, f"{name}.{func._overloadname}", args, given)
         elif (
             name == "_to_copy"
             and present_exception() is None
@@ -119,12 +119,12 @@ class _Operations(TorchDispatchMode):
             _refuse(self.found, f"float64 on the device ({name})")
         return out
 
-    def _check(self, name: str, args: Any, given: list[Any]) -> None:
+    def _check(self, name: str, overload: str, args: Any, given: list[Any]) -> None:
         if name == "copy_" and on_device(args[0]) and _on_host(args[1]):
             _refuse(self.found, "a tensor of the host's is copied to the device (copy_)")
         if name == "_to_copy" or (name == "copy_" and present_exception() is not None):
             return
-        if name in WAITING and present_exception() is None:
+        if (name in WAITING or overload in WAITING) and present_exception() is None:
             _refuse(self.found, f"the host waits for the device ({name})")
         if name in ("index", "index_put_", "index_put", "_index_put_impl_") and _masks(args):
             _refuse(self.found, f"the host waits for the device (a mask as an index, {name})")

@@ -4,41 +4,55 @@ A forward, backward, optimizer or decoding step queues its work on an accelerato
 that: a *wait* (the host asks for a number that the device still has to compute) and a *pageable copy* (the host hands
 over memory that it may change, so that it too must wait, and no CUDA graph can be captured). So numbers that the host
 knows are filled in on the device (`number_like`), what it must copy goes through pinned memory (`upload`), and a wait
-is one of `WAITS`, said at the place (`waits`).
+is one of `EXCEPTIONS`, said at the place (`by_contract`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from nestopt.core.part import Gate, Number
 
-WAITS = {
+EXCEPTIONS = {
     "validate": "validate=True looks at every number, to name the first that is not allowed",
-    "places": "rows of a batch at places of their own, once: a state from elsewhere (a file, another device, chosen "
-    "rows), or one after a mask on the device, for a level whose clocks must be told on the host when they are due",
+    "places": "rows of a batch at places of their own: once for a state from elsewhere (a file, another device, chosen "
+    "rows) or after a mask on the device, where clocks must be told on the host when they are due",
     "documents": "starts or cu_seqlens on the device: how documents are packed decides shapes; give them on the CPU",
-    "eigh": "torch.linalg.eigh checks its result on the host (matrix roots of shampoo and matrix_adagrad)",
-    "returned": "what is returned is Python's: metrics() as numbers, text, a report, a table",
+    "upload": "what the host knows (ends of documents, numbers of rows) is copied from pinned memory, without waiting",
+    "agree": "several processes agree at each training step whether to stop, on time where that ends the run, and on how "
+    "many rows the layers of dgd have seen",
+    "attn_mask": "an attn_mask on the device, without is_causal=True, is compared with the causal one",
+    "eigh": "torch.linalg.eigh checks its result on the host: the matrix roots of shampoo and matrix_adagrad",
+    "finite": "on_nonfinite='skip' or 'raise' decides on the host whether a step is taken",
+    "returned": "what is returned, or saved, is Python's: text, a report, a checkpoint",
 }
-"""Where a hot path waits for its device by contract, and why."""
+"""Where a hot path waits for its device, or copies to it, by contract, and why."""
 
-_present: contextvars.ContextVar[str | None] = contextvars.ContextVar("nestopt_wait", default=None)
+_present: contextvars.ContextVar[str | None] = contextvars.ContextVar("nestopt_exception", default=None)
+_refusing: contextvars.ContextVar[bool] = contextvars.ContextVar("nestopt_refusing", default=False)
+
+
+class WaitError(RuntimeError):
+    """A wait for the device where there must be none, as in the capture of a CUDA graph."""
 
 
 @contextlib.contextmanager
-def waits(reason: str) -> Iterator[None]:
-    """Mark what runs within as a wait for the device that is one of `WAITS`.
+def by_contract(reason: str) -> Iterator[None]:
+    """Mark what runs within as one of `EXCEPTIONS`.
 
     Raises:
         KeyError: for another reason.
+        WaitError: within `no_exceptions`.
     """
-    WAITS[reason]
+    why = EXCEPTIONS[reason]
+    if _refusing.get():
+        raise WaitError(why)
     token = _present.set(reason)
     try:
         yield
@@ -46,9 +60,66 @@ def waits(reason: str) -> Iterator[None]:
         _present.reset(token)
 
 
-def present_wait() -> str | None:
-    """Return the reason of the wait that is marked by `waits` at present."""
+@contextlib.contextmanager
+def no_exceptions() -> Iterator[None]:
+    """Refuse every exception within, by a WaitError."""
+    token = _refusing.set(True)
+    try:
+        yield
+    finally:
+        _refusing.reset(token)
+
+
+def present_exception() -> str | None:
+    """Return the reason of the exception that is marked at present."""
     return _present.get()
+
+
+def upload(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """Copy what the host knows, whole numbers or a tensor, to a device, without waiting where that can be."""
+    made = values if isinstance(values, Tensor) else torch.tensor(values)
+    if made.device == device or made.device.type != "cpu":
+        return made.to(device)
+    with by_contract("upload"):
+        return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
+
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def remember(tensor: Tensor, numbers: Iterable[int]) -> Tensor:
+    """Note that the host knows which `numbers` a tensor of whole numbers holds, as long as nobody changes it in place.
+
+    Returns:
+        The tensor, of which this is known; in inference mode a copy, as torch does not count changes of tensors made
+        there.
+    """
+    if torch.compiler.is_compiling():
+        return tensor
+    if tensor.is_inference():
+        with torch.inference_mode(False):
+            tensor = tensor.clone()
+    _known[tensor] = (tensor._version, sorted(set(numbers)))
+    return tensor
+
+
+def known(tensor: Tensor) -> list[int] | None:
+    """Return the different numbers that a tensor holds, rising, if the host knows them (`remember`)."""
+    if torch.compiler.is_compiling() or tensor not in _known:
+        return None
+    version, numbers = _known[tensor]
+    return list(numbers) if version == tensor._version else None
+
+
+def numbers_in(tensor: Tensor) -> list[int]:
+    """Return the different numbers that a tensor of whole numbers holds, rising; waits if only a device knows them."""
+    if (numbers := known(tensor)) is not None:
+        return numbers
+    with by_contract("places") if tensor.device.type != "cpu" else contextlib.nullcontext():
+        numbers = sorted(set(tensor.flatten().tolist()))
+    if not tensor.is_inference():
+        remember(tensor, numbers)
+    return numbers
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:

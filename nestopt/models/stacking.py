@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nestopt.core.associative import Gd
-from nestopt.core.device import numbers_in
+from nestopt.core.device import by_contract, holds_only, numbers_in
 from nestopt.core.level import Level
 from nestopt.core.memories import Memory, Theta
 from nestopt.core.tree import State
@@ -93,7 +93,7 @@ class Layer:
     def weights(self, state: Mapping[str, Any]) -> Theta | None:
         """Those of each sequence; None where they are still the trained ones."""
         found: Theta = state["levels"][LEVEL]["weights"]
-        return None if all(is_shared(w) for w in found.values()) and not state["step"].any() else found
+        return None if all(is_shared(w) for w in found.values()) and holds_only(state["step"], 0) else found
 
     def observe(
         self,
@@ -228,7 +228,8 @@ class Stacked(nn.Module):
             )
 
     def _plain(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-        found = self.pretrained(tokens, attention_mask=attention_mask)
+        with by_contract("pretrained"):
+            found = self.pretrained(tokens, attention_mask=attention_mask)
         return cast(Tensor, found.logits if hasattr(found, "logits") else found.last_hidden_state)
 
     def _taught(self, tokens: Tensor, state: State, context: Any, mask: Tensor | None) -> tuple[Tensor, State]:

@@ -16,6 +16,7 @@ from torch.func import grad as gradient_of
 from torch.func import vmap
 
 from nestopt.core.clock import advance, due, start
+from nestopt.core.device import number_like, where
 from nestopt.core.features import Features, Identity
 from nestopt.core.gates import bind
 from nestopt.core.inputs import INPUTS, Inputs, wants_of
@@ -234,12 +235,11 @@ class AssociativeMemory(Level):
 
     def _rate(self, theta: Theta, k: Tensor) -> Tensor:
         """The rates `[n]` of pairs that come together."""
-        lr = torch.as_tensor(self.lr, dtype=k.dtype, device=k.device).expand(k.shape[0])
+        lr = number_like(self.lr, k).expand(k.shape[0])
         if not self.normalized:
             return lr
         damping, delta = (
-            None if number is None else torch.as_tensor(number, dtype=k.dtype, device=k.device).expand_as(lr)
-            for number in (self._damping, self._delta)
+            None if number is None else number_like(number, k).expand_as(lr) for number in (self._damping, self._delta)
         )
         assert damping is not None
         return self.rates(theta, k, lr, damping, delta)
@@ -344,17 +344,17 @@ class AssociativeMemory(Level):
             return {"memory": theta, "rule": rules}
         surprise = tree_map(torch.add, surprise, state["sum"])
         theta, rules = self.learn(state["memory"], state["rule"], surprise, signal.every(self.period), shown)
-        now = torch.as_tensor(due(signal.step, self.period), device=next(iter(theta.values())).device)
+        now = due(signal.step, self.period)
         theta, rules = (
-            tree_map(lambda new, old: torch.where(now, new, old), written, kept)
+            tree_map(lambda new, old: where(now, new, old), written, kept)
             for written, kept in ((theta, state["memory"]), (rules, state["rule"]))
         )
-        left = tree_map(lambda s: torch.where(now, torch.zeros_like(s), s), surprise)
+        left = tree_map(lambda s: where(now, torch.zeros_like(s), s), surprise)
         return {"memory": theta, "rule": rules, "sum": left}
 
     @staticmethod
     def _numbers(values: list[Number], like: Tensor) -> Tensor:
-        return torch.stack([torch.as_tensor(value, dtype=like.dtype, device=like.device) for value in values])
+        return torch.stack([number_like(value, like) for value in values])
 
     def _answer(self, theta: Theta, q: Tensor) -> Tensor:
         if self.memory.linear:

@@ -96,6 +96,6 @@ def descend_(
 
 def _reported(direction: Tensor, signal: Signal) -> Tensor:
     if signal.note is not None:
-        signal.note("writes", torch.ones(()))
+        signal.note("writes", direction.new_ones(()))
         signal.note("update_rms", direction.square().mean().sqrt())
     return direction

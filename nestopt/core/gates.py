@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from nestopt.core.device import constants
 from nestopt.core.part import Gate, Heads, Part
 
 P = TypeVar("P", bound=Part)
@@ -24,7 +25,7 @@ def gates_of(part: Part, prefix: str = "") -> dict[str, Gate]:
 def per_head(part: Part, like: Tensor) -> dict[str, Tensor]:
     """The constants per head of `part` by dotted path, `[B, T, H]` for tokens like `like` `[B, T, H, D]`."""
     return {
-        path: like.new_tensor(gate.values(like.shape[2])).expand(like.shape[:3])
+        path: constants(gate.values(like.shape[2]), like).expand(like.shape[:3])
         for path, gate in gates_of(part).items()
         if isinstance(gate, Heads)
     }

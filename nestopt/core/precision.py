@@ -116,13 +116,6 @@ class products_in:
         _now.precision = self.before
 
 
-def no_autocast(device: torch.device, off: bool = True) -> contextlib.AbstractContextManager[Any]:
-    """Within this, autocast is off on such a device, if `off` says so: memories say themselves what is rounded."""
-    if not off or not torch.amp.is_autocast_available(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
 def as_in_forward(backward: Callable[..., Any]) -> Callable[..., Any]:
     """The `backward` of an autograd function, with products as in its forward pass, whose `ctx.precision` that was."""
 

@@ -8,17 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-NAMES = ("_fused_adam_", "_fused_adamw_", "_fused_sgd_")
 
-
-@functools.cache
 def available(device: str, dtype: torch.dtype) -> bool:
     """Whether torch has the kernels for tensors of `dtype` on a device of this type; meta tensors are like CUDA's."""
-    return (
-        device in ("cpu", "cuda", "meta")
-        and dtype in (torch.float32, torch.float64)
-        and all(hasattr(torch, name) for name in NAMES)
-    )
+    return device in ("cpu", "cuda", "meta") and dtype in (torch.float32, torch.float64)
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -31,9 +24,25 @@ def takes(*tensors: Tensor) -> bool:
     )
 
 
+if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_sgd_", "Meta"):
+    # torch lacks this one: a step on tensors without data writes nothing
+    _meta = torch.library.Library("aten", "IMPL", "Meta")
+    for _overload in ("_fused_sgd_", "_fused_sgd_.tensor_lr"):
+        _meta.impl(_overload, lambda *args, **kwargs: None)
+
+
 @functools.lru_cache(maxsize=64)
 def _on_cpu(step: float) -> Tensor:
     return torch.tensor(step, dtype=torch.float32)
+
+
+def _counts(step: float | Sequence[Tensor], params: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the step counts as the kernels read them: float32, on the device, and they don't look whether it is so."""
+    if not isinstance(step, int | float):
+        return step
+    device = params[0].device
+    count = _on_cpu(step) if device.type == "cpu" else torch.full((), step, dtype=torch.float32, device=device)
+    return [count] * len(params)
 
 
 def adam(
@@ -42,7 +51,7 @@ def adam(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     max_exp_avg_sqs: Sequence[Tensor],
-    step: float,
+    step: float | Sequence[Tensor],
     *,
     lr: float | Tensor,
     betas: tuple[float, float],
@@ -53,11 +62,10 @@ def adam(
 ) -> None:
     """A step of Adam on every parameter and its memories, in place. AMSGrad where `max_exp_avg_sqs` is not empty.
 
-    `step` counts from 1; `float("inf")` leaves out the bias correction. Weight decay is added to the gradient, or
+    `step` counts from 1, for all or, as float32 tensors beside them, for each; `float("inf")` leaves out the bias
+    correction. Weight decay is added to the gradient, or
     taken off the parameter if `decoupled`.
     """
-    device = params[0].device
-    count = _on_cpu(step) if device.type == "cpu" else torch.full((), step, device=device)
     kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
     kernel(  # type: ignore[call-overload]
         params,
@@ -65,7 +73,7 @@ def adam(
         exp_avgs,
         exp_avg_sqs,
         max_exp_avg_sqs,
-        [count] * len(params),
+        _counts(step, params),
         lr=lr,
         beta1=betas[0],
         beta2=betas[1],

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
+
+from nestopt.core.device import by_contract
 
 
 def inverse_root(gram: Tensor, order: int, eps: float = 1e-6) -> Tensor:
@@ -26,7 +30,8 @@ def inverse_root(gram: Tensor, order: int, eps: float = 1e-6) -> Tensor:
     if order < 1 or order & (order - 1):
         raise ValueError(f"order={order!r} is not allowed; give a power of 2")
     a = gram.to(torch.promote_types(gram.dtype, torch.float32))
-    values, vectors = torch.linalg.eigh(a.detach())
+    with by_contract("eigh") if a.device.type != "cpu" else contextlib.nullcontext():
+        values, vectors = torch.linalg.eigh(a.detach())
     largest = values[..., -1:].clamp_min(0)
     values = values.clamp_min(0) + torch.where(largest > 0, eps * largest, 1.0)
     roots = values ** (1 / order)

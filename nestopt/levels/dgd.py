@@ -12,6 +12,7 @@ from torch.func import grad as gradient_of
 
 from nestopt.core.associative import Gd
 from nestopt.core.clock import advance, advance_, start
+from nestopt.core.device import number_like
 from nestopt.core.inputs import INPUTS, Inputs, Wants
 from nestopt.core.level import Level
 from nestopt.core.objectives import L2, Dot, Objective
@@ -216,7 +217,7 @@ class Ggd(_OnLayers):
             return direction, state
         # the optimizer takes off lr·u: at lr = 0 nothing moves, and nothing fades
         lost = signal.param - self.retention(signal.param)
-        rate = torch.as_tensor(lr, dtype=lost.dtype, device=lost.device)
+        rate = number_like(lr, lost)
         return direction + torch.where(rate > 0, lost / torch.where(rate > 0, rate, 1), 0), state
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nestopt.core.associative import Gd
 from nestopt.core.clock import advance, start
+from nestopt.core.device import number_like
 from nestopt.core.level import Level
 from nestopt.core.memories import rows
 from nestopt.core.order import Node
@@ -148,7 +149,7 @@ class DeltaMomentum(Level):
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         m, g = state["momentum"], rows(grad)
         length = g.square().sum()
-        zeta = torch.as_tensor(self.zeta, dtype=g.dtype, device=g.device)
+        zeta = number_like(self.zeta, g)
         # s / ‖g‖², finite where g = 0
         inverse = 1 / length.clamp_min(torch.finfo(g.dtype).tiny)
         if self.normalize == "clip":

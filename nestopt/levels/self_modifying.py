@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestopt.core.device import number_like
 from nestopt.core.level import Level
 from nestopt.core.memories import Mlp, Theta, rows
 from nestopt.core.order import Node
@@ -206,7 +207,7 @@ class SelfModifying(Level):
         }
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
-        gates = {} if self.momentum is None else {"momentum": torch.as_tensor(self.momentum, dtype=k.dtype)[None]}
+        gates = {} if self.momentum is None else {"momentum": number_like(self.momentum, k)[None]}
         live = torch.ones(1, dtype=torch.bool, device=k.device)
         y, state = self.attend_chunk(q[None], k[None], v[None], gates, live, state, signal)
         return y[0], state
@@ -232,7 +233,7 @@ class SelfModifying(Level):
 
     def _momenta(self, gates: Mapping[str, Tensor], like: Tensor) -> Tensor:
         value = gates.get("momentum", 0.0 if self.momentum is None else self.momentum)
-        return torch.as_tensor(value, dtype=like.dtype, device=like.device).expand(len(like))
+        return number_like(value, like).expand(len(like))
 
     def _weights(self, state: State) -> dict[str, Theta]:
         return {name: state["projections"][name]["weights"] for name in self.adaptive}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,32 +27,58 @@ class Cost:
     """Of one run of some code.
 
     Attributes:
-        flops: of its matrix products, a multiplication and an addition each counted.
+        products: floating-point operations of its matrix products, a multiplication and an addition each counted, by
+            the dtype of their factors; `"tf32"` are float32 products that torch may compute in TensorFloat-32.
         bytes: read and written by all operations, as if nothing stayed in a cache.
-        ops: operations that touch data.
+        ops: operations that touch data: each is a kernel launch or more on an accelerator.
     """
 
-    flops: int = 0
+    products: Mapping[str, int] = dataclasses.field(default_factory=dict)
     bytes: int = 0
     ops: int = 0
 
+    @property
+    def flops(self) -> int:
+        """Of products in all dtypes."""
+        return sum(self.products.values())
+
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.ops + other.ops)
+        products = dict(Counter(self.products) + Counter(other.products))
+        return Cost(products, self.bytes + other.bytes, self.ops + other.ops)
 
 
-class _Counter(TorchDispatchMode):
+class CostCounter(TorchDispatchMode):
+    """Count what the operations of a `with` block cost.
+
+    Meta tensors stand for an accelerator's: what then happens on the CPU beside them (a step count) is not counted.
+    """
+
     def __init__(self) -> None:
         super().__init__()
-        self.flops = self.bytes = self.ops = 0
+        self._products: Counter[str] = Counter()
+        self._bytes = self._ops = 0
+
+    @property
+    def cost(self) -> Cost:
+        """Of all operations until now."""
+        return Cost(dict(self._products), self._bytes, self._ops)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func.is_view or func.namespace == "prim" or func in _FREE:
             return out
-        self.flops += _flops(func, args, kwargs, out)
-        self.bytes += sum(_size(x) for x in tree_leaves((args, kwargs, out)))
-        self.ops += 1
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        if flops := _flops(func, args, kwargs, out):
+            self._products[_product_dtype(tensors[0])] += flops
+        self._bytes += sum(map(_size, tensors))
+        self._ops += 1
         return out
+
+
+def _product_dtype(factor: Tensor) -> str:
+    if factor.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return str(factor.dtype).removeprefix("torch.")
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
@@ -68,12 +95,16 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 # those of other devices are in the registry
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-_FREE = {torch.ops.aten.detach.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.lift_fresh.default}
+_aten = torch.ops.aten
+_FREE = {
+    *(_aten.detach.default, _aten._unsafe_view.default, _aten.lift_fresh.default),
+    # memory is taken, and nothing is written to it
+    *(_aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default),
+    *(_aten.new_empty.default, _aten.new_empty_strided.default),
+}
 
 
-def _size(x: Any) -> int:
-    if not isinstance(x, Tensor):
-        return 0
+def _size(x: Tensor) -> int:
     # an expanded tensor is read where it is
     kept = [n for n, stride in zip(x.shape, x.stride(), strict=True) if stride]
     return x.element_size() * int(torch.Size(kept).numel())
@@ -81,9 +112,9 @@ def _size(x: Any) -> int:
 
 def cost_of(run: Callable[[], object]) -> Cost:
     """What `run` costs. Within a `FakeTensorMode` nothing is computed and no memory needed, however large it is."""
-    with _Counter() as counter:
+    with CostCounter() as counter:
         run()
-    return Cost(counter.flops, counter.bytes, counter.ops)
+    return counter.cost
 
 
 class Live(TorchDispatchMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nestopt.core.device import no_autocast
 from nestopt.core.level import Level
-from nestopt.core.precision import Precision, check_precision, check_products, no_autocast, products_in
+from nestopt.core.precision import Precision, check_precision, check_products, products_in
 from nestopt.core.tree import State, leaves, nested
 from nestopt.levels.cms import Cms
 from nestopt.levels.tokens import Attention
@@ -366,7 +368,8 @@ class HopeLM(nn.Module):
             ) from None
 
     def _signal(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        with no_autocast(hidden.device, self.precision != "float32"), products_in(self.precision):
+        autocast = nullcontext() if self.precision == "float32" else no_autocast(hidden.device)
+        with autocast, products_in(self.precision):
             return teach_signal(hidden, targets.long(), self.norm, self.head)
 
     @property

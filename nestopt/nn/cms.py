@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from nestopt.core.device import no_autocast
 from nestopt.core.memories import Memory, Theta
-from nestopt.core.precision import Precision, check_precision, check_products, no_autocast, products_in
+from nestopt.core.precision import Precision, check_precision, check_products, products_in
 from nestopt.core.tree import State
 from nestopt.levels.cms import Auto, Cms
 from nestopt.nn.rows import Rows
@@ -264,7 +265,7 @@ class CMS(nn.Module):
 
     def _autocast(self, x: Tensor) -> AbstractContextManager[Any]:
         """As the caller has it for what is read as any MLP; a memory that learns has a precision of its own."""
-        return no_autocast(x.device, self.learns or self.precision != "float32")
+        return no_autocast(x.device) if self.learns or self.precision != "float32" else nullcontext()
 
     def extra_repr(self) -> str:
         return "" if self.precision == "float32" else f"precision={self.precision}"

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestopt.core.associative import AssociativeMemory
+from nestopt.core.device import no_autocast, number_like
 from nestopt.core.level import Level
 from nestopt.core.part import Gate, Number
-from nestopt.core.precision import matmul, no_autocast, products_in
+from nestopt.core.precision import matmul, products_in
 from nestopt.core.retentions import Decay
 from nestopt.core.tokens import PENDING
 from nestopt.core.tree import State, leaves, nested
@@ -122,7 +123,7 @@ def move(layer: SequenceMemory, h: Tensor, state: State) -> tuple[Tensor, State]
     at = dict(zip(layer.level_gates.idle, gates.unbind(1), strict=True))
 
     def number(value: Number, path: str) -> Tensor:
-        return at[path] if isinstance(value, Gate) else torch.as_tensor(value, dtype=gates.dtype, device=gates.device)
+        return at[path] if isinstance(value, Gate) else number_like(value, gates)
 
     with no_autocast(h.device), products_in(layer.precision):
         q, k = level.features(q), level.features(k)

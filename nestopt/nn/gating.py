@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from nestopt.core.device import constants
 from nestopt.core.gates import gates_of
 from nestopt.core.level import Level
 from nestopt.core.part import Gate, Heads, nearest
@@ -42,7 +43,6 @@ class Gates:
             if path not in self.learned
         }
         self._unit = all((gate.low, gate.high) == (0.0, 1.0) for gate in self.learned.values())
-        self._tensors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def projection(self, dim: int, heads: int) -> nn.Linear | None:
         """Logits of the learned gates, `[gates · heads]`; whatever the token, every gate is at its initial value."""
@@ -77,20 +77,14 @@ class Gates:
         learned = {} if logits is None else self.by_path(logits)
         found = h.new_empty(len(h), 0, heads, dtype=torch.promote_types(h.dtype, torch.float32))
         rows = [
-            learned[path] if path in learned else found.new_tensor(self._constants[path]).expand(len(h), -1)
+            learned[path] if path in learned else constants(self._constants[path], found).expand(len(h), -1)
             for path in self.idle
         ]
         return torch.cat([found, *(row[:, None] for row in rows)], dim=1)
 
     def idle_like(self, like: Tensor) -> Tensor:
-        """`idle` as `[gates, 1]`, where and of the dtype that `like` is; made once."""
-        key = (like.device, like.dtype)
-        if key not in self._tensors:
-            with torch.inference_mode(False):
-                self._tensors[key] = torch.tensor(list(self.idle.values()), dtype=like.dtype, device=like.device)[
-                    :, None
-                ]
-        return self._tensors[key]
+        """`idle` as `[gates, 1]`, where and of the dtype that `like` is."""
+        return constants(list(self.idle.values()), like)[:, None]
 
 
 def _begun(level: Level, gates: Mapping[str, Gate], start: Mapping[str, float]) -> dict[str, Gate]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nestopt.core.associative import AssociativeMemory
+from nestopt.core.device import number_like
 from nestopt.core.gates import gates_of
 from nestopt.core.memories import Mlp, Theta
 from nestopt.core.objectives import L2
@@ -104,9 +105,7 @@ def _as_kernel(level: AssociativeMemory, rule: Rule, held: State) -> dict[str, T
     live, gates = held["live"], dict(leaves(held["gates"]))
 
     def gate(number: Number, path: str, idle: float) -> Tensor:
-        value = (
-            gates[path] if isinstance(number, Gate) else torch.as_tensor(number, dtype=held["k"].dtype).to(live.device)
-        )
+        value = gates[path] if isinstance(number, Gate) else number_like(number, held["k"])
         return torch.where(live, value, idle)
 
     found = {"k": level.features(held["k"]) * live[..., None], "v": held["v"], "live": live}

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nestopt.core.precision import Precision, check_products, no_autocast, products_in
+from nestopt.core.device import no_autocast
+from nestopt.core.precision import Precision, check_products, products_in
 from nestopt.core.tree import State
 from nestopt.kernels import mlp
 from nestopt.ops.deep_scan import Now, Read, Settings, scan_chunks

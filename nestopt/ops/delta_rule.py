@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nestopt.core.precision import Precision, check_products, no_autocast, products_in
+from nestopt.core.device import no_autocast
+from nestopt.core.precision import Precision, check_products, products_in
 from nestopt.kernels.chunk_matrix import Shares, answers, corrected, shares, shares_with_momentum
 from nestopt.ops.given import Tokens, check_finite, packed
 from nestopt.ops.segments import check_gates, chunk_for, chunks_of, first, log_gate, over_segments, rates

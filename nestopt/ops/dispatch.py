@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from nestopt.core.associative import AssociativeMemory
+from nestopt.core.device import no_autocast
 from nestopt.core.gates import gates_of, per_head
 from nestopt.core.level import Level
 from nestopt.core.memories import Memory
 from nestopt.core.part import Gate, Number, nearest
-from nestopt.core.precision import Precision, check_products, current, no_autocast, products_in
+from nestopt.core.precision import Precision, check_products, current, products_in
 from nestopt.core.retentions import Decay
 from nestopt.core.tokens import begin, scan
 from nestopt.core.tree import State

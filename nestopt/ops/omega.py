@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestopt.core.precision import Precision, check_products, no_autocast, products_in
+from nestopt.core.device import no_autocast
+from nestopt.core.precision import Precision, check_products, products_in
 from nestopt.core.tree import State
 from nestopt.kernels.chunk_matrix import answers, corrected, shares
 from nestopt.ops.given import Tokens, check_finite, packed

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nestopt.core.device import no_autocast
 from nestopt.core.part import nearest
-from nestopt.core.precision import Precision, check_products, no_autocast, products_in
+from nestopt.core.precision import Precision, check_products, products_in
 from nestopt.core.tree import State
 from nestopt.kernels import mlp
 from nestopt.ops.deep_memory import check_pending, check_weights, kept, named

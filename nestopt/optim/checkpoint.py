@@ -136,9 +136,8 @@ def checked_state(
     if not found:
         return {}
     # torch's SGD and Muon do not count; what matters is that there was a first step
-    step = torch.as_tensor(found.pop(STEP, 1.0), dtype=torch.float32).detach().cpu().clone()
-    if optimizer.ways.capturable:
-        step = step.to(param.device)
+    step = torch.as_tensor(found.pop(STEP, 1.0), dtype=torch.float32)
+    step = step.detach().to(param.device if optimizer.ways.capturable else "cpu", copy=True)
     expected = dict(leaves(layout(level, param, view)))
     if SUM in found:
         expected[SUM] = torch.empty_like(param, device="meta", dtype=work_dtype(param))

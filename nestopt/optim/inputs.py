@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.utils.hooks import RemovableHandle
 
+from nestopt.core.device import no_autocast
 from nestopt.core.inputs import Inputs, Wants, wants_of
 from nestopt.core.level import Level
 from nestopt.optim.rows import multiplies, rows_of
@@ -129,7 +130,7 @@ class Watcher:
             return
         wants = sums.wants
         again = _recomputing()
-        with torch.autocast(y.device.type, enabled=False):
+        with no_autocast(y.device):
             if wants.surprise is not None:
                 self._check_scale(wants, module, weight, y)
                 use: _Use = _WithSurprise(sums, module, x, y.dtype, self.loss_scale)
@@ -163,7 +164,7 @@ class _Use(ABC):
 
     def __call__(self, grad: Tensor) -> None:
         keep = _graph_is_kept()
-        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+        with torch.no_grad(), no_autocast(grad.device):
             self.count(grad, keep)
         if not keep:
             self.__dict__.clear()  # the graph may live on for long, as the user's loss

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestopt.core.device import by_contract
 from nestopt.core.signal import Note
 from nestopt.optim.lanes import STEP
 
@@ -26,7 +27,7 @@ class Recorder:
         """Where the levels of one parameter report."""
 
         def take(key: str, value: Tensor) -> None:
-            name, weight, value = f"{group}.{key}", 1.0, value.detach().to(torch.float64)
+            name, weight, value = f"{group}.{key}", 1.0, value.detach().to(_wide(value))
             if key.endswith("rms"):
                 value, weight = value.square() * param.numel(), float(param.numel())
             total, weights = self._sums.get(name, (torch.zeros_like(value), 0.0))
@@ -55,9 +56,13 @@ def memory_norms(groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Map
                 if key == STEP or not value.is_floating_point():
                     continue
                 name = f"{index}.{key}.norm"
-                square = torch.linalg.vector_norm(value, dtype=torch.float64).square()
+                square = torch.linalg.vector_norm(value, dtype=_wide(value)).square()
                 squares[name] = squares[name] + square if name in squares else square
     return {name: square.sqrt() for name, square in squares.items()}
+
+
+def _wide(value: Tensor) -> torch.dtype:
+    return torch.promote_types(value.dtype, torch.float32)
 
 
 def finite(grads: Sequence[Sequence[Tensor | None]]) -> bool:
@@ -66,8 +71,9 @@ def finite(grads: Sequence[Sequence[Tensor | None]]) -> bool:
     for grad in (grad for own in grads for grad in own if grad is not None):
         devices.setdefault(grad.device, []).append(grad)
     # a sum of absolute values is finite unless one of them is not, or it overflows: then one looks closer
-    return all(
-        math.isfinite(float(torch.stack([norm.float() for norm in torch._foreach_norm(own, 1)]).sum()))
-        or all(bool(grad.isfinite().all()) for grad in own)
-        for own in devices.values()
-    )
+    with by_contract("finite"):
+        return all(
+            math.isfinite(float(torch.stack([norm.float() for norm in torch._foreach_norm(own, 1)]).sum()))
+            or all(bool(grad.isfinite().all()) for grad in own)
+            for own in devices.values()
+        )

@@ -17,13 +17,13 @@ from nestopt.core.inputs import Inputs
 from nestopt.core.level import Level
 from nestopt.core.part import nearest
 from nestopt.optim import checkpoint
-from nestopt.optim.checks import check_gradients, check_group, check_inputs, check_parameters, raise_nonfinite
+from nestopt.optim.checks import check_gradients, check_group, check_inputs, check_parameters, names, raise_nonfinite
 from nestopt.optim.explain import Explanation, explain
 from nestopt.optim.inputs import Scale, Seen, Watcher
 from nestopt.optim.lanes import Rates
 from nestopt.optim.metrics import Recorder, finite, memory_norms
 from nestopt.optim.plan import Plan, chosen
-from nestopt.optim.traced import begin_traced, traced_step
+from nestopt.optim.traced import begin_traced, check_traceable, fused_step, traced_step
 
 log = logging.getLogger("nestopt")
 
@@ -145,10 +145,21 @@ class Nested(Optimizer):
         try:
             check_parameters(added, index, self.level(added))
             check_inputs(added, self.level(added), capturable=self.ways.capturable)
+            if self.ways.capturable:
+                self._check_traceable(added, index)
         except Exception:
             self.param_groups.pop()
             raise
         self._accepted.update(map(id, added["params"]))
+
+    def _check_traceable(self, group: dict[str, Any], index: int) -> None:
+        level, seen = bind(self.level(group)), set()
+        view = None if level.is_entrywise else group.get("view")
+        for name, param in zip(names(group, index), group["params"], strict=True):
+            kind = (param.shape, param.dtype, param.device)
+            if kind not in seen and param.numel():
+                seen.add(kind)
+                check_traceable(level, param, group.get("period", 1), view, name)
 
     def _accept(self, level: Level, param: Tensor, name: str) -> None:
         """Raise RuntimeError for what an engine has put in a parameter's place, if `level` must see its shape."""
@@ -207,13 +218,18 @@ class Nested(Optimizer):
         for index, group in enumerate(self.param_groups):
             level, rates = bind(self.level(group)), self._rates(group)
             view = None if level.is_entrywise else group.get("view")
-            for param in group["params"]:
-                if param.grad is not None and param.numel():
-                    state = self.state[param]
-                    if not state:
-                        self._accept(level, param, f"a parameter of group {index}")
-                        state.update(begin_traced(level, param, rates.period, view))
-                    traced_step(level, param, param.grad, state, rates, view)
+            params = [param for param in group["params"] if param.grad is not None and param.numel()]
+            for param in params:
+                if not self.state[param]:
+                    self._accept(level, param, f"a parameter of group {index}")
+                    self.state[param].update(begin_traced(level, param, rates.period, view))
+            alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            for param in params:
+                alike.setdefault((param.device, param.dtype), []).append(param)
+            for own in alike.values():
+                if not fused_step(level, own, [self.state[param] for param in own], rates):
+                    for param in own:
+                        traced_step(level, param, self.state[param], rates, view)
 
     def watch(self, model: nn.Module, loss_scale: Scale | None = None) -> None:
         """Sum up what the layers of `model` are shown from now on, for levels that ask for it (`dgd`, `ggd`).

@@ -700,21 +700,21 @@ def test_metrics_by_hand() -> None:
         read = total if t == 1 else read
 
         def rms(tensors: list[Tensor]) -> Tensor:
-            return torch.cat([x.flatten() for x in tensors]).square().mean().sqrt().double().detach()
+            return torch.cat([x.flatten() for x in tensors]).square().mean().sqrt().detach()
 
         def norm(tensors: list[Tensor]) -> Tensor:
-            return torch.cat([x.flatten() for x in tensors]).norm().double().detach()
+            return torch.cat([x.flatten() for x in tensors]).norm().detach()
 
         want = {
             "0.first.momentum.norm": norm(one),
-            "0.first.writes": torch.tensor(2.0).double(),
+            "0.first.writes": torch.tensor(2.0),
             "0.first.update_rms": rms(one),
             "0.second.momentum.norm": norm(read),
             "0.second.clock_read.norm": norm(read),
             "0.second.clock_sum.norm": norm(total) * (t == 0),
         }
         if t == 1:
-            want |= {"0.second.writes": torch.tensor(2.0).double(), "0.second.update_rms": rms(read)}
+            want |= {"0.second.writes": torch.tensor(2.0), "0.second.update_rms": rms(read)}
         own = {"0.writes", "0.update_rms"}  # of the whole stack
         assert found.keys() - own == want.keys()
         for key, value in want.items():

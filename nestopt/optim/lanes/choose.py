@@ -18,8 +18,9 @@ from nestopt.optim.lanes.stacks import StackLane
 STACK = 1 << 20
 """Elements of a stack at most, on the CPU: what its copies of gradients and parameters take is bounded by it."""
 
-ACCELERATOR = 1 << 22
-"""On an accelerator, tensors of up to so many elements are stacked, to eight times as many: it takes that much work."""
+ACCELERATOR, ACCELERATOR_STACK = 1 << 23, 1 << 25
+"""On an accelerator, tensors of up to so many elements are stacked (such as 1024 x 4224, of which one alone leaves most
+of it idle), and a stack has so many at most: its copies take memory."""
 
 
 def lanes_for(level: Level, members: Sequence[Member], *, packed: bool = True, compiled: bool = False) -> list[Lane]:
@@ -44,7 +45,7 @@ def lanes_for(level: Level, members: Sequence[Member], *, packed: bool = True, c
                 made += [kind(level, others, packed=packed)] if others else []
         else:
             on_cpu = alike[0].param.device.type == "cpu"
-            limit, most = (pieces.SMALL, STACK) if on_cpu else (ACCELERATOR, 8 * ACCELERATOR)
+            limit, most = (pieces.SMALL, STACK) if on_cpu else (ACCELERATOR, ACCELERATOR_STACK)
             small, large = _split(whole, lambda m, limit=limit: packed and m.view is None and m.param.numel() <= limit)
             odd += large
             for same in _by(small, lambda m: m.param.shape):

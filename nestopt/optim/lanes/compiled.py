@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nestopt.core.clock import advance
+from nestopt.core.device import number_like
 from nestopt.core.level import Level
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, leaves, tree_map
@@ -69,8 +70,9 @@ class _Kernel:
         """The step, the learning rate, what decay leaves, and 1 / (1 - β^t) of each average."""
         fade = 1 - rates.lr * rates.decay
         factors = [1 / (1 - beta ** max(1, step // period)) for beta, period in self.asked]
-        found = [torch.as_tensor(n, dtype=self.dtype, device=self.device) for n in (rates.lr, fade, *factors)]
-        return [torch.tensor(step, device=self.device), *found]
+        # filled in on the device: a copy from the host would wait for it
+        like, count = (torch.empty(0, dtype=dtype, device=self.device) for dtype in (self.dtype, torch.int64))
+        return [number_like(step, count), *(number_like(n, like) for n in (rates.lr, fade, *factors))]
 
     def run(self, tensors: list[Tensor], numbers: list[Tensor]) -> None:
         """Step a flat parameter; `tensors` are it, its gradient, and its state's leaves."""

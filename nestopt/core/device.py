@@ -1,0 +1,124 @@
+"""What a hot path may do with a device, and the few places where it waits for one or copies to one.
+
+A forward, backward, optimizer or decoding step queues its work on an accelerator and runs ahead of it. Two things end
+that: a *wait* (the host asks for a number that the device still has to compute) and a *pageable copy* (the host hands
+over memory that it may change, so that it too must wait, and no CUDA graph can be captured). So numbers that the host
+knows are filled in on the device (`number_like`), what it must copy goes through pinned memory (`upload`), and a wait
+is one of `EXCEPTIONS`, said at the place (`by_contract`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from nestopt.core.part import Gate, Number
+
+EXCEPTIONS = {
+    "validate": "validate=True looks at every number, to name the first that is not allowed",
+    "places": "rows of a batch at places of their own: once for a state from elsewhere (a file, another device, chosen "
+    "rows) or after a mask on the device, where clocks must be told on the host when they are due",
+    "documents": "starts or cu_seqlens on the device: how documents are packed decides shapes; give them on the CPU",
+    "upload": "the ends of documents, known on the host, are copied from pinned memory; nothing waits for that",
+    "eigh": "torch.linalg.eigh checks its result on the host: the matrix roots of shampoo and matrix_adagrad",
+    "finite": "on_nonfinite='skip' or 'raise' decides on the host whether a step is taken",
+    "returned": "what is returned, or saved, is Python's: text, a report, a checkpoint",
+}
+"""Where a hot path waits for its device, or copies to it, by contract, and why."""
+
+_present: contextvars.ContextVar[str | None] = contextvars.ContextVar("nestopt_exception", default=None)
+_refusing: contextvars.ContextVar[bool] = contextvars.ContextVar("nestopt_refusing", default=False)
+
+
+class WaitError(RuntimeError):
+    """A wait for the device where there must be none, as in the capture of a CUDA graph."""
+
+
+@contextlib.contextmanager
+def by_contract(reason: str) -> Iterator[None]:
+    """Mark what runs within as one of `EXCEPTIONS`.
+
+    Raises:
+        KeyError: for another reason.
+        WaitError: within `no_exceptions`.
+    """
+    why = EXCEPTIONS[reason]
+    if _refusing.get():
+        raise WaitError(why)
+    token = _present.set(reason)
+    try:
+        yield
+    finally:
+        _present.reset(token)
+
+
+@contextlib.contextmanager
+def no_exceptions() -> Iterator[None]:
+    """Refuse every exception within, by a WaitError."""
+    token = _refusing.set(True)
+    try:
+        yield
+    finally:
+        _refusing.reset(token)
+
+
+def present_exception() -> str | None:
+    """Return the reason of the exception that is marked at present."""
+    return _present.get()
+
+
+def upload(values: Sequence[int], device: torch.device) -> Tensor:
+    """Copy whole numbers `[n]` to a device; not waited for where the device takes copies from pinned memory."""
+    made = torch.tensor(values)
+    if device.type == "cpu":
+        return made
+    with by_contract("upload"):
+        return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Switch autocast off for this kind of device; meta tensors, which no autocast knows, need no switch."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+
+
+_constants: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
+
+
+def constants(values: Sequence[float], like: Tensor) -> Tensor:
+    """Return these numbers `[n]` in the dtype and on the device of `like`; they are copied there once and then kept."""
+    key = (tuple(values), like.dtype, like.device)
+    if torch.compiler.is_compiling():
+        return like.new_tensor(key[0])
+    if key not in _constants:
+        with torch.inference_mode(False):
+            made = torch.tensor(key[0], dtype=like.dtype, device=like.device)
+        if type(made) is not Tensor:  # it stands for one while something is counted or traced
+            return made
+        _constants[key] = made
+    return _constants[key]
+
+
+def where(condition: bool | Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """Choose as `torch.where`, whose condition may also be a bool of Python's: then nothing is computed."""
+    return torch.where(condition, yes, no) if isinstance(condition, Tensor) else yes if condition else no
+
+
+def number_like(value: Number, like: Tensor) -> Tensor:
+    """Return `value` in the dtype and on the device of `like`, without a copy from the host if it is a Python number.
+
+    Args:
+        value: a number, a tensor of any shape, or a gate, which is at its initial value.
+        like: any tensor.
+
+    Returns:
+        A tensor of no dimensions, or of the shape that `value` has.
+    """
+    if isinstance(value, Tensor):
+        return value.to(dtype=like.dtype, device=like.device)
+    number = value.init if isinstance(value, Gate) else value
+    return torch.full((), number, dtype=like.dtype, device=like.device)

@@ -160,10 +160,10 @@ class Stacked(nn.Module):
     ) -> None:
         super().__init__()
         self.pretrained, self.periods, self._family = pretrained, dict(periods), family
-        self.precision: Precision = precision
         self._blocks = family.blocks(pretrained)
         self.rates, self.targets = nn.ParameterDict(), nn.ParameterDict()
         self._layers: dict[int, Layer] = {}
+        self._precision: Precision = precision
         if rate == 0:
             return
         for i, period in sorted(self.periods.items()):
@@ -175,6 +175,18 @@ class Stacked(nn.Module):
             target = self.targets[str(i)] if teach == "local" else None
             clocks = Clocks({LEVEL: period}, writer, through=through)
             self._layers[i] = Layer(memory, self.rates[str(i)], clocks, target, precision)
+
+    @property
+    def precision(self) -> Precision:
+        """That of products; set, it is that of all layers."""
+        return self._precision
+
+    @precision.setter
+    def precision(self, precision: Precision) -> None:
+        check_precision(precision, "Stacked")
+        self._precision = precision
+        for layer in self._layers.values():
+            layer.precision = precision
 
     def init_state(self, batch: int) -> State:
         """The state of `batch` sequences before their first token."""

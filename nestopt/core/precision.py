@@ -153,18 +153,18 @@ def plus_matmul_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _of_any_shape(a: Tensor, b: Tensor, precision: Precision) -> Tensor:
     """What has more dimensions than a product takes, in one all the same; vectors as matrices of one row or column."""
-    if a.ndim == 1:
-        return _of_any_shape(a[None], b, precision)[..., 0, :]
     if b.ndim == 1:
         return _of_any_shape(a, b[:, None], precision)[..., 0]
+    if a.ndim == 1:
+        return _of_any_shape(a[None], b, precision)[..., 0, :]
     if a.ndim == b.ndim == 2:
         return _product(a, b, precision)
     if b.ndim == 2:
-        return _product(a.reshape(-1, a.shape[-1]), b, precision).view(*a.shape[:-1], b.shape[-1])
+        return _product(a.flatten(0, -2), b, precision).view(*a.shape[:-1], b.shape[-1])
     if a.ndim == 2:
         return _of_any_shape(b.mT, a.mT, precision).mT
     lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    one, two = (x.expand(*lead, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (a, b))
+    one, two = (x.expand(*lead, *x.shape[-2:]).flatten(0, -3) for x in (a, b))
     return _product(one, two, precision).view(*lead, a.shape[-2], b.shape[-1])
 
 

@@ -27,6 +27,7 @@ from nestopt.core.precision import (
     products_in,
     tf32_is_on,
 )
+from tests.core.products import Products
 
 SHAPES = {
     "vectors": ((5,), (5,)),
@@ -40,21 +41,6 @@ SHAPES = {
     "many, vector": ((2, 6, 3, 5), (5,)),
     "of nothing": ((2, 0, 5), (2, 5, 4)),
 }
-
-
-class Products(TorchDispatchMode):
-    """The dtypes of the factors of all products that are dispatched, `"tf32"` where torch's switch says so."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm", "dot", "mv"):
-            factors = [x for x in args if isinstance(x, Tensor)][-2:]
-            short = {str(x.dtype).removeprefix("torch.") for x in factors}
-            self.seen.append("tf32" if short == {"float32"} and tf32_is_on() else "/".join(sorted(short)))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(autouse=True)

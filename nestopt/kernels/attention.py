@@ -25,10 +25,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, 
     if q.device.type != "meta":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
     if attn_mask is None and q.dtype in (torch.float16, torch.bfloat16):
-        return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]  # type: ignore[no-any-return]
+        return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
     bias = None
     if attn_mask is not None:  # as CUDA makes it of a mask
         bias = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -torch.inf)
         bias = bias.expand(*q.shape[:3], k.shape[2])
     graph = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    return _aten._scaled_dot_product_efficient_attention(q, k, v, bias, graph, 0.0, is_causal)[0]  # type: ignore[no-any-return]
+    return _aten._scaled_dot_product_efficient_attention(q, k, v, bias, graph, 0.0, is_causal)[0]

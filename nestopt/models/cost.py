@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from nestopt.config import ModelConfig
+from nestopt.core.precision import tf32_is_on
 from nestopt.core.tree import leaves
 from nestopt.models.build import build_model
 from nestopt.nn.hope import Learn
@@ -81,7 +82,7 @@ class CostCounter(TorchDispatchMode):
 
 
 def _product_dtype(factor: Tensor) -> str:
-    if factor.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+    if factor.dtype is torch.float32 and tf32_is_on():
         return "tf32"
     return str(factor.dtype).removeprefix("torch.")
 
@@ -89,6 +90,8 @@ def _product_dtype(factor: Tensor) -> str:
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     packet = func.overloadpacket
     if packet in flop_registry:
+        if func._overloadname == "dtype":  # of the result, which torch's count does not expect among the factors
+            args = args[:-1]
         return flop_registry[packet](*args, **(kwargs or {}), out_val=out)
     if packet is _ATTENTION:
         return sdpa_flop_count(*(x.shape for x in args[:3]))

@@ -19,6 +19,7 @@ from nestopt.optim import Nested
 from nestopt.optim.sharded.optimizer import Lying, Sharded
 from nestopt.train import launch
 from nestopt.train.kept import Kept
+from nestopt.train.run import check_precision
 
 log = logging.getLogger("nestopt")
 
@@ -50,6 +51,7 @@ class Engine:
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         self._check_dtype()
+        check_precision(config, self.device)
 
     def _check_dtype(self) -> None:
         if self.config.train.dtype == "float16":

@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKER = "benchmarks.gpu_parts.worker"
 
 Told = dict[str, Any]
-"""What a worker has sent: `{"row": …}`, `{"machine": …}` or `{"lost": …}`."""
+"""What a worker has sent: `{"row": …}`, `{"machine": …}`, `{"lost": …}`, or at the end `{"end": true}`."""
+
+LEAVE_S = 5.0
+"""What a process may take to leave once all its results are there."""
 
 
 @dataclasses.dataclass
@@ -65,6 +68,8 @@ def run(
     def take(told: Told) -> None:
         if "row" in told:
             ended.rows.append(told["row"])
+        if "end" in told:
+            ended.how = "done"
         tell(told)
 
     with log.open("ab") as out:
@@ -78,22 +83,25 @@ def run(
             _end(process)
             receiver.close()
             ended.seconds = time.monotonic() - begun
-    if over:
+    if ended.how == "done":  # how it left is no result, but is said
+        ended.words = f"then {_status(process.returncode)}" if process.returncode and not over else ""
+    elif over:
         ended.words = f"its {limit_s:.0f} s were up; it was {_last_place(log, start)}"
-    elif process.returncode:
-        ended.how, ended.words = "died", f"{_status(process.returncode)}: {_last_line(log, start)}"
     else:
-        ended.how = "done"
+        ended.how, ended.words = "died", f"{_status(process.returncode)}: {_last_line(log, start)}"
 
 
 def _start(where: str, given: dict[str, Any], out: Any) -> tuple[subprocess.Popen[bytes], Any]:
     receiver, sender = os.pipe()
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    threads = {"OMP_WAIT_POLICY": "PASSIVE"}  # as `nestopt train` has it
+    if given.get("tiny") and given.get("device") == "cpu":
+        threads["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-m", WORKER, where, json.dumps(given), str(sender)]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+        env={**threads, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
         stdin=subprocess.DEVNULL,
         stdout=out,
         stderr=subprocess.STDOUT,
@@ -105,7 +113,7 @@ def _start(where: str, given: dict[str, Any], out: Any) -> tuple[subprocess.Pope
 
 
 def _follow(process: subprocess.Popen[bytes], receiver: Any, until: float, take: Callable[[Told], None]) -> bool:
-    """Take what comes until the process has closed its end; whether its time was up before that."""
+    """Take what comes until the process has left, with all results or without; whether its time was up before that."""
     rest = b""
     with selectors.DefaultSelector() as selector:
         selector.register(receiver, selectors.EVENT_READ)
@@ -117,8 +125,8 @@ def _follow(process: subprocess.Popen[bytes], receiver: Any, until: float, take:
             piece = receiver.read(1 << 16)
             if not piece:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(max(0.0, until - time.monotonic()))
-                return process.returncode is None
+                    process.wait(min(left, LEAVE_S))
+                return False
             *lines, rest = (rest + piece).split(b"\n")
             for line in lines:
                 take(json.loads(line))

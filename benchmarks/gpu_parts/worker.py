@@ -42,6 +42,7 @@ def main(where: str, given: str, descriptor: int) -> None:
                 send("row", dataclasses.asdict(row))
         except Lost as lost:
             send("lost", str(lost))
+        send("end", True)
 
 
 def plain(data: Any) -> Any:

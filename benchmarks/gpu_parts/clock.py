@@ -17,10 +17,10 @@ Run = Callable[[], object]
 def seconds(setting: Setting, run: Run, repeat: int = 1) -> float:
     """Of one of `repeat` calls: by CUDA's events, from the first's start to the last's end; elsewhere by the clock."""
     if not setting.cuda:
-        start = time.perf_counter()
+        begun = time.perf_counter()
         for _ in range(repeat):
             run()
-        return (time.perf_counter() - start) / repeat
+        return (time.perf_counter() - begun) / repeat
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()

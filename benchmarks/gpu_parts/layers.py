@@ -98,7 +98,7 @@ def _fla(name: str, size: Size) -> tuple[nn.Module, Read]:
     try:
         layers = importlib.import_module("fla.layers")
     except ImportError as error:
-        raise Missing(f"not installed: flash-linear-attention ({error})") from None
+        raise Missing(f"flash-linear-attention 0.6.0 can't be imported: {error}") from None
     options = FLA[name][1]
     if name == "GatedDeltaNet":
         options = {**options, "head_dim": size.dim // size.heads}

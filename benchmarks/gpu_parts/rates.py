@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -17,9 +19,12 @@ DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfl
 
 def run(setting: Setting) -> Iterator[Row]:
     found: dict[str, float] = {}
-    rows = [("launch", lambda: _launch(setting, found)), ("bandwidth", lambda: _bandwidth(setting, found))]
-    rows += [(f"products, {name}", lambda name=name: _products(setting, name, found)) for name in DTYPES]
-    rows += [(f"small products, {name}", lambda name=name: _small(setting, name)) for name in DTYPES]
+    rows: list[tuple[str, Callable[[], Row]]] = [
+        ("launch", functools.partial(_launch, setting, found)),
+        ("bandwidth", functools.partial(_bandwidth, setting, found)),
+    ]
+    rows += [(f"products, {name}", functools.partial(_products, setting, name, found)) for name in DTYPES]
+    rows += [(f"small products, {name}", functools.partial(_small, setting, name)) for name in DTYPES]
     for row in attempts(setting, rows):
         yield row
         if row.name == f"products, {list(DTYPES)[-1]}":
@@ -28,9 +33,9 @@ def run(setting: Setting) -> Iterator[Row]:
 
 def _for_the_plan(found: dict[str, float]) -> Row:
     """The keys that a plan takes, each in its unit; those that could not be measured are not there."""
-    flops = {name: found[name] for name in DTYPES if name in found}
-    values = {name: found[name] for name in ("per_launch_s", "bytes_per_s") if name in found}
-    return Row(RATES, "measured", values={**values, "flops_per_s": flops})
+    values: dict[str, Any] = {name: found[name] for name in ("per_launch_s", "bytes_per_s") if name in found}
+    values["flops_per_s"] = {name: found[name] for name in DTYPES if name in found}
+    return Row(RATES, "measured", values=values)
 
 
 def _launch(setting: Setting, found: dict[str, float]) -> Row:

@@ -30,6 +30,8 @@ FEW = 12
 """Tokens for the generic machine, which goes from one to the next."""
 
 Inputs = dict[str, Tensor]
+Gates = Mapping[str, tuple[float, float]]
+"""By name, between which numbers."""
 Values = dict[str, Tensor]
 """Answers and states by `"out.N"`, gradients by `"grad.NAME"`."""
 
@@ -51,11 +53,11 @@ class Case:
     bounds: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"float32": 5e-5, "bfloat16": 1e-2})
 
 
-def _tokens(random: torch.Generator, count: int = TOKENS, **gates: tuple[float, float]) -> Inputs:
+def _tokens(random: torch.Generator, gates: Gates | None = None, count: int = TOKENS) -> Inputs:
     """Queries, keys and values, the keys and values of length 1, and gates between two numbers."""
     q, k, v = (torch.randn(BATCH, count, HEADS, DIM, generator=random) for _ in range(3))
     made = {"q": q, "k": F.normalize(k, dim=-1), "v": F.normalize(v, dim=-1)}
-    for name, (low, high) in gates.items():
+    for name, (low, high) in (gates or {}).items():
         made[name] = low + (high - low) * torch.rand(BATCH, count, HEADS, generator=random)
     return made
 
@@ -64,18 +66,18 @@ def _weights(random: torch.Generator, names: Sequence[str]) -> Inputs:
     return {name: torch.randn(HEADS, DIM, DIM, generator=random) / DIM**0.5 for name in names}
 
 
-def _plain(op: str, *, tokens: int = TOKENS, gates: Mapping[str, tuple[float, float]] | None = None, **options: Any):
+def _plain(op: str, gates: Gates | None = None, **options: Any) -> Case:
     """A case whose inputs are all tokens and gates."""
     function = getattr(nestopt.ops, op)
-    return Case(op, lambda x: function(**x, **options), lambda random: _tokens(random, tokens, **(gates or {})))
+    return Case(op, lambda x: function(**x, **options), lambda random: _tokens(random, gates))
 
 
-def _deep(gates: Mapping[str, tuple[float, float]], **options: Any) -> Case:
+def _deep(gates: Gates, **options: Any) -> Case:
     def run(x: Inputs) -> tuple[Tensor, Any]:
-        rest = {name: value for name, value in x.items() if name not in ("W1", "W2")}
+        rest: dict[str, Any] = {name: value for name, value in x.items() if name not in ("W1", "W2")}
         return nestopt.ops.deep_memory(**rest, weights=[x["W1"], x["W2"]], **options)
 
-    return Case("deep_memory", run, lambda random: _tokens(random, **gates) | _weights(random, ("W1", "W2")))
+    return Case("deep_memory", run, lambda random: _tokens(random, gates) | _weights(random, ("W1", "W2")))
 
 
 _MADE = ("k", "v", "q", "eta", "alpha")
@@ -105,7 +107,7 @@ def _run(level: nestopt.Level, *, learn: bool = True) -> Case:
     def inputs(random: torch.Generator) -> Inputs:
         starts = [level.learned_start(DIM, DIM) for _ in range(HEADS)]
         learned = {name: torch.randn(HEADS, *start.shape, generator=random) for name, start in starts[0].items()}
-        return _tokens(random, FEW) | {f"start.{name}": start / DIM**0.5 for name, start in learned.items()}
+        return _tokens(random, count=FEW) | {f"start.{name}": start / DIM**0.5 for name, start in learned.items()}
 
     def run(x: Inputs) -> tuple[Tensor, Any]:
         tokens = [x[name] for name in ("q", "k", "v")]

@@ -57,6 +57,15 @@ def test_all_limits_fit_into_eight_minutes() -> None:
     assert min(part.limit_s for part in PARTS) > MARGIN_S + 10  # a start of a process takes its time
 
 
+def test_the_readme_has_the_limit_of_every_part() -> None:
+    text = (Path(gpu.__file__).parent / "README.md").read_text(encoding="utf-8")
+    table = [line.split("|")[1:3] for line in text[text.index("| part | s |") :].splitlines() if line.startswith("|")]
+    found = {}
+    for names, limits in table[2:]:
+        found |= dict(zip(names.replace("`", "").split(","), map(float, limits.split(",")), strict=True))
+    assert {name.strip(): limit for name, limit in found.items()} == {part.name: part.limit_s for part in PARTS}
+
+
 def test_a_part_that_dies_gives_its_rows_and_the_rest_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

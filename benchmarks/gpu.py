@@ -1,6 +1,6 @@
 """The prepared run for a machine with a GPU: what nobody could know without one, in eight minutes at the most.
 
-    python benchmarks/gpu.py --prepare           # beforehand, on any machine: values and plans, minutes of one core
+    python benchmarks/gpu.py --prepare           # beforehand, on any machine: values and plans, a quarter of an hour
     python benchmarks/gpu.py                     # on the machine with the GPU; no network
     python benchmarks/gpu.py --tiny              # all of it in small, on a CPU too
 

@@ -98,7 +98,7 @@ def test_a_part_that_hangs_is_ended_with_what_it_has_started(tmp_path: Path, mon
     ended, told = Ended("x"), []
     begun = time.monotonic()
     runner.run(Part("x", "", 3.0), {}, 3.0, tmp_path / "log", ended, told.append)
-    assert 3 <= time.monotonic() - begun < 6
+    assert 3 <= time.monotonic() - begun < 10
     assert (ended.how, ended.words) == ("killed", "its 3 s were up; it was nowhere that it said")
     (row,) = ended.rows
     assert told == [{"row": row}]
@@ -123,11 +123,15 @@ def _given(out: Path, *more: str) -> gpu.argparse.Namespace:
 
 
 def _is_gone(pid: int) -> bool:
-    """Whether a process has ended; one that nobody waits for stays listed as a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
+    """Whether a process that was killed ends soon; one that nobody waits for stays listed as a zombie."""
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def test_a_budget_that_is_spent_ends_the_run_and_says_so(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import math
 import os
 import shlex
@@ -57,7 +58,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         choices=PRECISIONS,
         metavar="NAME",
-        help=f"of memories' products, for layers and training: {', '.join(PRECISIONS)}; default: the library's",
+        help=f"of memories' products, for layers, training and plans: {', '.join(PRECISIONS)}; default: the library's",
     )
     parser.add_argument(
         "--budget",
@@ -98,14 +99,16 @@ def prepare(args: argparse.Namespace) -> int:
     """Make the file of values and plans."""
     import nestopt
     from benchmarks.gpu_parts import planned, values
+    from benchmarks.gpu_parts.precision import suffix
 
     begun = time.monotonic()
     made, plans = values.make(), {}
     print(f"values of {len(values.CASES)} operations, {time.monotonic() - begun:.0f} s", flush=True)
-    for name in () if args.no_plans else planned.MODELS:
-        begun = time.monotonic()
-        plans[name] = planned.count(name)
-        print(f"the plan of {name}, {time.monotonic() - begun:.0f} s", flush=True)
+    wanted = itertools.product(planned.MODELS, args.precision or [None])
+    for name, precision in () if args.no_plans else wanted:
+        begun, label = time.monotonic(), name + suffix(precision)
+        plans[label] = planned.count(name, precision=precision)
+        print(f"the plan of {label}, {time.monotonic() - begun:.0f} s", flush=True)
     values.write(args.values, made, {"nestopt": nestopt.__version__, "plans": plans})
     print(f"{args.values}: {args.values.stat().st_size / 1e6:.1f} MB")
     return 0

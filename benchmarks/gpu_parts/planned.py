@@ -40,16 +40,17 @@ def _smaller(section: dict[str, Any], tiny: bool) -> dict[str, Any]:
     return {**section, **sizes, "mixer": mixer, "mlp": mlp}
 
 
-def count(name: str, *, tiny: bool = False) -> dict[str, Any]:
+def count(name: str, *, tiny: bool = False, precision: str | None = None) -> dict[str, Any]:
     """Bytes at the most, and what a step costs: launches, bytes moved, and operations of products by their dtype.
 
-    A model of 340M takes minutes of one core.
+    A model of 340M takes minutes of one core. A plan that tells no launches and bytes gives products alone, all of them
+    in the dtype of the weights.
     """
-    settings = config(name, tiny=tiny)
+    settings = config(name, tiny=tiny, precision=precision)
     found = scale(settings, Sharing.of(settings, 1))
     counted: dict[str, Any] = {"memory": found.memory.total, "batch": [ROWS, found.window]}
     passes = getattr(found, "passes", None)
-    if passes is None:  # a plan that counts products alone, all of them in the dtype of the weights
+    if passes is None:
         return {**counted, "products": {"bfloat16": found.pass_flops + found.step_flops}}
     cost = passes + found.step  # type: ignore[attr-defined]
     return {**counted, "launches": cost.ops, "bytes": cost.bytes, "products": dict(cost.products)}

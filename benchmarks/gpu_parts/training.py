@@ -74,7 +74,9 @@ def _row(setting: Setting, name: str, precision: str | None, plan: Mapping[str, 
         return Row(
             name + suffix(precision), "failed", f"its loss is {ended} after {len(found.times) + 1} steps", values
         )
-    values |= _planned(setting, name, plan, step)
+    if plan is None and setting.tiny:
+        plan = planned.count(name, tiny=True, precision=precision)
+    values |= _planned(setting, plan, step)
     return Row(name + suffix(precision), "measured", f"loss {begun:.3f} → {ended:.3f}", values)
 
 
@@ -103,10 +105,8 @@ def train(setting: Setting, config: Config, until: float) -> Trained:
     return Trained(config.data.batch * config.data.window, first, times, peak, ends)
 
 
-def _planned(setting: Setting, name: str, plan: Mapping[str, Any] | None, step: float) -> dict[str, Any]:
+def _planned(setting: Setting, plan: Mapping[str, Any] | None, step: float) -> dict[str, Any]:
     """What the plan says of memory and time, the latter at the rates measured in this run."""
-    if plan is None and setting.tiny:
-        plan = planned.count(name, tiny=True)
     if plan is None:
         return {"plan": "not prepared"}
     times = planned.seconds(plan, setting.rates)

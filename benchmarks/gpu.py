@@ -145,6 +145,8 @@ def all_parts(args: argparse.Namespace, device: str, parts: Sequence[Part], begu
                 write(args.out, machine, args.command, ended)
     except KeyboardInterrupt:
         print("stopped; what there is:", flush=True)
+        for found in ended:
+            found.words = found.words or ("" if found.how in ("done", "died") else "the run was stopped")
     write(args.out, machine, args.command, ended)
     print(f"\n{text(machine, args.command, ended, brief=True)}\nall of it: {args.out / 'gpu.md'}, gpu.json", flush=True)
     return 0 if well(ended, whole=args.tiny) else 1

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from nestopt.core.part import Gate, Number
 
@@ -23,9 +24,13 @@ EXCEPTIONS = {
     "places": "rows of a batch at places of their own: once for a state from elsewhere (a file, another device, chosen "
     "rows) or after a mask on the device, where clocks must be told on the host when they are due",
     "documents": "starts or cu_seqlens on the device: how documents are packed decides shapes; give them on the CPU",
-    "upload": "the ends of documents, known on the host, are copied from pinned memory; nothing waits for that",
+    "upload": "what the host knows (ends of documents, numbers of rows) is copied from pinned memory, without waiting",
+    "agree": "several processes agree at each training step whether to stop, on the time where that ends the run, and "
+    "on how many rows the layers of dgd have seen",
+    "attn_mask": "an attn_mask on the device, without is_causal=True, is compared with the causal one",
     "eigh": "torch.linalg.eigh checks its result on the host: the matrix roots of shampoo and matrix_adagrad",
     "finite": "on_nonfinite='skip' or 'raise' decides on the host whether a step is taken",
+    "pretrained": "a model of another library does in its own forward what it does",
     "returned": "what is returned, or saved, is Python's: text, a report, a checkpoint",
 }
 """Where a hot path waits for its device, or copies to it, by contract, and why."""
@@ -71,13 +76,58 @@ def present_exception() -> str | None:
     return _present.get()
 
 
-def upload(values: Sequence[int], device: torch.device) -> Tensor:
-    """Copy whole numbers `[n]` to a device; not waited for where the device takes copies from pinned memory."""
-    made = torch.tensor(values)
-    if device.type == "cpu":
-        return made
+def upload(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """Copy what the host knows, whole numbers or a tensor, to a device, without waiting where that can be."""
+    made = values if isinstance(values, Tensor) else torch.tensor(values)
+    if made.device == device or made.device.type != "cpu":
+        return made.to(device)
     with by_contract("upload"):
         return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
+
+
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def remember(tensor: Tensor, numbers: Iterable[int]) -> Tensor:
+    """Note that the host knows which `numbers` a tensor of whole numbers holds, as long as nobody changes it in place.
+
+    Returns:
+        The tensor, of which this is known; in inference mode a copy, as torch does not count changes of tensors made
+        there.
+    """
+    if torch.compiler.is_compiling():
+        return tensor
+    if tensor.is_inference():
+        with torch.inference_mode(False):
+            tensor = tensor.clone()
+    _known[tensor] = (tensor._version, sorted(set(numbers)))
+    return tensor
+
+
+def known(tensor: Tensor) -> list[int] | None:
+    """Return the different numbers that a tensor holds, rising, if the host knows them (`remember`)."""
+    if torch.compiler.is_compiling() or tensor not in _known:
+        return None
+    version, numbers = _known[tensor]
+    return list(numbers) if version == tensor._version else None
+
+
+def holds_only(tensor: Tensor, number: int) -> bool:
+    """Whether a tensor of whole numbers is known to hold this one only: an accelerator is not asked."""
+    if (numbers := known(tensor)) is not None:
+        return numbers == [number]
+    return tensor.device.type == "cpu" and bool((tensor == number).all())
+
+
+def numbers_in(tensor: Tensor) -> list[int]:
+    """Return the different numbers that a tensor of whole numbers holds, rising; waits if only a device knows them."""
+    if (numbers := known(tensor)) is not None:
+        return numbers
+    with by_contract("places") if tensor.device.type != "cpu" else contextlib.nullcontext():
+        numbers = sorted(set(tensor.flatten().tolist()))
+    if not tensor.is_inference():
+        remember(tensor, numbers)
+    return numbers
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -24,11 +24,12 @@ def takes(*tensors: Tensor) -> bool:
     )
 
 
-if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_sgd_", "Meta"):
-    # torch lacks this one: a step on tensors without data writes nothing
-    _meta = torch.library.Library("aten", "IMPL", "Meta")
-    for _overload in ("_fused_sgd_", "_fused_sgd_.tensor_lr"):
-        _meta.impl(_overload, lambda *args, **kwargs: None)
+_meta = torch.library.Library("aten", "IMPL", "Meta")
+for _kernel in ("_fused_adam_", "_fused_adamw_", "_fused_sgd_"):
+    for _name in (_kernel, f"{_kernel}.tensor_lr"):
+        # where torch has none: a step on tensors without data writes nothing
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{_name}", "Meta"):
+            _meta.impl(_name, lambda *args, **kwargs: None)
 
 
 @functools.lru_cache(maxsize=64)
@@ -43,6 +44,11 @@ def _counts(step: float | Sequence[Tensor], params: Sequence[Tensor]) -> Sequenc
     device = params[0].device
     count = _on_cpu(step) if device.type == "cpu" else torch.full((), step, dtype=torch.float32, device=device)
     return [count] * len(params)
+
+
+def _rate(lr: float | Tensor) -> float | Tensor:
+    """Return a learning rate as the kernels read it: on an accelerator in float32."""
+    return lr.to(torch.float32) if isinstance(lr, Tensor) and lr.device.type != "cpu" else lr
 
 
 def adam(
@@ -74,7 +80,7 @@ def adam(
         exp_avg_sqs,
         max_exp_avg_sqs,
         _counts(step, params),
-        lr=lr,
+        lr=_rate(lr),
         beta1=betas[0],
         beta2=betas[1],
         weight_decay=weight_decay,
@@ -107,7 +113,7 @@ def sgd(
         momenta,
         weight_decay=weight_decay,
         momentum=momentum,
-        lr=lr,
+        lr=_rate(lr),
         dampening=dampening,
         nesterov=nesterov,
         maximize=maximize,

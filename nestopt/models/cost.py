@@ -51,11 +51,14 @@ class Cost:
 class CostCounter(TorchDispatchMode):
     """Count what the operations of a `with` block cost.
 
-    Meta tensors stand for an accelerator's: what then happens on the CPU beside them (a step count) is not counted.
+    Args:
+        host: whether operations on the host's tensors count; not where meta tensors stand for an accelerator's, beside
+            which the host keeps step counts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, host: bool = True) -> None:
         super().__init__()
+        self._host = host
         self._products: Counter[str] = Counter()
         self._bytes = self._ops = 0
 
@@ -66,9 +69,11 @@ class CostCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func.is_view or func.namespace == "prim" or func in _FREE:
+        if func.is_view or func.namespace in ("prim", "profiler") or func in _FREE:
             return out
         tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        if not self._host and all(x.device.type == "cpu" for x in tensors):
+            return out
         if flops := _flops(func, args, kwargs, out):
             self._products[_product_dtype(tensors[0])] += flops
         self._bytes += sum(map(_size, tensors))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestopt.core.device import by_contract, upload
 from nestopt.core.tree import State
 from nestopt.models.taught import TAUGHT
 from nestopt.nn.state import cat, index
@@ -49,8 +50,9 @@ class Pieces:
     @staticmethod
     def of(starts: Tensor, mask: Tensor | None, goes_on: bool) -> Pieces:
         """Of a batch whose documents begin at `starts` `[B, T]`, all other rows anew unless the batch `goes_on`."""
-        starts = starts.cpu()
-        live = torch.ones_like(starts) if mask is None else mask.cpu()
+        with by_contract("documents"):
+            starts = starts.cpu()
+            live = torch.ones_like(starts) if mask is None else mask.cpu()
         heads = live & (starts | (live.cumsum(1) == 1))
         token = live.flatten().nonzero()[:, 0]
         piece = heads.flatten().cumsum(0)[token] - 1
@@ -111,22 +113,22 @@ def run_documents(
         n = len(group.pieces)
         if n == 0:  # in lockstep: one sequence without a token
             n, inside, at = 1, inside.new_zeros(1, group.size), at.new_zeros(1, group.size)
-        taken = pieces.token[at].to(device)
+        taken = upload(pieces.token[at], device)
         own = None
         if group.goes_on:
             assert state is not None
             own = index(state, pieces.row[group.pieces])
-        mask = None if bool(inside.all()) and not lockstep else inside.to(device)
+        mask = None if bool(inside.all()) and not lockstep else upload(inside, device)
         x, new = run(tokens.flatten()[taken], own, mask)
         places = inside.flatten().nonzero()[:, 0]
-        found.append(x.flatten(0, 1)[places.to(device)])
+        found.append(x.flatten(0, 1)[upload(places, device)])
         where.append(pieces.token[at.flatten()[places]])
         ends = last[group.pieces].nonzero()[:, 0]
         if len(ends) and not lockstep:
             rows.append(pieces.row[group.pieces[ends]])
             states.append(new if len(ends) == n else index(new, ends))
     some = torch.cat(found)
-    x = some.new_zeros(batch * length, some.shape[-1]).index_copy(0, torch.cat(where).to(device), some)
+    x = some.new_zeros(batch * length, some.shape[-1]).index_copy(0, upload(torch.cat(where), device), some)
     x = x.unflatten(0, (batch, length))
     if lockstep:
         return x, {}

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nestopt.core.device import by_contract, holds_only, known, remember
 from nestopt.core.tree import State
 
 
@@ -127,23 +128,25 @@ class _Cached:
     def run(self, tokens: Tensor) -> Tensor:
         n = tokens.shape[1]
         if self.coming is None:
-            new = torch.ones_like(tokens, dtype=torch.bool)
+            new = remember(torch.ones_like(tokens, dtype=torch.bool), [1])
         else:
             new, self.coming = self.coming[:, :n], self.coming[:, n:]
-        mask = new if self.seen is None else torch.cat([self.seen, new], dim=1)
+        mask = new if self.seen is None else _together(self.seen, new)
         # a row's tokens are counted, not its places
         positions = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -n:]
-        whole = bool(mask.all())
+        # on an accelerator nobody waits to see whether there is padding
+        whole = holds_only(mask, 1)
         found: list[Tensor] = []
         handle = self.norm.register_forward_pre_hook(lambda module, args: found.append(args[0]))
         try:
-            self.core(
-                input_ids=tokens,
-                attention_mask=None if whole else mask.long(),
-                position_ids=positions,
-                cache=self.cache,
-                use_cache=True,
-            )
+            with by_contract("pretrained"):
+                self.core(
+                    input_ids=tokens,
+                    attention_mask=None if whole else mask.long(),
+                    position_ids=positions,
+                    cache=self.cache,
+                    use_cache=True,
+                )
         finally:
             handle.remove()
         self.seen = mask
@@ -211,3 +214,9 @@ def family_of(model: nn.Module) -> Family:
         "(model.layers[i].mlp), BERT (encoder.layer[i].intermediate and output). Give family=, an object like "
         "nestopt.models.families.Decoder"
     )
+
+
+def _together(seen: Tensor, new: Tensor) -> Tensor:
+    """Both masks, which together hold a token in every place if both are known to."""
+    mask = torch.cat([seen, new], dim=1)
+    return remember(mask, [1]) if known(seen) == known(new) == [1] else mask

@@ -199,7 +199,8 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         mask = None
         if attention_mask is not None and not (before and length == 1):
             mask = attention_mask[:, -length:].bool()
-            mask = None if mask.all() else mask
+            # on an accelerator nobody waits to see whether there is padding
+            mask = None if mask.device.type == "cpu" and mask.all() else mask
         hidden, state = self.model.hidden(input_ids, None if cache is None else cache.state, mask=mask, learn=learn)
         kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
         logits = self.model.head(self.model.norm(kept))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nestopt.core.device import no_autocast
+from nestopt.core.device import no_autocast, upload
 from nestopt.core.level import Level
 from nestopt.core.precision import Precision, check_precision, check_products, products_in
 from nestopt.core.tree import State, leaves, nested
@@ -248,7 +248,7 @@ class HopeLM(nn.Module):
         hidden, state = self.hidden(tokens[:, :-1], state, mask=masked, starts=begun, learn=learn)
         targets = tokens[:, 1:].long()
         if starts is not None:
-            targets = torch.where(starts[:, 1:].to(targets.device), _NOT_COUNTED, targets)
+            targets = torch.where(upload(starts[:, 1:], targets.device), _NOT_COUNTED, targets)
         if mask is not None:
             targets = torch.where(mask[:, 1:] & mask[:, :-1], targets, _NOT_COUNTED)
         pairs = list(zip(hidden.split(piece, dim=1), targets.split(piece, dim=1), strict=True))
@@ -266,13 +266,11 @@ class HopeLM(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_NOT_COUNTED, reduction="sum")
 
     def _read(self, state: State) -> Read:
-        """How many tokens the rows have read: waits for the device, once."""
+        """How many tokens the rows have read; waits where only a device knows."""
         if not self._taught:
             return Read([0], False)
         i = next(i for i, block in enumerate(self._blocks()) if block.mlp.taught)
-        carried = state[TAUGHT]["live"].sum(1)
-        seen, carries = torch.stack([state[f"block_{i}"]["mlp"]["step"] + carried, carried]).tolist()
-        return Read(sorted(set(seen)), all(carries))
+        return Read.of(state[f"block_{i}"]["mlp"]["step"], state[TAUGHT])
 
     def _sequences(
         self, tokens: Tensor, state: State | None, mask: Tensor | None, learn: Learn
@@ -467,7 +465,8 @@ class HopeLM(nn.Module):
         Args:
             prompt: `[B, n]` tokens, n >= 1.
             length: how many tokens to add, 0 or more.
-            choose: from logits `[B, vocab]` the next tokens `[B]`, as `nestopt.train.sampling.choose` does.
+            choose: from logits `[B, vocab]` the next tokens `[B]`, as `nestopt.train.sampling.choose` does. After a
+                -1 (no token could be drawn) what follows in that row means nothing.
             state: what was read before the prompt; None is nothing.
             learn: as for `forward`.
 
@@ -481,8 +480,8 @@ class HopeLM(nn.Module):
         tokens, seen = [prompt.long()], prompt
         for _ in range(length):
             logits, state = self(seen, state, learn=learn)
-            seen = choose(logits[:, -1])[:, None]
-            tokens.append(seen)
+            tokens.append(choose(logits[:, -1])[:, None])
+            seen = tokens[-1].clamp_min(0)
         return torch.cat(tokens, dim=1), None if state is None else dict(state)
 
 

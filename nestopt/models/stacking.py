@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nestopt.core.associative import Gd
+from nestopt.core.device import by_contract, holds_only, numbers_in
 from nestopt.core.level import Level
 from nestopt.core.memories import Memory, Theta
 from nestopt.core.precision import (
@@ -106,7 +107,7 @@ class Layer:
     def weights(self, state: Mapping[str, Any]) -> Theta | None:
         """Those of each sequence; None where they are still the trained ones."""
         found: Theta = state["levels"][LEVEL]["weights"]
-        return None if all(is_shared(w) for w in found.values()) and not state["step"].any() else found
+        return None if all(is_shared(w) for w in found.values()) and holds_only(state["step"], 0) else found
 
     def observe(
         self,
@@ -258,7 +259,8 @@ class Stacked(nn.Module):
             )
 
     def _plain(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-        found = self.pretrained(tokens, attention_mask=attention_mask)
+        with by_contract("pretrained"):
+            found = self.pretrained(tokens, attention_mask=attention_mask)
         return cast(Tensor, found.logits if hasattr(found, "logits") else found.last_hidden_state)
 
     def _taught(self, tokens: Tensor, state: State, context: Any, mask: Tensor | None) -> tuple[Tensor, State]:
@@ -272,9 +274,7 @@ class Stacked(nn.Module):
             return self._family.signal(self.pretrained, hidden, targets)
 
         continua = cast(Any, list(self._layers.values()))
-        carried = state[TAUGHT]["live"].sum(1)
-        step = next(iter(state.values()))[LEVEL]["step"] + carried
-        seen = Read(sorted(set(step.tolist())), bool(carried.all()) and state[TAUGHT]["live"].shape[1] > 0)
+        seen = Read.of(next(iter(state.values()))[LEVEL]["step"], state[TAUGHT])
         through = next(iter(self._layers.values())).clocks.through
         with torch.set_grad_enabled(torch.is_grad_enabled() and through != "stop"):
             return run_taught(tokens, state, continua, segment, signal, mask, seen)
@@ -321,8 +321,8 @@ class Stacked(nn.Module):
         return out, new
 
     def _phases(self, state: State) -> Phases:
-        """The different numbers of tokens that rows have learned from: waits for the device, once."""
-        return sorted(set(state["block_0"][LEVEL]["step"].tolist()))
+        """The different numbers of tokens that rows have learned from; waits where only a device knows."""
+        return numbers_in(state["block_0"][LEVEL]["step"])
 
     def _read(self, tokens: Tensor, state: State, context: Any) -> tuple[Tensor, list[Tensor]]:
         """The stream before the last norm `[B, n, D]`, and the inputs of each layer that learns."""
@@ -366,8 +366,8 @@ class Stacked(nn.Module):
         now: State = dict(state) if state else self.init_state(len(prompt))
         for _ in range(length):
             logits, now = self(seen, now, cache=True, learn=learn)
-            seen = choose(logits[:, -1])[:, None]
-            tokens.append(seen)
+            tokens.append(choose(logits[:, -1])[:, None])
+            seen = tokens[-1].clamp_min(0)
         return torch.cat(tokens, dim=1), now
 
 

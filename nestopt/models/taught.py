@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nestopt.core.device import numbers_in, remember
 from nestopt.core.precision import matmul
 from nestopt.core.tree import State
 from nestopt.nn.cms import CMS
@@ -36,6 +37,17 @@ class Read(NamedTuple):
 
     phases: Phases
     carried: bool
+
+    @staticmethod
+    def of(step: Tensor, carried: State) -> Read:
+        """Of rows whose continua have learned from `step` tokens `[B]`, with what is `carried` under `TAUGHT`."""
+        live = carried["live"]
+        if not live.shape[1]:
+            return Read(numbers_in(step), False)
+        count = numbers_in(live)
+        if len(count) == 1:
+            return Read([phase + count[0] for phase in numbers_in(step)], count[0] == 1)
+        return Read(numbers_in(step + live.sum(1)), False)
 
 
 TAUGHT = "taught"
@@ -118,6 +130,8 @@ def run_taught(
         carried = _carried(carried, named, hidden, live[:, first:last], live[:, first + 1 : last + 1], last == length)
         phases = [phase + last - first for phase in phases]
         first = last
+    if mask is None:
+        carried = {**carried, "live": remember(carried["live"], [1])}
     return torch.cat(found, dim=1), {**state, TAUGHT: carried}
 
 

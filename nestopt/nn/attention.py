@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nestopt.core.device import by_contract
 from nestopt.core.level import Level
 from nestopt.core.tree import State
 from nestopt.nn.sequence_memory import SequenceMemory
@@ -108,7 +109,9 @@ def _check_causal(mask: Tensor, length: int, trusted: bool) -> None:
     wrong = _shut(mask) != causal
     if mask.dtype != torch.bool:
         wrong = wrong | ~causal & (mask != 0)
-    if bool(wrong.any()):
+    with by_contract("attn_mask"):
+        differs = bool(wrong.any())
+    if differs:
         raise ValueError(
             "MemoryAttention: attn_mask is not the causal mask; a memory is causal and can't leave out other tokens. "
             "Give nn.Transformer.generate_square_subsequent_mask, or None (padding goes in key_padding_mask)"

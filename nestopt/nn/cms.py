@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nestopt.core.device import no_autocast
+from nestopt.core.device import no_autocast, numbers_in
 from nestopt.core.memories import Memory, Theta
 from nestopt.core.precision import Precision, check_precision, check_products, products_in
 from nestopt.core.tree import State
@@ -180,8 +180,8 @@ class CMS(nn.Module):
             return answers(levels, x.to(dtype)).to(x.dtype)
 
     def phases(self, state: Mapping[str, Any] | None) -> Phases:
-        """How many tokens its sequences have learned from, the different numbers: waits for the device, once."""
-        return [0] if not state else sorted(set(state["step"].tolist()))
+        """How many tokens its sequences have learned from, the different numbers; waits where only a device knows."""
+        return [0] if not state else numbers_in(state["step"])
 
     def until_write(self, phases: Phases) -> int:
         """Tokens that may be observed up to and with the next moment of its clocks, in rows that are at `phases`."""

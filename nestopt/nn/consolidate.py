@@ -168,8 +168,14 @@ class _Task:
         gram = hidden.mT @ hidden
         size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        change = torch.linalg.solve(gram + ridge * size * eye, hidden.mT @ self.residual(self.weights))
+        change = _solved(gram + ridge * size * eye, hidden.mT @ self.residual(self.weights))
         return {**self.weights, "W1": self.weights["W1"] + change.mT}
+
+
+def _solved(system: Tensor, right: Tensor) -> Tensor:
+    """Solve positive definite systems without waiting for the device, as `torch.linalg.solve` does."""
+    factor, _ = torch.linalg.cholesky_ex(system)
+    return torch.cholesky_solve(right, factor)
 
 
 def _rms(x: Tensor) -> Tensor:

@@ -24,13 +24,14 @@ from nestopt.nn.options import check_options, projection
 from nestopt.nn.pieces import lengths
 from nestopt.nn.reset import begun_anew, chosen
 from nestopt.nn.rotary import rotary
-from nestopt.nn.rows import Rows, lengths_of, spread
+from nestopt.nn.rows import Rows
 from nestopt.nn.state import Rows as Chosen
 from nestopt.nn.state import fitted, numbers, shapes_of
 from nestopt.nn.stats import Stats, run_in_pieces
 from nestopt.ops import run
 from nestopt.ops.dispatch import fast_form
 from nestopt.ops.given import check_mask
+from nestopt.ops.packing import Packing
 
 Attend = Callable[..., tuple[Tensor, State]]
 """Runs the level on q, k, v, gates and its state, with a mask."""
@@ -221,14 +222,14 @@ class SequenceMemory(nn.Module):
         if cu_seqlens is not None:
             if mask is not None:
                 raise ValueError("SequenceMemory: cu_seqlens and mask are both given; give one of them")
-            mask = packed = lengths_of(cu_seqlens, x, "SequenceMemory")
-            x = spread(x, packed)
+            packed = Packing.of(cu_seqlens, x, "SequenceMemory")
+            mask, x = packed.mask, packed.spread(x)
         now = self._begun(state, x)
         if mask is None:
             y, new = self._through_all(x, now, attend, learn, whole=return_stats)
         else:
             y, new = self._through_padded(x, now, attend, mask, learn)
-        y = y if packed is None else y[packed][None]
+        y = y if packed is None else packed.together(y)
         return (y, new, stats) if return_stats else (y, new)
 
     def step(self, x_t: Tensor, state: Mapping[str, Any] | None = None, *, learn: bool = True) -> tuple[Tensor, State]:

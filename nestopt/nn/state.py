@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nestopt.core.device import upload
 from nestopt.core.part import nearest
 from nestopt.core.tokens import PENDING
 from nestopt.core.tree import State, leaves, tree_map
@@ -157,7 +158,7 @@ def numbers(rows: Rows, batch: int, device: torch.device, owner: str) -> Tensor:
     elif given.device.type == "cpu" and bool(((given < -batch) | (given >= batch)).any()):
         wrong = [row for row in given.tolist() if not -batch <= row < batch]
         raise ValueError(f"{owner}: rows has {wrong[0]}; the batch has {batch} sequences, from 0 to {batch - 1}")
-    return given.to(device)
+    return upload(given, device)
 
 
 # -- whether a state from outside fits: said in words, before a matrix product says it in numbers ---------------------

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from nestopt.core.associative import AssociativeMemory
+from nestopt.core.device import constants
 from nestopt.core.gates import bind, per_head
 from nestopt.core.level import Level
 from nestopt.core.memories import Memory
@@ -129,5 +130,5 @@ def _quantiles(gate: Tensor, live: Tensor | None) -> Tensor:
     """`[5, H]` of a gate `[B, T, H]` over the batch and its live tokens; NaN where there are none."""
     if live is not None:
         gate = gate.masked_fill(~live[..., None], torch.nan)
-    at = torch.tensor(QUANTILES, dtype=gate.dtype, device=gate.device)
+    at = constants(QUANTILES, gate)
     return torch.nanquantile(gate.flatten(0, 1), at, dim=0)

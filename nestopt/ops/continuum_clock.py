@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nestopt.core.clock import due
+from nestopt.core.device import remember
 from nestopt.core.memories import Theta
 from nestopt.core.tree import State, tree_map
 from nestopt.levels.cms import Auto, ticks_of
@@ -92,7 +93,7 @@ class Clocks:
             if self.nested and faster is not None:
                 levels[name]["below"] = self._begun(starts[faster], batch)
             faster = name
-        return {"step": torch.zeros(batch, dtype=torch.int64, device=device), "levels": levels}
+        return {"step": remember(torch.zeros(batch, dtype=torch.int64, device=device), [0]), "levels": levels}
 
     def _begun(self, start: Theta, batch: int) -> State:
         one: Theta = {name: self._passed(weight)[None] for name, weight in start.items()}
@@ -138,6 +139,8 @@ class Clocks:
             rates: of each level, a number.
         """
         step = state["step"] + (seen.size if seen.count is None else seen.count)
+        if seen.count is None:
+            step = remember(step, [phase + seen.size for phase in seen.phases])
         levels, faster = {}, None
         for name, period in self.chain.items():
             own, lesson, constant = state["levels"][name], lessons[name], self.constant(seen, period)

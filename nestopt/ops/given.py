@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nestopt.core.device import by_contract
+from nestopt.ops.packing import Packing
 from nestopt.ops.shapes import check_gate, check_tokens
 
 
@@ -105,12 +106,12 @@ def check_range(name: str, value: float | Tensor, low: float, high: float, *, cl
     above = x >= low if closed[0] == "[" else x > low
     below = x <= high if closed[1] == "]" else x < high
     wrong = ~(above & below)
-    if bool(wrong.any()):
-        first = tuple(int(i) for i in wrong.nonzero()[0]) if x.ndim else ()
-        where = f"{name}{list(first)}" if first else name
-        raise ValueError(
-            f"{where} is {float(x[first] if first else x):g}; it must lie in {closed[0]}{low:g}, {high:g}{closed[1]}"
-        )
+    with by_contract("validate"):
+        if bool(wrong.any()):
+            first = tuple(int(i) for i in wrong.nonzero()[0]) if x.ndim else ()
+            where = f"{name}{list(first)}" if first else name
+            number = float(x[first] if first else x)
+            raise ValueError(f"{where} is {number:g}; it must lie in {closed[0]}{low:g}, {high:g}{closed[1]}")
 
 
 def check_finite(**tensors: Tensor | None) -> None:
@@ -120,11 +121,12 @@ def check_finite(**tensors: Tensor | None) -> None:
             continue
         x = x.detach()
         wrong = ~x.isfinite()
-        if bool(wrong.any()):
-            first = [int(i) for i in wrong.nonzero()[0]]
-            raise ValueError(
-                f"{name}{first} is {float(x[tuple(first)])}; {int(wrong.sum())} such numbers are in {name}"
-            )
+        with by_contract("validate"):
+            if bool(wrong.any()):
+                first = [int(i) for i in wrong.nonzero()[0]]
+                raise ValueError(
+                    f"{name}{first} is {float(x[tuple(first)])}; {int(wrong.sum())} such numbers are in {name}"
+                )
 
 
 def check_state(name: str, state: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -154,26 +156,17 @@ def packed(
     Returns:
         y `[1, N, H, D_v]`, and the states of the n sequences.
     """
-    ends = [int(end) for end in cu_seqlens]
-    if q.shape[0] != 1 or arguments.get("mask") is not None:
+    if arguments.get("mask") is not None:
         raise ValueError(
             f"cu_seqlens is for sequences end to end in one row, without a mask; q has the shape {list(q.shape)}"
         )
-    rising = all(a < b for a, b in itertools.pairwise(ends))
-    if len(ends) < 2 or ends[0] != 0 or ends[-1] != q.shape[1] or not rising:
-        raise ValueError(
-            f"cu_seqlens={ends} is not allowed; give rising numbers from 0 to the {q.shape[1]} tokens of q"
-        )
-    lengths = torch.tensor(ends, device=q.device).diff()
-    mask = torch.arange(int(lengths.max()), device=q.device) < lengths[:, None]
+    packing = Packing.of(cu_seqlens, q, getattr(run, "__name__", "run"))
 
     def spread(x: Any) -> Any:
         if not isinstance(x, Tensor) or x.ndim < 3 or x.shape[:2] != q.shape[:2]:
             return x
-        return x.new_zeros(*mask.shape, *x.shape[2:]).masked_scatter(
-            mask.reshape(*mask.shape, *(1,) * (x.ndim - 2)), x[0]
-        )
+        return packing.spread(x)
 
     arguments = {key: value if key == "state" else spread(value) for key, value in arguments.items()}
-    y, state = run(spread(q), spread(k), spread(v), **{**arguments, "mask": mask})
-    return y[mask][None], state
+    y, state = run(spread(q), spread(k), spread(v), **{**arguments, "mask": packing.mask})
+    return packing.together(y), state

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nestopt.core.device import by_contract
 from nestopt.core.inputs import Inputs, Wants
 from nestopt.optim.rows import Rows
 
@@ -82,9 +83,10 @@ class Sums:
             if key not in self._sums:  # no row came by here
                 self._sums[key] = torch.zeros(size, dtype=self.dtype, device=device)
             reduce(self._sums[key])
-        count = torch.tensor(self.n, dtype=torch.int64, device=device)
+        count = torch.full((), self.n, dtype=torch.int64, device=device)
         reduce(count)
-        self.n = int(count)
+        with by_contract("agree"):
+            self.n = int(count)
         self.ever = self.ever or self.n > 0
 
     def take(self, shape: torch.Size) -> Inputs | None:

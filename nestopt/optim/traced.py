@@ -76,7 +76,7 @@ def fused_step(level: Level, params: list[Tensor], states: list[dict[str, Any]],
 
 
 def traced_step(level: Level, param: Tensor, state: dict[str, Any], rates: Rates, view: Split | None) -> None:
-    """One step of a parameter that has a gradient, in place, by `Level.step`; all that depends on the step count goes through `where`."""
+    """Step a parameter that has a gradient, in place, by `Level.step`; what the count decides goes through `where`."""
     wide = param.to(work_dtype(param))
     step = state[STEP].add_(1)
     assert param.grad is not None

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nestopt.config import Config, ConfigError
+from nestopt.core.device import by_contract
 from nestopt.nn import CMS
 from nestopt.optim import Nested
 from nestopt.optim.sharded.optimizer import Lying, Sharded
@@ -156,6 +157,10 @@ class Engine:
         """Whether `flag` is set in any process: all of them get the same answer."""
         return flag
 
+    def agreed(self, seconds: float) -> float:
+        """The mean of a time over processes, the same in all."""
+        return seconds
+
     def gathered(self, value: Any) -> list[Any]:
         """What each process has given, in all of them; plain values."""
         return [value]
@@ -216,9 +221,14 @@ class Ddp(Engine):
         return value
 
     def any(self, flag: bool) -> bool:
-        seen = torch.tensor(float(flag), device=self.device)
+        seen = torch.full((), float(flag), device=self.device)
         dist.all_reduce(seen, dist.ReduceOp.MAX)
-        return bool(seen)
+        with by_contract("agree"):
+            return bool(seen)
+
+    def agreed(self, seconds: float) -> float:
+        with by_contract("agree"):
+            return float(self.mean(torch.full((), seconds, dtype=torch.float64, device=self.device)))
 
     def gathered(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.world

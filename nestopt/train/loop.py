@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nestopt.config import Config
+from nestopt.core.device import upload
 from nestopt.nn.hope import Learn
 from nestopt.optim import optimizer as make_optimizer
 from nestopt.optim.sharded.saved import Stretch
@@ -172,7 +173,7 @@ class _Training:
         elapsed = time.monotonic() - begin
         if self.config.train.seconds is None:
             return elapsed
-        return float(self.engine.mean(torch.tensor(elapsed, dtype=torch.float64, device=self.engine.device)))
+        return self.engine.agreed(elapsed)
 
     def _progress(self) -> float:
         """How much of the run is over, from 0 to 1."""
@@ -192,11 +193,11 @@ class _Training:
     def _batches(self, batch: Batch) -> list[tuple[Tensor | None, ...]]:
         """What the objective is called with, `train.accumulate` times."""
         count = self.config.train.accumulate
-        tokens = batch.tokens.to(self.engine.device, non_blocking=True).chunk(count)
+        tokens = upload(batch.tokens, self.engine.device).chunk(count)
         if batch.starts is None:
             return [(part,) for part in tokens]
         # each counts as many targets as its documents have: the mean is over those of all
-        targets = self.engine.total(torch.tensor(float(batch.targets), device=self.engine.device))
+        targets = self.engine.total(torch.full((), float(batch.targets), device=self.engine.device))
         scale = count * self.engine.world / targets.clamp_min(1)
         return [(part, starts, scale) for part, starts in zip(tokens, batch.starts.chunk(count), strict=True)]
 

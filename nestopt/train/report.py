@@ -14,7 +14,7 @@ from nestopt.train.baselines import baselines
 from nestopt.train.metrics import read
 from nestopt.train.plots import loss_plot
 from nestopt.train.run import Run
-from nestopt.train.sampling import choose
+from nestopt.train.sampling import check_drawn, choose
 from nestopt.train.source import HeldOut, Source
 from nestopt.train.windows import Windows
 
@@ -73,7 +73,9 @@ class Report:
         tokens, _ = model.generate(prompt, length, lambda z: choose(z.float(), temperature=0.8, generator=generator))
         if not write:
             return
-        body = self.source.decode(tokens[0].clamp(max=self.source.vocab - 1).tolist())
+        written = tokens[0].clamp(max=self.source.vocab - 1).tolist()
+        check_drawn(written)
+        body = self.source.decode(written)
         with open(self.run.path / "samples.txt", "a", encoding="utf-8") as file:
             file.write(f"--- step {step} ---\n{body}\n\n")
 

@@ -1,5 +1,7 @@
 """Choosing the next token from a model's logits."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,15 +22,26 @@ def choose(
         generator: source of chance, on the device of ``logits``; torch's global one by default.
 
     Returns:
-        ``[B]`` tokens, ``int64``.
+        ``[B]`` tokens, ``int64``; on an accelerator, which is not waited for, -1 for a row that `distribution` has none
+        for. `check_drawn` says so once the tokens are fetched.
 
     Raises:
         ValueError: as `distribution`.
     """
     probabilities = distribution(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-    if temperature == 0:
-        return probabilities.argmax(dim=-1)  # type: ignore[return-value]
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)  # type: ignore[return-value]
+    if temperature > 0:
+        # torch.multinomial's own way, without its look at the sum, for which it waits
+        noise = torch.empty_like(probabilities).exponential_(1, generator=generator)
+        drawn = (probabilities / noise).argmax(dim=-1)
+    else:
+        drawn = probabilities.argmax(dim=-1)
+    return drawn.where(probabilities[:, 0].isfinite(), -1)  # type: ignore[return-value]
+
+
+def check_drawn(tokens: Sequence[int]) -> None:
+    """Raise ValueError if among tokens that `choose` drew is one that it could not draw."""
+    if min(tokens, default=0) < 0:
+        raise ValueError(_NONE)
 
 
 def distribution(
@@ -47,8 +60,9 @@ def distribution(
         ``[B, V]``, each row sums to 1; in float32, or float64 where the logits are.
 
     Raises:
-        ValueError: for a number out of range, a shape that is not ``[B, V]``, or a row of logits that has NaN or
-            ``+inf`` in it, or nothing but ``-inf``.
+        ValueError: for a number out of range, a shape that is not ``[B, V]``, or, on the CPU, a row of logits that has
+            NaN or ``+inf`` in it, or nothing but ``-inf``. On an accelerator, which is not waited for, such a row is
+            NaN.
     """
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits must have the shape [batch, vocabulary], not {list(logits.shape)}")
@@ -60,12 +74,13 @@ def distribution(
         raise ValueError(f"top_p must be in (0, 1], not {top_p}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     largest = logits.amax(dim=-1, keepdim=True)
-    if not largest.isfinite().all():  # amax is NaN where any logit is
-        raise ValueError(
-            "a row of logits has NaN, +inf, or only -inf in it: the model has diverged, or bars every token"
-        )
+    sound = largest.isfinite()  # amax is NaN where any logit is
+    if logits.device.type == "cpu" and not sound.all():
+        raise ValueError(_NONE)
+    logits = torch.where(sound, logits, torch.nan)
     if temperature < torch.finfo(logits.dtype).tiny:  # it would be 0 in the division
-        return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+        likeliest = torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+        return likeliest.where(sound, torch.nan)
     logits = (logits - largest) / temperature
     if top_k is not None:
         kept = logits.topk(top_k, dim=-1)
@@ -78,3 +93,6 @@ def distribution(
         probabilities = torch.zeros_like(probabilities).scatter(-1, tokens, ranked)
         probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
     return probabilities
+
+
+_NONE = "a row of logits has NaN, +inf, or only -inf in it: the model has diverged, or bars every token"

@@ -15,6 +15,7 @@ from nestopt.models import HopeLM
 from nestopt.nn.hope import Learn
 from nestopt.train import checkpoint
 from nestopt.train.checkpoint import CheckpointError
+from nestopt.train.sampling import check_drawn
 
 PIECE = 1024
 """Tokens of a document that are read at a time."""
@@ -58,6 +59,7 @@ class Writer:
         prompt = torch.tensor([self.waiting])
         tokens, self.state = self.model.generate(prompt, length, choose, self.state, learn=self.learn)
         written: list[int] = tokens[0].tolist()
+        check_drawn(written)
         self.waiting = written[-1:]
         return written[1:]
 

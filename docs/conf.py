@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import importlib.metadata
 import os
 import pydoc
 import re
@@ -19,12 +18,13 @@ from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
+import nestopt
 from nestopt.config import schema
 
 project = "nestopt"
 author = "The nestopt authors"
 project_copyright = author
-release = version = importlib.metadata.version("nestopt")
+release = version = nestopt.__version__
 
 extensions = [
     "myst_parser",

@@ -14,6 +14,7 @@ from nestopt.config.io import write
 from nestopt.config.load import default
 from nestopt.config.overrides import apply
 from nestopt.core.part import nearest
+from nestopt.core.precision import PRECISIONS
 from nestopt.core.registry import KINDS, registry
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
@@ -117,9 +118,16 @@ def _add_generate(generate: argparse.ArgumentParser) -> None:
         default=True,
         help="whether an mlp that learns in context does; mixers remember what was read in any case (default: it does)",
     )
+    _add_precision(generate)
     generate.add_argument("--state", metavar="FILE", help="save at the end what the model then remembers")
     generate.add_argument("--from-state", metavar="FILE", help="go on from what --state saved")
     generate.set_defaults(run=_generate)
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="of the products of memories (default: as the run was trained)"
+    )
 
 
 def _add_eval(measure: argparse.ArgumentParser) -> None:
@@ -132,6 +140,7 @@ def _add_eval(measure: argparse.ArgumentParser) -> None:
     forgetting.add_argument("--bytes", type=int, metavar="N", help="of each document (default: 512, or what there is)")
     forgetting.add_argument("--documents", type=int, default=8, help="side by side (default: 8)")
     forgetting.add_argument("--out", metavar="FOLDER", help="for forgetting.png and forgetting.json (default: RUN)")
+    _add_precision(forgetting)
     forgetting.add_argument("-q", "--quiet", action="store_true", help="no progress")
     forgetting.set_defaults(run=_forgetting)
 
@@ -214,7 +223,7 @@ def _generate(args: argparse.Namespace) -> int:
     from nestopt.train.writing import Writer
 
     run = Run.open(args.path)
-    writer = Writer(run.load_model(), learn=True if args.learn else "mixer")
+    writer = Writer(run.load_model(precision=args.precision), learn=True if args.learn else "mixer")
     prompt = args.prompt
     if prompt is None:
         prompt = "" if args.prompt_file or args.from_state else "def "
@@ -267,8 +276,9 @@ def _forgetting(args: argparse.Namespace) -> int:
     text = torch.from_numpy(corpus.held_out).long()
     size = args.bytes or min(512, max(2, len(text) // (args.documents + 101)))
     try:
+        model = run.load_model(precision=args.precision)
         documents, new = documents_in(text, size, args.documents)
-        report = forgetting(run.load_model(), documents, new, piece=config.data.window, progress=not args.quiet)
+        report = forgetting(model, documents, new, piece=config.data.window, progress=not args.quiet)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     folder = Path(args.out) if args.out else run.path

@@ -64,6 +64,19 @@ def test_train_generate_describe_resume(run, text, tmp_path):
     assert "there is no such checkpoint" in err
 
 
+def test_generate_takes_another_precision_than_the_run_had(run, text, tmp_path):
+    status, _, err = run("train", "--data", text, "--out", tmp_path / "runs", "model.precision=bfloat16", *SMALL)
+    assert status == 0, err
+    folder = tmp_path / "runs" / "001"
+    status, out, _ = run("generate", folder, "--length", 5, "--precision", "float32")
+    assert status == 0
+    assert out.startswith("def ")
+    status, _, err = run("generate", folder, "--length", 5, "--precision", "tf32")
+    assert status == 2
+    assert "model.precision: 'tf32' is not allowed; the device is 'cpu'" in err
+    assert "made in bfloat16" in run("describe", folder)[1]
+
+
 def test_a_config_file_with_overrides(run, text, tmp_path):
     config = tmp_path / "small.yaml"
     config.write_text("model: {mixer: linear_attention}\noptimizer: {stack: [momentum, adam], lr: 0.001}\n")
@@ -90,6 +103,8 @@ def test_a_config_file_with_overrides(run, text, tmp_path):
         (["train", "train.engine=fsdp"], ["train.engine", "fsdp2"]),
         (["train", "train.zero_stage=1"], ["train.zero_stage", "engine=deepspeed"]),
         (["train", "train.device=quantum"], ["train.device", "quantum"]),
+        (["train", "train.device=meta"], ["train.device", "meta", "no numbers"]),
+        (["train", "train.device=mps:0"], ["train.device", "mps:0", "no such device"]),
         (["generate", "no_such_run"], ["no_such_run"]),
         (["describe", "no_such.yaml"], ["no_such.yaml"]),
         (["-p", "lion", "levels"], ["-p lion", "no:NAME"]),

@@ -24,6 +24,7 @@ from nestopt.config.sizes import named
 from nestopt.config.spec import build, to_spec
 from nestopt.config.values import Bool, Finite, Whole, no_bool
 from nestopt.core import Dataset, Level
+from nestopt.core.precision import Precision
 
 _written = PlainSerializer(to_spec, return_type=Any)
 LevelSpec = Annotated[Level, BeforeValidator(lambda spec: build("level", spec)), _written]
@@ -93,6 +94,10 @@ class ModelConfig(Section):
     tie: Bool = Field(default=False, description="let the head have the embedding's weights")
     segment: Whole = Field(
         default=0, ge=0, description="in training, recompute all but the states at every so many tokens; 0: keep all"
+    )
+    precision: Precision = Field(
+        default="float32",
+        description="of the products of memories, whose states and sums are float32; the device must have it",
     )
 
     @model_validator(mode="after")

@@ -26,6 +26,7 @@ from nestopt.core.objectives import Dot, Objective
 from nestopt.core.order import Node
 from nestopt.core.outputs import Output, Plain
 from nestopt.core.part import FieldError, Gate, Number
+from nestopt.core.precision import matmul
 from nestopt.core.retentions import Keep, Retention
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, tree_map
@@ -146,7 +147,7 @@ class AssociativeMemory(Level):
         """
         layers = self.memory.layers(theta, k)
         assert layers is not None
-        near: list[Tensor] = [(a @ a.mT).abs() for a, _ in layers.values()]
+        near: list[Tensor] = [matmul(a, a.mT).abs() for a, _ in layers.values()]
         felt = [g * j[:, None] * j[None, :] for g, (_, j) in zip(near, layers.values(), strict=True)]
         close = torch.stack(felt).sum(0)
         if delta is not None:
@@ -192,7 +193,9 @@ class AssociativeMemory(Level):
             # the rates stand where a layer has its mean and the optimizer its learning rate; no energy: eq. 88 has no
             # denominator
             return Inputs(
-                decay=(rate[:, None] * (a @ param.mT)).mT @ a, energy=a.new_zeros(()), keys=rate.sqrt()[:, None] * a
+                decay=matmul((rate[:, None] * matmul(a, param.mT)).mT, a),
+                energy=a.new_zeros(()),
+                keys=rate.sqrt()[:, None] * a,
             )
 
         return inputs

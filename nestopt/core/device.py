@@ -25,12 +25,12 @@ EXCEPTIONS = {
     "rows) or after a mask on the device, where clocks must be told on the host when they are due",
     "documents": "starts or cu_seqlens on the device: how documents are packed decides shapes; give them on the CPU",
     "upload": "what the host knows (ends of documents, numbers of rows) is copied from pinned memory, without waiting",
-    "agree": "several processes agree at each training step whether to stop, on time where that ends the run, and on how "
-    "many rows the layers of dgd have seen",
+    "agree": "several processes agree at each training step whether to stop, on the time where that ends the run, and "
+    "on how many rows the layers of dgd have seen",
     "attn_mask": "an attn_mask on the device, without is_causal=True, is compared with the causal one",
     "eigh": "torch.linalg.eigh checks its result on the host: the matrix roots of shampoo and matrix_adagrad",
     "finite": "on_nonfinite='skip' or 'raise' decides on the host whether a step is taken",
-    "returned": "what is returned, or saved, is Python's: text, a report, a checkpoint",
+    "pretrained": "a model of another library does in its own forward what it does",
 }
 """Where a hot path waits for its device, or copies to it, by contract, and why."""
 
@@ -109,6 +109,13 @@ def known(tensor: Tensor) -> list[int] | None:
         return None
     version, numbers = _known[tensor]
     return list(numbers) if version == tensor._version else None
+
+
+def holds_only(tensor: Tensor, number: int) -> bool:
+    """Whether a tensor of whole numbers is known to hold this one only: an accelerator is not asked."""
+    if (numbers := known(tensor)) is not None:
+        return numbers == [number]
+    return tensor.device.type == "cpu" and bool((tensor == number).all())
 
 
 def numbers_in(tensor: Tensor) -> list[int]:

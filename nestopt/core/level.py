@@ -13,6 +13,7 @@ from torch import Tensor
 from nestopt.core.clock import advance, apply_, start
 from nestopt.core.order import Node
 from nestopt.core.part import FieldError, Number, Part
+from nestopt.core.precision import matmul
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, leaves, store
 
@@ -132,7 +133,7 @@ class Level(Part):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         """One token of one head: write the pair `k [D_k] -> v [D_v]`, read at `q [D_k]`; gives `(y [D_v], state)`."""
         direction, state = advance(self, torch.outer(v, k), state, signal)
-        return direction @ q, state
+        return matmul(direction, q), state
 
     def attend_chunk(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor], live: Tensor, state: State, signal: Signal

@@ -14,6 +14,7 @@ from torch.func import grad as gradient_of
 
 from nestopt.core.outputs import Output
 from nestopt.core.part import Part
+from nestopt.core.precision import matmul
 
 Theta = dict[str, Tensor]
 """The parameters of one memory, by name."""
@@ -107,7 +108,7 @@ class Matrix(Memory):
         return {"m": torch.zeros_like(rows(param))}
 
     def read(self, theta: Theta, k: Tensor) -> Tensor:
-        return k @ theta["m"].mT
+        return matmul(k, theta["m"].mT)
 
     def layers(self, theta: Theta, k: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         return {"m": (k, torch.ones_like(k[..., 0]))}
@@ -185,8 +186,8 @@ class Mlp(Memory):
     def read(self, theta: Theta, k: Tensor) -> Tensor:
         act, z = ACTIVATIONS[self.activation], k
         for i in range(self.depth, 1, -1):
-            z = act(z @ theta[f"W{i}"].mT)
-        y = z @ theta["W1"].mT
+            z = act(matmul(z, theta[f"W{i}"].mT))
+        y = matmul(z, theta["W1"].mT)
         if self.norm:
             y = y * _inverse_rms(y)
         return k + y if self.residual else y
@@ -195,11 +196,11 @@ class Mlp(Memory):
         act, a, found = ACTIVATIONS[self.activation], k, {}
         slopes: dict[str, Tensor] = {}
         for i in range(self.depth, 1, -1):
-            z = a @ theta[f"W{i}"].mT
+            z = matmul(a, theta[f"W{i}"].mT)
             found[f"W{i}"] = a
             a, slopes[f"W{i}"] = act(z), gradient_of(lambda z: act(z).sum())(z)
         found["W1"] = a
-        last = a @ theta["W1"].mT
+        last = matmul(a, theta["W1"].mT)
         j = _inverse_rms(last)[..., 0] if self.norm else torch.ones_like(last[..., 0])
         sensitive = {"W1": j}
         for i in range(2, self.depth + 1):
@@ -260,8 +261,8 @@ class Window(Memory):
     def read(self, theta: Theta, k: Tensor) -> Tensor:
         if theta["keys"].shape[-2] == 0:
             return theta["values"].new_zeros(*k.shape[:-1], theta["values"].shape[-1])
-        scores = k @ theta["keys"].mT / math.sqrt(k.shape[-1])
-        return scores.softmax(-1) @ theta["values"]
+        scores = matmul(k, theta["keys"].mT) / math.sqrt(k.shape[-1])
+        return matmul(scores.softmax(-1), theta["values"])
 
     def append(self, theta: Theta, k: Tensor, v: Tensor) -> Theta:
         keys = torch.cat([theta["keys"], k.reshape(-1, theta["keys"].shape[-1])])

@@ -10,6 +10,7 @@ from torch.nn.functional import huber_loss
 
 from nestopt.core.memories import Matrix, Memory, Theta
 from nestopt.core.part import Part
+from nestopt.core.precision import matmul
 
 
 class Objective(Part):
@@ -82,4 +83,4 @@ class Oja(Objective):
     def loss(self, memory: Memory, theta: Theta, k: Tensor, v: Tensor) -> Tensor:
         if not isinstance(memory, Matrix):
             raise ValueError(f"oja: a {memory.label} memory is not allowed; give memory=matrix")
-        return -(memory.read(theta, k) * v).sum() + 0.5 * (v @ theta["m"]).square().sum()
+        return -(memory.read(theta, k) * v).sum() + 0.5 * matmul(v, theta["m"]).square().sum()

@@ -13,7 +13,9 @@ from nestopt.description import stacks
 from nestopt.description.memory import WEIGHTS, Memory
 from nestopt.description.optimizers import Family
 from nestopt.levels.cms import Auto, Cms, ticks_of
+from nestopt.models.stacking import Stacked
 from nestopt.nn.cms import CMS
+from nestopt.nn.sequence_memory import SequenceMemory
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 KINDS: tuple[tuple[str, tuple[type[nn.Module], ...], str], ...] = (
@@ -64,8 +66,26 @@ def token_memories(module: nn.Module) -> tuple[list[Memory], list[str]]:
             holders.append(path)
             found += memories
     return found, [
-        f"{cls} is taken for softmax attention over all tokens by its class name; what it computes was not looked at."
-        for cls in by_name
+        *(
+            f"{cls} is taken for softmax attention over all tokens by its class name; what it computes was not looked "
+            "at."
+            for cls in by_name
+        ),
+        *_precisions(module),
+    ]
+
+
+def _precisions(module: nn.Module) -> list[str]:
+    """What is said of products of memories that are not made in float32."""
+    found: dict[str, list[str]] = {}
+    for path, inner in module.named_modules():
+        if isinstance(inner, SequenceMemory | CMS | Stacked):
+            found.setdefault(inner.precision, []).append(path or type(inner).__name__)
+    return [
+        f"Products of {'all memories' if len(found) == 1 else ', '.join(names)} are made in {precision}; "
+        "their states and sums are float32."
+        for precision, names in found.items()
+        if precision != "float32"
     ]
 
 

@@ -15,6 +15,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from nestopt.core.precision import matmul, plus_matmul
 from nestopt.kernels.corrections import corrections
 from nestopt.kernels.products import products, shifted
 
@@ -83,7 +84,7 @@ def added(k: Tensor, v: Tensor, end: Shares, memory: Tensor) -> tuple[Tensor, Te
     kept = None if end.memory is None else _end(end.memory, k)
     shape, memory = memory.shape, memory.flatten(0, 1)
     begun = []
-    for n, new in enumerate((v.mT @ _written(k, end)).flatten(0, 1).unbind(1)):
+    for n, new in enumerate(matmul(v.mT, _written(k, end)).flatten(0, 1).unbind(1)):
         begun.append(memory)
         memory = memory + new if kept is None else torch.addcmul(new, kept[n], memory)
     return torch.stack(begun, dim=1).unflatten(0, shape[:2]), memory.unflatten(0, shape[:2])
@@ -124,9 +125,9 @@ def _together(memory: Tensor, momentum: Tensor | None) -> Tensor:
 
 def answers(q: Tensor, k: Tensor, v: Tensor, read: Shares, begun: Tensor) -> Tensor:
     """y `[B, H, N, X, D_v]` of memories that began as `begun`, and to which the pairs k, v were added."""
-    pairs = (q @ k.mT) * read.writes
-    start = _started(q, read) @ begun.mT
-    return torch.baddbmm(*(x.flatten(0, 2) for x in (start, pairs, v))).unflatten(0, q.shape[:3])
+    pairs = matmul(q, k.mT) * read.writes
+    start = matmul(_started(q, read), begun.mT)
+    return plus_matmul(*(x.flatten(0, 2) for x in (start, pairs, v))).unflatten(0, q.shape[:3])
 
 
 def _started(k: Tensor, at: Shares) -> Tensor:

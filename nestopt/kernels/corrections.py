@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestopt.core.precision import as_in_forward, current, matmul, plus_matmul, plus_matmul_
+
 
 def corrections(
     k: Tensor,
@@ -100,15 +102,15 @@ class _Corrections(torch.autograd.Function):
         turn: Tensor | None,
         memory: Tensor,
     ) -> tuple[Tensor, ...]:
-        inverse = _inverse((k @ k.mT) * (pairs * lr[..., None]))
+        inverse = _inverse(matmul(k, k.mT) * (pairs * lr[..., None]))
         known = _scaled(k, -lr[..., None] if starts is None else -lr[..., None] * starts)
         chunks = _by_chunk(inverse, v * lr[..., None], known, _scaled(k, writes))
         batch, memory = memory.shape[0], memory.flatten(0, 1)
         us, begun = [], []
         for (solve, value, key, write), turned in zip(chunks, _turns(turn, len(chunks)), strict=True):
             begun.append(memory)
-            us.append(solve.mT @ torch.baddbmm(value, key, memory.mT))
-            memory = torch.baddbmm(_turned(memory, turned), us[-1].mT, write)
+            us.append(matmul(solve.mT, plus_matmul(value, key, memory.mT)))
+            memory = plus_matmul(_turned(memory, turned), us[-1].mT, write)
         return _joined(us, batch), _joined(begun, batch), memory.unflatten(0, (batch, -1)), inverse
 
     @staticmethod
@@ -116,21 +118,23 @@ class _Corrections(torch.autograd.Function):
         u, begun, _, inverse = output
         ctx.mark_non_differentiable(inverse)
         ctx.save_for_backward(*inputs[:-1], u, begun, inverse)
+        ctx.precision = current()
 
     @staticmethod
+    @as_in_forward
     def backward(ctx: Any, to_u: Tensor, to_begun: Tensor, to_end: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         k, v, lr, pairs, starts, writes, turn, u, begun, inverse = ctx.saved_tensors
         eta = lr[..., None]
-        gram = k @ k.mT
+        gram = matmul(k, k.mT)
         if torch.is_grad_enabled():  # the saved one is a constant; this will be differentiated
             inverse = _inverse(gram * (pairs * eta))
         starts_by_lr = -eta if starts is None else -eta * starts
         z, to_ends, to_memory = _backwards(
             to_u, to_begun, to_end, inverse, _scaled(k, starts_by_lr), _scaled(k, writes), turn
         )
-        to_known, to_written = z @ begun, u @ to_ends
+        to_known, to_written = matmul(z, begun), matmul(u, to_ends)
         below = torch.ones_like(gram[0, 0, 0]).tril(-1)
-        to_lower = (z @ u.mT) * -below
+        to_lower = matmul(z, u.mT) * -below
         to_pairs = to_lower * gram
         to_gram = to_lower * (pairs * eta)
         by_start, by_write = _dots(to_known, k), _dots(to_written, k)
@@ -153,8 +157,8 @@ class _Corrections(torch.autograd.Function):
 def _plus_product(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """grad + left right, in place where nobody will differentiate this."""
     if torch.is_grad_enabled():
-        return grad + left @ right
-    grad.flatten(0, 2).baddbmm_(left.flatten(0, 2), right.flatten(0, 2))
+        return grad + matmul(left, right)
+    plus_matmul_(grad.flatten(0, 2), left.flatten(0, 2), right.flatten(0, 2))
     return grad
 
 
@@ -168,8 +172,8 @@ def _backwards(
     zs, to_ends = [], []
     for (to_write, to_start, solve, key, write), turned in zip(chunks[::-1], turns[::-1], strict=True):
         to_ends.append(to_memory)
-        zs.append(solve @ torch.baddbmm(to_write, write, to_memory.mT))
-        to_memory = torch.baddbmm(_turned(to_memory, turned) + to_start, zs[-1].mT, key)
+        zs.append(matmul(solve, plus_matmul(to_write, write, to_memory.mT)))
+        to_memory = plus_matmul(_turned(to_memory, turned) + to_start, zs[-1].mT, key)
     return _joined(zs[::-1], batch), _joined(to_ends[::-1], batch), to_memory.unflatten(0, (batch, -1))
 
 

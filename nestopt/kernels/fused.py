@@ -24,11 +24,12 @@ def takes(*tensors: Tensor) -> bool:
     )
 
 
-if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_sgd_", "Meta"):
-    # torch lacks this one: a step on tensors without data writes nothing
-    _meta = torch.library.Library("aten", "IMPL", "Meta")
-    for _overload in ("_fused_sgd_", "_fused_sgd_.tensor_lr"):
-        _meta.impl(_overload, lambda *args, **kwargs: None)
+_meta = torch.library.Library("aten", "IMPL", "Meta")
+for _kernel in ("_fused_adam_", "_fused_adamw_", "_fused_sgd_"):
+    for _name in (_kernel, f"{_kernel}.tensor_lr"):
+        # where torch has none: a step on tensors without data writes nothing
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{_name}", "Meta"):
+            _meta.impl(_name, lambda *args, **kwargs: None)
 
 
 @functools.lru_cache(maxsize=64)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestopt.core.precision import matmul
 from nestopt.kernels.fading import Fading
 from nestopt.kernels.weights import applied, moved, pulled, squares, squares_since
 
@@ -89,7 +90,7 @@ class Held:
         self._applied = x, base, old
         if writes is not None:
             self._applied = tuple(None if r is None else r[..., -writes:, :] for r in self._applied)
-        return y if self.left is None or self.rows is None else y - (x @ self.rows.inputs.mT) @ self.left
+        return y if self.left is None or self.rows is None else y - matmul(matmul(x, self.rows.inputs.mT), self.left)
 
     def pull(self, d: Tensor) -> Tensor:
         """M_pᵀ d: `[.., C, out]` to `[.., C, in]`."""
@@ -98,7 +99,7 @@ class Held:
         if self.c is not None and self.momentum is not None:
             old, self.momentum = pulled(self.momentum, d)
             y = y - self.c * old
-        return y if self.left is None or self.rows is None else y - (d @ self.left.mT) @ self.rows.inputs
+        return y if self.left is None or self.rows is None else y - matmul(matmul(d, self.left.mT), self.rows.inputs)
 
     def lengths(self) -> Tensor:
         """Squared lengths of the columns of M_p, `[.., in]`."""
@@ -134,16 +135,16 @@ class Held:
             answers = answers - at.c[..., None] * old
         rows = new if self.rows is None else dataclasses.replace(self.rows, decays=None).and_then(new)
         if self.rows is not None:
-            near = torch.cat([new.inputs @ self.rows.inputs.mT, near], dim=-1)
+            near = torch.cat([matmul(new.inputs, self.rows.inputs.mT), near], dim=-1)
         fed = _weigh(at.Gamma, near, first - 1)
-        answers = answers - (fed if at.kappa is None else at.kappa * near) @ rows.steps
+        answers = answers - matmul(fed if at.kappa is None else at.kappa * near, rows.steps)
         if self.rows is not None and self.rows.decays is not None:
-            answers = answers - fed[..., :first] @ self.rows.decays
+            answers = answers - matmul(fed[..., :first], self.rows.decays)
         # by the inverse, which is as small as the system: a solver takes twice as long for so many columns
         eye = torch.eye(size, dtype=base.dtype, device=base.device).expand_as(near[..., first:])
         system = (strength[..., None] * fed[..., first:]).mT
         inverse = torch.linalg.solve_triangular(system, eye, upper=True, left=False, unitriangular=True)
-        return inverse.mT @ (strength[..., None] * answers)
+        return matmul(inverse.mT, strength[..., None] * answers)
 
     def read(self, x: Tensor, reads: str) -> Tensor:
         """M_t x_t `[.., C, out]` (`"before"`: M_{t-1} x_t) for each token t of the chunk that was written last."""
@@ -156,13 +157,13 @@ class Held:
         if self.momentum is not None and at.c is not None:
             old, self.momentum = applied(self.momentum, x)
             y = y - at.c[..., None] * old
-        near = x @ self.rows.inputs.mT
+        near = matmul(x, self.rows.inputs.mT)
         fed = _weigh(at.Gamma, near, first - (reads == "before"))
         steps, decays = self.rows.steps, self.rows.decays
         if at.kappa is None:
-            return y - fed @ (steps if decays is None else steps + decays)
-        y = y - (at.kappa * near) @ steps
-        return y if decays is None else y - fed @ decays
+            return y - matmul(fed, steps if decays is None else steps + decays)
+        y = y - matmul(at.kappa * near, steps)
+        return y if decays is None else y - matmul(fed, decays)
 
     def close(self) -> None:
         """The chunk is over, and another of the block follows."""

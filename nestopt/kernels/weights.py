@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestopt.core.precision import as_in_forward, current, matmul, plus_matmul_
 from nestopt.kernels.functions import batched, may_write
 
 
@@ -70,30 +71,32 @@ def moved(
 def _plus_product(grad: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """grad + leftᵀ right, in place where it may be."""
     if grad is None:
-        return left.mT @ right
+        return matmul(left.mT, right)
     if not may_write() or grad.ndim < 3 or not grad.is_contiguous():
-        return grad + left.mT @ right
+        return grad + matmul(left.mT, right)
     one, two = (x.reshape(-1, *x.shape[-2:]) for x in (left.mT, right))
-    grad.view(-1, *grad.shape[-2:]).baddbmm_(one, two)
+    plus_matmul_(grad.view(-1, *grad.shape[-2:]), one, two)
     return grad
 
 
 class _Applied(torch.autograd.Function):
     @staticmethod
     def forward(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x @ weight.mT, weight.view_as(weight)
+        return matmul(x, weight.mT), weight.view_as(weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.precision = current()
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @as_in_forward
     def backward(ctx: Any, dy: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         weight, x = ctx.saved_tensors
         if dy is None:
             return grad, None
-        dx = dy @ weight if ctx.needs_input_grad[1] else None
+        dx = matmul(dy, weight) if ctx.needs_input_grad[1] else None
         return _plus_product(grad, dy, x) if ctx.needs_input_grad[0] else None, dx
 
     @staticmethod
@@ -104,19 +107,21 @@ class _Applied(torch.autograd.Function):
 class _Pulled(torch.autograd.Function):
     @staticmethod
     def forward(weight: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-        return d @ weight, weight.view_as(weight)
+        return matmul(d, weight), weight.view_as(weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.precision = current()
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @as_in_forward
     def backward(ctx: Any, dy: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         weight, d = ctx.saved_tensors
         if dy is None:
             return grad, None
-        dd = dy @ weight.mT if ctx.needs_input_grad[1] else None
+        dd = matmul(dy, weight.mT) if ctx.needs_input_grad[1] else None
         return _plus_product(grad, d, dy) if ctx.needs_input_grad[0] else None, dd
 
     @staticmethod
@@ -167,9 +172,11 @@ class _SquaresSince(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.precision = current()
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @as_in_forward
     def backward(
         ctx: Any, dy: Tensor | None, grad: Tensor | None, grad_s: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
@@ -181,7 +188,7 @@ class _SquaresSince(torch.autograd.Function):
         d_c = None if momentum is None else -_inner(d, momentum)[..., None, None]
         if momentum is not None:
             grad_s = _plus_scaled(grad_s, d, -c)
-        return _plus_scaled(grad, d, gamma), grad_s, d_gamma, d_c, -(inputs @ d.mT), -(added @ d)
+        return _plus_scaled(grad, d, gamma), grad_s, d_gamma, d_c, -matmul(inputs, d.mT), -matmul(added, d)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -192,7 +199,7 @@ def _since(
     weight: Tensor, momentum: Tensor | None, gamma: Tensor | None, c: Tensor | None, added: Tensor, inputs: Tensor
 ) -> Tensor:
     """γ W - c S - addedᵀ a."""
-    new = (-added).mT @ inputs
+    new = matmul((-added).mT, inputs)
     plus_product = Tensor.addcmul_ if may_write() else torch.addcmul  # in place there is no batching rule
     new = new.add_(weight) if gamma is None else plus_product(new, weight, gamma)
     return new if momentum is None or c is None else plus_product(new, momentum, -c)
@@ -210,21 +217,23 @@ def _plus_scaled(grad: Tensor | None, d: Tensor, scale: Tensor | None) -> Tensor
 class _Moved(torch.autograd.Function):
     @staticmethod
     def forward(weight: Tensor, inputs: Tensor, gamma: Tensor | None, added: Tensor) -> Tensor:
-        new = (-added).mT @ inputs
+        new = matmul((-added).mT, inputs)
         return new.add_(weight) if gamma is None else new.addcmul_(weight, _wide(gamma))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.precision = current()
 
     @staticmethod
+    @as_in_forward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, inputs, gamma, added = ctx.saved_tensors
         needs = ctx.needs_input_grad
         d_weight = _faded(grad, gamma) if needs[0] else None
-        d_inputs = -(added @ grad) if needs[1] else None
+        d_inputs = -matmul(added, grad) if needs[1] else None
         d_gamma = _inner(grad, weight) if needs[2] else None
-        return d_weight, d_inputs, d_gamma, -(inputs @ grad.mT) if needs[3] else None
+        return d_weight, d_inputs, d_gamma, -matmul(inputs, grad.mT) if needs[3] else None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -243,17 +252,19 @@ class _MovedBoth(torch.autograd.Function):
         theta: Tensor,
         left: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        new = (-added).mT @ inputs
+        new = matmul((-added).mT, inputs)
         new = new.add_(weight) if gamma is None else new.addcmul_(weight, _wide(gamma))
         new.addcmul_(momentum, _wide(-c))
-        return new, (left.mT @ inputs).addcmul_(momentum, _wide(theta))
+        return new, matmul(left.mT, inputs).addcmul_(momentum, _wide(theta))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.precision = current()
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @as_in_forward
     def backward(ctx: Any, grad: Tensor | None, grad_s: Tensor | None) -> tuple[Tensor | None, ...]:
         weight, momentum, inputs, gamma, added, c, theta, left = ctx.saved_tensors
         needs = ctx.needs_input_grad
@@ -261,16 +272,16 @@ class _MovedBoth(torch.autograd.Function):
         if grad is not None:
             found[0] = _faded(grad, gamma) if needs[0] else None
             found[1] = grad * _wide(-c) if needs[1] and grad_s is None else None
-            found[2] = -(added @ grad) if needs[2] else None
+            found[2] = -matmul(added, grad) if needs[2] else None
             found[3] = _inner(grad, weight) if needs[3] else None
-            found[4] = -(inputs @ grad.mT) if needs[4] else None
+            found[4] = -matmul(inputs, grad.mT) if needs[4] else None
             found[5] = -_inner(grad, momentum) if needs[5] else None
         if grad_s is not None:
             found[1] = _carried(grad_s, theta, grad, c) if needs[1] else None
             if needs[2]:
-                found[2] = left @ grad_s if found[2] is None else found[2] + left @ grad_s
+                found[2] = matmul(left, grad_s) if found[2] is None else found[2] + matmul(left, grad_s)
             found[6] = _inner(grad_s, momentum) if needs[6] else None
-            found[7] = inputs @ grad_s.mT if needs[7] else None
+            found[7] = matmul(inputs, grad_s.mT) if needs[7] else None
         return tuple(found)
 
     @staticmethod

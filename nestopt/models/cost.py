@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from typing_extensions import Self
 
 from nestopt.config import ModelConfig
+from nestopt.core.precision import tf32_is_on
 from nestopt.core.tree import leaves
 from nestopt.models.build import build_model
 from nestopt.models.one_kernel import one_kernel
@@ -85,7 +86,7 @@ class CostCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func.is_view or func.namespace == "prim" or func in _FREE:
+        if func.is_view or func.namespace in ("prim", "profiler") or func in _FREE:
             return out
         tensors = list(_tensors((args, *kwargs.values(), out)))
         if not any(self._counts(x) for x in tensors):
@@ -109,7 +110,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _product_dtype(factor: Tensor) -> str:
-    if factor.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+    if factor.dtype is torch.float32 and tf32_is_on():
         return "tf32"
     return str(factor.dtype).removeprefix("torch.")
 
@@ -117,6 +118,8 @@ def _product_dtype(factor: Tensor) -> str:
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     packet = _IN_PLACE.get(func.overloadpacket, func.overloadpacket)
     if packet in flop_registry:
+        if func._overloadname == "dtype":  # of the result, which torch's count does not expect among the factors
+            args = args[:-1]
         return flop_registry[packet](*args, **kwargs, out_val=out)
     if packet is _ATTENTION:
         return sdpa_flop_count(*(x.shape for x in args[:3]))

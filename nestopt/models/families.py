@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nestopt.core.device import known, remember
+from nestopt.core.device import by_contract, holds_only, known, remember
 from nestopt.core.tree import State
 
 
@@ -121,8 +121,9 @@ class _Cached:
         self.seen: Tensor | None = None
         self.coming = mask
         if past is not None:
-            for i, layer in enumerate(past["layers"].values()):
-                self.cache.update(layer["keys"], layer["values"], i)
+            with by_contract("pretrained"):
+                for i, layer in enumerate(past["layers"].values()):
+                    self.cache.update(layer["keys"], layer["values"], i)
             self.seen = past["mask"]
 
     def run(self, tokens: Tensor) -> Tensor:
@@ -135,17 +136,18 @@ class _Cached:
         # a row's tokens are counted, not its places
         positions = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -n:]
         # on an accelerator nobody waits to see whether there is padding
-        whole = known(mask) == [1] or (mask.device.type == "cpu" and bool(mask.all()))
+        whole = holds_only(mask, 1)
         found: list[Tensor] = []
         handle = self.norm.register_forward_pre_hook(lambda module, args: found.append(args[0]))
         try:
-            self.core(
-                input_ids=tokens,
-                attention_mask=None if whole else mask.long(),
-                position_ids=positions,
-                cache=self.cache,
-                use_cache=True,
-            )
+            with by_contract("pretrained"):
+                self.core(
+                    input_ids=tokens,
+                    attention_mask=None if whole else mask.long(),
+                    position_ids=positions,
+                    cache=self.cache,
+                    use_cache=True,
+                )
         finally:
             handle.remove()
         self.seen = mask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nestopt.core.device import upload
+from nestopt.core.device import no_autocast, upload
 from nestopt.core.level import Level
+from nestopt.core.precision import Precision, check_precision, check_products, products_in
 from nestopt.core.tree import State, leaves, nested
 from nestopt.levels.cms import Cms
 from nestopt.levels.tokens import Attention
@@ -48,6 +50,8 @@ class HopeLM(nn.Module):
         tie: whether the head's weights are the embedding's.
         segment: in training, recompute in the backward pass all but the states at the ends of so many tokens; 0 keeps
             everything. Activations of T tokens need the memory of T / segment states and one segment: least near √T.
+        precision: of the products of all memories, and of the signal by which the model's loss teaches them, as of a
+            `SequenceMemory`: `"float32"`, `"tf32"` or `"bfloat16"`. Set as an attribute, it is set of all blocks.
 
     Attributes:
         lockstep: whether, with `starts`, blocks are called as often whatever the documents are, some for nothing. It
@@ -55,7 +59,8 @@ class HopeLM(nn.Module):
             and the state that comes back is empty. Default False.
 
     Raises:
-        ValueError: for a number that is out of range.
+        ValueError: for a number that is out of range, or a `precision` of another name; as the model is called, for one
+            that the device lacks.
     """
 
     lockstep: bool = False
@@ -73,6 +78,7 @@ class HopeLM(nn.Module):
         gate_output: bool = False,
         tie: bool = False,
         segment: int = 0,
+        precision: Precision = "float32",
     ) -> None:
         super().__init__()
         least = {"vocab": vocab, "dim": dim, "blocks": blocks, "heads": heads, "segment": segment + 1}
@@ -86,12 +92,24 @@ class HopeLM(nn.Module):
         self.blocks = nn.ModuleList(
             HopeBlock(dim, heads, cycle[i % len(cycle)], mlp, conv=conv, gate_output=gate_output) for i in range(blocks)
         )
+        self.precision = precision
         self.norm = nn.RMSNorm(dim)
         self.head = nn.Linear(dim, vocab, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
         if tie:
             self.head.weight = self.embedding.weight
         self._shapes = shapes_of(self.init_state(1))
+
+    @property
+    def precision(self) -> Precision:
+        return self._precision
+
+    @precision.setter
+    def precision(self, precision: Precision) -> None:
+        check_precision(precision, "HopeLM")
+        self._precision = precision
+        for block in self._blocks():
+            block.mixer.precision = block.mlp.precision = precision
 
     # -- states --------------------------------------------------------------------------------------------------------
 
@@ -171,6 +189,7 @@ class HopeLM(nn.Module):
     ) -> tuple[Tensor, State]:
         """The residual stream after the last block, `[B, T, dim]`, and the state: `forward` but for norm and head."""
         self._check(tokens)
+        check_products(self.precision, self.embedding.weight.device, self.embedding.weight.dtype, "HopeLM")
         batch = tokens.shape[0]
         now = None if state is None else self._fitted(state, batch, "HopeLM")
         if mask is not None:
@@ -347,7 +366,9 @@ class HopeLM(nn.Module):
             ) from None
 
     def _signal(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return teach_signal(hidden, targets.long(), self.norm, self.head)
+        autocast = nullcontext() if self.precision == "float32" else no_autocast(hidden.device)
+        with autocast, products_in(self.precision):
+            return teach_signal(hidden, targets.long(), self.norm, self.head)
 
     @property
     def _taught(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -16,9 +16,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nestopt.core.associative import Gd
-from nestopt.core.device import numbers_in
+from nestopt.core.device import by_contract, holds_only, numbers_in
 from nestopt.core.level import Level
 from nestopt.core.memories import Memory, Theta
+from nestopt.core.precision import (
+    EveryProduct,
+    Precision,
+    check_precision,
+    check_products,
+    current,
+    matmul,
+    products_in,
+)
 from nestopt.core.tree import State
 from nestopt.models.families import Family, family_of
 from nestopt.models.taught import TAUGHT, Read, nothing_carried, run_taught
@@ -56,7 +65,8 @@ class _Module:
         return dict(self.module.named_parameters())
 
     def read(self, theta: Theta, k: Tensor) -> Tensor:
-        return functional_call(self.module, {name: w.to(k.dtype) for name, w in theta.items()}, (k,))
+        with nullcontext() if current() == "float32" else EveryProduct():
+            return functional_call(self.module, {name: w.to(k.dtype) for name, w in theta.items()}, (k,))
 
     def layers(self, theta: Theta, k: Tensor) -> None:
         return None
@@ -70,12 +80,16 @@ class Layer:
         rate: its logarithm.
         clocks: when it writes.
         target: V of the local objective; None is taught by the model's loss.
+        precision: of the products that the MLP is read and taught by.
     """
 
     taught = True
 
-    def __init__(self, memory: _Module, rate: Tensor, clocks: Clocks, target: Tensor | None) -> None:
+    def __init__(
+        self, memory: _Module, rate: Tensor, clocks: Clocks, target: Tensor | None, precision: Precision
+    ) -> None:
         self.memory, self.rate, self.clocks, self.target = memory, rate, clocks, target
+        self.precision: Precision = precision
 
     def starts(self) -> dict[str, Theta]:
         """The trained weights, at the precision of a state."""
@@ -93,7 +107,7 @@ class Layer:
     def weights(self, state: Mapping[str, Any]) -> Theta | None:
         """Those of each sequence; None where they are still the trained ones."""
         found: Theta = state["levels"][LEVEL]["weights"]
-        return None if all(is_shared(w) for w in found.values()) and not state["step"].any() else found
+        return None if all(is_shared(w) for w in found.values()) and holds_only(state["step"], 0) else found
 
     def observe(
         self,
@@ -110,14 +124,15 @@ class Layer:
         dtype = torch.promote_types(x.dtype, torch.float32)
         seen = Seen(x.shape[1], count, phases, ahead)
         constant = self.clocks.constant(seen, self.clocks.chain[LEVEL])
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not constant):
+        graph = torch.set_grad_enabled(torch.is_grad_enabled() and not constant)
+        with graph, products_in(self.precision):
             x = x.to(dtype)
             at = look(cast(Memory, self.memory), state["levels"][LEVEL]["weights"], x)
             if self.target is None:
                 assert delta is not None
                 error = delta.to(dtype)
             else:
-                error = at.y - x @ self.target.to(dtype).mT
+                error = at.y - matmul(x, self.target.to(dtype).mT)
             if live is not None:
                 error = torch.where(live[..., None], error, 0)
             none = error.new_zeros(len(error))
@@ -142,12 +157,14 @@ class Stacked(nn.Module):
         teach: Literal["loss", "local"],
         writer: Writer,
         through: Literal["full", "first_order", "stop"],
+        precision: Precision = "float32",
     ) -> None:
         super().__init__()
         self.pretrained, self.periods, self._family = pretrained, dict(periods), family
         self._blocks = family.blocks(pretrained)
         self.rates, self.targets = nn.ParameterDict(), nn.ParameterDict()
         self._layers: dict[int, Layer] = {}
+        self._precision: Precision = precision
         if rate == 0:
             return
         for i, period in sorted(self.periods.items()):
@@ -158,7 +175,19 @@ class Stacked(nn.Module):
                 self.targets[str(i)] = nn.Parameter(torch.eye(family.width(pretrained), device=weight.device))
             target = self.targets[str(i)] if teach == "local" else None
             clocks = Clocks({LEVEL: period}, writer, through=through)
-            self._layers[i] = Layer(memory, self.rates[str(i)], clocks, target)
+            self._layers[i] = Layer(memory, self.rates[str(i)], clocks, target, precision)
+
+    @property
+    def precision(self) -> Precision:
+        """That of products; set, it is that of all layers."""
+        return self._precision
+
+    @precision.setter
+    def precision(self, precision: Precision) -> None:
+        check_precision(precision, "Stacked")
+        self._precision = precision
+        for layer in self._layers.values():
+            layer.precision = precision
 
     def init_state(self, batch: int) -> State:
         """The state of `batch` sequences before their first token."""
@@ -191,6 +220,8 @@ class Stacked(nn.Module):
             ValueError: for a mask of another shape, a cache of an encoder, or a context longer than the model has
                 positions.
         """
+        like = next(self.pretrained.parameters())
+        check_products(self.precision, like.device, like.dtype, "Stacked")
         state = dict(state) if state else self.init_state(tokens.shape[0])
         past = state.pop("cache", None)
         past = past if cache else None
@@ -228,7 +259,8 @@ class Stacked(nn.Module):
             )
 
     def _plain(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-        found = self.pretrained(tokens, attention_mask=attention_mask)
+        with by_contract("pretrained"):
+            found = self.pretrained(tokens, attention_mask=attention_mask)
         return cast(Tensor, found.logits if hasattr(found, "logits") else found.last_hidden_state)
 
     def _taught(self, tokens: Tensor, state: State, context: Any, mask: Tensor | None) -> tuple[Tensor, State]:
@@ -352,7 +384,7 @@ def _reader(
         inputs[i] = x
         if weights is None:
             return own(module, x, *args, **kwargs)
-        with _unpatched(layer.memory.module):
+        with _unpatched(layer.memory.module), products_in(layer.precision):
             return read(cast(Memory, layer.memory), weights, x)
 
     return forward
@@ -379,6 +411,7 @@ def stack(
     keep: float = 1.0,
     through: Literal["full", "first_order", "stop"] = "stop",
     family: Family | None = None,
+    precision: Precision = "float32",
 ) -> Stacked:
     r"""Let the MLPs of a trained Hugging Face model learn while it reads.
 
@@ -400,14 +433,17 @@ def stack(
         keep: what is left, at each write, of the way from the trained weights.
         through: how the outer gradient passes a write, if weights or rates are to be trained (`nestopt.levels.cms`).
         family: where a model of another kind has its parts.
+        precision: of the products of MLPs that have learned, and of those by which they learn, where they are float32:
+            `"float32"`, `"tf32"` or `"bfloat16"` (`nestopt.core.precision`).
 
     Raises:
-        ValueError: for a model of no known family, layers that it does not have, periods below 1, or an encoder that is
-            to be taught by a loss it does not have.
+        ValueError: for a model of no known family, layers that it does not have, periods below 1, an encoder that is to
+            be taught by a loss it does not have, or a `precision` of another name.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel  # doctest: +SKIP
     >>> model = stack(GPT2LMHeadModel(GPT2Config(n_layer=4)), {-1: 16, -2: 64})  # doctest: +SKIP
     """
+    check_precision(precision, "stack")
     family = family_of(pretrained) if family is None else family
     if rate is None:
         rate = 3e-4 if teach == "loss" else 1e-5
@@ -422,7 +458,7 @@ def stack(
         )
     periods = _periods(levels, len(family.blocks(pretrained)))
     writer = Writer(Gd() if learner is None else learner, normalized=False, keep=keep)
-    return Stacked(pretrained, family, periods, rate, teach, writer, through)
+    return Stacked(pretrained, family, periods, rate, teach, writer, through, precision)
 
 
 def _periods(levels: int | Sequence[int] | Mapping[int, int], depth: int) -> dict[int, int]:

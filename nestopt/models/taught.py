@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nestopt.core.device import numbers_in, remember
+from nestopt.core.precision import matmul
 from nestopt.core.tree import State
 from nestopt.nn.cms import CMS
 from nestopt.ops.continuum_clock import Phases
@@ -69,9 +70,9 @@ def teach_signal(hidden: Tensor, targets: Tensor, norm: nn.RMSNorm, head: nn.Lin
     h, weight, scale = hidden.to(dtype), head.weight.to(dtype), norm.weight.to(dtype)
     eps = torch.finfo(hidden.dtype).eps if norm.eps is None else norm.eps
     r = (h.square().mean(-1, keepdim=True) + eps).rsqrt()
-    p = ((h * r * scale) @ weight.mT).softmax(-1)
+    p = matmul(h * r * scale, weight.mT).softmax(-1)
     wrong = p.scatter_add(-1, targets[..., None], -torch.ones_like(p[..., :1]))
-    g = (wrong @ weight) * scale
+    g = matmul(wrong, weight) * scale
     return r * (g - h * r.square() * (g * h).mean(-1, keepdim=True))
 
 

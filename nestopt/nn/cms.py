@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from nestopt.core.device import numbers_in
+from nestopt.core.device import no_autocast, numbers_in
 from nestopt.core.memories import Memory, Theta
+from nestopt.core.precision import Precision, check_precision, check_products, products_in
 from nestopt.core.tree import State
 from nestopt.levels.cms import Auto, Cms
 from nestopt.nn.rows import Rows
@@ -63,13 +65,17 @@ class CMS(nn.Module):
     Args:
         dim: width of the tokens.
         level: a `cms`. Default: periods 1 and 16, two-layer MLPs with 4 · dim hidden units.
+        precision: of its products, as of a `SequenceMemory`.
 
     Raises:
-        ValueError: for a memory that has no weights to learn, or none whose step can be normalised.
+        ValueError: for a memory that has no weights to learn, none whose step can be normalised, or a
+            `precision` of another name; as it is called, for one that the device lacks.
     """
 
-    def __init__(self, dim: int, level: Cms | None = None) -> None:
+    def __init__(self, dim: int, level: Cms | None = None, *, precision: Precision = "float32") -> None:
         super().__init__()
+        check_precision(precision, "CMS")
+        self.precision: Precision = precision
         self.dim, self.level = dim, Cms() if level is None else level
         memory, weights = self.level.block(dim), self.level.learned_start(dim, dim)
         if not weights:
@@ -170,7 +176,8 @@ class CMS(nn.Module):
         """`[B, T, dim]` as the weights in `state` answer it; None is the learned starts."""
         levels = self._levels(state)
         dtype = next(iter(levels.weights[0].values())).dtype
-        return answers(levels, x.to(dtype)).to(x.dtype)
+        with self._autocast(x), products_in(self.precision):
+            return answers(levels, x.to(dtype)).to(x.dtype)
 
     def phases(self, state: Mapping[str, Any] | None) -> Phases:
         """How many tokens its sequences have learned from, the different numbers; waits where only a device knows."""
@@ -212,7 +219,8 @@ class CMS(nn.Module):
         count = None if live is None else live.sum(1)
         seen, clocks = Seen(size, count, phases, ahead), self._clocks()
         constant = all(clocks.constant(seen, period) for period in clocks.chain.values())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not constant):
+        graph = torch.set_grad_enabled(torch.is_grad_enabled() and not constant)
+        with graph, self._autocast(x), products_in(self.precision):
             lessons = self._lessons(x, delta, state, live)
         rates = {name: cast(Tensor, block.rate).exp()[0] for name, block in self._blocks().items()}
         return clocks.after(dict(state), lessons, seen, self._starts(), rates)
@@ -255,6 +263,13 @@ class CMS(nn.Module):
         kept = {key: own[key] for key in ("writes", "surprise_so_far", "below") if key in own}
         return {**state, "levels": {**state["levels"], name: {**fresh, **kept}}}
 
+    def _autocast(self, x: Tensor) -> AbstractContextManager[Any]:
+        """As the caller has it for what is read as any MLP; a memory that learns has a precision of its own."""
+        return no_autocast(x.device) if self.learns or self.precision != "float32" else nullcontext()
+
+    def extra_repr(self) -> str:
+        return "" if self.precision == "float32" else f"precision={self.precision}"
+
     # -- what it is made of --------------------------------------------------------------------------------------------
 
     def _blocks(self) -> dict[str, Block]:
@@ -268,7 +283,8 @@ class CMS(nn.Module):
         }
 
     def _levels(self, state: Mapping[str, Any] | None) -> Levels:
-        blocks = self._blocks()
+        blocks, one = self._blocks(), next(self.parameters())
+        check_products(self.precision, one.device, one.dtype, "CMS")
         if state:
             weights: Sequence[Theta] = [state["levels"][name]["weights"] for name in blocks]
         elif self.learns:

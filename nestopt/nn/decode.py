@@ -16,6 +16,7 @@ from nestopt.core.associative import AssociativeMemory
 from nestopt.core.device import no_autocast, number_like
 from nestopt.core.level import Level
 from nestopt.core.part import Gate, Number
+from nestopt.core.precision import matmul, products_in
 from nestopt.core.retentions import Decay
 from nestopt.core.tokens import PENDING
 from nestopt.core.tree import State, leaves, nested
@@ -98,7 +99,7 @@ def keep(layer: SequenceMemory, h: Tensor, state: State) -> tuple[Tensor, State]
     level, held = layer.level, state[PENDING]
     assert isinstance(level, AssociativeMemory)
     q, k, v, gates, live, given = shown(layer, h, state)
-    with no_autocast(h.device):
+    with no_autocast(h.device), products_in(layer.precision):
         y = level.memory.read(state["level"]["memory"], level.features(q[:, :, None]))
         y = torch.where(live[..., None], y[:, :, 0], torch.nan).to(given)
         gates = torch.where(live[:, None], gates, layer.level_gates.idle_like(gates))
@@ -124,7 +125,7 @@ def move(layer: SequenceMemory, h: Tensor, state: State) -> tuple[Tensor, State]
     def number(value: Number, path: str) -> Tensor:
         return at[path] if isinstance(value, Gate) else number_like(value, gates)
 
-    with no_autocast(h.device):
+    with no_autocast(h.device), products_in(layer.precision):
         q, k = level.features(q), level.features(k)
         rate, share, kept = number(level.lr, "lr"), None, before
         if level.step_size != 1.0:
@@ -135,9 +136,9 @@ def move(layer: SequenceMemory, h: Tensor, state: State) -> tuple[Tensor, State]
         if level.normalized:
             rate = level.bound * rate * (1.0 if share is None else share) / (EPS + k.square().sum(-1))
         if fast_form(level) == "delta_rule":
-            v = v - ((kept if level.fade == "before" else before) @ k[..., None])[..., 0]
+            v = v - matmul(kept if level.fade == "before" else before, k[..., None])[..., 0]
         v = torch.where(live, rate, 0.0)[..., None] * v
         after = torch.addcmul(kept, v[..., None], k[..., None, :])
-        y = ((after if level.read == "after" else before) @ q[..., None])[..., 0]
+        y = matmul(after if level.read == "after" else before, q[..., None])[..., 0]
         y = torch.where(live[..., None], y, torch.nan).to(given)
     return y, {"step": state["step"] + 1, "level": {**state["level"], "memory": {"m": after}}}

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from nestopt.core.level import Level
+from nestopt.core.precision import Precision
 from nestopt.core.tree import State
 from nestopt.levels.cms import Cms
 from nestopt.levels.self_modifying import SelfModifying
@@ -29,16 +30,26 @@ class HopeBlock(nn.Module):
         heads: of the mixer.
         mixer: any level on tokens. Default `self_modifying`.
         mlp: the continuum. Default one MLP, on the fastest clock, which is a Transformer's.
+        precision: of the products of both, as of a `SequenceMemory`.
         options: other arguments of the mixer's `SequenceMemory`.
     """
 
     def __init__(
-        self, dim: int, heads: int = 4, mixer: Level | None = None, mlp: Cms | None = None, **options: Any
+        self,
+        dim: int,
+        heads: int = 4,
+        mixer: Level | None = None,
+        mlp: Cms | None = None,
+        *,
+        precision: Precision = "float32",
+        **options: Any,
     ) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(dim)
-        self.mixer = SequenceMemory(SelfModifying() if mixer is None else mixer, dim, heads, **options)
-        self.mlp = CMS(dim, Cms(periods=(1,)) if mlp is None else mlp)
+        self.mixer = SequenceMemory(
+            SelfModifying() if mixer is None else mixer, dim, heads, precision=precision, **options
+        )
+        self.mlp = CMS(dim, Cms(periods=(1,)) if mlp is None else mlp, precision=precision)
 
     def init_state(self, batch: int) -> State:
         """The state of `batch` sequences before their first token."""
@@ -80,7 +91,7 @@ class HopeAttentionBlock(HopeBlock):
         dim: width of the tokens.
         heads: of the attention.
         mlp: the continuum. Default one MLP, on the fastest clock, which makes it a Transformer's block.
-        options: other arguments of the mixer's `SequenceMemory`.
+        options: other arguments of the mixer's `SequenceMemory`, and `precision`.
     """
 
     def __init__(self, dim: int, heads: int = 4, mlp: Cms | None = None, **options: Any) -> None:

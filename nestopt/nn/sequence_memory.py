@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nestopt.core.associative import AssociativeMemory
 from nestopt.core.level import Level
 from nestopt.core.memories import Window
+from nestopt.core.precision import Precision, check_precision, check_products
 from nestopt.core.tokens import PENDING, begin
 from nestopt.core.tree import State, nested
 from nestopt.kernels.unit import unit
@@ -63,10 +64,14 @@ class SequenceMemory(nn.Module):
             attention, whose read is a mean of values and so is as large as one.
         gate_output: multiply the read by silu(W_g h).
         checkpoint: of deep memories: recompute in the backward pass all but every so many chunks' weights; 0 keeps all.
+        precision: of the products of its memory, `"float32"`, `"tf32"` or `"bfloat16"`; states and sums are float32
+            whatever it is (`nestopt.core.precision`). It may be changed at any time: it is an attribute, and no part of
+            a state.
 
     Raises:
         TypeError: if `level` is none, or is a `cms`.
-        ValueError: for a number out of range, a `dim` that `heads` does not divide, or `gates` that the level has not.
+        ValueError: for a number out of range, a `dim` that `heads` does not divide, `gates` that the level has not,
+            or a `precision` of another name; as it is called, for one that the device lacks.
     """
 
     def __init__(
@@ -84,10 +89,13 @@ class SequenceMemory(nn.Module):
         out_norm: bool | None = None,
         gate_output: bool = False,
         checkpoint: int = 0,
+        precision: Precision = "float32",
     ) -> None:
         super().__init__()
         check_options(level, dim, heads, dim_head, conv, rope, checkpoint)
+        check_precision(precision, "SequenceMemory")
         self.level, self.dim, self.heads, self.checkpoint = level, dim, heads, checkpoint
+        self.precision: Precision = precision
         self.dim_head = dim // heads if dim_head is None else dim_head
         self.qk_norm = getattr(level, "qk_norm", False) if qk_norm is None else qk_norm
         self.v_norm = getattr(level, "v_norm", False) if v_norm is None else v_norm
@@ -201,6 +209,7 @@ class SequenceMemory(nn.Module):
         self._check_tokens(x)
         stats: Stats = {}
         options: dict[str, Any] = {"checkpoint": self.checkpoint, "learn": learn, "validate": validate}
+        options["precision"] = self.precision
 
         def attend(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: State, mask: Tensor | None) -> Any:
             if not return_stats:
@@ -253,15 +262,17 @@ class SequenceMemory(nn.Module):
     def _run(
         self, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: State, mask: Tensor | None
     ) -> tuple[Tensor, State]:
-        return run(self.level, q, k, v, gates=gates, state=state, mask=mask, checkpoint=self.checkpoint)
+        options: dict[str, Any] = {"checkpoint": self.checkpoint, "precision": self.precision}
+        return run(self.level, q, k, v, gates=gates, state=state, mask=mask, **options)
 
     def _read(
         self, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: State, mask: Tensor | None
     ) -> tuple[Tensor, State]:
-        return run(self.level, q, k, v, gates=gates, state=state, mask=mask, learn=False)
+        return run(self.level, q, k, v, gates=gates, state=state, mask=mask, learn=False, precision=self.precision)
 
     def _begun(self, state: Mapping[str, Any] | None, x: Tensor) -> State:
         """`state`, checked, or that of new sequences."""
+        check_products(self.precision, x.device, self.state_dtype, "SequenceMemory")
         if state is None:
             return self.init_state(x.shape[0])
         now = fitted(state, self._shapes, x.shape[0], "SequenceMemory", dtype=self.state_dtype, device=x.device)
@@ -347,7 +358,8 @@ class SequenceMemory(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        return f"{self.level}, dim={self.dim}, heads={self.heads}, dim_head={self.dim_head}"
+        precision = "" if self.precision == "float32" else f", precision={self.precision}"
+        return f"{self.level}, dim={self.dim}, heads={self.heads}, dim_head={self.dim_head}{precision}"
 
 
 def _batch_of(state: Mapping[str, Any]) -> int:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestopt.core.precision import Precision, check_products, current, products_in
+from nestopt.kernels.attention import attend
 from nestopt.ops.given import check_finite, check_mask, packed
 from nestopt.ops.padding import from_places, places, to_places
 from nestopt.ops.shapes import check_tokens
@@ -23,6 +25,7 @@ def attention(
     state: Mapping[str, Tensor] | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Any = None,
+    precision: Precision = "float32",
     validate: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     r"""A memory that keeps its pairs (NL eq. 62-63), $y_t = \sum_s \mathrm{softmax}_s(q_t k_s^\top/\sqrt{D_k})\, v_s$.
@@ -39,6 +42,8 @@ def attention(
         mask: `[B, T]`, True for a token, False for padding, which no token sees, takes no place in the window and is
             answered with 0.
         cu_seqlens: where sequences begin that lie end to end in one row (B = 1), and where the last ends.
+        precision: of the products: `"bfloat16"` rounds float32 queries, keys and values for torch's kernel, which gives
+            back bfloat16; `"tf32"` leaves that kernel as it is, and is for those of the generic machine.
         validate: refuse numbers that are not finite; waits for the device.
 
     Returns:
@@ -46,13 +51,15 @@ def attention(
         not finite is answered with NaN and kept as a pair of zeros.
 
     Raises:
-        ValueError: for shapes that do not fit, no tokens, or `window` < 1.
+        ValueError: for shapes that do not fit, no tokens, `window` < 1, or a `precision` that the device lacks.
     """
     check_tokens(q, k, v)
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window={window!r} is not allowed; give a whole number of tokens, 1 or more, or None")
+    check_products(precision, q.device, v.dtype)
     if cu_seqlens is not None:
-        return packed(attention, q, k, v, cu_seqlens, window=window, state=state, mask=mask, validate=validate)
+        arguments: dict[str, Any] = {"window": window, "state": state, "mask": mask, "precision": precision}
+        return packed(attention, q, k, v, cu_seqlens, **arguments, validate=validate)
     if validate:
         check_finite(q=q, k=k, v=v)
     broken = ~(_finite(q) & _finite(k) & _finite(v))
@@ -64,15 +71,24 @@ def attention(
         void, broken = broken | ~mask[..., None], broken & mask[..., None]
     q, k, v = (torch.where(void[..., None], 0.0, x).transpose(1, 2) for x in (q, k, v))
     past = _past(state, k, v)
-    if mask is None:
-        if past is not None:
-            k, v = (torch.cat([past[name].to(new.dtype), new], dim=2) for name, new in (("keys", k), ("values", v)))
-        y, pairs = _attend(q, k, v, None, window), {"keys": k, "values": v}
-    else:
-        y, pairs = _attend_padded(q, k, v, mask, past, window)
+    with products_in(precision):
+        if mask is None:
+            if past is not None:
+                k, v = (torch.cat([past[name].to(new.dtype), new], dim=2) for name, new in (("keys", k), ("values", v)))
+            y, pairs = _attend(q, k, v, None, window), {"keys": k, "values": v}
+        else:
+            y, pairs = _attend_padded(q, k, v, mask, past, window)
     if window is not None:
         pairs = {name: x[:, -window:] if name == "mask" else x[:, :, -window:] for name, x in pairs.items()}
     return y.transpose(1, 2).masked_fill(broken[..., None], torch.nan), pairs
+
+
+def softmax_read(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """Attend by torch's kernels, with its products at the precision of `nestopt.core.precision`."""
+    if current() != "bfloat16" or v.dtype != torch.float32:
+        return attend(q, k, v, **options)
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+    return attend(q, k, v, **options).float()
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -116,14 +132,14 @@ def _direct(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, window: int | 
         seen = None if seen is None else seen[:, -(window + length - 1) :]
     past = k.shape[2] - length
     if seen is None and past == 0:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return softmax_read(q, k, v, is_causal=True)
     if seen is None and length == 1:
-        return F.scaled_dot_product_attention(q, k, v)
+        return softmax_read(q, k, v)
     ago = torch.arange(past, past + length, device=q.device)[:, None] - torch.arange(k.shape[2], device=q.device)
     allowed = ago >= 0 if window is None else (ago >= 0) & (ago < window)
     if seen is not None:
         allowed = (allowed & seen[:, None, None]) | (ago == 0)  # padding sees itself, lest it see nothing
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+    return softmax_read(q, k, v, attn_mask=allowed)
 
 
 def _blockwise(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, window: int) -> Tensor:
@@ -142,7 +158,7 @@ def _blockwise(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, window: int
     if seen is not None:
         near = F.pad(seen, (0, rest)).unfold(1, 2 * window, window).flatten(0, 1)
         allowed = (allowed & near[:, None, None]) | (column == row + window)
-    y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed)
+    y = softmax_read(queries, keys, values, attn_mask=allowed)
     return y.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestopt.core.memories import Memory, Theta
+from nestopt.core.precision import matmul
 from nestopt.ops.continuum_memory import Look, look, read
 
 
@@ -76,7 +77,7 @@ def taught_locally(levels: Levels, x: Tensor, targets: Sequence[Tensor], live: T
     first, found = normed(x), []
     for theta, target in zip(levels.weights, targets, strict=True):
         at = look(levels.memory, theta, normed(x))
-        error = _where(seen, at.y - first @ target.mT)
+        error = _where(seen, at.y - matmul(first, target.mT))
         found.append(_lesson(at, error, seen, levels.measured))
         if levels.shares is None:
             x = x + at.y

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from nestopt.core.memories import Memory, Mlp, Theta
+from nestopt.core.precision import matmul
 from nestopt.kernels import mlp
 
 
@@ -74,10 +75,10 @@ class _Weight:
         self.weight = weight
 
     def apply(self, x: Tensor) -> Tensor:
-        return x @ self.weight.mT
+        return matmul(x, self.weight.mT)
 
     def pull(self, d: Tensor) -> Tensor:
-        return d @ self.weight
+        return matmul(d, self.weight)
 
     def lengths(self) -> Tensor:
         return self.weight.square().sum(-2)
@@ -94,7 +95,7 @@ class _Closed:
 
     def gradient(self, error: Tensor) -> Theta:
         found = zip(self.names, self._backward(error), self.at.inputs, strict=True)
-        return {name: d.mT @ a for name, d, a in found}
+        return {name: matmul(d.mT, a) for name, d, a in found}
 
     def pull(self, error: Tensor) -> Tensor:
         dk = self.weights[-1].pull(self._backward(error)[-1])

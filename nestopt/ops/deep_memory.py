@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nestopt.core.device import no_autocast
+from nestopt.core.precision import Precision, check_products, products_in
 from nestopt.core.tree import State
 from nestopt.kernels import mlp
 from nestopt.ops.deep_scan import Now, Read, Settings, scan_chunks
@@ -39,6 +40,7 @@ def deep_memory(
     checkpoint: int = 0,
     mask: Tensor | None = None,
     cu_seqlens: Any = None,
+    precision: Precision = "float32",
     validate: bool = False,
 ) -> tuple[Tensor, State]:
     r"""An MLP that learns its tokens as they come, one for every sequence and head (NL eq. 83-91; Titans; TTT).
@@ -76,6 +78,7 @@ def deep_memory(
             kept and recomputed once a block.
         mask: `[B, T]`, True for tokens. Padding takes its place in the chunk, but neither writes nor fades.
         cu_seqlens: for sequences end to end in one row, q `[1, N, H, D]`: where each begins, and the end.
+        precision: of the products (`nestopt.core.precision`): `"float32"`, `"tf32"` or `"bfloat16"`.
         validate: check that all numbers are finite and gates in range, at the cost of waiting for the device.
 
     Returns:
@@ -85,8 +88,8 @@ def deep_memory(
     A token that is not finite is not written, and only its own answer is NaN.
 
     Raises:
-        ValueError: for shapes that do not fit, an option that is not allowed, or a state of another memory; with
-            `validate`, for numbers out of range or not finite.
+        ValueError: for shapes that do not fit, an option that is not allowed, a state of another memory, or a
+            `precision` that the device lacks; with `validate`, for numbers out of range or not finite.
     """
     arguments = {"lr": lr, "decay": decay, "momentum": momentum, "mask": mask, "state": state}
     settings = Settings(
@@ -99,12 +102,13 @@ def deep_memory(
         chunk=chunk,
         checkpoint=checkpoint,
     )
+    check_products(precision, q.device, v.dtype)
     if validate:
         check_finite(q=q, k=k, v=v, **{f"weights[{i}]": weight for i, weight in enumerate(weights)})
         _check_gates(lr, decay, momentum, step)
 
     def run(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> tuple[Tensor, State]:
-        return _run(q, k, v, weights, settings, **given)
+        return _run(q, k, v, weights, settings, precision, **given)
 
     if cu_seqlens is not None:
         return packed(run, q, k, v, cu_seqlens, **arguments)
@@ -126,6 +130,7 @@ def _run(
     v: Tensor,
     weights: Sequence[Tensor],
     settings: Settings,
+    precision: Precision,
     *,
     lr: float | Tensor,
     decay: float | Tensor | None,
@@ -144,7 +149,7 @@ def _run(
     fresh = {"k": given.k, "v": given.v, "live": given.live}
     idle = {"lr": 0.0, "decay": 1.0, "momentum": 1.0}
     fresh |= {name: given.gate(gate, idle[name]).expand(lengths) for name, gate in gates.items()}
-    with no_autocast(q.device):
+    with no_autocast(q.device), products_in(precision):
         now, pending = _begun(weights, fresh, settings, "momentum" in gates, state)
         y, now, rest = scan_chunks(now, given.q, pending, fresh, settings)
     return given.answer(y), {**named(now), "pending": rest}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nestopt.core.precision import current, matmul, products_in
 from nestopt.core.tree import State
 from nestopt.kernels import mlp
 from nestopt.kernels.fading import Fading
@@ -209,11 +210,12 @@ def ended(weights: Sequence[Held]) -> Now:
 
 def recomputed(run: Callable[[Now], tuple[list[Tensor], Now]], now: Now) -> tuple[list[Tensor], Now]:
     """`run(now)`, run again in the backward pass instead of keeping what it computed."""
-    has_momentum = now[1] is not None
+    has_momentum, precision = now[1] is not None, current()  # the backward pass may be on another thread
     counts: list[int] = []
 
     def flat_run(*flat: Tensor) -> tuple[Tensor, ...]:
-        found, after = run(_joined(flat, has_momentum))
+        with products_in(precision):
+            found, after = run(_joined(flat, has_momentum))
         counts.append(len(found))
         return *found, *_flat(after)
 
@@ -275,7 +277,7 @@ def _write(weights: Sequence[Held], at: mlp.Linearised, tokens: Chunk, settings:
     lr = tokens.lr
     near: Sequence[Tensor | None] = [None] * len(weights)
     if settings.step == "normalized" or settings.delta:
-        near = [a @ a.mT for a in at.inputs]
+        near = [matmul(a, a.mT) for a in at.inputs]
     if settings.step == "normalized":
         lr = step_sizes(
             lr,

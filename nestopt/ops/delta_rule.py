@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nestopt.core.device import no_autocast
+from nestopt.core.precision import Precision, check_products, products_in
 from nestopt.kernels.chunk_matrix import Shares, answers, corrected, shares, shares_with_momentum
 from nestopt.ops.given import Tokens, check_finite, packed
 from nestopt.ops.segments import check_gates, chunk_for, chunks_of, first, log_gate, over_segments, rates
@@ -29,6 +30,7 @@ def delta_rule(
     decay_first: bool = True,
     mask: Tensor | None = None,
     cu_seqlens: Any = None,
+    precision: Precision = "float32",
     validate: bool = False,
 ) -> tuple[Tensor, Any]:
     r"""A matrix memory that corrects its error, gated, for every sequence and head.
@@ -60,6 +62,7 @@ def delta_rule(
         decay_first: whether the error is that of the decayed memory.
         mask: `[B, T]`, True for a token, False for padding, which neither writes nor decays and is answered with 0.
         cu_seqlens: where sequences begin that lie end to end in one row (B = 1), and where the last ends.
+        precision: of the products (`nestopt.core.precision`): `"float32"`, `"tf32"` or `"bfloat16"`.
         validate: also refuse gates outside their ranges, [0, 1] and [0, 2] for `lr`, and numbers that are not finite;
             waits for the device.
 
@@ -69,12 +72,14 @@ def delta_rule(
         is not finite is answered with NaN and neither writes nor decays.
 
     Raises:
-        ValueError: for shapes that do not fit, no tokens, a negative gate, `chunk` < 1, or another word for `read`.
+        ValueError: for shapes that do not fit, no tokens, a negative gate, `chunk` < 1, another word for `read`, or a
+            `precision` that the device lacks.
     """
     chunk = chunk_for(q) if chunk is None else chunk
     check_whole("chunk", chunk, 1)
     check_choice("read", read, ("after", "before"))
     check_tokens(q, k, v)
+    check_products(precision, q.device, v.dtype)
     if cu_seqlens is not None:
         arguments: dict[str, Any] = {
             "lr": lr,
@@ -83,7 +88,7 @@ def delta_rule(
             "decay_first": decay_first,
             "read": read,
         }
-        arguments |= {"state": state, "chunk": chunk, "mask": mask, "validate": validate}
+        arguments |= {"state": state, "chunk": chunk, "mask": mask, "precision": precision, "validate": validate}
         return packed(delta_rule, q, k, v, cu_seqlens, **arguments)
     gates = {name: x for name, x in (("lr", lr), ("decay", decay), ("momentum", momentum)) if x is not None}
     check_gates(gates, validate)
@@ -98,7 +103,7 @@ def delta_rule(
         u, begun, memory = corrected(k, v, rates(x, gates, size), error, ends, memory)
         return answers(q, k, u, after if read == "after" else after.before(), begun).flatten(2, 3), memory
 
-    with no_autocast(q.device):
+    with no_autocast(q.device), products_in(precision):
         y, end = over_segments(run, q, k, v, gates, start, chunk=chunk, mask=mask)
     if momentum is None:
         return y, end

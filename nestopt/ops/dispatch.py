@@ -16,6 +16,7 @@ from nestopt.core.gates import gates_of, per_head
 from nestopt.core.level import Level
 from nestopt.core.memories import Memory
 from nestopt.core.part import Gate, Number, nearest
+from nestopt.core.precision import Precision, check_products, current, products_in
 from nestopt.core.retentions import Decay
 from nestopt.core.tokens import begin, scan
 from nestopt.core.tree import State
@@ -50,6 +51,7 @@ def run(
     cu_seqlens: Any = None,
     checkpoint: int = 0,
     learn: bool = True,
+    precision: Precision = "float32",
     validate: bool = False,
 ) -> tuple[Tensor, State]:
     """Run `level` over tokens: `nestopt.core.scan` with the same results and states, fast where it can be.
@@ -68,6 +70,7 @@ def run(
         checkpoint: of deep memories: recompute in the backward pass all but every so many chunks' weights.
         learn: False reads only: each token is answered from the memory that `state` holds (`nestopt.core.recall`), as
             if it came next, whatever else is in this call, and `state` is given back as it is.
+        precision: of the memory's products (`nestopt.core.precision`): `"float32"`, `"tf32"` or `"bfloat16"`.
         validate: check that all numbers are finite, at the cost of waiting for the device.
 
     A token that holds a number that is not finite is not written; its own answer is NaN, and nobody else's. (Attention
@@ -77,10 +80,12 @@ def run(
         y `[B, T, H, D_v]` in the dtype of v, and the state, which is float32 at least.
 
     Raises:
-        ValueError: for shapes that do not fit, no tokens, a gate that the level does not have, or padding for a memory
-            that keeps every pair and reads before it; with `validate`, for a number that is not finite.
+        ValueError: for shapes that do not fit, no tokens, a gate that the level does not have, padding for a memory
+            that keeps every pair and reads before it, or a `precision` that the device lacks; with `validate`, for a
+            number that is not finite.
     """
     check_tokens(q, k, v)
+    check_products(precision, q.device, v.dtype)
     known, gates = gates_of(level), dict(gates or {})
     for path, gate in gates.items():
         if path not in known:
@@ -92,13 +97,14 @@ def run(
     if validate:
         check_finite(q=q, k=k, v=v, **{f"gate {path!r}": gate for path, gate in gates.items()})
     if cu_seqlens is not None:
-        return _run_packed(level, q, k, v, cu_seqlens, gates, state, learned, checkpoint, learn)
+        options: dict[str, Any] = {"checkpoint": checkpoint, "learn": learn, "precision": precision}
+        return _run_packed(level, q, k, v, cu_seqlens, gates, state, learned, options)
     dtype = torch.promote_types(v.dtype, torch.float32)
     gates = {path: gate.to(dtype) for path, gate in {**per_head(level, v.to(dtype)), **gates}.items()}
     if state is None:
-        state = begin(level, q, v[:, :0].to(dtype), learned)
+        state = begin(level, q, v[:, :0].to(dtype), {name: x.to(dtype) for name, x in (learned or {}).items()})
     form = fast_form(level)
-    with no_autocast(q.device):
+    with no_autocast(q.device), products_in(precision):
         if not learn:
             return recall(level, q, k, v, gates, state, mask), state
         if form is None:
@@ -124,14 +130,12 @@ def _run_packed(
     gates: dict[str, Tensor],
     state: State | None,
     learned: Mapping[str, Tensor] | None,
-    checkpoint: int,
-    learn: bool,
+    options: dict[str, Any],
 ) -> tuple[Tensor, State]:
     def one(
         q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor, state: State | None, **cut: Tensor
     ) -> tuple[Tensor, State]:
-        options: dict[str, Any] = {"mask": mask, "checkpoint": checkpoint, "learn": learn}
-        return run(level, q, k, v, gates=cut, state=state, learned=learned, **options)
+        return run(level, q, k, v, gates=cut, state=state, learned=learned, mask=mask, **options)
 
     return packed(one, q, k, v, cu_seqlens, state=state, **gates)
 
@@ -161,7 +165,9 @@ def _linear_attention(
     if isinstance(level, Momentum):
         taken = 1 - value_of(level.dampening, gates.get("dampening"))
         decay = value_of(level.beta, gates.get("beta"))
-        y, m = linear_attention(q, k, _scaled(v, taken), decay=decay, state=state["momentum"], mask=mask)
+        y, m = linear_attention(
+            q, k, _scaled(v, taken), decay=decay, state=state["momentum"], mask=mask, precision=current()
+        )
         return y, {"momentum": m}
     assert isinstance(level, AssociativeMemory)
     y, m = linear_attention(
@@ -172,6 +178,7 @@ def _linear_attention(
         state=state["memory"]["m"],
         read="after" if level.read == "after" else "before",  # a chunk of one token begins before its write
         mask=mask,
+        precision=current(),
     )
     return y, {**state, "memory": {"m": m}}
 
@@ -200,6 +207,7 @@ def _delta_rule(
         decay_first=level.fade == "before",
         read="after" if level.read == "after" else "before",
         mask=mask,
+        precision=current(),
     )
     if theta is None:
         return y, {**state, "memory": {"m": after}}
@@ -219,6 +227,7 @@ def _oja(
         decay=_decay(level, gates),
         state=state["memory"]["m"],
         mask=mask,
+        precision=current(),
     )
     return y, {**state, "memory": {"m": m}}
 
@@ -239,6 +248,7 @@ def _omega(
         # places that no token has taken yet hold keys of zeros, which write nothing
         state={"memory": state["memory"]["m"], "keys": pairs["keys"], "values": pairs["values"]},
         mask=mask,
+        precision=current(),
     )
     seen = torch.ones(v.shape[:2], dtype=torch.bool, device=v.device) if mask is None else mask
     counted = pairs["counts"].sum(-1) + seen.sum(-1)[:, None]
@@ -257,7 +267,7 @@ def _attention(
     assert isinstance(level, AssociativeMemory)
     size = level.memory.size  # type: ignore[attr-defined]
     q, k = level.features(q), level.features(k)
-    y, pairs = attention(q, k, v, window=size, state=state["memory"], mask=mask)
+    y, pairs = attention(q, k, v, window=size, state=state["memory"], mask=mask, precision=current())
     return y, {**state, "memory": pairs}
 
 

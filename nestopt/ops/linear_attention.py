@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nestopt.core.device import no_autocast
+from nestopt.core.precision import Precision, check_products, products_in
 from nestopt.kernels.chunk_matrix import added, answers, shares
 from nestopt.ops.given import Tokens, check_finite, packed
 from nestopt.ops.segments import check_gates, chunk_for, chunks_of, first, log_gate, over_segments
@@ -28,6 +29,7 @@ def linear_attention(
     features: Callable[[Tensor], Tensor] | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Any = None,
+    precision: Precision = "float32",
     validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""A matrix memory of dot products (NL eq. 14-18, 64), for every sequence and head.
@@ -49,6 +51,7 @@ def linear_attention(
         features: φ, a map of the last dimension; None is the identity.
         mask: `[B, T]`, True for a token, False for padding, which neither writes nor decays and is answered with 0.
         cu_seqlens: where sequences begin that lie end to end in one row (B = 1), and where the last ends.
+        precision: of the products (`nestopt.core.precision`): `"float32"`, `"tf32"` or `"bfloat16"`.
         validate: also refuse decays outside [0, 1] and numbers that are not finite; waits for the device.
 
     Returns:
@@ -57,15 +60,18 @@ def linear_attention(
         and neither writes nor decays.
 
     Raises:
-        ValueError: for shapes that do not fit, no tokens, a negative decay, `chunk` < 1, or another word for `read`.
+        ValueError: for shapes that do not fit, no tokens, a negative decay, `chunk` < 1, another word for `read`, or a
+            `precision` that the device lacks.
     """
     chunk = chunk_for(q) if chunk is None else chunk
     check_whole("chunk", chunk, 1)
     check_choice("read", read, ("after", "before"))
     check_tokens(q, k, v)
+    check_products(precision, q.device, v.dtype)
     if cu_seqlens is not None:
         arguments: dict[str, Any] = {"decay": decay, "state": state, "chunk": chunk, "read": read, "features": features}
-        return packed(linear_attention, q, k, v, cu_seqlens, **arguments, mask=mask, validate=validate)
+        arguments |= {"mask": mask, "precision": precision, "validate": validate}
+        return packed(linear_attention, q, k, v, cu_seqlens, **arguments)
     gates = {} if decay is None else {"decay": decay}
     check_gates(gates, validate)
     if validate:
@@ -80,7 +86,7 @@ def linear_attention(
         y = answers(queries, keys, values, after if read == "after" else after.before(), begun)
         return y.flatten(2, 3), memory
 
-    with no_autocast(q.device):
+    with no_autocast(q.device), products_in(precision):
         return over_segments(run, q, k, v, gates, state, chunk=chunk, mask=mask)
 
 

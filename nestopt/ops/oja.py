@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from nestopt.core.device import no_autocast
+from nestopt.core.precision import Precision, check_products, products_in
 from nestopt.kernels.chunk_matrix import answers, corrected, shares
 from nestopt.ops.given import Tokens, check_finite, packed
 from nestopt.ops.segments import check_gates, chunks_of, first, log_gate, over_segments, rates
@@ -26,6 +27,7 @@ def oja(
     read: Literal["after", "before"] = "after",
     mask: Tensor | None = None,
     cu_seqlens: Any = None,
+    precision: Precision = "float32",
     validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""A matrix memory that learns by Oja's rule (NL eq. 66-67), for every sequence and head.
@@ -48,6 +50,7 @@ def oja(
         read: whether a token reads the memory after or before its own write.
         mask: `[B, T]`, True for a token, False for padding, which neither writes nor decays and is answered with 0.
         cu_seqlens: where sequences begin that lie end to end in one row (B = 1), and where the last ends.
+        precision: of the products (`nestopt.core.precision`): `"float32"`, `"tf32"` or `"bfloat16"`.
         validate: also refuse gates outside their ranges, [0, 1] and [0, 2] for `lr`, and numbers that are not finite;
             waits for the device.
 
@@ -57,14 +60,17 @@ def oja(
         and neither writes nor decays.
 
     Raises:
-        ValueError: for shapes that do not fit, no tokens, a negative gate, `chunk` < 1, or another word for `read`.
+        ValueError: for shapes that do not fit, no tokens, a negative gate, `chunk` < 1, another word for `read`, or a
+            `precision` that the device lacks.
     """
     check_whole("chunk", chunk, 1)
     check_choice("read", read, ("after", "before"))
     check_tokens(q, k, v)
+    check_products(precision, q.device, v.dtype)
     if cu_seqlens is not None:
         arguments: dict[str, Any] = {"lr": lr, "decay": decay, "state": state, "chunk": chunk, "read": read}
-        return packed(oja, q, k, v, cu_seqlens, **arguments, mask=mask, validate=validate)
+        arguments |= {"mask": mask, "precision": precision, "validate": validate}
+        return packed(oja, q, k, v, cu_seqlens, **arguments)
     gates = {"lr": lr} if decay is None else {"lr": lr, "decay": decay}
     check_gates(gates, validate)
     if validate:
@@ -79,5 +85,5 @@ def oja(
         y = answers(queries, u, values, after if read == "after" else after.before(), begun.mT)
         return y.flatten(2, 3), end.mT
 
-    with no_autocast(q.device):
+    with no_autocast(q.device), products_in(precision):
         return over_segments(run, q, k, v, gates, start, chunk=chunk, mask=mask)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestopt.core.device import no_autocast
+from nestopt.core.precision import Precision, check_products, products_in
 from nestopt.core.tree import State
 from nestopt.kernels.chunk_matrix import answers, corrected, shares
 from nestopt.ops.given import Tokens, check_finite, packed
@@ -32,6 +33,7 @@ def omega(
     read: Literal["after", "before"] = "after",
     mask: Tensor | None = None,
     cu_seqlens: Any = None,
+    precision: Precision = "float32",
     validate: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     r"""A matrix memory with one step a token on the last c pairs together (NL eq. 68; Atlas, Behrouz et al. 2025).
@@ -56,6 +58,7 @@ def omega(
         mask: `[B, T]`, True for a token, False for padding, which neither writes nor decays, is answered with 0 and
             takes no place in the window.
         cu_seqlens: where sequences begin that lie end to end in one row (B = 1), and where the last ends.
+        precision: of the products (`nestopt.core.precision`): `"float32"`, `"tf32"` or `"bfloat16"`.
         validate: also refuse gates outside their ranges, [0, 1] and [0, 2] for `lr`, and numbers that are not finite;
             waits for the device.
 
@@ -67,15 +70,16 @@ def omega(
 
     Raises:
         ValueError: for shapes that do not fit, no tokens, a negative gate, `chunk` or `window` < 1, another word for
-            `read`, or a state that is not of such a call.
+            `read`, a state that is not of such a call, or a `precision` that the device lacks.
     """
     check_whole("chunk", chunk, 1)
     check_whole("window", window, 1)
     check_choice("read", read, ("after", "before"))
     check_tokens(q, k, v)
+    check_products(precision, q.device, v.dtype)
     if cu_seqlens is not None:
         arguments: dict[str, Any] = {"lr": lr, "window": window, "weights": weights, "decay": decay, "state": state}
-        arguments |= {"chunk": chunk, "read": read, "mask": mask, "validate": validate}
+        arguments |= {"chunk": chunk, "read": read, "mask": mask, "precision": precision, "validate": validate}
         return packed(omega, q, k, v, cu_seqlens, **arguments)
     gates = {"lr": lr} if decay is None else {"lr": lr, "decay": decay}
     check_gates(gates, validate)
@@ -95,7 +99,7 @@ def omega(
         y = answers(queries, keys, u, (after if read == "after" else after.before()).repeated(1, window), begun)
         return y.flatten(2, 3), {"memory": memory, **pairs}
 
-    with no_autocast(q.device):
+    with no_autocast(q.device), products_in(precision):
         return over_segments(run, q, k, v, gates, start, chunk=max(1, chunk // window), mask=mask, rows=window)
 
 

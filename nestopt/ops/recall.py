@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nestopt.core.associative import AssociativeMemory
@@ -15,6 +14,7 @@ from nestopt.core.recall import answers, recalled
 from nestopt.core.tokens import PENDING, every_gate
 from nestopt.core.tree import State
 from nestopt.levels.self_modifying import SelfModifying
+from nestopt.ops.attention import softmax_read
 from nestopt.ops.deep_form import deep_after
 from nestopt.ops.forms import fast_form
 from nestopt.ops.given import tokens
@@ -56,7 +56,7 @@ def _of_pairs(q: Tensor, pairs: Mapping[str, Tensor]) -> Tensor:
     if not keys.shape[2]:
         return values.new_zeros(*q.shape[:3], values.shape[-1])
     if "mask" not in pairs:
-        return F.scaled_dot_product_attention(q, keys, values)
+        return softmax_read(q, keys, values)
     some = pairs["mask"].any(-1)[:, None, None, None]
     seen = pairs["mask"][:, None, None] | ~some  # lest a token see nothing
-    return torch.where(some, F.scaled_dot_product_attention(q, keys, values, attn_mask=seen), 0.0)
+    return torch.where(some, softmax_read(q, keys, values, attn_mask=seen), 0.0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nestopt.core.device import no_autocast
 from nestopt.core.part import nearest
+from nestopt.core.precision import Precision, check_products, products_in
 from nestopt.core.tree import State
 from nestopt.kernels import mlp
 from nestopt.ops.deep_memory import check_pending, check_weights, kept, named
@@ -40,6 +41,7 @@ def self_modifying(
     checkpoint: int = 0,
     mask: Tensor | None = None,
     cu_seqlens: Any = None,
+    precision: Precision = "float32",
     validate: bool = False,
 ) -> tuple[Tensor, State]:
     r"""Memories that learn what they are to learn, and how fast; one set for every sequence and head (NL eq. 83-91).
@@ -80,6 +82,7 @@ def self_modifying(
         checkpoint: recompute in the backward pass all but every so many chunks' weights; 0 keeps all.
         mask: `[B, T]`, True for tokens. Padding takes its place in chunks, but neither writes nor fades.
         cu_seqlens: for sequences end to end in one row, q `[1, N, H, D]`: where each begins, and the end.
+        precision: of the products (`nestopt.core.precision`): `"float32"`, `"tf32"` or `"bfloat16"`.
         validate: check that all numbers are finite and the momentum in its range, and wait for the device to say so.
 
     Returns:
@@ -90,8 +93,8 @@ def self_modifying(
     A token that is not finite is not written, and only its own answer is NaN.
 
     Raises:
-        ValueError: for shapes that do not fit, an option that is not allowed, or a state of another memory; with
-            `validate`, for numbers out of range or not finite.
+        ValueError: for shapes that do not fit, an option that is not allowed, a state of another memory, or a
+            `precision` that the device lacks; with `validate`, for numbers out of range or not finite.
     """
     settings = Settings(
         form=mlp.Form(activation, residual=True, norm=norm),
@@ -104,6 +107,7 @@ def self_modifying(
         checkpoint=checkpoint,
         own_values=True,
     )
+    check_products(precision, q.device, v.dtype)
     check_whole("projection_chunk", projection_chunk, 1)
     if max(chunk, projection_chunk) % min(chunk, projection_chunk):
         raise ValueError(
@@ -121,7 +125,7 @@ def self_modifying(
     maker = Maker(names, readout, dataclasses.replace(settings, chunk=projection_chunk), eta_max)
 
     def run(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> tuple[Tensor, State]:
-        return _run(q, k, v, starts, maker, settings, **given)
+        return _run(q, k, v, starts, maker, settings, precision, **given)
 
     arguments = {"momentum": momentum, "mask": mask, "state": state}
     if cu_seqlens is not None:
@@ -147,6 +151,7 @@ def _run(
     starts: Mapping[str, Sequence[Tensor]],
     maker: Maker,
     settings: Settings,
+    precision: Precision,
     *,
     momentum: float | Tensor | None,
     mask: Tensor | None,
@@ -160,7 +165,7 @@ def _run(
         state = _begun(starts, given, theta is not None)
     else:
         _check_state(state, starts, maker, given, theta is not None, settings)
-    with no_autocast(q.device):
+    with no_autocast(q.device), products_in(precision):
         y, new = scan_boxes(given, theta, state, maker, settings)
     return given.answer(y), new
 

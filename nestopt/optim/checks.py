@@ -23,7 +23,8 @@ def check_group(group: dict[str, Any]) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr has {lr.numel()} elements; a tensor learning rate must have 1")
-    if not lr >= 0:
+    looked_at = not isinstance(lr, Tensor) or lr.device.type == "cpu"  # what is on an accelerator is not waited for
+    if looked_at and not lr >= 0:
         raise ValueError(f"lr={lr!r} is not allowed; give a number, 0 or more")
     if not group["weight_decay"] >= 0:
         raise ValueError(f"weight_decay={group['weight_decay']!r} is not allowed; give a number, 0 or more")

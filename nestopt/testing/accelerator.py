@@ -91,10 +91,37 @@ class _Calls(TorchFunctionMode):
             _refuse(self.found, f"the host waits for the device ({name})")
         if name in ("__getitem__", "__setitem__") and on_device(args[0]) and _has_host_index(args[1]):
             _refuse(self.found, f"a list of the host's is copied to the device ({name})")
+        if name in ("backward", "grad"):
+            with self._without_mode():
+                return func(*args, **kwargs)
+        return self._made(func, *args, **kwargs)
+
+    def _made(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         out = func(*args, **kwargs)
-        if name in _MAKING and on_device(out) and not any(map(on_device, tree_leaves((args, kwargs)))):
+        name = getattr(func, "__name__", "")
+        given = args[1:] if name == "new_tensor" else args
+        if present_exception() is not None:
+            return out
+        if name in _MAKING and on_device(out) and not any(map(on_device, tree_leaves((given, kwargs)))):
             _refuse(self.found, f"numbers of the host's are copied to the device ({name})")
         return out
+
+    @contextlib.contextmanager
+    def _without_mode(self) -> Iterator[None]:
+        """Look at what makes tensors also in a backward pass, which torch runs without this mode."""
+        places: list[tuple[Any, str]] = [(torch, "tensor"), (torch, "as_tensor"), (Tensor, "new_tensor")]
+        before = [(owner, name, getattr(owner, name)) for owner, name in places]
+
+        def watched(make: Any) -> Any:
+            return lambda *args, **kwargs: self._made(make, *args, **kwargs)
+
+        for owner, name, make in before:
+            setattr(owner, name, watched(make))
+        try:
+            yield
+        finally:
+            for owner, name, make in before:
+                setattr(owner, name, make)
 
 
 class _Operations(TorchDispatchMode):
@@ -107,7 +134,7 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, given = func.overloadpacket.__name__, tree_leaves((args, kwargs))
         if any(map(on_device, given)) or on_device(kwargs and kwargs.get("out")):
-            self._check(name, f"{name}.{func._overloadname}", args, given)
+            self._check(name, f"{name}.{func._overloadname}", args, kwargs, given)
         elif (
             name == "_to_copy"
             and present_exception() is None
@@ -119,7 +146,7 @@ class _Operations(TorchDispatchMode):
             _refuse(self.found, f"float64 on the device ({name})")
         return out
 
-    def _check(self, name: str, overload: str, args: Any, given: list[Any]) -> None:
+    def _check(self, name: str, overload: str, args: Any, kwargs: Any, given: list[Any]) -> None:
         if name == "copy_" and on_device(args[0]) and _on_host(args[1]):
             _refuse(self.found, "a tensor of the host's is copied to the device (copy_)")
         if name == "_to_copy" or (name == "copy_" and present_exception() is not None):
@@ -133,12 +160,14 @@ class _Operations(TorchDispatchMode):
         if any(_on_host(x) and (x.ndim or listed) for x in given):
             _refuse(self.found, f"two devices in one operation ({name})")
         if name in _FUSED:
-            self._check_fused(name, args, given)
+            self._check_fused(name, args, given, [(kwargs or {}).get("lr")])
 
-    def _check_fused(self, name: str, args: Any, given: list[Any]) -> None:
+    def _check_fused(self, name: str, args: Any, given: list[Any], rates: list[Any]) -> None:
         steps = args[5] if name != "_fused_sgd_" else []
         if any(step.dtype != torch.float32 for step in steps):
             _refuse(self.found, f"{name} reads its step counts as float32, and they are {steps[0].dtype}")
+        if any(isinstance(rate, Tensor) and on_device(rate) and rate.dtype != torch.float32 for rate in rates):
+            _refuse(self.found, f"{name} reads a learning rate as float32")
         dtypes = {x.dtype for x in given if isinstance(x, Tensor) and x.ndim}
         if len(dtypes) > 1:
             _refuse(self.found, f"{name} takes tensors of one dtype, and there are {sorted(map(str, dtypes))}")

@@ -19,6 +19,7 @@ from nestopt.optim import Nested
 from nestopt.optim.sharded.optimizer import Lying, Sharded
 from nestopt.train import launch
 from nestopt.train.kept import Kept
+from nestopt.train.run import check_precision
 
 log = logging.getLogger("nestopt")
 
@@ -50,6 +51,7 @@ class Engine:
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         self._check_dtype()
+        check_precision(config, self.device)
 
     def _check_dtype(self) -> None:
         if self.config.train.dtype == "float16":
@@ -275,11 +277,12 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return found or torch.device("cpu")
+    if name.partition(":")[0] == "meta":
+        raise ConfigError.refuse("train.device", name, "tensors there hold no numbers; give auto, cpu or cuda")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError.refuse(
-            "train.device", name, f"this machine has no such device ({str(error).splitlines()[0]})"
-        ) from None
+        why = str(error).splitlines()[0].partition(". ")[0]
+        raise ConfigError.refuse("train.device", name, f"this machine has no such device ({why})") from None
     return device

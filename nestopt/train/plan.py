@@ -17,6 +17,7 @@ from nestopt.levels.cms import Cms
 from nestopt.models.build import build_model
 from nestopt.models.cost import Cost, state_bytes, step_cost
 from nestopt.nn.hope import Learn
+from nestopt.train.run import check_precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +172,11 @@ def plan(
         machine: how fast; None measures this one, on small models (some seconds).
         check: also measure each, to see how near the expectation is.
         quiet: no progress bar.
+
+    Raises:
+        ConfigError: a precision of memories that the CPU, on which this is planned and measured, lacks.
     """
+    check_precision(config, torch.device("cpu"))
     section, data = config.model, config.data
     if config.train.threads:
         torch.set_num_threads(config.train.threads)  # as training will

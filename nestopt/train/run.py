@@ -13,6 +13,7 @@ from torch import Tensor
 from nestopt import models
 from nestopt.config import Config, ConfigError, load, save
 from nestopt.core.part import nearest
+from nestopt.core.precision import Precision, refusal
 from nestopt.models import HopeLM
 from nestopt.optim.sharded.saved import WEIGHTS
 from nestopt.train import checkpoint
@@ -76,13 +77,22 @@ class Run:
         """Write `model.safetensors`: weights by name, readable by any safetensors reader."""
         checkpoint.save(self.model_file, weights, meta)
 
-    def load_model(self, device: torch.device | str = "cpu") -> HopeLM:
+    def load_model(self, device: torch.device | str = "cpu", precision: Precision | None = None) -> HopeLM:
         """The trained model; while the run has not ended, that of its checkpoint.
+
+        Args:
+            device: where it is to be.
+            precision: of the products of its memories; None is as it was trained.
 
         Raises:
             CheckpointError: there is neither, or it can't be read.
+            ConfigError: a precision that the device lacks.
         """
-        model = build_model(self.config())
+        config = self.config()
+        if precision is not None:
+            config.model.precision = precision
+        check_precision(config, torch.device(device), "precision='float32', or --precision float32")
+        model = build_model(config)
         if self.model_file.exists():
             weights, _ = checkpoint.load(self.model_file)
             model.load_state_dict(weights)
@@ -90,6 +100,16 @@ class Run:
             with Parts(self.path) as parts:
                 load_weights(model, parts, WEIGHTS)
         return model.to(device).eval()
+
+
+def check_precision(config: Config, device: torch.device, how: str = "model.precision=float32") -> None:
+    """Raise ConfigError if the memories of the configuration's model can't have their precision on `device`.
+
+    `how` says where another one can be given.
+    """
+    precision = config.model.precision
+    if problem := refusal(precision, device, getattr(torch, config.train.dtype)):
+        raise ConfigError.refuse("model.precision", precision, f"{problem}; give float32 ({how})")
 
 
 def build_model(config: Config) -> HopeLM:

@@ -178,3 +178,14 @@ def test_names_of_the_optimizer_and_the_module_do_not_meet() -> None:
     model = nn.ModuleDict({"sgd": nn.GRU(2, 2)})
     names = [m.name for m in describe(model, torch.optim.SGD(model.parameters(), momentum=0.9)).memories]
     assert sorted(names) == ["sgd", "sgd_2", "weights: recurrent"]
+
+
+def test_products_that_are_not_float32_are_said() -> None:
+    titan, keeper = layer(titans()), layer(attention())
+    assert not any("Products" in note for note in describe(nn.Sequential(titan, keeper)).notes)
+    titan.precision = "bfloat16"
+    (note,) = describe(nn.Sequential(titan, keeper)).notes
+    assert note == "Products of 0 are made in bfloat16; their states and sums are float32."
+    model = HopeLM(dim=8, heads=2, blocks=2, precision="tf32")
+    assert "Products of all memories are made in tf32; their states and sums are float32." in describe(model).notes
+    assert "made in tf32" in str(describe(model))

@@ -220,3 +220,13 @@ def test_it_learns_in_a_trainer(tmp_path: Path) -> None:
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_precision_of_products_is_kept(tmp_path: Path) -> None:
+    model = make("hope", precision="bfloat16")
+    model.save_pretrained(tmp_path)
+    again = HopeForCausalLM.from_pretrained(tmp_path)
+    assert again.model.precision == again.model.blocks[0].mixer.precision == "bfloat16"
+    torch.testing.assert_close(again(some()).logits, model(some()).logits, rtol=0, atol=0)
+    with pytest.raises(ConfigError, match="precision: 'half' is not allowed; give"):
+        make("hope", precision="half")

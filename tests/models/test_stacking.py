@@ -20,6 +20,7 @@ from nestopt.levels import momentum  # noqa: E402
 from nestopt.models import stack  # noqa: E402
 from nestopt.models.families import Decoder  # noqa: E402
 from nestopt.nn import cat, index  # noqa: E402
+from tests.core.products import Products  # noqa: E402
 
 LLAMA: dict[str, Any] = {
     "vocab_size": 50,
@@ -336,3 +337,39 @@ def test_minilm() -> None:
         changed, _ = stacked(tokens, state)
     assert changed.isfinite().all()
     assert not torch.isclose(changed, wanted).all()
+
+
+@pytest.mark.parametrize("name", [*DECODERS, "bert"])
+def test_products_of_what_learns_are_made_at_its_precision(name: str) -> None:
+    """Those of the trained model's own parts are not."""
+    teach: Any = "local" if name == "bert" else "loss"
+    model, x = make(name), some(length=30)
+    twin = stack(model, 4, rate=0.01, teach=teach)
+    stacked = stack(copy.deepcopy(model).float(), 4, rate=0.01, teach=teach, precision="bfloat16")
+    with torch.no_grad():
+        _, true_state = twin(x)
+        true, _ = twin(x, true_state)
+    with Products() as products, torch.no_grad():
+        _, state = stacked(x)
+        y, _ = stacked(x, state)
+    assert products.seen.count("bfloat16") > products.seen.count("float32") / 2
+    assert "float32" in products.seen
+    assert 1e-6 < float((y - true).norm() / true.norm()) < 0.01
+    weights = dict(leaves(state["block_0"]["mlp"]["levels"]["mlp"]["weights"]))
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    for path, weight in leaves(true_state["block_0"]["mlp"]["levels"]["mlp"]["weights"]):
+        assert float((weights[path] - weight).norm() / weight.norm()) < 0.01
+    stacked.precision = "float32"
+    with Products() as products, torch.no_grad():
+        stacked(x)
+    assert set(products.seen) == {"float32"}
+
+
+def test_a_precision_that_is_not_there_is_refused() -> None:
+    model = make("gpt2")
+    with pytest.raises(ValueError, match=r"stack: precision='bf16' is not allowed.*Did you mean 'bfloat16'\?"):
+        stack(model, 4, precision="bf16")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Stacked: precision='bfloat16' is not allowed: the memories are float64"):
+        stack(model, 4, precision="bfloat16")(some())
+    with pytest.raises(ValueError, match="Stacked: precision='tf32' is not allowed: the device is 'cpu'"):
+        stack(model.float(), 4, precision="tf32")(some())

@@ -209,3 +209,22 @@ def test_metrics_are_json_that_other_tools_read(text, tmp_path):
     result = train(config(text, tmp_path), quiet=True)
     lines = result.run.metrics_file.read_text().splitlines()
     assert "eval/bits_per_byte" in json.loads(lines[-1])
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "why"),
+    [("tf32", "float32", "the device is 'cpu'"), ("bfloat16", "float64", "the memories are float64")],
+)
+def test_a_precision_that_is_not_there_is_refused_before_there_is_a_run(text, tmp_path, precision, dtype, why):
+    settings = config(text, tmp_path, model__precision=precision, train__dtype=dtype)
+    with pytest.raises(ConfigError, match=rf"^model.precision: '{precision}' is not allowed; {why}.*give float32"):
+        train(settings, quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_in_bfloat16_products_is_kept_so_and_can_be_loaded_otherwise(text, tmp_path):
+    run = train(config(text, tmp_path, model__precision="bfloat16", model__mixer="deltanet"), quiet=True).run
+    assert run.config().model.precision == run.load_model().precision == "bfloat16"
+    assert run.load_model(precision="float32").blocks[0].mixer.precision == "float32"
+    with pytest.raises(ConfigError, match=r"model.precision: 'tf32' .* or --precision float32"):
+        run.load_model(precision="tf32")

@@ -50,8 +50,9 @@ def lanes_for(level: Level, members: Sequence[Member], *, packed: bool = True, c
             odd += large
             for same in _by(small, lambda m: m.param.shape):
                 size = max(1, most // same[0].param.numel())
-                for start in range(0, len(same), size):
-                    part = same[start : start + size]
+                stacks = -(-len(same) // size)
+                for i in range(stacks):  # as even as can be
+                    part = same[len(same) * i // stacks : len(same) * (i + 1) // stacks]
                     if len(part) > 1:
                         made.append(StackLane(level, part))
                     else:

@@ -10,11 +10,12 @@ import torch
 
 from benchmarks.gpu_parts.clock import best, wall_seconds
 from benchmarks.gpu_parts.setting import Row, Setting, attempts
+from nestopt.train.planning import rates
 
 RATES = "rates"
 """The row with all that a plan takes: `per_launch_s`, `bytes_per_s`, `flops_per_s` by dtype."""
 
-DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = tuple(rates.PEAK_TFLOPS)
 
 
 def run(setting: Setting) -> Iterator[Row]:
@@ -27,7 +28,7 @@ def run(setting: Setting) -> Iterator[Row]:
     rows += [(f"small products, {name}", functools.partial(_small, setting, name)) for name in DTYPES]
     for row in attempts(setting, rows):
         yield row
-        if row.name == f"products, {list(DTYPES)[-1]}":
+        if row.name == f"products, {DTYPES[-1]}":
             yield _for_the_plan(found)
 
 
@@ -39,67 +40,41 @@ def _for_the_plan(found: dict[str, float]) -> Row:
 
 
 def _launch(setting: Setting, found: dict[str, float]) -> Row:
-    """An operation on one number: on the device it takes less than it takes to ask for it."""
-    x = torch.zeros(1, device=setting.device)
-    count = 200 if setting.tiny else 5000
-
-    def many() -> None:
-        for _ in range(count):
-            x.add_(1.0)
-
-    wall_seconds(setting, many)
-    found["per_launch_s"] = min(wall_seconds(setting, many) for _ in range(5)) / count
+    """An operation on one number, and one with its gradients."""
+    found["per_launch_s"] = rates.launched(torch.device(setting.device))
+    count = 20 if setting.tiny else 500
     weight = torch.ones(1, device=setting.device, requires_grad=True)
 
     def with_gradients() -> None:
         y = weight
-        for _ in range(count // 10):
+        for _ in range(count):
             y = y * weight
         y.backward()
 
     wall_seconds(setting, with_gradients)
     # forward one product; backward two products and, but for the first, a sum
-    trained = min(wall_seconds(setting, with_gradients) for _ in range(5)) / (count // 10 * 4)
+    trained = min(wall_seconds(setting, with_gradients) for _ in range(5)) / (count * 4)
     return Row("launch", "measured", values={"µs": 1e6 * found["per_launch_s"], "µs, with autograd": 1e6 * trained})
 
 
 def _bandwidth(setting: Setting, found: dict[str, float]) -> Row:
-    entries = 2**16 if setting.tiny else 2**28
-    x, y = (torch.ones(entries, device=setting.device) for _ in range(2))
-    ways = {"copy": (2, lambda: y.copy_(x)), "add": (3, lambda: y.add_(x, alpha=1e-3)), "scale": (2, lambda: y.mul_(1))}
-    moved = {
-        f"{name}, GB/s": 4e-9 * passes * entries / best(setting, run, 0.01 if setting.tiny else 0.3)
-        for name, (passes, run) in ways.items()
-    }
-    found["bytes_per_s"] = 1e9 * max(moved.values())
-    return Row("bandwidth", "measured", values=moved)
+    moved = rates.streamed(torch.device(setting.device))
+    found["bytes_per_s"] = max(moved.values())
+    return Row("bandwidth", "measured", values={f"{name}, GB/s": rate / 1e9 for name, rate in moved.items()})
 
 
 def _products(setting: Setting, name: str, found: dict[str, float]) -> Row:
-    """A large square product of random numbers: on zeros a card runs faster than it ever does in earnest."""
-    side = 128 if setting.tiny else 8192
-    a, b = (torch.randn(side, side, device=setting.device).to(DTYPES[name]) for _ in range(2))
-    out = torch.empty_like(a)
-    rate = 2 * side**3 / _timed(setting, name, lambda: torch.mm(a, b, out=out))
-    found[name] = rate
-    return Row(f"products, {name}", "measured", values={"TFLOP/s": rate / 1e12, "side": side})
+    device = torch.device(setting.device)
+    found[name] = rates.multiplied(name, device)
+    return Row(f"products, {name}", "measured", values={"TFLOP/s": found[name] / 1e12, "side": rates.side_of(device)})
 
 
 def _small(setting: Setting, name: str) -> Row:
     """As memories multiply: many matrices of 64 × 64 at once. For the record: a plan takes the large ones' rate."""
     count = 64 if setting.tiny else 8192
-    a, b = (torch.randn(count, 64, 64, device=setting.device).to(DTYPES[name]) for _ in range(2))
-    out = torch.empty_like(a)
-    rate = 2 * count * 64**3 / _timed(setting, name, lambda: torch.bmm(a, b, out=out))
-    return Row(f"small products, {name}", "measured", values={"TFLOP/s": rate / 1e12, "side": 64})
-
-
-def _timed(setting: Setting, name: str, product: Callable[[], object]) -> float:
-    """Seconds of a product, with TF32 on for that name alone."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
-    try:
-        return best(setting, product, 0.01 if setting.tiny else 0.6, repeat=2)
-    finally:
-        matmul.fp32_precision = before
+    a, b, out = rates.factors(name, torch.device(setting.device), count, 64, 64)
+    with rates.float32_products(name):
+        seconds = best(setting, lambda: torch.bmm(a, b, out=out), 0.01 if setting.tiny else 0.6, repeat=2)
+    return Row(
+        f"small products, {name}", "measured", values={"TFLOP/s": 2 * count * 64**3 / seconds / 1e12, "side": 64}
+    )

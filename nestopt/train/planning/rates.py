@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nestopt.config import ConfigError
 from nestopt.models.cost import Cost
@@ -154,43 +155,65 @@ def _check(key: str, value: Any) -> None:
 def measure(device: str | torch.device = "cuda") -> Rates:
     """Return the best of what this device reaches, in about two seconds.
 
-    Launches are small eager additions one after the other, bytes an addition of large float32 tensors, products those
-    of large square matrices. On a CPU all are small: that it runs is what this is for.
+    On a CPU all sizes are small: that it runs is what this is for.
     """
     device = torch.device(device)
-    small = device.type == "cpu"
-    side, entries, launches = (256, 1 << 20, 100) if small else (8192, 1 << 27, 1000)
+    streams = streamed(device)
+    flops = {dtype: multiplied(dtype, device) for dtype in PEAK_TFLOPS}
+    name = "this CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return Rates(launched(device), max(streams.values()), flops, f"measured on {name}")
+
+
+def launched(device: torch.device) -> float:
+    """Seconds from one small eager operation to the next; on a GPU it takes less than it takes to ask for it."""
     number = torch.zeros(1, device=device)
-    per_launch = _fastest(lambda: number.add(1.0), device, launches)
-    flops = {dtype: 2 * side**3 / _product(dtype, side, device) for dtype in PEAK_TFLOPS}
-    name = "this CPU" if small else torch.cuda.get_device_name(device)
-    return Rates(per_launch, 3 * 4 * entries / _stream(entries, device), flops, f"measured on {name}")
+    return _fastest(lambda: number.add_(1.0), device, 100 if device.type == "cpu" else 5000)
 
 
-def _stream(entries: int, device: torch.device) -> float:
+def streamed(device: torch.device) -> dict[str, float]:
+    """Bytes a second, read and written, of operations on large float32 tensors, by name."""
+    entries = 2**20 if device.type == "cpu" else 2**28
     x, y = (torch.ones(entries, device=device) for _ in range(2))
-    return _fastest(lambda: y.add_(x), device)
+    runs: dict[str, tuple[int, Callable[[], object]]] = {
+        "copy": (2, lambda: y.copy_(x)),
+        "add": (3, lambda: y.add_(x, alpha=1e-3)),
+        "scale": (2, lambda: y.mul_(1)),
+    }
+    return {name: 4 * passes * entries / _fastest(run, device, 3) for name, (passes, run) in runs.items()}
 
 
-def _product(dtype: str, side: int, device: torch.device) -> float:
+def multiplied(dtype: str, device: torch.device) -> float:
+    """Operations a second of a large square product of random numbers: on zeros a GPU is faster than in earnest."""
+    side = side_of(device)
+    a, b, out = factors(dtype, device, side, side)
+    with float32_products(dtype):
+        return 2 * side**3 / _fastest(lambda: torch.mm(a, b, out=out), device, 3)
+
+
+def side_of(device: torch.device) -> int:
+    """Of the square matrices that are multiplied."""
+    return 256 if device.type == "cpu" else 8192
+
+
+def factors(dtype: str, device: torch.device, *shape: int) -> list[Tensor]:
+    """Two random factors and a result, for products in `dtype`."""
     kind: torch.dtype = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
-    a, b, out = (torch.randn(side, side, device=device).to(kind) for _ in range(3))
-    with _float32_products("tf32" if dtype == "tf32" else "ieee"):
-        return _fastest(lambda: torch.mm(a, b, out=out), device)
+    return [torch.randn(shape, device=device).to(kind) for _ in range(3)]
 
 
 @contextmanager
-def _float32_products(precision: str) -> Iterator[None]:
+def float32_products(dtype: str) -> Iterator[None]:
+    """Have float32 products made in TF32 if that is the dtype, and else not."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    matmul.fp32_precision = precision
+    matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     try:
         yield
     finally:
         matmul.fp32_precision = before
 
 
-def _fastest(run: Callable[[], object], device: torch.device, times: int = 1, budget_s: float = 0.2) -> float:
+def _fastest(run: Callable[[], object], device: torch.device, times: int, budget_s: float = 0.2) -> float:
     """Seconds of one call, from the fastest of as many rounds of `times` calls as the budget allows."""
 
     def wait() -> None:

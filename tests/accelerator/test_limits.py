@@ -1,7 +1,7 @@
 """No layer and no optimizer does more on an accelerator than it did: launches, bytes, and products by dtype.
 
-Counted on meta tensors, at a small size. What may be is in `limits.json`, which `python benchmarks/launches.py --limits`
-counts anew where a change is meant.
+Counted on meta tensors, at a small size. What may be is in `limits.json`; where a change is meant, it is counted anew by
+`python benchmarks/launches.py --limits`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,17 @@ from collections.abc import Mapping
 
 import pytest
 
-from benchmarks.launches import IN_CONTEXT, LIMITS, MODES, STACKS, TRANSFORMERS, layers, numbers, small_costs, stack_cost
+from benchmarks.launches import (
+    IN_CONTEXT,
+    LIMITS,
+    MODES,
+    STACKS,
+    TRANSFORMERS,
+    layers,
+    numbers,
+    small_costs,
+    stack_cost,
+)
 from nestopt.core.registry import registry
 
 KNOWN = json.loads(LIMITS.read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 import os
 import pydoc
 import re
@@ -141,6 +142,18 @@ def write_keys(app: Sphinx) -> None:
     _write_table(schema.GroupConfig, dict.fromkeys(schema.GroupConfig.model_fields), folder)
 
 
+def write_limits(app: Sphinx) -> None:
+    """The table of what layers and optimizers may do, from the file that the tests hold them to."""
+    limits = json.loads(Path(app.srcdir).parent.joinpath("tests/accelerator/limits.json").read_text(encoding="utf-8"))
+    held = {**limits["layers"], **{stack: {"a step": own} for stack, own in limits["optimizers"].items()}}
+    rows = ["| | | launches | bytes | FLOPs |", "| --- | --- | ---: | ---: | ---: |"]
+    for name, modes in held.items():
+        for mode, own in modes.items():
+            flops = ", ".join(f"{n:,.0f} {key.removesuffix(' FLOPs')}" for key, n in own.items() if "FLOPs" in key)
+            rows.append(f"| `{name}` | {mode} | {own['launches']:,.0f} | {own['bytes']:,.0f} | {flops or 0} |")
+    Path(app.srcdir, "api", "limits.inc").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
 def measure_levels(app: Sphinx) -> None:
     """The pictures and tables of the pages on levels: a minute, and so only if code has changed since the last."""
     root, figures = Path(app.srcdir).parent, Path(app.srcdir, "figures")
@@ -187,6 +200,7 @@ def resolve_public_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, 
 def setup(app: Sphinx) -> None:
     """Connect the hooks above."""
     app.connect("builder-inited", write_keys)
+    app.connect("builder-inited", write_limits)
     app.connect("builder-inited", measure_levels)
     app.connect("autodoc-process-docstring", describe_fields, priority=300)
     app.connect("autodoc-process-docstring", prepare_docstring, priority=400)  # before napoleon's 500

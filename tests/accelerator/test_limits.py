@@ -1,7 +1,7 @@
 """No layer and no optimizer does more on an accelerator than it did: launches, bytes, and products by dtype.
 
-Counted on meta tensors, at a small size. What may be is in `limits.json`; where a change is meant, it is counted anew by
-`python benchmarks/launches.py --limits`.
+Counted on meta tensors, at a small size. What may be is in `limits.json`; where a change is meant,
+`python benchmarks/launches.py --limits` counts it anew.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -246,6 +247,26 @@ def test_the_table_says_whether_it_fits() -> None:
     assert "does not fit in 1e-06 GB" in scale_table(dataclasses.replace(plan, gpu=Gpu(memory=1e-6)))
     assert "DeepSpeed ZeRO 1 on 8 GPUs, 1 x 16 tokens on each\n" in scale_table(plan)
     assert "tokens on each; mixers only write\n" in scale_table(dataclasses.replace(plan, learn="mixer"))
+
+
+PRINTED = {
+    "1.3b, at the top": ("examples/scale/1.3b.yaml --gpus 8 --zero 1", 0),
+    "340m, its times": ("examples/scale/340m.yaml --gpus 1 --engine single train.accumulate=32", 1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRINTED)
+def test_the_docs_show_what_is_printed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command, part = PRINTED[name]
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert f"nestopt plan {command}\n" in page
+    args = [str(root / word) if word.endswith(".yaml") else word for word in command.split()]
+    assert main(["plan", *args, "--rates", "stated"]) == 0
+    printed = capsys.readouterr().out
+    shown = printed if part == 0 else printed[printed.index("time of a GPU") : printed.index("\n\nsent by")]
+    assert f"```text\n{shown.strip()}\n```" in page
 
 
 def test_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

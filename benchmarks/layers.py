@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import nestopt
 from benchmarks.layer_blocks import ATTENTION, MLP
 from benchmarks.layer_decode import POSITIONS, decode
 from benchmarks.layer_growth import Times, growth, predicted_s
@@ -104,8 +105,8 @@ def main(given: Sequence[str] | None = None) -> list[Any]:
 
 def versions() -> dict[str, str]:
     """Of nestopt and of the peers that are installed."""
-    found = {}
-    for name in ("nestopt", *VERSIONS):
+    found = {"nestopt": nestopt.__version__}
+    for name in VERSIONS:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -46,7 +46,7 @@ def matrix_rows() -> list[Row]:
     return [
         Row(ADAMW, functools.partial(torch.optim.AdamW, lr=LR, fused=True), elementwise(2)),
         Row(MUON, functools.partial(torch.optim.Muon, lr=LR), MUON_WORK),
-        Row(MUON_FLOAT32, _Float32Muon, float32),
+        Row(MUON_FLOAT32, WideMuon, float32),
         Row("pytorch-optimizer Muon", _pytorch_optimizer_muon, MUON_WORK),
         Row("Keller Jordan's Muon", _keller_jordan, MUON_WORK),
         Row("nested-learning M3, ordinary step", _m3(slow_chunk=10**9), Work(M3_BYTES, cubic(3))),
@@ -107,27 +107,27 @@ class _DeepMomentum:
             param.add_(self.module(param.grad, param_key=str(i)), alpha=-LR)
 
 
-class _Float32Muon:
-    """`torch.optim.Muon` with its Newton-Schulz iteration in float32, for machines that only emulate bfloat16."""
+class WideMuon:
+    """`torch.optim.Muon` with its Newton-Schulz iteration wider than in bfloat16, which some machines emulate."""
 
-    def __init__(self, params: list[nn.Parameter]) -> None:
-        self.optimizer = torch.optim.Muon(params, lr=LR)
+    def __init__(self, params: list[nn.Parameter], dtype: torch.dtype = torch.float32, **options: Any) -> None:
+        self.optimizer, self.dtype = torch.optim.Muon(params, **{"lr": LR, **options}), dtype
 
     def step(self) -> None:
-        with mock.patch.object(torch.optim._muon, "_zeropower_via_newtonschulz", float32_newton_schulz()):
+        with mock.patch.object(torch.optim._muon, "_zeropower_via_newtonschulz", wide_newton_schulz(self.dtype)):
             self.optimizer.step()
 
 
 @functools.cache
-def float32_newton_schulz() -> Callable[..., Tensor]:
-    """torch's own function with its one cast to bfloat16 made a copy in float32: everything else is the same code."""
+def wide_newton_schulz(dtype: torch.dtype = torch.float32) -> Callable[..., Tensor]:
+    """torch's own function with its one cast to bfloat16 made a copy in `dtype`: everything else is the same code."""
     module = torch.optim._muon
     source = inspect.getsource(module._zeropower_via_newtonschulz)
     cast = "grad.bfloat16()"
     if source.count(cast) != 1:
         raise Missing(f"torch {torch.__version__} orthogonalises in another way than by {cast}")
     # a copy, as the cast is: the function goes on in place
-    source = source.replace(cast, "grad.to(torch.float32, copy=True)")
+    source = source.replace(cast, f"grad.to({dtype}, copy=True)")
     namespace = dict(vars(module))
-    exec(compile(source, "<torch Muon in float32>", "exec"), namespace)
+    exec(compile(source, f"<torch Muon in {dtype}>", "exec"), namespace)
     return namespace["_zeropower_via_newtonschulz"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from benchmarks.cells import grid, number
 from benchmarks.timing import Timing, ratio
 from nestopt.train.checkpoint import replacing
 
@@ -108,16 +108,6 @@ def _quartiles(line: Line) -> str:
     return f"{number(line.ratio_low)}–{number(line.ratio_high)}"
 
 
-def grid(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells, the first of them the heads, as the lines of a Markdown table."""
-    heads, *rest = rows
-    rows = [heads, ["---", *["---:"] * (len(heads) - 1)], *rest]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-    return [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-
-
 def line_of(name: str, timings: Mapping[str, Timing], wanted: str, peer: str = "") -> Line:
     """A row's times and its ratios to `wanted` and `peer`; floors and memory are for the caller to add."""
     timing = timings[name]
@@ -137,16 +127,6 @@ def clock_words() -> str:
     """What times are of, by `benchmarks.timing.clock`."""
     threads = torch.get_num_threads()
     return "CPU time, one thread" if threads == 1 else f"wall time, {threads} threads"
-
-
-def number(value: float | None) -> str:
-    """Three significant digits, without exponents; a dash for what could not be had."""
-    if value is None or math.isnan(value):
-        return "–"
-    if value == 0:
-        return "0"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{round(value, digits):,.{min(digits, 4)}f}"
 
 
 def write(path: Path, text: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import importlib.metadata
 import os
 import pydoc
 import re
@@ -19,12 +18,13 @@ from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
+import nestopt
 from nestopt.config import schema
 
 project = "nestopt"
 author = "The nestopt authors"
 project_copyright = author
-release = version = importlib.metadata.version("nestopt")
+release = version = nestopt.__version__
 
 extensions = [
     "myst_parser",
@@ -98,7 +98,7 @@ nitpick_ignore_regex = [
     # names of our own type aliases and validators, which the fields of a schema show as they are written
     (
         r"py:class",
-        r"(Accept|BeforeValidator|Bool|Bytes|DatasetSpec|Fill|Finite|LevelSpec|OnNonfinite|Whole|_rest|no_bool)",
+        r"(Accept|BeforeValidator|Bool|Bytes|DatasetSpec|Fill|Finite|LevelSpec|OnNonfinite|Precision|Whole|_rest|no_bool)",
     ),
 ]
 

@@ -1,9 +1,8 @@
 """nestopt: associative-memory levels that are optimizers, layers and each other's learning rules."""
 
 # ruff: noqa: E402  # some of these have to come before others
-import importlib.metadata
-
 from nestopt._process import settle
+from nestopt._version import VERSION
 
 settle()  # before torch is imported
 
@@ -30,7 +29,7 @@ from nestopt import core, models, nn, ops, optim
 from nestopt.api import describe, layer, model, optimizer
 from nestopt.config import Config, ConfigError, build, load, to_spec
 
-__version__ = importlib.metadata.version("nestopt")
+__version__ = VERSION
 
 __all__ = [
     "AssociativeMemory",

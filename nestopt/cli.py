@@ -154,9 +154,18 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--gpus", type=int, metavar="N", help="instead: memory, time and traffic of the run on N GPUs")
     plan.add_argument("--engine", metavar="NAME", help="single, ddp, fsdp2 or deepspeed (default: the config's)")
     plan.add_argument("--zero", type=int, metavar="STAGE", help="of DeepSpeed, 0 to 3 (default: the config's)")
-    plan.add_argument("--tflops", type=float, help="peak of a GPU (default: 989, H100 in bfloat16)")
-    plan.add_argument("--mfu", type=float, help="share of the peak that is reached (default: 0.4)")
-    plan.add_argument("--memory", type=float, metavar="GB", help="of a GPU (default: 80)")
+    plan.add_argument("--memory", type=float, metavar="GB", help="of a GPU (default: 80, or what one here has)")
+    plan.add_argument(
+        "--rates",
+        metavar="FILE.json",
+        help="how fast a GPU is, from benchmarks/gpu.py; or measured, here; or stated (default: measured if it can be)",
+    )
+    plan.add_argument(
+        "--tflops", metavar="DTYPE=N,...", help="stated: peaks (default: bfloat16=989.4,tf32=494.7,float32=67, H100)"
+    )
+    plan.add_argument("--bandwidth", type=float, metavar="GB/s", help="stated: peak (default: 3350)")
+    plan.add_argument("--share", type=float, help="stated: what is reached of the peaks (default: 0.75)")
+    plan.add_argument("--launch", type=float, metavar="US", help="stated: microseconds an operation (default: 5)")
     plan.add_argument("--tokens", type=int, help="of the whole run (default: steps x batch x window)")
     plan.add_argument("--ranks", action="store_true", help="each process's tensors, states and traffic instead")
     plan.set_defaults(run=_plan)
@@ -327,7 +336,7 @@ def _plugins(args: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
-_SCALE = ("gpus", "engine", "zero", "tflops", "mfu", "memory", "tokens", "ranks")
+_SCALE = ("gpus", "engine", "zero", "memory", "rates", "tflops", "bandwidth", "launch", "share", "tokens", "ranks")
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ import shutil
 
 import torch
 
+from nestopt._version import VERSION
 from nestopt.core.registry import registry
 
 NEEDED = ("torch", "numpy", "pluggy", "pydantic", "pyyaml", "safetensors", "tqdm", "matplotlib")
@@ -21,10 +22,8 @@ OPTIONAL = {
 
 def report() -> tuple[str, bool]:
     """The findings as text, and whether nothing that nestopt needs is missing."""
-    lines, healthy = (
-        [f"nestopt {_version('nestopt')}, Python {platform.python_version()}, {platform.platform()}"],
-        True,
-    )
+    own = VERSION if _version("nestopt") else f"{VERSION} (a checkout that is not installed)"
+    lines, healthy = [f"nestopt {own}, Python {platform.python_version()}, {platform.platform()}"], True
     compiler = shutil.which("g++") or shutil.which("clang++")
     for name in NEEDED:
         version = _version(name)

@@ -103,6 +103,8 @@ def test_a_config_file_with_overrides(run, text, tmp_path):
         (["train", "train.engine=fsdp"], ["train.engine", "fsdp2"]),
         (["train", "train.zero_stage=1"], ["train.zero_stage", "engine=deepspeed"]),
         (["train", "train.device=quantum"], ["train.device", "quantum"]),
+        (["train", "train.device=meta"], ["train.device", "meta", "no numbers"]),
+        (["train", "train.device=mps:0"], ["train.device", "mps:0", "no such device"]),
         (["generate", "no_such_run"], ["no_such_run"]),
         (["describe", "no_such.yaml"], ["no_such.yaml"]),
         (["-p", "lion", "levels"], ["-p lion", "no:NAME"]),

@@ -31,7 +31,6 @@ EXCEPTIONS = {
     "eigh": "torch.linalg.eigh checks its result on the host: the matrix roots of shampoo and matrix_adagrad",
     "finite": "on_nonfinite='skip' or 'raise' decides on the host whether a step is taken",
     "pretrained": "a model of another library does in its own forward what it does",
-    "returned": "what is returned, or saved, is Python's: text, a report, a checkpoint",
 }
 """Where a hot path waits for its device, or copies to it, by contract, and why."""
 

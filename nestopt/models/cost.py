@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,19 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from typing_extensions import Self
 
 from nestopt.config import ModelConfig
 from nestopt.core.precision import tf32_is_on
 from nestopt.core.tree import leaves
 from nestopt.models.build import build_model
+from nestopt.models.one_kernel import one_kernel
 from nestopt.nn.hope import Learn
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one run of some code.
+    """Of one run of some code, or of several on average.
 
     Attributes:
         products: floating-point operations of its matrix products, a multiplication and an addition each counted, by
@@ -34,33 +37,46 @@ class Cost:
         ops: operations that touch data: each is a kernel launch or more on an accelerator.
     """
 
-    products: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    bytes: int = 0
-    ops: int = 0
+    products: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    bytes: float = 0
+    ops: float = 0
 
     @property
-    def flops(self) -> int:
+    def flops(self) -> float:
         """Of products in all dtypes."""
         return sum(self.products.values())
 
     def __add__(self, other: Cost) -> Cost:
-        products = dict(Counter(self.products) + Counter(other.products))
+        dtypes = {**self.products, **other.products}
+        products = {dtype: self.products.get(dtype, 0) + other.products.get(dtype, 0) for dtype in dtypes}
         return Cost(products, self.bytes + other.bytes, self.ops + other.ops)
+
+    def __mul__(self, times: float) -> Cost:
+        return Cost({k: times * n for k, n in self.products.items()}, times * self.bytes, times * self.ops)
 
 
 class CostCounter(TorchDispatchMode):
     """Count what the operations of a `with` block cost.
 
     Args:
-        host: whether operations on the host's tensors count; not where meta tensors stand for an accelerator's, beside
-            which the host keeps step counts.
+        device: count only what touches tensors on this kind of device. With `"meta"`, which stands for an accelerator,
+            what happens on the CPU beside it (a step count) is left out. Default: count everything.
     """
 
-    def __init__(self, *, host: bool = True) -> None:
+    def __init__(self, device: str | None = None) -> None:
         super().__init__()
-        self._host = host
+        self.device = device
         self._products: Counter[str] = Counter()
         self._bytes = self._ops = 0
+
+    def __enter__(self) -> Self:
+        self._kernels = one_kernel()
+        self._kernels.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._kernels.__exit__(*raised)
 
     @property
     def cost(self) -> Cost:
@@ -68,17 +84,29 @@ class CostCounter(TorchDispatchMode):
         return Cost(dict(self._products), self._bytes, self._ops)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         if func.is_view or func.namespace in ("prim", "profiler") or func in _FREE:
             return out
-        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
-        if not self._host and all(x.device.type == "cpu" for x in tensors):
+        tensors = list(_tensors((args, *kwargs.values(), out)))
+        if not any(self._counts(x) for x in tensors):
             return out
         if flops := _flops(func, args, kwargs, out):
             self._products[_product_dtype(tensors[0])] += flops
-        self._bytes += sum(map(_size, tensors))
+        self._bytes += _moved(func, args, kwargs, out)
         self._ops += 1
         return out
+
+    def _counts(self, x: Tensor) -> bool:
+        return self.device is None or x.device.type == self.device
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def _product_dtype(factor: Tensor) -> str:
@@ -88,11 +116,11 @@ def _product_dtype(factor: Tensor) -> str:
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    packet = func.overloadpacket
+    packet = _IN_PLACE.get(func.overloadpacket, func.overloadpacket)
     if packet in flop_registry:
         if func._overloadname == "dtype":  # of the result, which torch's count does not expect among the factors
             args = args[:-1]
-        return flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        return flop_registry[packet](*args, **kwargs, out_val=out)
     if packet is _ATTENTION:
         return sdpa_flop_count(*(x.shape for x in args[:3]))
     if packet is _ATTENTION_BACKWARD:
@@ -104,55 +132,84 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _aten = torch.ops.aten
+_IN_PLACE = {_aten.addmm_: _aten.addmm, _aten.baddbmm_: _aten.baddbmm}
 _FREE = {
     *(_aten.detach.default, _aten._unsafe_view.default, _aten.lift_fresh.default),
     # memory is taken, and nothing is written to it
     *(_aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default),
     *(_aten.new_empty.default, _aten.new_empty_strided.default),
 }
+_OVERWRITE = {"copy_", "fill_", "zero_", "normal_", "uniform_", "_foreach_copy_", "_foreach_zero_"}
 
 
-def _size(x: Tensor) -> int:
+def _moved(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    places, names, fresh = _passes(func)
+    given = sum(times * _size(x) for times, x in zip(places, args, strict=False))
+    return given + sum(names[key] * _size(x) for key, x in kwargs.items()) + (_size(out) if fresh else 0)
+
+
+@functools.cache
+def _passes(func: Any) -> tuple[Sequence[int], Mapping[str, int], bool]:
+    """How often an operation goes over each argument, by place and by name, and whether what it returns is new."""
+    names = {}
+    for argument in func._schema.arguments:
+        # fused kernels could unscale gradients, and are not asked to
+        written = argument.alias_info is not None and argument.alias_info.is_write and argument.name != "grads"
+        blind = argument.is_out or func.overloadpacket.__name__ in _OVERWRITE
+        names[argument.name] = 2 if written and not blind else 1
+    return list(names.values()), names, all(given.alias_info is None for given in func._schema.returns)
+
+
+def _size(x: Any) -> int:
+    if isinstance(x, list | tuple):
+        return sum(map(_size, x))
+    if not isinstance(x, Tensor):
+        return 0
     # an expanded tensor is read where it is
     kept = [n for n, stride in zip(x.shape, x.stride(), strict=True) if stride]
-    return x.element_size() * int(torch.Size(kept).numel())
+    return x.element_size() * math.prod(kept)
 
 
-def cost_of(run: Callable[[], object]) -> Cost:
-    """What `run` costs. Within a `FakeTensorMode` nothing is computed and no memory needed, however large it is."""
-    with CostCounter() as counter:
+def cost_of(run: Callable[[], object], device: str | None = None) -> Cost:
+    """What `run` costs on a kind of device, or on all.
+
+    Within a `FakeTensorMode`, and on meta tensors, nothing is computed and no memory needed, however large it is.
+    """
+    with CostCounter(device) as counter:
         run()
     return counter.cost
 
 
-class Live(TorchDispatchMode):
-    """Bytes of all tensors that were made since and are still held; those that were there before don't count.
+class Live(CostCounter):
+    """Count bytes of all tensors that were made since and are still held, and what is done meanwhile costs.
+
+    Tensors that were there before don't count.
+
+    Args:
+        device: count only tensors on this kind of device, and what touches them.
 
     Attributes:
         now: at present.
-        peak: the most at a time.
-        peak_else: the most at a time of all but those that have been `set_apart`.
-        flops: of the matrix products meanwhile.
+        peak: the most at a time, since the last `lap`.
+        peak_else: the most at a time of all but those that have been `set_apart`, since the last `lap`.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = self.peak_else = self.flops = 0
+    def __init__(self, device: str | None = None) -> None:
+        super().__init__(device)
+        self.now = self.peak = self.peak_else = 0
         self._apart = 0
         self._sizes: dict[int, int] = {}
         self._set_apart: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         if func.is_view:
             return out
-        self.flops += _flops(func, args, kwargs, out)
-        made = [out] if isinstance(out, Tensor) else [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        made = [x for x in _tensors((out,)) if self._counts(x)]
         fresh = [x for x in made if x.untyped_storage()._cdata not in self._sizes]
         if fresh:
             # what an operation has written in place, or is a view of
-            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            before = {x.untyped_storage()._cdata for x in given}
+            before = {x.untyped_storage()._cdata for x in _tensors((args, *(kwargs or {}).values()))}
             for x in fresh:
                 self._note(x.untyped_storage(), before)
         return out
@@ -166,6 +223,12 @@ class Live(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         self.peak_else = max(self.peak_else, self.now - self._apart)
         weakref.finalize(storage, self._freed, key)
+
+    def lap(self) -> tuple[int, int]:
+        """Return `peak` and `peak_else`, and begin a new lap."""
+        most = self.peak, self.peak_else
+        self.peak, self.peak_else = self.now, self.now - self._apart
+        return most
 
     def set_apart(self, tensor: Tensor) -> None:
         """Leave `tensor` out of `peak_else` from now on."""

@@ -121,8 +121,9 @@ class _Cached:
         self.seen: Tensor | None = None
         self.coming = mask
         if past is not None:
-            for i, layer in enumerate(past["layers"].values()):
-                self.cache.update(layer["keys"], layer["values"], i)
+            with by_contract("pretrained"):
+                for i, layer in enumerate(past["layers"].values()):
+                    self.cache.update(layer["keys"], layer["values"], i)
             self.seen = past["mask"]
 
     def run(self, tokens: Tensor) -> Tensor:

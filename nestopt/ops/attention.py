@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestopt.core.precision import Precision, check_products, current, products_in
-from nestopt.kernels.attention import attend
 from nestopt.ops.given import check_finite, check_mask, packed
 from nestopt.ops.padding import from_places, places, to_places
 from nestopt.ops.shapes import check_tokens
@@ -86,9 +85,9 @@ def attention(
 def softmax_read(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """Attend by torch's kernels, with its products at the precision of `nestopt.core.precision`."""
     if current() != "bfloat16" or v.dtype != torch.float32:
-        return attend(q, k, v, **options)
+        return F.scaled_dot_product_attention(q, k, v, **options)
     q, k, v = (x.bfloat16() for x in (q, k, v))
-    return attend(q, k, v, **options).float()
+    return F.scaled_dot_product_attention(q, k, v, **options).float()
 
 
 def _finite(x: Tensor) -> Tensor:

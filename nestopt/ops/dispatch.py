@@ -102,7 +102,7 @@ def run(
     dtype = torch.promote_types(v.dtype, torch.float32)
     gates = {path: gate.to(dtype) for path, gate in {**per_head(level, v.to(dtype)), **gates}.items()}
     if state is None:
-        state = begin(level, q, v[:, :0].to(dtype), learned)
+        state = begin(level, q, v[:, :0].to(dtype), {name: x.to(dtype) for name, x in (learned or {}).items()})
     form = fast_form(level)
     with no_autocast(q.device), products_in(precision):
         if not learn:

@@ -277,11 +277,12 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return found or torch.device("cpu")
+    if name.partition(":")[0] == "meta":
+        raise ConfigError.refuse("train.device", name, "tensors there hold no numbers; give auto, cpu or cuda")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError.refuse(
-            "train.device", name, f"this machine has no such device ({str(error).splitlines()[0]})"
-        ) from None
+        why = str(error).splitlines()[0].partition(". ")[0]
+        raise ConfigError.refuse("train.device", name, f"this machine has no such device ({why})") from None
     return device

@@ -18,6 +18,9 @@ from nestopt.config import Config
 from nestopt.config.sizes import NAMES
 from nestopt.core.tree import State
 from nestopt.models.build import build_model
+from nestopt.optim import optimizer as make_optimizer
+from nestopt.train import engines
+from nestopt.train.objective import Objective
 from nestopt.train.sampling import choose
 from tests.accelerator.held import held
 
@@ -185,3 +188,15 @@ def test_a_stacked_model(kind: str, teach: str) -> None:
     held(read)  # without a mask, at which transformers looks
     if kind != "bert":
         held(lambda: model.generate(tokens(3), 2))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_training_step_of_the_engine(dtype: str) -> None:
+    """Micro-batches, clipping, float32 masters and the optimizers of a run."""
+    data = {"model": {"dim": 8, "heads": 2, "blocks": 1, "vocab": 32}, "train": {"dtype": dtype, "accumulate": 2}}
+    config = Config.from_data(data)
+    engine = engines.make(config)
+    engine.device = torch.device("meta")
+    model = build_model(config.model).to(device="meta", dtype=getattr(torch, dtype))
+    engine.attach(Objective(model, True), model, make_optimizer(model, config))
+    held(lambda: engine.update([(tokens(),), (tokens(),)]))

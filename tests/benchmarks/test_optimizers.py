@@ -15,7 +15,7 @@ from torch import nn
 import nestopt
 from benchmarks import machine, nestopt_rows, optimizers
 from benchmarks.memory import forget_peak, held_bytes, in_fresh_process, peak_bytes, resident_bytes
-from benchmarks.peer_rows import float32_newton_schulz
+from benchmarks.peer_rows import wide_newton_schulz
 from benchmarks.report import number
 from benchmarks.rows import Missing, Parameters, Row, rows
 from benchmarks.sets import SETS, shapes
@@ -124,7 +124,7 @@ def test_quick_leaves_out_by_the_floor_but_never_the_reference() -> None:
 def test_torch_muon_in_float32_is_torchs_code_but_for_the_cast() -> None:
     gradient = torch.randn(12, 7)
     kept = gradient.clone()
-    made = float32_newton_schulz()(gradient, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    made = wide_newton_schulz()(gradient, (3.4445, -4.7750, 2.0315), 5, 1e-7)
     assert made.dtype == torch.float32
     assert torch.equal(gradient, kept)  # the cast makes a copy, on which the function works in place
     x = kept.double().T / kept.double().norm()

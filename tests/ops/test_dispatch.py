@@ -236,6 +236,17 @@ def test_a_learned_start_is_begun_from() -> None:
     torch.testing.assert_close(flat(fast), flat(slow))
 
 
+@pytest.mark.parametrize("objective", [Lp(3.0), Huber(0.5), None])  # the last has a closed form
+def test_a_narrow_start_is_widened(objective: Lp | Huber | None) -> None:
+    level = ttt(memory=Mlp(hidden=4)) if objective is None else AssociativeMemory(Mlp(hidden=4), objective, lr=0.1)
+    q = torch.randn(2, 3, 2, 4).bfloat16()
+    learned = {name: torch.randn(2, *w.shape).bfloat16() for name, w in level.learned_start(4, 4).items()}
+    y, state = run(level, q, q, q, learned=learned)
+    wide, _ = run(level, *[q.float()] * 3, learned={name: w.float() for name, w in learned.items()})
+    assert {leaf.dtype for _, leaf in leaves(state["level"]) if leaf.is_floating_point()} == {torch.float32}
+    torch.testing.assert_close(y, wide.bfloat16())
+
+
 def test_the_slow_road_is_logged_once_for_each_level(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "nestopt")
     q = torch.randn(1, 2, 1, 3)

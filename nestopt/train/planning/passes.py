@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
 
 from nestopt.config import ModelConfig
-from nestopt.core.tree import leaves
+from nestopt.core.tree import State, leaves
 from nestopt.levels.cms import Cms
 from nestopt.models.build import build_model
-from nestopt.models.cost import Live
+from nestopt.models.cost import Cost, Live
 from nestopt.models.hope import HopeLM
-from nestopt.nn.hope import Learn
+from nestopt.nn.hope import Learn, writes
 
 FEW, MORE = 2, 3
 """Of blocks, and of segments: what more of them take is, from the first of these numbers on, in proportion."""
+
+PIECE = 1024
+"""Positions whose logits `HopeLM.loss` makes at a time."""
+
+PATIENCE = 3.0
+"""Seconds until a bar says how far it is."""
+
+Device = Literal["meta", "cpu"]
+"""Whose path through the code is counted: an accelerator's, for which meta tensors stand, or this CPU's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,88 +39,142 @@ class Pass:
     """Of one micro-batch.
 
     Attributes:
-        flops: of matrix products, forward, backward and what is computed again.
-        peak: bytes that are held at the most, with the gradients made so far, without the weights.
-        apart: as `peak`, without gradients that are complete.
+        cost: of forward and backward, and of what is computed again.
         state: bytes of the sequences' states at the end: fast weights.
+        laps: bytes that are held at the most in the forward pass, in the loss and its backward pass, and after that;
+            with the gradients made so far, and without those that are complete; without the weights.
     """
 
-    flops: int
-    peak: int
-    apart: int
+    cost: Cost
     state: int
+    laps: Sequence[tuple[int, int]]
+
+    @property
+    def peak(self) -> int:
+        """Bytes held at the most, with the gradients made so far."""
+        return max(most for most, _ in self.laps)
+
+    @property
+    def apart(self) -> int:
+        """Bytes held at the most, without gradients that are complete."""
+        return max(most for _, most in self.laps)
 
 
 def count_pass(
-    section: ModelConfig, rows: int, window: int, *, dtype: torch.dtype = torch.float32, learn: Learn = True
+    section: ModelConfig,
+    rows: int,
+    window: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    learn: Learn = True,
+    device: Device = "meta",
+    quiet: bool = True,
 ) -> Pass:
     """What a training pass over `rows` windows of `window` tokens takes: `HopeLM.loss`, and backward.
 
     A large model is counted at two depths, and a long window at two numbers of segments; the whole is on the straight
     lines through them. Blocks are alike, and so are segments, where the model's periods fit into them and its states
-    do not grow; else the window is counted as it is. Operations and states are exact so; peaks to half a percent, for
-    the moment at which most is held is not always the same.
+    do not grow; else the window is counted as it is. Costs and states are exact so; peaks to half a percent, for the
+    moment in a lap at which most is held is not always the same.
     """
-
-    def at(cycles: int, units: int) -> Pass:
-        smaller = section.model_copy(update={"blocks": cycles * cycle + blocks_left})
-        return _count(smaller, rows, units * unit + tokens_left if unit else window, dtype, learn)
-
     cycle = max(1, len(section.mixers))
     cycles, blocks_left = divmod(section.blocks, cycle)
-    unit = _unit(section, rows, window)
-    units, tokens_left = divmod(window, unit) if unit else (0, 0)
-    return _on_plane(at, cycles, units)
+    unit = _unit(section, window, learn, device)
+    units, tokens_left = divmod(window, unit) if unit else (1, 0)
+    depths, lengths = _ends(cycles), _ends(units)
+    found = {}
+    with tqdm(total=sum(depths) * sum(lengths), desc="counting", leave=False, disable=quiet, delay=PATIENCE) as bar:
+        for depth in depths:
+            smaller = section.model_copy(update={"blocks": depth * cycle + blocks_left})
+            for length in lengths:
+                tokens = length * unit + tokens_left if unit else window
+                found[depth, length] = _count(smaller, rows, tokens, dtype, learn, device)
+                bar.update(depth * length)
+    return _line([_line([found[depth, length] for length in lengths], units) for depth in depths], cycles)
 
 
-def _on_plane(at: Callable[[int, int], Pass], x: int, y: int) -> Pass:
-    """The pass at (x, y), from those at `FEW` and `MORE` of each if there are more."""
-    if x <= MORE and y <= MORE:
-        return at(x, y)
-    if x <= MORE:
-        return _line(at(x, FEW), at(x, MORE), y)
-    if y <= MORE:
-        return _line(at(FEW, y), at(MORE, y), x)
-    return _line(_on_plane(at, FEW, y), _on_plane(at, MORE, y), x)
+def _ends(number: int) -> Sequence[int]:
+    """Where to count: at `number`, or if that is more to do, at two numbers whose straight line goes on to it."""
+    return (number,) if number <= FEW + MORE else (FEW, MORE)
 
 
-def _line(few: Pass, more: Pass, x: int) -> Pass:
-    pairs = zip(dataclasses.astuple(few), dataclasses.astuple(more), strict=True)
-    return Pass(*(a + (x - FEW) * (b - a) // (MORE - FEW) for a, b in pairs))
+def _line(ends: Sequence[Pass], number: int) -> Pass:
+    """The pass at `number`, on the straight line through those at `_ends(number)`."""
+    few, more = ends[0], ends[-1]
+    if len(ends) == 1:
+        return few
+    times = (number - FEW) // (MORE - FEW)
+
+    def on(few: int, more: int) -> int:
+        return few + times * (more - few)
+
+    return Pass(
+        few.cost + (more.cost + few.cost * -1) * times,
+        on(few.state, more.state),
+        [(on(a, b), on(c, d)) for (a, c), (b, d) in zip(few.laps, more.laps, strict=True)],
+    )
 
 
-def _unit(section: ModelConfig, rows: int, window: int) -> int:
+def _unit(section: ModelConfig, window: int, learn: Learn, device: Device) -> int:
     """Tokens after which a long window goes on as before, at the start of a segment; 0 if there is no such number."""
     if not section.segment:
         return 0
     assert isinstance(section.mlp, Cms)
-    clocks = section.mlp.periods if section.mlp.learn == "context" else ()
-    unit = math.lcm(section.segment, *(period for period in clocks if isinstance(period, int)))
-    if window <= MORE * unit:
+    clocks = section.mlp.periods if section.mlp.learn == "context" and writes(learn, "mlp") else ()
+    unit = math.lcm(section.segment, PIECE, *(period for period in clocks if isinstance(period, int)))
+    if window < FEW * unit:
         return 0
     small = section.model_copy(update={"blocks": max(1, len(section.mixers))})
-    return unit if _state(small, unit) == _state(small, 2 * unit) else 0
+    return unit if _state(small, unit, learn, device) == _state(small, 2 * unit, learn, device) else 0
 
 
-def _state(section: ModelConfig, tokens: int) -> int:
-    """Bytes of one sequence's state after so many tokens, which is not that after fewer where a mixer keeps tokens."""
-    with FakeTensorMode(), torch.no_grad():
-        _, state = build_model(section)(torch.zeros(1, tokens, dtype=torch.int64))
-    return _bytes(leaf for _, leaf in leaves(state))
+def _state(section: ModelConfig, tokens: int, learn: Learn, device: Device) -> int:
+    """Numbers in one sequence's state after so many tokens: not those after fewer where a mixer keeps tokens."""
+    with _no_data(device), torch.no_grad():
+        model = build(section, device)
+        _, state = model(torch.zeros(1, tokens, dtype=torch.int64, device=device), learn=learn)
+    return sum(leaf.numel() for _, leaf in leaves(state))
 
 
-def _count(section: ModelConfig, rows: int, window: int, dtype: torch.dtype, learn: Learn) -> Pass:
-    with FakeTensorMode():
-        model = cast(build_model(section), dtype)
-        tokens = torch.zeros(rows, window + 1, dtype=torch.int64)
-        with Live() as live:
+def _count(section: ModelConfig, rows: int, window: int, dtype: torch.dtype, learn: Learn, device: Device) -> Pass:
+    with _no_data(device):
+        model = cast(build(section, device), dtype)
+        tokens = torch.zeros(rows, window + 1, dtype=torch.int64, device=device)
+        with Live(device) as live:
             for param in model.parameters():
                 param.register_post_accumulate_grad_hook(lambda p: live.set_apart(p.grad))
-            loss, state = model.loss(tokens, learn=learn)
+            laps = _laps(model, live)
+            loss, state = model.loss(tokens, learn=learn, piece=PIECE)
             kept = _bytes(leaf for _, leaf in leaves(state))
             del state
             loss.backward()
-        return Pass(live.flops, live.peak, live.peak_else, kept)
+            laps.append(live.lap())
+        return Pass(live.cost, kept, laps)
+
+
+def _laps(model: HopeLM, live: Live) -> list[tuple[int, int]]:
+    """A list to which a pass will add its laps, but for the last: where the loss begins, and its gradient is back."""
+    laps: list[tuple[int, int]] = []
+    hidden = model.hidden
+
+    def noted(*given: Any, **options: Any) -> tuple[Tensor, State]:
+        x, state = hidden(*given, **options)
+        laps.append(live.lap())
+        x.register_hook(lambda grad: laps.append(live.lap()))
+        return x, state
+
+    model.hidden = noted  # type: ignore[method-assign]
+    return laps
+
+
+def _no_data(device: Device) -> contextlib.AbstractContextManager[object]:
+    return FakeTensorMode() if device == "cpu" else contextlib.nullcontext()
+
+
+def build(section: ModelConfig, device: Device) -> HopeLM:
+    """The model of a configuration, on `device` from the start."""
+    with torch.device(device):
+        return build_model(section)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -91,7 +91,7 @@ def simulate(config: Config, sharing: Sharing) -> Simulation:
         done = parts.step(sharing, rank, owner)
         owned = [name for name, own in owner.items() if own == rank]
         cost = sum(costs[name] for name in owned)
-        ranks.append(Rank(owned, cost, done.flops, done.held, sent[rank], received[rank], done.states))
+        ranks.append(Rank(owned, cost, done.cost.flops, done.held, sent[rank], received[rank], done.states))
     return Simulation(ranks, owner, imbalance(costs, owner, sharing.world), without)
 
 

@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 
 from nestopt.config import Config, ConfigError
+from nestopt.models.cost import Cost
 from nestopt.nn.hope import Learn
 from nestopt.optim.sharded import units
 from nestopt.train.planning.parts import Parts
-from nestopt.train.planning.passes import Pass, count_pass
+from nestopt.train.planning.passes import Device, Pass, count_pass
 from nestopt.train.planning.ranks import NUMBER, traffic
+from nestopt.train.planning.rates import Rates
 from nestopt.train.planning.sharing import BUCKET, Sharing
 
 GIGA, TERA, DAY = 1e9, 1e12, 86400.0
@@ -21,24 +23,19 @@ class Gpu:
     """What a GPU can do.
 
     Args:
-        tflops: 10¹² floating-point operations a second, at the most. Default 989: H100, bfloat16, dense.
         memory: 10⁹ bytes. Default 80.
-        mfu: the share of `tflops` that is reached, all that is counted included. Default 0.4.
+        rates: how fast it is. Default: as stated for an H100.
 
     Raises:
         ConfigError: a number out of range; names the flag.
     """
 
-    tflops: float = 989.0
     memory: float = 80.0
-    mfu: float = 0.4
+    rates: Rates = dataclasses.field(default_factory=Rates.stated)
 
     def __post_init__(self) -> None:
-        for name in ("tflops", "memory", "mfu"):
-            value, most = getattr(self, name), 1.0 if name == "mfu" else float("inf")
-            if not 0 < value <= most or value == float("inf"):
-                allowed = "above 0" if name != "mfu" else "above 0, 1 at the most"
-                raise ConfigError.refuse(f"--{name}", value, f"give a number {allowed}")
+        if not 0 < self.memory < float("inf"):
+            raise ConfigError.refuse("--memory", self.memory, "give a number above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +72,15 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """The plan of a run; bytes and operations are those of one GPU and one step, of the GPU that has most.
+    """The plan of a run; memory and costs are those of one GPU and one step, of the GPU that has most.
 
     Attributes:
         sharing, gpu: what was planned for.
         parameters: numbers in the model, what is tied once.
         rows, window: sequences of a micro-batch, and their tokens.
         memory: of a GPU.
-        pass_flops: of forward and backward passes, with what is computed again.
-        step_flops: of the optimizer, on average over its levels' clocks.
+        passes: cost of the forward and backward passes, with what is computed again.
+        step: cost of the optimizer, on average over its levels' clocks.
         sent: bytes by what is in them.
         tokens: of the whole run.
         tokens_per_step: of all GPUs.
@@ -96,20 +93,31 @@ class Scale:
     rows: int
     window: int
     memory: Memory
-    pass_flops: int
-    step_flops: float
+    passes: Cost
+    step: Cost
     sent: Mapping[str, float]
     tokens: int
     tokens_per_step: int
     learn: str
 
     @property
+    def times(self) -> dict[str, float]:
+        """Seconds that the launches, the bytes and the products of a step take, each as if the others took none."""
+        return self.gpu.rates.seconds(self.passes + self.step)
+
+    @property
+    def binding(self) -> str:
+        """Which of `times` is longest: no step is shorter."""
+        return max(self.times, key=self.times.__getitem__)
+
+    @property
     def seconds(self) -> float:
-        """Of a step, at the stated utilisation; sending is taken to go on meanwhile."""
-        return (self.pass_flops + self.step_flops) / (self.gpu.tflops * TERA * self.gpu.mfu)
+        """Of a step, at the least; sending is taken to go on meanwhile."""
+        return self.times[self.binding]
 
     @property
     def tokens_per_second(self) -> float:
+        """Of all GPUs, at the most."""
         return self.tokens_per_step / self.seconds
 
     @property
@@ -117,7 +125,15 @@ class Scale:
         return self.tokens / self.tokens_per_second / DAY
 
 
-def scale(config: Config, sharing: Sharing, gpu: Gpu | None = None, *, tokens: int | None = None) -> Scale:
+def scale(
+    config: Config,
+    sharing: Sharing,
+    gpu: Gpu | None = None,
+    *,
+    tokens: int | None = None,
+    device: Device = "meta",
+    quiet: bool = True,
+) -> Scale:
     """What training `config` takes of each of `sharing.world` GPUs.
 
     Nothing is computed: the model's pass and the optimizer's step are run on tensors without data.
@@ -127,9 +143,11 @@ def scale(config: Config, sharing: Sharing, gpu: Gpu | None = None, *, tokens: i
         sharing: how the GPUs share it.
         gpu: what each can do. Default an H100.
         tokens: of the whole run. Default: steps × batch × window.
+        device: whose path the passes take: `"meta"`, an accelerator's, or `"cpu"`, this machine's.
+        quiet: show no progress.
 
     Raises:
-        ConfigError: the batch is no multiple of GPUs and micro-batches; tokens out of range.
+        ConfigError: the batch is no multiple of GPUs and micro-batches; tokens out of range; a dtype without a rate.
     """
     data, pieces = config.data, sharing.world * sharing.accumulate
     if data.batch % pieces:
@@ -139,21 +157,24 @@ def scale(config: Config, sharing: Sharing, gpu: Gpu | None = None, *, tokens: i
     tokens = config.train.steps * per_step if tokens is None else tokens
     if tokens < 1:
         raise ConfigError.refuse("--tokens", tokens, "give a whole number, 1 or more")
+    gpu = gpu or Gpu()
+    gpu.rates.dtype(config.train.dtype)
     rows = data.batch // pieces
     learn: Learn = True if config.train.learn == "all" else "mixer"
-    counted = count_pass(config.model, rows, data.window, dtype=sharing.dtype, learn=learn)
+    counted = count_pass(config.model, rows, data.window, dtype=sharing.dtype, learn=learn, device=device, quiet=quiet)
     parts = Parts.of(config)
     owner = parts.owners(sharing.world) if sharing.spreads_states else {}
     ranks = _unlike(parts, owner, sharing)
+    steps = [parts.step(sharing, rank, owner).cost for rank in ranks]
     return Scale(
         sharing,
-        gpu or Gpu(),
+        gpu,
         parts.numel,
         rows,
         data.window,
         max((rank_memory(parts, counted, sharing, owner, rank) for rank in ranks), key=lambda memory: memory.total),
-        counted.flops * sharing.accumulate,
-        max(parts.step(sharing, rank, owner).flops for rank in ranks),
+        counted.cost * sharing.accumulate,
+        max(steps, key=lambda cost: max(gpu.rates.seconds(cost).values())),
         _sent(parts, owner, sharing),
         tokens,
         per_step,

@@ -13,7 +13,7 @@ from torch import nn
 
 from nestopt.core.gates import bind
 from nestopt.core.level import Level
-from nestopt.models.cost import Live
+from nestopt.models.cost import Cost, Live
 from nestopt.optim import Nested
 from nestopt.optim.lanes import STEP
 
@@ -26,15 +26,15 @@ class Stepped:
     """What the steps of some tensors take.
 
     Attributes:
-        flops: of matrix products, a step, on average over the levels' clocks.
-        most: of the step that costs most.
+        cost: of a step, on average over the levels' clocks.
+        most: operations of matrix products of the step that has most.
         held: bytes of states.
         work: bytes of what a step makes and throws away again, at the most.
         states: shapes of the states by the names of tensors and keys.
     """
 
-    flops: float = 0.0
-    most: int = 0
+    cost: Cost = dataclasses.field(default_factory=Cost)
+    most: float = 0
     held: int = 0
     work: int = 0
     states: Mapping[str, Mapping[str, torch.Size]] = dataclasses.field(default_factory=dict)
@@ -42,7 +42,7 @@ class Stepped:
     def __add__(self, other: Stepped) -> Stepped:
         """One after the other: each has the work space for itself."""
         return Stepped(
-            self.flops + other.flops,
+            self.cost + other.cost,
             self.most + other.most,
             self.held + other.held,
             max(self.work, other.work),
@@ -68,7 +68,7 @@ def dry_step(group: Mapping[str, Any], shapes: Mapping[str, torch.Size], dtype: 
     for param in params.values():
         param.grad = torch.empty_like(param)
     optimizer = Nested([{**group, "params": list(params.items())}])
-    with Live() as live:
+    with Live("meta") as live:
         optimizer.step()
         held = live.now
     found = []
@@ -76,12 +76,12 @@ def dry_step(group: Mapping[str, Any], shapes: Mapping[str, torch.Size], dtype: 
     for step, often in steps:
         for state in optimizer.state.values():
             state[STEP].fill_(step - 1)
-        with Live() as live:
+        with Live("meta") as live:
             optimizer.step()
-        found.append((often, live.flops, live.peak))
+        found.append((often, live.cost, live.peak))
     return Stepped(
-        sum(often * flops for often, flops, _ in found) / whole,
-        max(flops for _, flops, _ in found),
+        sum((cost * (often / whole) for often, cost, _ in found), Cost()),
+        max(cost.flops for _, cost, _ in found),
         held,
         max(work for *_, work in found),
         {

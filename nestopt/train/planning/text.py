@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nestopt.models.cost import Cost
 from nestopt.train.planning.ranks import Simulation
 from nestopt.train.planning.scale import GIGA, TERA, Scale
 
@@ -41,25 +42,52 @@ def scale_table(plan: Scale) -> str:
             ]
         ),
         "",
-        "time",
-        *_column(
-            [
-                ("forward and backward, a GPU and step", f"{plan.pass_flops / TERA:.2f} TFLOP"),
-                ("optimizer, a GPU and step", f"{plan.step_flops / TERA:.2f} TFLOP"),
-                (f"a step at {gpu.mfu:.0%} of {gpu.tflops:g} TFLOP/s", f"{plan.seconds:.3f} s"),
-                ("all GPUs", f"{plan.tokens_per_second:,.0f} tokens/s"),
-                (f"the run of {plan.tokens:,} tokens", f"{plan.days:.2f} days"),
-            ]
-        ),
+        *_times(plan),
         "",
         "sent by a GPU in a step",
         *_column([(_SENT[name], _gb(size)) for name, size in plan.sent.items()]),
         "",
-        "Counted, on tensors without data: weights, gradients, states, masters, fast weights, activations, work space,",
-        "and the operations of matrix products, those done again too. Assumed: the utilisation, that sending goes on",
-        "meanwhile, and the engine's buffers and collectives (rings).",
+        "Counted, on tensors without data, as an accelerator would do it: weights, gradients, states, masters, fast",
+        "weights, activations, work space; launches, bytes and products, those done again too. Assumed: that launches,",
+        "bytes, products and sending go on side by side, each at its rate, and the engine's buffers and collectives",
+        f"(rings). Rates: {gpu.rates.source}.",
     ]
     return "\n".join(lines)
+
+
+def _times(plan: Scale) -> list[str]:
+    """What a step does, how fast, and what then takes longest."""
+    passes, step, rates, times = plan.passes, plan.step, plan.gpu.rates, plan.times
+    dtypes = sorted({**passes.products, **step.products})
+    rows: list[tuple[str, str, str, str, float]] = [
+        ("launches", f"{passes.ops:,}", f"{step.ops:,.0f}", f"{rates.per_launch_s * 1e6:.1f} µs", times["launches"]),
+        ("bytes moved", _moved(passes.bytes), _moved(step.bytes), f"{_moved(rates.bytes_per_s)}/s", times["bytes"]),
+    ]
+    for dtype in dtypes:
+        one, other = (Cost({dtype: cost.products.get(dtype, 0)}) for cost in (passes, step))
+        rate = f"{rates.flops_per_s[rates.dtype(dtype)] / TERA:.1f} TFLOP/s"
+        taken = rates.seconds(one + other)["products"]
+        of_each = [f"{cost.flops / TERA:.2f} TFLOP" for cost in (one, other)]
+        rows.append((f"products in {dtype}", of_each[0], of_each[1], rate, taken))
+    if len(dtypes) > 1:
+        rows.append(("products together", "", "", "", times["products"]))
+    lines = [
+        (f"a step at the least: {plan.binding} bind", f"{plan.seconds:.3f} s"),
+        ("all GPUs, at the most", f"{plan.tokens_per_second:,.0f} tokens/s"),
+        (f"the run of {plan.tokens:,} tokens, at the least", f"{plan.days:.2f} days"),
+    ]
+    if plan.binding == "launches":
+        rest = max((name for name in times if name != "launches"), key=times.__getitem__)
+        lines.insert(1, (f"launches aside, as in a CUDA graph or compiled: {rest} bind", f"{times[rest]:.3f} s"))
+    head = ("time of a GPU and step", "forward, backward", "optimizer", "at", "takes")
+    table = [head, *((*row[:-1], f"{row[-1]:.3f} s") for row in rows)]
+    width = max(len(row[0]) for row in table) + 2
+    indented = [(f"{'  ' if i else ''}{row[0]}".ljust(width), *row[1:]) for i, row in enumerate(table)]
+    return [*_grid(indented), *_column(lines)]
+
+
+def _moved(size: float) -> str:
+    return f"{size / GIGA:,.1f} GB"
 
 
 def _fits(plan: Scale) -> str:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
 import nestopt
 from benchmarks.machine import describe
@@ -138,9 +138,13 @@ def table(found: Sequence[Row]) -> str:
         line = [name, f"{tokens:,}"]
         for precision in seen:
             row = own[precision]
-            line += [f"{row.y:.0e}", "–" if row.state is None else f"{row.state:.0e}", f"{row.gradients:.0e}"]
+            line += [_short(x) for x in (row.y, row.state, row.gradients)]
         lines.append(line)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _short(error: float | None) -> str:
+    return "–" if error is None else f"{error:.1e}".replace("e-0", "e-")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -147,6 +147,22 @@ def test_a_stream_is_the_whole(name: str) -> None:
     assert far(masked, whole) < BOUND
 
 
+@pytest.mark.parametrize("kind", ["constant", "random", "huge"])
+@pytest.mark.parametrize("name", ["titans", "self_modifying", "deltanet"])
+def test_a_long_stream_stays_where_it_does_in_float32(name: str, kind: str) -> None:
+    x = torch.randn(1, 1500, 16) * (1e4 if kind == "huge" else 1)
+    x = x[:, :1].expand_as(x) if kind == "constant" else x
+    ends = []
+    for precision in ("bfloat16", "float32"):
+        with torch.no_grad():
+            y, state = layer(name, precision, dim=16)(x)
+        assert y.isfinite().all()
+        ends.append(numbers(state["memory"]["level"]))
+    assert far(*ends) < (
+        0.2 if kind == "huge" else 2 * BOUND
+    )  # values far larger than weights bring out what is not linear
+
+
 @pytest.mark.parametrize("name", ["titans", "titans in chunks", "self_modifying", "gated_deltanet", "attention"])
 def test_recomputed_it_gives_the_same_gradients(name: str) -> None:
     module, x = layer(name, dim=16), torch.randn(1, 150, 16, requires_grad=True)

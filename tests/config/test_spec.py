@@ -309,6 +309,7 @@ def test_bools_inside_lists_are_not_numbers() -> None:
         ({"level": "chain", "levels": {"a b": "adam"}}, "optimizer.stack", "'a b' can't name a level"),
         ({"level": "titans", "rule": Matrix()}, "optimizer.stack.rule", "it is a memory; give a level"),
         ({"level": "titans", "rule": Matrix}, "optimizer.stack.rule", "give a subclass of Level"),
+        (tuple[float, float], "optimizer.stack", "is not allowed; "),
         ({"level": "titans", "memory": ["mlp"]}, "optimizer.stack.memory", "{memory: NAME, ...}"),
     ],
 )
@@ -371,6 +372,8 @@ class Exotic(Level):
     mode: Literal[0, 1] = 0
     size: int | Literal["all"] = "all"
     dims: list[int] = dataclasses.field(default_factory=list)
+    pair: tuple[float, float] = (0.9, 0.99)
+    shares: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -409,10 +412,12 @@ def test_a_plugin_level_is_built_from_yaml() -> None:
               mode: 1
               size: 3
               dims: [1, 2]
+              pair: [0.5, 1e-1]
+              shares: {a: 1}
             """
         ),
     )
-    exotic = Exotic(Exotic(L.adam()), (Mlp(), Window(3)), {"one": Matrix()}, 0.1, 1, 3, [1, 2])
+    exotic = Exotic(Exotic(L.adam()), (Mlp(), Window(3)), {"one": Matrix()}, 0.1, 1, 3, [1, 2], (0.5, 0.1), {"a": 1.0})
     assert stack == chain(L.momentum(0.5), exotic)
     assert identical(build("level", parse(dump(to_spec(stack)))), stack)
 
@@ -426,6 +431,8 @@ def test_errors_in_a_plugin_level() -> None:
     refused({"level": "exotic", "share": 2}, "optimizer.stack.share", "2 is not allowed; give 1 or less")
     refused({"level": "exotic", "mode": True}, "optimizer.stack.mode", "True", "give one of 0, 1")
     refused({"level": "exotic", "size": "al"}, "optimizer.stack.size", "give a whole number; or give 'all'", "'all'?")
+    refused({"level": "exotic", "pair": [1]}, "optimizer.stack.pair", "give a list of 2")
+    refused({"level": "exotic", "shares": {"a": "b"}}, "optimizer.stack.shares.a", "give a number")
     refused({"level": "exotic", "dims": [1, 2]}, "optimizer.stack", "optimizer.stack: dims are of no use here")
 
 

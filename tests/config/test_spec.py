@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from nestopt.core.outputs import Plain, RmsNorm, Sign
 from nestopt.core.part import FieldError, FieldTypeError
 from nestopt.core.registry import KINDS
 from nestopt.core.retentions import Decay, Keep
+from nestopt.levels.muon import Scale
 
 # -- round trips -----------------------------------------------------------------------------------------------------
 
@@ -58,9 +59,7 @@ simple = st.one_of(
     st.builds(L.delta_momentum, beta=numbers, normalize=st.sampled_from(["clip", "unit", None]), period=periods),
     st.builds(L.adam, betas=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)), eps=small, amsgrad=st.booleans()),
     st.builds(L.adamw, weight_decay=numbers, period=periods),
-    st.builds(
-        L.muon, scale=st.sampled_from(["original", "match_rms_adamw", None]), dtype=st.sampled_from([None, "float32"])
-    ),
+    st.builds(L.muon, scale=st.sampled_from([*get_args(Scale), None]), dtype=st.sampled_from([None, "float32"])),
 )
 
 
@@ -267,7 +266,7 @@ def test_an_unknown_key_at_any_depth(spec: Any, path: str) -> None:
         ("coefficients", [1, 2], "coefficients", "give a list of 3"),
         ("coefficients", 3, "coefficients", "give a list"),
         ("coefficients", [1, "b", 2], "coefficients", "give"),
-        ("scale", "orignal", "scale", "give 'original' or 'match_rms_adamw'. Did you mean 'original'?"),
+        ("scale", "orignal", "scale", "or 'spectral_unclamped'. Did you mean 'original'?"),
         ("dtype", 32, "dtype", "give text"),
         ("dtype", "floaty", "dtype", "give one of [None, 'bfloat16', 'float32', 'float64', 'float16']"),
     ],

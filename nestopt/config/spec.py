@@ -18,7 +18,7 @@ from torch import Tensor
 from nestopt.config.errors import ConfigError, join, show
 from nestopt.config.values import convert, number
 from nestopt.core import Gate, Heads, Level, Part, UnknownName, chain, registry
-from nestopt.core.part import FieldError
+from nestopt.core.part import FieldError, is_subclass
 from nestopt.core.registry import KINDS
 
 Spec = str | dict[str, Any]
@@ -72,7 +72,7 @@ def _how(kind: str) -> str:
 def _class(kind: str, name: object, path: str) -> type[Part]:
     base, _ = KINDS[kind]
     if isinstance(name, type):
-        if issubclass(name, base):
+        if is_subclass(name, base):
             return name
         raise ConfigError.refuse(path, name, f"give a subclass of {base.__name__}")
     if not isinstance(name, str):
@@ -162,7 +162,7 @@ def kind_of(hint: Any) -> str | None:
     """The kind of part that a field with this type holds, or None."""
     hint, _ = _without_none(hint)
     hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    if not (isinstance(hint, type) and issubclass(hint, Part)):
+    if not is_subclass(hint, Part):
         return None
     return next((kind for kind, (base, _) in KINDS.items() if issubclass(hint, base)), None)
 

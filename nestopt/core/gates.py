@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -41,7 +40,11 @@ def bind(part: P, values: Mapping[str, Tensor] | None = None) -> P:
 
 
 def _bind(part: P, values: Mapping[str, Any]) -> P:
-    bound = copy.copy(part)  # not dataclasses.replace: what was valid stays valid, and tensors have no value to check
+    # not dataclasses.replace: what was valid stays valid, and tensors have no value to check; not copy.copy, which
+    # torch 2.11 does not compile
+    bound = object.__new__(type(part))
+    for name in part._attributes:
+        setattr(bound, name, getattr(part, name))
     inner: dict[str, dict[str, Any]] = {}
     for path, value in values.items():
         head, _, rest = path.partition(".")

@@ -6,12 +6,14 @@ import dataclasses
 import difflib
 import math
 import re
-from abc import ABC
+from abc import ABCMeta
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, TypeGuard, TypeVar, get_origin, get_type_hints
 
 from torch import Tensor
 from typing_extensions import dataclass_transform
+
+_T = TypeVar("_T")
 
 
 class Gate:
@@ -122,8 +124,23 @@ def snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
+def is_subclass(value: object, base: type[_T]) -> TypeGuard[type[_T]]:
+    """Whether `value` is a class, and is `base` or derived from it."""
+    # in Python 3.10 `tuple[float, float]` says that it is a type, and `issubclass` refuses it
+    return get_origin(value) is None and isinstance(value, type) and issubclass(value, base)
+
+
+class _PartType(ABCMeta):
+    """Notes in a part, once it is made, the names of its attributes: torch 2.11's compiler can't list them."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        part = super().__call__(*args, **kwargs)
+        part._attributes = (*vars(part), "_attributes")
+        return part
+
+
 @dataclass_transform(field_specifiers=(dataclasses.field,))
-class Part(ABC):  # noqa: B024  # its subclasses have the abstract methods
+class Part(metaclass=_PartType):
     """A piece of a level. Every subclass becomes a dataclass by itself; its fields are its config keys, in Python, in
     YAML and in `describe`. Two parts with equal fields are equal.
     """
@@ -131,6 +148,7 @@ class Part(ABC):  # noqa: B024  # its subclasses have the abstract methods
     kind: ClassVar[str] = "part"
     field_names: ClassVar[tuple[str, ...]] = ()
     """The names of this part's fields."""
+    _attributes: ClassVar[tuple[str, ...]]
     requires: ClassVar[frozenset[str]] = frozenset()
     """What this part must be shown to be itself: `"shape"` (whole tensors in their true shape, never a flat slice of
     several), `"matrix"` (as `"shape"`, and only matrices)."""
@@ -205,7 +223,7 @@ def _part_hints(cls: type[Part]) -> dict[str, type[Part]]:
         names = set(cls.field_names)
         found = {}
         for key, hint in get_type_hints(cls).items():
-            if key in names and isinstance(hint, type) and issubclass(hint, Part):
+            if key in names and is_subclass(hint, Part):
                 found[key] = hint
         _HINTS[cls] = found
     return _HINTS[cls]

@@ -17,7 +17,7 @@ from nestopt.core.level import Level
 from nestopt.core.memories import Memory
 from nestopt.core.objectives import Objective
 from nestopt.core.outputs import Output
-from nestopt.core.part import Part, nearest
+from nestopt.core.part import Part, is_subclass, nearest
 from nestopt.core.retentions import Retention
 
 KINDS: dict[str, tuple[type[Part], str]] = {
@@ -80,8 +80,6 @@ class Registry:
         self._reset()
 
     def _reset(self) -> None:
-        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
-        self._manager.add_hookspecs(hookspecs)
         self._classes: dict[str, dict[str, tuple[type[Part], str]]] = {kind: {} for kind in KINDS}
         self._names: dict[type, str] = {}
         self._plugins: dict[str, Plugin] = {}
@@ -114,7 +112,6 @@ class Registry:
     def remove(self, name: str) -> None:
         """Forget a plugin taken by `add`, and all that it registered."""
         if self._added.pop(name, None) is not None:
-            self._manager.unregister(name=name)
             self._forget(name)
             del self._plugins[name]
 
@@ -157,19 +154,18 @@ class Registry:
             self._plugins[f"{name} ({source})"] = entry
             return entry
         try:
-            self._manager.register(plugin, name=name)
-            self._manager.check_pending()
-            others = [other for other in self._manager.get_plugins() if other is not plugin]
+            manager = pluggy.PluginManager(hookspecs.PROJECT)  # of its own: only this plugin's hooks are to run
+            manager.add_hookspecs(hookspecs)
+            manager.register(plugin, name=name)
+            manager.check_pending()
             for kind, (_, hook) in KINDS.items():
-                self._manager.subset_hook_caller(hook, others)(register=self._registrar(kind, name))
+                getattr(manager.hook, hook)(register=self._registrar(kind, name))
             provides = tuple(
                 (kind, known) for kind in KINDS for known, (_, owner) in self._classes[kind].items() if owner == name
             )
             entry = Plugin(name, source, provides)
         except Exception as error:
             self._forget(name)
-            if self._manager.has_plugin(name):
-                self._manager.unregister(name=name)
             entry = Plugin(name, source, error=_say(error))
         self._plugins[name] = entry
         return entry
@@ -178,7 +174,7 @@ class Registry:
         base, hook = KINDS[kind]
 
         def register(name: str, cls: type) -> None:
-            if not (isinstance(cls, type) and issubclass(cls, base)):
+            if not is_subclass(cls, base):
                 raise TypeError(f"{hook}: {name!r} is {cls!r}, not a subclass of {base.__module__}.{base.__qualname__}")
             if inspect.isabstract(cls):
                 raise TypeError(f"{hook}: {name!r} lacks {', '.join(sorted(cls.__abstractmethods__))}")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestopt.kernels.functions import batched, may_write
+from nestopt.kernels.functions import batched, may_write, plus_product
 
 
 def causal_conv(seen: Tensor, weight: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class _CausalConv(torch.autograd.Function):
         last = seen[..., len(past) :, :]
         y = torch.addcmul(last, last, now)
         for i, w in enumerate(past):
-            y.addcmul_(seen[..., i : i + length, :], w)
+            y = plus_product(y, seen[..., i : i + length, :], w)
         return y
 
     @staticmethod

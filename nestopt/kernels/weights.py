@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nestopt.core.precision import as_in_forward, current, matmul, plus_matmul_
-from nestopt.kernels.functions import batched, may_write
+from nestopt.kernels.functions import batched, may_write, plus, plus_product
 
 
 def applied(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,9 +200,9 @@ def _since(
 ) -> Tensor:
     """γ W - c S - addedᵀ a."""
     new = matmul((-added).mT, inputs)
-    plus_product = Tensor.addcmul_ if may_write() else torch.addcmul  # in place there is no batching rule
-    new = new.add_(weight) if gamma is None else plus_product(new, weight, gamma)
-    return new if momentum is None or c is None else plus_product(new, momentum, -c)
+    add_product = Tensor.addcmul_ if may_write() else torch.addcmul  # in place there is no batching rule
+    new = new.add_(weight) if gamma is None else add_product(new, weight, gamma)
+    return new if momentum is None or c is None else add_product(new, momentum, -c)
 
 
 def _plus_scaled(grad: Tensor | None, d: Tensor, scale: Tensor | None) -> Tensor:
@@ -218,7 +218,7 @@ class _Moved(torch.autograd.Function):
     @staticmethod
     def forward(weight: Tensor, inputs: Tensor, gamma: Tensor | None, added: Tensor) -> Tensor:
         new = matmul((-added).mT, inputs)
-        return new.add_(weight) if gamma is None else new.addcmul_(weight, _wide(gamma))
+        return plus(new, weight) if gamma is None else plus_product(new, weight, _wide(gamma))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -253,9 +253,9 @@ class _MovedBoth(torch.autograd.Function):
         left: Tensor,
     ) -> tuple[Tensor, Tensor]:
         new = matmul((-added).mT, inputs)
-        new = new.add_(weight) if gamma is None else new.addcmul_(weight, _wide(gamma))
-        new.addcmul_(momentum, _wide(-c))
-        return new, matmul(left.mT, inputs).addcmul_(momentum, _wide(theta))
+        new = plus(new, weight) if gamma is None else plus_product(new, weight, _wide(gamma))
+        new = plus_product(new, momentum, _wide(-c))
+        return new, plus_product(matmul(left.mT, inputs), momentum, _wide(theta))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from nestopt.core.part import FieldError
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State
 from nestopt.kernels.newton_schulz import QUINTIC, Form, newton_schulz
-from nestopt.levels.muon import DTYPES, Muon, check_iteration
+from nestopt.levels.muon import DTYPES, Muon, Scale, check_iteration
 from nestopt.levels.within import check_whole, refuse_unused
 
 MATRIX = (-2, -1)
@@ -71,7 +71,7 @@ class M3(Level):
     eps: float = 1e-8
     mode: Literal["ema", "paper"] = "ema"
     update_norm: Literal["rms"] | None = "rms"
-    scale: Literal["original", "match_rms_adamw"] | None = "original"
+    scale: Scale | None = "original"
     dtype: str | None = None
     form: Form = "auto"
 
@@ -87,7 +87,7 @@ class M3(Level):
         check_whole(self, "slow_period")
         self.check("eps", 0.0)
         self.check_choice("update_norm", ("rms", None))
-        self.check_choice("scale", ("original", "match_rms_adamw", None))
+        self.check_choice("scale", (*get_args(Scale), None))
         check_iteration(self)
         if paper:
             refuse_unused(self, ("update_norm", "scale"), "mode='paper'")

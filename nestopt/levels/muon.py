@@ -15,6 +15,8 @@ from nestopt.core.signal import Signal
 from nestopt.core.tree import State
 from nestopt.kernels.newton_schulz import QUINTIC, SETS, Form, newton_schulz
 
+Scale = Literal["original", "match_rms_adamw", "spectral_unclamped"]
+
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64, "float16": torch.float16}
 
 
@@ -105,7 +107,7 @@ class Muon(Level):
         nesterov: default True.
         steps, coefficients, dtype, form: of `newton_schulz`.
         scale: c, by shape `[m, n]`. `"original"` (default): √max(1, m/n). `"match_rms_adamw"`: 0.2 √max(m, n), which
-            lets a learning rate tuned for AdamW serve. None: 1.
+            lets a learning rate tuned for AdamW serve. `"spectral_unclamped"`: √(m/n). None: 1.
         eps: least norm divided by. Default 1e-7.
     """
 
@@ -117,7 +119,7 @@ class Muon(Level):
     nesterov: bool = True
     steps: int = 5
     coefficients: str | tuple[float, float, float] = QUINTIC
-    scale: Literal["original", "match_rms_adamw"] | None = "original"
+    scale: Scale | None = "original"
     eps: float = 1e-7
     dtype: str | None = None
     form: Form = "auto"
@@ -126,7 +128,7 @@ class Muon(Level):
         super().__post_init__()
         self.check("beta", 0.0, 1.0)
         check_iteration(self)
-        self.check_choice("scale", ("original", "match_rms_adamw", None))
+        self.check_choice("scale", (*get_args(Scale), None))
 
     def init(self, param: Tensor) -> State:
         return {"momentum": torch.zeros_like(param)}
@@ -149,6 +151,8 @@ class Muon(Level):
 
     def factor(self, out: int, into: int) -> float:
         """c for a matrix `[out, into]`."""
-        if self.scale == "original":
-            return math.sqrt(max(1.0, out / into))
-        return 0.2 * math.sqrt(max(out, into)) if self.scale else 1.0
+        if self.scale == "match_rms_adamw":
+            return 0.2 * math.sqrt(max(out, into))
+        if self.scale == "spectral_unclamped":
+            return math.sqrt(out / into)
+        return math.sqrt(max(1.0, out / into)) if self.scale == "original" else 1.0

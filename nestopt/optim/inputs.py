@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -196,7 +196,7 @@ class _Few(_Use):
         self.kept = _keep(x.detach(), y.detach().clone())  # y may be changed in place
 
     def count(self, grad: Tensor, keep: bool) -> None:
-        x, y = self.kept.saved_tensors
+        x, y = _saved(self.kept)
         rows = rows_of(self.module, x)
         self.sums.add(rows, rows.outputs(y), _bias(self.module))
 
@@ -209,7 +209,7 @@ class _WithSurprise(_Use):
         self.kept, self.dtype, self.scale = _keep(x.detach()), dtype, scale
 
     def count(self, grad: Tensor, keep: bool) -> None:
-        (x,), sums, errors_of = self.kept.saved_tensors, self.sums, self.sums.wants.surprise
+        (x,), sums, errors_of = _saved(self.kept), self.sums, self.sums.wants.surprise
         rows = rows_of(self.module, x)
         if errors_of is None or not rows.n:
             return
@@ -231,8 +231,8 @@ def _few(x: Tensor, y: Tensor, weight: Tensor) -> bool:
     return x.numel() + y.numel() < weight.numel()
 
 
-class _Kept(torch.autograd.Function):
-    """A node that saves tensors as autograd does: activation checkpointing drops them and finds them again."""
+class _Keep(torch.autograd.Function):
+    """Saves tensors as autograd does: activation checkpointing drops them and finds them again."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, anchor: Tensor, *tensors: Tensor) -> Tensor:
@@ -240,9 +240,15 @@ class _Kept(torch.autograd.Function):
         return torch.empty(0)
 
 
-def _keep(*tensors: Tensor) -> Any:
+def _keep(*tensors: Tensor) -> Tensor:
+    """Save `tensors` for as long as what is returned is held; in torch 2.11 its node alone does not hold them."""
     with torch.enable_grad():
-        return _Kept.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn
+        return cast(Tensor, _Keep.apply(torch.empty(0, requires_grad=True), *tensors))
+
+
+def _saved(kept: Tensor) -> tuple[Tensor, ...]:
+    """What was given to `_keep`; recomputed where it was dropped."""
+    return cast(Any, kept.grad_fn).saved_tensors
 
 
 # -- what torch knows of the pass it is in -----------------------------------------------------------------------------
@@ -250,17 +256,16 @@ def _keep(*tensors: Tensor) -> Any:
 
 def _graph_is_kept() -> bool:
     """Whether the graph of the present backward pass may be used again (`retain_graph`)."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if ask is None else ask()
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _recomputing() -> bool:
     """Whether non-reentrant checkpointing is recomputing: no backward pass will come through what is run now, since
-    it goes through the graph of the first run. Where torch can't say, the first run's count is still the only one.
+    it goes through the graph of the first run.
     """
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    hooks = None if top is None else top(True)
-    return hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    name = torch.utils.checkpoint._recomputation_hook.__name__
+    return hooks is not None and name in getattr(hooks[0], "__qualname__", "")
 
 
 # -- the hook on the model ---------------------------------------------------------------------------------------------

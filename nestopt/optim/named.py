@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from nestopt.kernels.newton_schulz import QUINTIC, Form
 from nestopt.levels.adam import Adam as AdamLevel
 from nestopt.levels.momentum import Momentum
 from nestopt.levels.muon import Muon as MuonLevel
+from nestopt.levels.muon import Scale
 from nestopt.optim.optimizer import Nested, Ways
 from nestopt.optim.views import work_dtype
 
@@ -183,7 +184,7 @@ class Muon(Nested):
         ns_coefficients: tuple[float, float, float] = QUINTIC,
         eps: float = 1e-7,
         ns_steps: int = 5,
-        adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None,
+        adjust_lr_fn: Scale | None = None,
         *,
         ns_form: Form = "auto",
     ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from nestopt.core.outputs import Plain, RmsNorm, Sign
 from nestopt.core.part import FieldError, FieldTypeError
 from nestopt.core.registry import KINDS
 from nestopt.core.retentions import Decay, Keep
+from nestopt.levels.muon import Scale
 
 # -- round trips -----------------------------------------------------------------------------------------------------
 
@@ -58,9 +59,7 @@ simple = st.one_of(
     st.builds(L.delta_momentum, beta=numbers, normalize=st.sampled_from(["clip", "unit", None]), period=periods),
     st.builds(L.adam, betas=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)), eps=small, amsgrad=st.booleans()),
     st.builds(L.adamw, weight_decay=numbers, period=periods),
-    st.builds(
-        L.muon, scale=st.sampled_from(["original", "match_rms_adamw", None]), dtype=st.sampled_from([None, "float32"])
-    ),
+    st.builds(L.muon, scale=st.sampled_from([*get_args(Scale), None]), dtype=st.sampled_from([None, "float32"])),
 )
 
 
@@ -267,7 +266,7 @@ def test_an_unknown_key_at_any_depth(spec: Any, path: str) -> None:
         ("coefficients", [1, 2], "coefficients", "give a list of 3"),
         ("coefficients", 3, "coefficients", "give a list"),
         ("coefficients", [1, "b", 2], "coefficients", "give"),
-        ("scale", "orignal", "scale", "give 'original' or 'match_rms_adamw'. Did you mean 'original'?"),
+        ("scale", "orignal", "scale", "or 'spectral_unclamped'. Did you mean 'original'?"),
         ("dtype", 32, "dtype", "give text"),
         ("dtype", "floaty", "dtype", "give one of [None, 'bfloat16', 'float32', 'float64', 'float16']"),
     ],
@@ -309,6 +308,7 @@ def test_bools_inside_lists_are_not_numbers() -> None:
         ({"level": "chain", "levels": {"a b": "adam"}}, "optimizer.stack", "'a b' can't name a level"),
         ({"level": "titans", "rule": Matrix()}, "optimizer.stack.rule", "it is a memory; give a level"),
         ({"level": "titans", "rule": Matrix}, "optimizer.stack.rule", "give a subclass of Level"),
+        (tuple[float, float], "optimizer.stack", "is not allowed; "),
         ({"level": "titans", "memory": ["mlp"]}, "optimizer.stack.memory", "{memory: NAME, ...}"),
     ],
 )
@@ -371,6 +371,8 @@ class Exotic(Level):
     mode: Literal[0, 1] = 0
     size: int | Literal["all"] = "all"
     dims: list[int] = dataclasses.field(default_factory=list)
+    pair: tuple[float, float] = (0.9, 0.99)
+    shares: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -409,10 +411,12 @@ def test_a_plugin_level_is_built_from_yaml() -> None:
               mode: 1
               size: 3
               dims: [1, 2]
+              pair: [0.5, 1e-1]
+              shares: {a: 1}
             """
         ),
     )
-    exotic = Exotic(Exotic(L.adam()), (Mlp(), Window(3)), {"one": Matrix()}, 0.1, 1, 3, [1, 2])
+    exotic = Exotic(Exotic(L.adam()), (Mlp(), Window(3)), {"one": Matrix()}, 0.1, 1, 3, [1, 2], (0.5, 0.1), {"a": 1.0})
     assert stack == chain(L.momentum(0.5), exotic)
     assert identical(build("level", parse(dump(to_spec(stack)))), stack)
 
@@ -426,6 +430,8 @@ def test_errors_in_a_plugin_level() -> None:
     refused({"level": "exotic", "share": 2}, "optimizer.stack.share", "2 is not allowed; give 1 or less")
     refused({"level": "exotic", "mode": True}, "optimizer.stack.mode", "True", "give one of 0, 1")
     refused({"level": "exotic", "size": "al"}, "optimizer.stack.size", "give a whole number; or give 'all'", "'all'?")
+    refused({"level": "exotic", "pair": [1]}, "optimizer.stack.pair", "give a list of 2")
+    refused({"level": "exotic", "shares": {"a": "b"}}, "optimizer.stack.shares.a", "give a number")
     refused({"level": "exotic", "dims": [1, 2]}, "optimizer.stack", "optimizer.stack: dims are of no use here")
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nestopt.core import Gate, bind, chain, gates_of
+from nestopt.core import Gate, Level, Number, bind, chain, gates_of
 from nestopt.core.retentions import Decay
 from nestopt.levels import adam, momentum, titans
 
@@ -25,6 +25,35 @@ def test_gates_are_found_and_bound_by_path():
     assert bound.levels["a"].beta == 0.9  # what is not given takes its initial value
     assert isinstance(level.levels["a"].beta, Gate)  # and the level itself is as it was
     assert not gates_of(bound)
+
+
+class Spread(Level):
+    """Has more than its fields, and fields of kinds that are no classes."""
+
+    beta: Number = 0.9
+    betas: tuple[float, float] = (0.5, 0.25)
+    table: dict[str, float] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.product = math.prod(self.betas)
+
+    def step(self, grad, state, signal):
+        return grad * self.beta * self.product, state
+
+
+def test_what_a_level_made_itself_is_bound_with_it_in_one_graph():
+    level = Spread(Gate(0.5))
+    x = torch.arange(3.0)
+
+    def scaled(x):
+        bound = bind(level, {"beta": x.sum()})
+        return bound.step(x, {}, None)[0]
+
+    compiled = torch.compile(scaled, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), x * 3 * 0.125)
+    torch.testing.assert_close(scaled(x), x * 3 * 0.125)
+    assert level.beta == Gate(0.5)
 
 
 def test_a_level_without_gates_is_not_copied():

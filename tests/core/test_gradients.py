@@ -141,6 +141,7 @@ def test_muon_scales(shape):
     plain = run(muon(scale=None), grads)
     same(run(muon(scale="original"), grads), math.sqrt(max(1, shape[0] / shape[1])) * plain)
     same(run(muon(scale="match_rms_adamw"), grads), 0.2 * math.sqrt(12) * plain)
+    same(run(muon(scale="spectral_unclamped"), grads), math.sqrt(shape[0] / shape[1]) * plain)
 
 
 def test_newton_schulz_by_its_polynomial():

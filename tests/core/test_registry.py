@@ -98,6 +98,7 @@ def test_a_plugin_that_does_not_import_is_skipped_by_name(registry, points):
     [
         ("momentum", Lion, "'momentum' is taken by plugin 'nestopt'"),
         ("cosine", Cosine, "not a subclass"),
+        ("pair", tuple[float, float], "not a subclass"),
         ("a-b", Lion, "not a name"),
         ("abstract", type("Abstract", (Level,), {}), "lacks step"),
     ],

@@ -75,6 +75,19 @@ def test_equals_plain_products_with_every_gradient(gated: bool, remembers: bool)
     close(gradients(fast, leaves, probes), gradients(slow, leaves, probes))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, as it traces
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("remembers", [False, True])
+def test_compiled_in_one_graph_with_every_gradient(gated: bool, remembers: bool) -> None:
+    torch._dynamo.reset()
+    given = case()
+    compiled = torch.compile(lambda given: chain(given, gated, remembers), fullgraph=True, backend="eager")
+    fast, slow = compiled(given), chain(given, gated, remembers)
+    close(fast, slow)
+    probes, leaves = [torch.randn_like(x) for x in slow], list(given.values())
+    close(gradients(fast, leaves, probes), gradients(slow, leaves, probes))
+
+
 @pytest.mark.parametrize("used", range(7))
 def test_any_one_output_alone(used: int) -> None:
     given = case()

@@ -66,6 +66,7 @@ def ema(grads, f, norm, scale):
 SCALES = {
     "original": lambda m, n: max(1.0, m / n) ** 0.5,
     "match_rms_adamw": lambda m, n: 0.2 * max(m, n) ** 0.5,
+    "spectral_unclamped": lambda m, n: (m / n) ** 0.5,
     None: lambda m, n: 1.0,
 }
 

@@ -231,7 +231,8 @@ def test_keeps_the_contract(case: str) -> None:
     check_optimizer(CASES[case])
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Muon", "RMSprop", "Adagrad", "NAdam", "Adafactor"])
+# without Adagrad, which in torch 2.11 has no state for a parameter that is added later
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Muon", "RMSprop", "NAdam", "Adafactor"])
 def test_the_contract_is_that_of_torch(name: str) -> None:
     check_optimizer(getattr(torch.optim, name))
 

@@ -59,7 +59,7 @@ class _Kernel:
         self.level, self.rates = level, rates
         self.dtype, self.device = work_dtype(member.param), member.param.device
         self.tree, self.asked = member.tree, _asked(level, member)
-        self.compiled = torch.compile(_own_copy(_descend), fullgraph=True, options=_options())
+        self.compiled = torch.compile(_own_copy(_descend), fullgraph=True, options=_OPTIONS)
         self.fresh = True
 
     def serves(self, level: Level, rates: Rates) -> bool:
@@ -96,6 +96,10 @@ def _descend(kernel: _Kernel, tensors: list[Tensor], numbers: list[Tensor]) -> N
     param.copy_(wide * fade - lr * direction)
 
 
+_OPTIONS: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+"""A kernel never meets another level, dtype or layout than its lane's, so none of that has to be checked at every call,
+which would take longer than the step of a small tensor."""
+
 _copies = itertools.count()
 
 
@@ -103,14 +107,6 @@ def _own_copy(function: Callable[..., None]) -> Callable[..., None]:
     """`function` with code of its own: the compiler keeps what it has made by the code object."""
     name = f"{function.__name__}_{next(_copies)}"
     return types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
-
-
-def _options() -> dict[str, Any]:
-    """A kernel never meets another level, dtype or layout than its lane's, so none of that has to be checked at every
-    call, which would take longer than the step of a small tensor.
-    """
-    unguarded = getattr(torch.compiler, "skip_all_guards_unsafe", None)
-    return {} if unguarded is None else {"guard_filter_fn": unguarded}
 
 
 def _asked(level: Level, member: Member) -> list[tuple[float, int]]:

@@ -83,7 +83,9 @@ def test_a_file_without_a_key_is_refused(missing: str, tmp_path: Path) -> None:
 def test_a_file_that_is_none_is_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"--rates: '.*gpu\.json' is not allowed; .* JSON"):  # long paths are cut short
+    with pytest.raises(
+        ConfigError, match=r"--rates: '.*gpu\.json' is not allowed; .* JSON"
+    ):  # long paths are cut short
         Rates.read(path)
     with pytest.raises(ConfigError, match="No such file"):
         Rates.read(tmp_path / "none.json")

@@ -73,7 +73,7 @@ NARROW = {
 def allocated(run: Callable[[], object]) -> int:
     """The most that the allocator has given out at a time during `run`, beyond what it had before."""
     gc.collect()  # what is freed meanwhile must have been made meanwhile
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
         run()
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0

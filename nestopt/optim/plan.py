@@ -172,7 +172,7 @@ def _drawn_for(name: str, seed: int | None, device: torch.device) -> Iterator[No
 
 def _check_state(level: Level, param: Tensor, state: dict[str, Any], tree: State, name: str) -> None:
     """Raise RuntimeError for a state that `level` can't have left: put there by hand, or outgrown by a new `.data`."""
-    wanted = {STEP: torch.zeros(()), **dict(leaves(tree))}
+    wanted = {STEP: torch.zeros((), dtype=torch.float32), **dict(leaves(tree))}
     if SUM in state:
         wanted[SUM] = param
     for key, want in wanted.items():

@@ -22,7 +22,7 @@ from nestopt.optim.views import Split, advance_stack, back, begin, layout, matri
 def begin_traced(level: Level, param: Tensor, period: int, view: Split | None) -> dict[str, Any]:
     """The state of a parameter before its first step, its step count a tensor on the parameter's device."""
     tree = begin(level, param.detach().to(work_dtype(param)), view)
-    state = {STEP: torch.zeros((), device=param.device)}
+    state = {STEP: torch.zeros((), dtype=torch.float32, device=param.device)}
     if period > 1:
         state[SUM] = torch.zeros_like(param, dtype=work_dtype(param))
     return state | {path: leaf.clone() for path, leaf in leaves(tree)}

@@ -161,3 +161,12 @@ def test_a_root_that_waits_is_refused_on_an_accelerator_only() -> None:
     with pytest.raises(ValueError, match=r"shampoo is not allowed with capturable=True, for w .*eigh"):
         Nested([("w", nn.Parameter(torch.empty(4, 3, device="meta")))], stack, capturable=True)
     Nested([("w", nn.Parameter(torch.empty(4, 3)))], stack, capturable=True)  # for torch.compile
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_counts_are_float32_whatever_the_default_dtype_is(capturable: bool) -> None:
+    torch.set_default_dtype(torch.float64)  # put back after each test
+    net = model()
+    optimizer = nestopt.optim.AdamW(net.parameters(), capturable=capturable)
+    held(stepping(net, optimizer))
+    assert {state["step"].dtype for state in optimizer.state.values()} == {torch.float32}

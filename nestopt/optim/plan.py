@@ -140,7 +140,7 @@ class Plan:
 
     def _member(self, level: Level, param: Tensor, state: dict[str, Any], view: Split | None, name: str) -> Member:
         if not state:
-            state[STEP] = torch.zeros(())
+            state[STEP] = torch.zeros((), dtype=torch.float32)
             with _drawn_for(name, self.seed, param.device):
                 tree = begin(level, param.detach().to(work_dtype(param)), view)
             if taken := tree.keys() & {STEP, SUM}:
@@ -172,7 +172,7 @@ def _drawn_for(name: str, seed: int | None, device: torch.device) -> Iterator[No
 
 def _check_state(level: Level, param: Tensor, state: dict[str, Any], tree: State, name: str) -> None:
     """Raise RuntimeError for a state that `level` can't have left: put there by hand, or outgrown by a new `.data`."""
-    wanted = {STEP: torch.zeros((), dtype=torch.float32), **dict(leaves(tree))}
+    wanted = {STEP: torch.zeros(()), **dict(leaves(tree))}
     if SUM in state:
         wanted[SUM] = param
     for key, want in wanted.items():

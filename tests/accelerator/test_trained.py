@@ -39,8 +39,10 @@ def test_the_hugging_face_class(mlp: str) -> None:
     held(decoded)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
-@pytest.mark.parametrize("teach", ["loss", "local"])
+@pytest.mark.parametrize(
+    ("kind", "teach"),
+    [("gpt2", "loss"), ("gpt2", "local"), ("llama", "loss"), ("llama", "local"), ("bert", "local")],
+)
 def test_a_stacked_model(kind: str, teach: str) -> None:
     sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "vocab_size": 32}
     sizes["num_attention_heads"] = 2
@@ -51,8 +53,6 @@ def test_a_stacked_model(kind: str, teach: str) -> None:
         "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)),
         "bert": lambda: transformers.BertModel(transformers.BertConfig(**sizes)),
     }
-    if kind == "bert" and teach == "loss":
-        pytest.skip("an encoder has no next token")
     with torch.device("meta"):
         model = nestopt.models.stack(makes[kind]().eval(), levels={-1: 4}, teach=teach)
 

@@ -23,7 +23,7 @@ from benchmarks.report import grid, write
 from benchmarks.timing import Call, Timing, interleave, ratio
 from nestopt.config import Config, ModelConfig
 from nestopt.config.load import default
-from nestopt.levels.self_modifying import SelfModifying
+from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.models import build_model
 from nestopt.optim import optimizer
 from nestopt.train.compare import parameters, transformer_like

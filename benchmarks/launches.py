@@ -22,7 +22,7 @@ from nestopt.config import Config
 from nestopt.core.level import Level
 from nestopt.core.registry import registry
 from nestopt.core.tree import tree_map
-from nestopt.levels.cms import Cms
+from nestopt.levels.continuum.level import Cms
 from nestopt.models.cost import Cost, cost_of
 from nestopt.ops import fast_form
 from nestopt.train.planning import Rates, Sharing

@@ -13,7 +13,7 @@ import nestopt
 from benchmarks.peer_rows import ADAMW, LION, LR, M3_BYTES, MUON, MUON_FLOAT32, SGD, SHAMPOO_EVERY_10, Build
 from benchmarks.rows import Missing, Row, Stepper
 from benchmarks.work import Work, elementwise, passes, quintic, shampoo
-from nestopt.kernels.newton_schulz import work_dtype
+from nestopt.levels.gradient.newton_schulz import work_dtype
 
 SLOW_PERIOD = 16  # of M3
 

@@ -16,7 +16,7 @@ import nestopt
 from nestopt.core import Level, scan
 from nestopt.core.memories import Mlp, Window
 from nestopt.core.retentions import Decay, Keep
-from nestopt.core.tokens import begin
+from nestopt.core.token_reference import begin
 from nestopt.levels import (
     adam,
     attention,

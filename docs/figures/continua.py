@@ -20,7 +20,7 @@ from nestopt.core.memories import Mlp
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, leaves
 from nestopt.levels import cms, self_modifying
-from nestopt.levels.self_modifying import SelfModifying
+from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.nn import CMS
 
 MADE = Path(__file__).parents[1] / "tokens" / "made"

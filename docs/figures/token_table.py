@@ -21,10 +21,10 @@ import nestopt
 from nestopt.core import AssociativeMemory, Gate
 from nestopt.core.memories import Mlp, Window
 from nestopt.core.part import Heads
-from nestopt.core.tokens import PENDING
+from nestopt.core.token_reference import PENDING
 from nestopt.core.tree import State, leaves
+from nestopt.levels.deep.scan import BLOCK
 from nestopt.ops import fast_form
-from nestopt.ops.deep_scan import BLOCK
 
 MADE = Path(__file__).parents[1] / "tokens" / "made"
 SHARED = runpy.run_path(str(Path(__file__).with_name("level_table.py")))

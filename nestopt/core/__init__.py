@@ -16,7 +16,7 @@ from nestopt.core.part import Gate, Heads, Number, Part
 from nestopt.core.registry import Plugin, PluginWarning, Registry, UnknownName, registry
 from nestopt.core.retentions import Retention
 from nestopt.core.signal import Signal
-from nestopt.core.tokens import scan
+from nestopt.core.token_reference import scan
 from nestopt.core.tree import State
 
 __all__ = [

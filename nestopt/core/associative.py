@@ -142,8 +142,8 @@ class AssociativeMemory(Level):
     def rates(self, theta: Theta, k: Tensor, lr: Tensor, damping: Tensor, delta: Tensor | None = None) -> Tensor:
         """The normalised step sizes `[n]` of pairs with keys `[n, D_k]`, given lr, α · damping and δ, `[n]` each.
 
-        Of two tokens with a delta decay each, the greater one counts for both. See `nestopt.kernels.step_size` for what
-        is computed and why it does not diverge.
+        Of two tokens with a delta decay each, the greater one counts for both. See `nestopt.levels.deep.step_size` for
+        what is computed and why it does not diverge.
         """
         layers = self.memory.layers(theta, k)
         assert layers is not None

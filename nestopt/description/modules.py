@@ -12,7 +12,7 @@ from nestopt.core.tree import leaves
 from nestopt.description import stacks
 from nestopt.description.memory import WEIGHTS, Memory
 from nestopt.description.optimizers import Family
-from nestopt.levels.cms import Auto, Cms, ticks_of
+from nestopt.levels.continuum.level import Auto, Cms, ticks_of
 from nestopt.models.stacking import Stacked
 from nestopt.nn.cms import CMS
 from nestopt.nn.sequence_memory import SequenceMemory

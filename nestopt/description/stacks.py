@@ -19,7 +19,7 @@ from nestopt.core.memories import Window
 from nestopt.core.order import Node
 from nestopt.core.tree import State, leaves
 from nestopt.description.memory import Context, Memory
-from nestopt.levels.cms import Cms
+from nestopt.levels.continuum.level import Cms
 
 
 @dataclasses.dataclass(frozen=True)

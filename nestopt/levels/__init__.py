@@ -9,39 +9,40 @@ from nestopt.core.compose import Chain, Nest, Parallel
 from nestopt.core.hookspecs import Register, hookimpl
 from nestopt.core.level import Level
 from nestopt.core.registry import UnknownName, registry
-from nestopt.levels.adam import Adam as adam
-from nestopt.levels.adam import AdamW as adamw
-from nestopt.levels.cms import Cms as cms
-from nestopt.levels.dgd import Dgd as dgd
-from nestopt.levels.dgd import Ggd as ggd
+from nestopt.levels.attention import softmax as _softmax  # noqa: F401  # the room, before the level of its name
+from nestopt.levels.continuum.level import Cms as cms
+from nestopt.levels.gradient.adam import Adam as adam
+from nestopt.levels.gradient.adam import AdamW as adamw
+from nestopt.levels.gradient.dgd import Dgd as dgd
+from nestopt.levels.gradient.dgd import Ggd as ggd
+from nestopt.levels.gradient.m3 import M3 as m3
+from nestopt.levels.gradient.momentum import DeltaMomentum as delta_momentum
+from nestopt.levels.gradient.momentum import Momentum as momentum
+from nestopt.levels.gradient.muon import Muon as muon
+from nestopt.levels.gradient.muon import NewtonSchulz as newton_schulz
+from nestopt.levels.gradient.muon import NewtonSchulzOutput
+from nestopt.levels.gradient.preconditioned import FeatureMomentum as feature_momentum
+from nestopt.levels.gradient.preconditioned import PreconditionedMomentum as preconditioned_momentum
+from nestopt.levels.gradient.preconditioned import SignedPower
+from nestopt.levels.gradient.regression import RegressionOptimum as regression_optimum
+from nestopt.levels.gradient.second_moment import SecondMoment as second_moment
+from nestopt.levels.gradient.shampoo import MatrixAdagrad as matrix_adagrad
+from nestopt.levels.gradient.shampoo import Shampoo as shampoo
 from nestopt.levels.listing import names as list  # noqa: F401  # not in __all__, whose names are all levels
-from nestopt.levels.m3 import M3 as m3
-from nestopt.levels.momentum import DeltaMomentum as delta_momentum
-from nestopt.levels.momentum import Momentum as momentum
-from nestopt.levels.muon import Muon as muon
-from nestopt.levels.muon import NewtonSchulz as newton_schulz
-from nestopt.levels.muon import NewtonSchulzOutput
-from nestopt.levels.omega import Omega as omega
-from nestopt.levels.preconditioned import FeatureMomentum as feature_momentum
-from nestopt.levels.preconditioned import PreconditionedMomentum as preconditioned_momentum
-from nestopt.levels.preconditioned import SignedPower
-from nestopt.levels.regression import RegressionOptimum as regression_optimum
-from nestopt.levels.second_moment import SecondMoment as second_moment
-from nestopt.levels.self_modifying import SelfModifying as self_modifying
-from nestopt.levels.shampoo import MatrixAdagrad as matrix_adagrad
-from nestopt.levels.shampoo import Shampoo as shampoo
-from nestopt.levels.tokens import Attention as attention
-from nestopt.levels.tokens import DeepMomentum as deep_momentum
-from nestopt.levels.tokens import Deltanet as deltanet
-from nestopt.levels.tokens import Dla as dla
-from nestopt.levels.tokens import GatedDeltanet as gated_deltanet
-from nestopt.levels.tokens import GatedLinear as gated_linear
-from nestopt.levels.tokens import LinearAttention as linear_attention
-from nestopt.levels.tokens import OjaMemory as oja
-from nestopt.levels.tokens import Retnet as retnet
-from nestopt.levels.tokens import Titans as titans
-from nestopt.levels.tokens import Ttt as ttt
-from nestopt.levels.tokens import WindowAttention as window_attention
+from nestopt.levels.matrix.level import Omega as omega
+from nestopt.levels.presets import Attention as attention
+from nestopt.levels.presets import DeepMomentum as deep_momentum
+from nestopt.levels.presets import Deltanet as deltanet
+from nestopt.levels.presets import Dla as dla
+from nestopt.levels.presets import GatedDeltanet as gated_deltanet
+from nestopt.levels.presets import GatedLinear as gated_linear
+from nestopt.levels.presets import LinearAttention as linear_attention
+from nestopt.levels.presets import OjaMemory as oja
+from nestopt.levels.presets import Retnet as retnet
+from nestopt.levels.presets import Titans as titans
+from nestopt.levels.presets import Ttt as ttt
+from nestopt.levels.presets import WindowAttention as window_attention
+from nestopt.levels.self_modifying.level import SelfModifying as self_modifying
 
 __all__ = [
     "adam",

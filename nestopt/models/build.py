@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nestopt.config import ConfigError, ModelConfig
-from nestopt.levels.cms import Cms
+from nestopt.levels.continuum.level import Cms
 from nestopt.models.hope import HopeLM
 
 

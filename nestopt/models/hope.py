@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from nestopt.core.device import no_autocast, upload
 from nestopt.core.level import Level
 from nestopt.core.precision import Precision, check_precision, check_products, products_in
+from nestopt.core.token_batch import check_mask
 from nestopt.core.tree import State, leaves, nested
-from nestopt.levels.cms import Cms
-from nestopt.levels.tokens import Attention
+from nestopt.levels.continuum.level import Cms
+from nestopt.levels.presets import Attention
 from nestopt.models.documents import Pieces, run_documents
 from nestopt.models.taught import TAUGHT, Read, nothing_carried, run_taught, teach_signal
 from nestopt.nn.consolidate import Consolidation, consolidate
@@ -26,7 +27,6 @@ from nestopt.nn.reset import begun_anew, chosen
 from nestopt.nn.rows import Rows
 from nestopt.nn.state import Rows as Chosen
 from nestopt.nn.state import fitted, numbers, shapes_of
-from nestopt.ops.given import check_mask
 
 
 class HopeLM(nn.Module):

@@ -28,15 +28,15 @@ from nestopt.core.precision import (
     matmul,
     products_in,
 )
+from nestopt.core.token_batch import check_mask
 from nestopt.core.tree import State
+from nestopt.levels.continuum.clock import Clocks, Phases, Seen
+from nestopt.levels.continuum.memory import is_shared, look, read
+from nestopt.levels.continuum.scan import Lesson
+from nestopt.levels.continuum.write import Writer
 from nestopt.models.families import Family, family_of
 from nestopt.models.taught import TAUGHT, Read, nothing_carried, run_taught
 from nestopt.nn.rows import Rows
-from nestopt.ops.continuum import Lesson
-from nestopt.ops.continuum_clock import Clocks, Phases, Seen
-from nestopt.ops.continuum_memory import is_shared, look, read
-from nestopt.ops.continuum_write import Writer
-from nestopt.ops.given import check_mask
 
 LEVEL = "mlp"
 """The name of the only level of each layer's clocks."""

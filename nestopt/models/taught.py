@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from nestopt.core.device import numbers_in, remember
 from nestopt.core.precision import matmul
 from nestopt.core.tree import State
+from nestopt.levels.continuum.clock import Phases
 from nestopt.nn.cms import CMS
-from nestopt.ops.continuum_clock import Phases
 
 Segment = Callable[[Tensor, State, Tensor | None], tuple[Tensor, list[Tensor], State]]
 """Runs all blocks on some tokens, none of which crosses a write: the residual stream `[B, n, dim]`, each continuum's

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from nestopt.core.device import no_autocast, numbers_in
 from nestopt.core.memories import Memory, Theta
 from nestopt.core.precision import Precision, check_precision, check_products, products_in
+from nestopt.core.token_batch import check_mask
 from nestopt.core.tree import State
-from nestopt.levels.cms import Auto, Cms
+from nestopt.levels.continuum.clock import Clocks, Phases, Seen
+from nestopt.levels.continuum.level import Auto, Cms
+from nestopt.levels.continuum.scan import Lesson, Levels, answers, taught_by_loss, taught_locally
+from nestopt.levels.continuum.write import Writer
 from nestopt.nn.rows import Rows
 from nestopt.nn.state import fitted, shapes_of
-from nestopt.ops.continuum import Lesson, Levels, answers, taught_by_loss, taught_locally
-from nestopt.ops.continuum_clock import Clocks, Phases, Seen
-from nestopt.ops.continuum_write import Writer
-from nestopt.ops.given import check_mask
 
 
 class Block(nn.Module):
@@ -60,7 +60,7 @@ class CMS(nn.Module):
       equal one on the whole.
 
     The state in context: `"step"`, the tokens each sequence has learned from `[B]`, and by level, in `"levels"`, what
-    `nestopt.ops.continuum_clock.Clocks.begin` says, in float32, or float64 if the parameters are.
+    `nestopt.levels.continuum.clock.Clocks.begin` says, in float32, or float64 if the parameters are.
 
     Args:
         dim: width of the tokens.

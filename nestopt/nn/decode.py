@@ -18,12 +18,12 @@ from nestopt.core.level import Level
 from nestopt.core.part import Gate, Number
 from nestopt.core.precision import matmul, products_in
 from nestopt.core.retentions import Decay
-from nestopt.core.tokens import PENDING
+from nestopt.core.token_reference import PENDING
 from nestopt.core.tree import State, leaves, nested
-from nestopt.kernels.step_size import EPS
+from nestopt.levels.deep.step_size import EPS
+from nestopt.levels.forms import Rule, rule_of
 from nestopt.nn.rotary import rotary
 from nestopt.ops.dispatch import fast_form
-from nestopt.ops.forms import Rule, rule_of
 
 if TYPE_CHECKING:
     from nestopt.nn.sequence_memory import SequenceMemory

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nestopt.core.level import Level
-from nestopt.levels.cms import Cms
+from nestopt.levels.continuum.level import Cms
 from nestopt.nn.cms import CMS
 from nestopt.nn.sequence_memory import SequenceMemory
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from nestopt.core.level import Level
 from nestopt.core.precision import Precision
 from nestopt.core.tree import State
-from nestopt.levels.cms import Cms
-from nestopt.levels.self_modifying import SelfModifying
-from nestopt.levels.tokens import Attention
+from nestopt.levels.continuum.level import Cms
+from nestopt.levels.presets import Attention
+from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.nn.cms import CMS
 from nestopt.nn.sequence_memory import SequenceMemory
 

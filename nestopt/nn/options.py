@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 from nestopt.core.level import Level
-from nestopt.levels.cms import Cms
+from nestopt.levels.continuum.level import Cms
 
 
 def check_options(

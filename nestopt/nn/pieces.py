@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from nestopt.core.level import Level
-from nestopt.core.tokens import PENDING
+from nestopt.core.token_reference import PENDING
+from nestopt.levels.matrix.segments import CACHED
 from nestopt.ops.dispatch import fast_form
-from nestopt.ops.segments import CACHED
 
 BLOCK = 64
 """Tokens that closed forms take together, at most: a piece is so many of them, and of the level's chunks."""

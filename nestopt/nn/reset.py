@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestopt.core.tokens import PENDING
+from nestopt.core.token_reference import PENDING
 from nestopt.core.tree import State
 from nestopt.nn.state import PAIRS
 

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from nestopt.ops.padding import places
+from nestopt.core.padding import places
 
 
 @dataclasses.dataclass(frozen=True)

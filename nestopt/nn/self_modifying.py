@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nestopt.levels.self_modifying import SelfModifying
+from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.nn.sequence_memory import SequenceMemory
 
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from nestopt.core.associative import AssociativeMemory
 from nestopt.core.level import Level
 from nestopt.core.memories import Window
+from nestopt.core.packing import Packing
 from nestopt.core.precision import Precision, check_precision, check_products
-from nestopt.core.tokens import PENDING, begin
+from nestopt.core.token_batch import check_mask
+from nestopt.core.token_reference import PENDING, begin
 from nestopt.core.tree import State, nested
 from nestopt.kernels.unit import unit
 from nestopt.nn.conv import CausalConv
@@ -30,8 +32,6 @@ from nestopt.nn.state import fitted, numbers, shapes_of
 from nestopt.nn.stats import Stats, run_in_pieces
 from nestopt.ops import run
 from nestopt.ops.dispatch import fast_form
-from nestopt.ops.given import check_mask
-from nestopt.ops.packing import Packing
 
 Attend = Callable[..., tuple[Tensor, State]]
 """Runs the level on q, k, v, gates and its state, with a mask."""

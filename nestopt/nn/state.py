@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nestopt.core.device import upload
 from nestopt.core.part import nearest
-from nestopt.core.tokens import PENDING
+from nestopt.core.token_reference import PENDING
 from nestopt.core.tree import State, leaves, tree_map
 
 Rows = Sequence[int] | Sequence[bool] | Tensor

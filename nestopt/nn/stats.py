@@ -14,7 +14,7 @@ from nestopt.core.device import constants
 from nestopt.core.gates import bind, per_head
 from nestopt.core.level import Level
 from nestopt.core.memories import Memory
-from nestopt.core.tokens import PENDING
+from nestopt.core.token_reference import PENDING
 from nestopt.core.tree import State, leaves
 from nestopt.ops.dispatch import run
 

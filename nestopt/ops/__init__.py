@@ -1,14 +1,14 @@
 """Levels on tokens, as functions of tensors: queries, keys, values, gates and a state in; answers and the state out."""
 
-from nestopt.ops.attention import attention
-from nestopt.ops.deep_memory import deep_memory
-from nestopt.ops.delta_rule import delta_rule
+from nestopt.levels.attention.softmax import attention
+from nestopt.levels.deep.deep_memory import deep_memory
+from nestopt.levels.forms import fast_form
+from nestopt.levels.matrix.delta_rule import delta_rule
+from nestopt.levels.matrix.linear_attention import linear_attention
+from nestopt.levels.matrix.oja import oja
+from nestopt.levels.matrix.omega import omega
+from nestopt.levels.self_modifying.scan import self_modifying
 from nestopt.ops.dispatch import run
-from nestopt.ops.forms import fast_form
-from nestopt.ops.linear_attention import linear_attention
-from nestopt.ops.oja import oja
-from nestopt.ops.omega import omega
-from nestopt.ops.self_modifying import self_modifying
 
 __all__ = [
     "attention",

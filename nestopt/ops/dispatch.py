@@ -18,22 +18,22 @@ from nestopt.core.memories import Memory
 from nestopt.core.part import Gate, Number, nearest
 from nestopt.core.precision import Precision, check_products, current, products_in
 from nestopt.core.retentions import Decay
-from nestopt.core.tokens import begin, scan
+from nestopt.core.token_batch import check_finite, packed, tokens
+from nestopt.core.token_checks import check_gate, check_tokens
+from nestopt.core.token_reference import begin, scan
 from nestopt.core.tree import State
-from nestopt.levels.momentum import Momentum
-from nestopt.levels.omega import Omega
-from nestopt.levels.self_modifying import SelfModifying
-from nestopt.ops.attention import attention
-from nestopt.ops.deep_form import deep_form
-from nestopt.ops.delta_rule import delta_rule
-from nestopt.ops.forms import fast_form, rule_of
-from nestopt.ops.given import check_finite, packed, tokens
-from nestopt.ops.linear_attention import linear_attention
-from nestopt.ops.oja import oja
-from nestopt.ops.omega import omega
+from nestopt.levels.attention.softmax import attention
+from nestopt.levels.deep.form import deep_form
+from nestopt.levels.forms import fast_form, rule_of
+from nestopt.levels.gradient.momentum import Momentum
+from nestopt.levels.matrix.delta_rule import delta_rule
+from nestopt.levels.matrix.level import Omega
+from nestopt.levels.matrix.linear_attention import linear_attention
+from nestopt.levels.matrix.oja import oja
+from nestopt.levels.matrix.omega import omega
+from nestopt.levels.self_modifying.form import self_form
+from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.ops.recall import recall
-from nestopt.ops.self_form import self_form
-from nestopt.ops.shapes import check_gate, check_tokens
 
 logger = logging.getLogger("nestopt")
 

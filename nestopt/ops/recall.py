@@ -11,14 +11,14 @@ from nestopt.core.associative import AssociativeMemory
 from nestopt.core.gates import gates_of
 from nestopt.core.level import Level
 from nestopt.core.recall import answers, recalled
-from nestopt.core.tokens import PENDING, every_gate
+from nestopt.core.token_batch import tokens
+from nestopt.core.token_reference import PENDING, every_gate
 from nestopt.core.tree import State
-from nestopt.levels.self_modifying import SelfModifying
-from nestopt.ops.attention import softmax_read
-from nestopt.ops.deep_form import deep_after
-from nestopt.ops.forms import fast_form
-from nestopt.ops.given import tokens
-from nestopt.ops.self_form import self_recalled
+from nestopt.levels.attention.softmax import softmax_read
+from nestopt.levels.deep.form import deep_after
+from nestopt.levels.forms import fast_form
+from nestopt.levels.self_modifying.form import self_recalled
+from nestopt.levels.self_modifying.level import SelfModifying
 
 
 def recall(

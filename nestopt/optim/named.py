@@ -10,11 +10,11 @@ from torch import Tensor
 
 from nestopt.core.associative import Gd
 from nestopt.core.level import Level
-from nestopt.kernels.newton_schulz import QUINTIC, Form
-from nestopt.levels.adam import Adam as AdamLevel
-from nestopt.levels.momentum import Momentum
-from nestopt.levels.muon import Muon as MuonLevel
-from nestopt.levels.muon import Scale
+from nestopt.levels.gradient.adam import Adam as AdamLevel
+from nestopt.levels.gradient.momentum import Momentum
+from nestopt.levels.gradient.muon import Muon as MuonLevel
+from nestopt.levels.gradient.muon import Scale
+from nestopt.levels.gradient.newton_schulz import QUINTIC, Form
 from nestopt.optim.optimizer import Nested, Ways
 from nestopt.optim.views import work_dtype
 

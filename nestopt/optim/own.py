@@ -11,12 +11,12 @@ from nestopt.config.spec import build
 from nestopt.core.level import Level
 from nestopt.core.memories import Mlp
 from nestopt.core.retentions import Decay
-from nestopt.kernels.newton_schulz import QUINTIC
-from nestopt.levels.dgd import Dgd
-from nestopt.levels.m3 import M3 as M3Level
-from nestopt.levels.momentum import DeltaMomentum as DeltaMomentumLevel
-from nestopt.levels.shampoo import Shampoo as ShampooLevel
-from nestopt.levels.tokens import DeepMomentum as DeepMomentumLevel
+from nestopt.levels.gradient.dgd import Dgd
+from nestopt.levels.gradient.m3 import M3 as M3Level
+from nestopt.levels.gradient.momentum import DeltaMomentum as DeltaMomentumLevel
+from nestopt.levels.gradient.newton_schulz import QUINTIC
+from nestopt.levels.gradient.shampoo import Shampoo as ShampooLevel
+from nestopt.levels.presets import DeepMomentum as DeepMomentumLevel
 from nestopt.optim.inputs import Scale
 from nestopt.optim.optimizer import Nested, OnNonfinite, Ways
 

@@ -13,7 +13,7 @@ from nestopt.core.device import no_exceptions
 from nestopt.core.level import Level
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, leaves, tree_map
-from nestopt.levels.momentum import Momentum
+from nestopt.levels.gradient.momentum import Momentum
 from nestopt.optim.lanes import STEP, SUM, Rates, check_shape, placed
 from nestopt.optim.lanes.fused import descend, has_kernel, runs
 from nestopt.optim.views import Split, advance_stack, back, begin, layout, matrix_view, work_dtype

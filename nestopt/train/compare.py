@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from nestopt import models
 from nestopt.config import Config, ModelConfig
 from nestopt.core.memories import Mlp, Window
-from nestopt.levels.cms import Cms
-from nestopt.levels.tokens import Attention, WindowAttention
+from nestopt.levels.continuum.level import Cms
+from nestopt.levels.presets import Attention, WindowAttention
 from nestopt.train.checkpoint import replacing
 from nestopt.train.loop import Result, train
 from nestopt.train.metrics import read

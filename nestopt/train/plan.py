@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from nestopt.config import Config, ConfigError, ModelConfig
 from nestopt.core.memories import Mlp
-from nestopt.levels.cms import Cms
+from nestopt.levels.continuum.level import Cms
 from nestopt.models.build import build_model
 from nestopt.models.cost import Cost, state_bytes, step_cost
 from nestopt.nn.hope import Learn

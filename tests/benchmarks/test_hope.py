@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import hope
 from nestopt.config.load import default
-from nestopt.levels.self_modifying import SelfModifying
+from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.train.compare import parameters
 
 

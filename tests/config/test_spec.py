@@ -25,7 +25,7 @@ from nestopt.core.outputs import Plain, RmsNorm, Sign
 from nestopt.core.part import FieldError, FieldTypeError
 from nestopt.core.registry import KINDS
 from nestopt.core.retentions import Decay, Keep
-from nestopt.levels.muon import Scale
+from nestopt.levels.gradient.muon import Scale
 
 # -- round trips -----------------------------------------------------------------------------------------------------
 

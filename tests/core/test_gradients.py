@@ -24,7 +24,7 @@ from nestopt.levels import (
     muon,
     newton_schulz,
 )
-from nestopt.levels.muon import NewtonSchulzOutput
+from nestopt.levels.gradient.muon import NewtonSchulzOutput
 
 STEPS, OUT, IN = 9, 4, 6
 

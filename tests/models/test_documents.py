@@ -28,7 +28,7 @@ from nestopt.levels import (
     ttt,
     window_attention,
 )
-from nestopt.levels.self_modifying import SelfModifying
+from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.models import HopeLM
 from nestopt.models.documents import Pieces
 from nestopt.nn import index

@@ -15,8 +15,8 @@ import nestopt.nn as nn_
 from nestopt.core.memories import Window
 from nestopt.core.tree import State, leaves
 from nestopt.levels import attention, cms, deltanet, titans, window_attention
-from nestopt.levels.cms import Cms
-from nestopt.levels.self_modifying import SelfModifying
+from nestopt.levels.continuum.level import Cms
+from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.models import HopeLM
 from nestopt.models.taught import teach_signal
 

@@ -16,8 +16,8 @@ from nestopt.core.part import FieldError
 from nestopt.core.tree import leaves, tree_map
 from nestopt.levels import self_modifying
 from nestopt.nn import SequenceMemory, cat, detach
+from tests.levels.self_modifying.self_twin import twin
 from tests.nn.tools import F64, in_steps, same, same_states
-from tests.ops.self_twin import twin
 
 ALL = ("k", "v", "q", "eta", "alpha")
 

@@ -15,7 +15,7 @@ from nestopt.core.memories import Mlp, Window
 from nestopt.core.retentions import Decay
 from nestopt.core.tree import leaves
 from nestopt.levels import attention, deltanet, gd, linear_attention, momentum, oja, omega, self_modifying, titans, ttt
-from nestopt.levels.self_modifying import SelfModifying
+from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.ops import run
 from tests.ops.test_dispatch import F64, FAST, GENERIC, call, inputs
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from nestopt.levels.dgd import Dgd
+from nestopt.levels.gradient.dgd import Dgd
 from tests.optim.watched import Block, agrees, expected, patches, taken, watch
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

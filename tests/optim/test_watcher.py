@@ -18,7 +18,7 @@ from nestopt.core.inputs import Inputs, Wants, wants_of
 from nestopt.core.level import Level
 from nestopt.core.part import FieldError
 from nestopt.levels import momentum
-from nestopt.levels.dgd import Dgd, Ggd
+from nestopt.levels.gradient.dgd import Dgd, Ggd
 from nestopt.optim.inputs import Watcher
 from tests.optim.watched import Block, Cubic, agrees, expected, taken, watch
 

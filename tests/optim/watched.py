@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nestopt.core.inputs import Inputs
 from nestopt.core.level import Level
 from nestopt.core.objectives import Objective
-from nestopt.levels.dgd import Dgd
+from nestopt.levels.gradient.dgd import Dgd
 from nestopt.optim.inputs import Watcher
 
 

@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from nestopt.config import Config
-from nestopt.levels.m3 import M3
+from nestopt.levels.gradient.m3 import M3
 from nestopt.optim import optimizer as make_optimizer
 from nestopt.optim.sharded import units
 from nestopt.optim.sharded.slices import Slice

@@ -10,9 +10,9 @@ from torch import Tensor
 from nestopt.core.associative import Gd
 from nestopt.core.level import Level
 from nestopt.core.part import Number
-from nestopt.kernels import fused
-from nestopt.levels.adam import Adam, AdamW
-from nestopt.levels.momentum import Momentum
+from nestopt.levels.gradient import fused
+from nestopt.levels.gradient.adam import Adam, AdamW
+from nestopt.levels.gradient.momentum import Momentum
 from nestopt.optim.lanes.lane import Rates
 from nestopt.optim.lanes.pieces import PiecesLane
 

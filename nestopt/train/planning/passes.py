@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from nestopt.config import ModelConfig
 from nestopt.core.tree import State, leaves
-from nestopt.levels.cms import Cms
+from nestopt.levels.continuum.level import Cms
 from nestopt.models.build import build_model
 from nestopt.models.cost import Cost, Live
 from nestopt.models.hope import HopeLM

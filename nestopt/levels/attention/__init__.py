@@ -1,0 +1,1 @@
+"""Attention: memories that keep every pair, or those of a window."""

@@ -1,0 +1,1 @@
+"""The continuum memory system: MLPs in a row, each on its own clock."""

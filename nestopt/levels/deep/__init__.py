@@ -1,0 +1,1 @@
+"""Deep memories of tokens: MLPs that learn as they read (TTT, Titans, DLA)."""

@@ -1,0 +1,1 @@
+"""Levels of gradients: what optimizers are made of."""

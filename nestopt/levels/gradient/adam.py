@@ -1,0 +1,154 @@
+"""Adam: two memories of gradients in parallel, one of g and one of g² (NL eq. 101-105)."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from nestopt.core.level import Level
+from nestopt.core.part import FieldError, Number
+from nestopt.core.signal import Signal
+from nestopt.core.tree import State, store
+from nestopt.levels.gradient import fused
+from nestopt.levels.gradient.scratch import scratch_like
+
+
+class Adam(Level):
+    r"""Adam (Kingma & Ba 2015).
+
+    $$m \leftarrow \beta_1 m + (1-\beta_1) g,\quad h \leftarrow \beta_2 h + (1-\beta_2) g^2,\quad
+      u = \frac{m/(1-\beta_1^t)}{\sqrt{h/(1-\beta_2^t)} + \epsilon}$$
+
+    Convention: averages; the direction has entries of size about 1, so learning rates are per entry.
+
+    Args:
+        betas: β1 and β2 in [0, 1). Default (0.9, 0.999).
+        eps: ε > 0, added to the root. Default 1e-8.
+        bias_correction: divide by 1 - β^t. Default True.
+        amsgrad: use the largest h so far. Default False.
+    """
+
+    batched: ClassVar[bool] = True
+    entrywise: ClassVar[bool] = True
+    objectives: ClassVar[dict[str, str]] = {"exp_avg": "l2 to g", "exp_avg_sq": "l2 to g²", "max_exp_avg_sq": "max"}
+    follows: ClassVar[dict[str, str]] = {"max_exp_avg_sq": "exp_avg_sq"}
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    bias_correction: bool = True
+    amsgrad: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.betas = tuple(self.betas)  # type: ignore[assignment]
+        for i, beta in enumerate(self.betas):
+            if not 0 <= beta < 1:
+                raise FieldError(self.label, f"betas[{i}]", beta, "is not allowed; give a number in [0, 1)")
+        if len(self.betas) != 2:
+            raise FieldError(self.label, "betas", self.betas, "is not allowed; give two numbers")
+        self.check("eps", 0.0)
+
+    def init(self, param: Tensor) -> State:
+        state = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+        if self.amsgrad:
+            state["max_exp_avg_sq"] = torch.zeros_like(param)
+        return state
+
+    def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        beta1, beta2 = self.betas
+        m = torch.lerp(state["exp_avg"], grad, 1 - beta1)
+        h = (state["exp_avg_sq"] * beta2).addcmul(grad, grad, value=1 - beta2)
+        new = {"exp_avg": m, "exp_avg_sq": h}
+        if self.amsgrad:
+            h = new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], h)
+        if self.bias_correction:
+            m, h = signal.debias(m, beta1), signal.debias(h, beta2)
+        # the root of an exact 0 has no gradient, and a level must be differentiable
+        return m / (h.clamp_min(torch.finfo(h.dtype).tiny).sqrt() + self.eps), new
+
+    def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
+        if self.eps == 0 or not fused.takes(grad, *state.values()):
+            plain, new = Adam.step(self, grad, state, signal)
+            return store(state, new, plain)
+        # the kernel steps a parameter: one of zeros, at a rate of -1, arrives at the direction
+        direction = scratch_like(grad).zero_()
+        self._kernel(direction, grad, state, signal, -1.0, 0.0)
+        return direction
+
+    def descend_(
+        self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float | Tensor, decay: float = 0.0
+    ) -> None:
+        if self.eps == 0 or not fused.takes(param, grad, *state.values()):
+            Level.descend_(self, param, grad, state, signal, lr, decay)
+        else:
+            self._kernel(param, grad, state, signal, lr, decay + self._own_decay)
+
+    @property
+    def _own_decay(self) -> float:
+        return 0.0
+
+    def _kernel(
+        self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float | Tensor, decay: float
+    ) -> None:
+        fused.adam(
+            [param],
+            [grad],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [state["max_exp_avg_sq"]] if self.amsgrad else [],
+            float(signal.step) if self.bias_correction else math.inf,
+            lr=lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=decay,
+            decoupled=True,
+        )
+
+
+class AdamW(Adam):
+    r"""Adam with decoupled weight decay (Loshchilov & Hutter 2019).
+
+    $$u = u_{\mathrm{Adam}} + \lambda W$$
+
+    The decay is part of the direction, so it is scaled by the learning rate. Inside a memory it makes the memory fade.
+
+    Args:
+        weight_decay: λ >= 0. Default 0.01. The other arguments are those of `adam`.
+    """
+
+    weight_decay: Number = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("weight_decay", 0.0)
+
+    def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        direction, state = super().step(grad, state, signal)
+        return self._decayed(direction, signal), state
+
+    def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
+        return self._decayed(super().step_(grad, state, signal), signal)
+
+    def descend_(
+        self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float | Tensor, decay: float = 0.0
+    ) -> None:
+        run = super().descend_ if isinstance(self.weight_decay, int | float) else partial(Level.descend_, self)
+        run(param, grad, state, signal, lr, decay)
+
+    @property
+    def _own_decay(self) -> float:
+        return self.weight_decay  # type: ignore[return-value]
+
+    def _decayed(self, direction: Tensor, signal: Signal) -> Tensor:
+        if isinstance(self.weight_decay, int | float) and self.weight_decay == 0:
+            return direction
+        if signal.param is None:
+            raise ValueError(
+                "adamw: weight decay needs the parameter, and a level that is itself the memory (on tokens) has none; "
+                "use adam"
+            )
+        return direction + self.weight_decay * signal.param  # type: ignore[operator]

@@ -1,0 +1,93 @@
+"""A second memory, of squared gradients, that scales another level's direction (NL eq. 105)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from nestopt.core.associative import Gd
+from nestopt.core.clock import advance, advance_, start
+from nestopt.core.level import Level
+from nestopt.core.order import Node
+from nestopt.core.signal import Signal
+from nestopt.core.tree import State
+from nestopt.levels.gradient.scratch import scratch_like
+from nestopt.levels.gradient.within import nodes_within, refuse_unused
+
+
+class SecondMoment(Level):
+    r"""Divide a direction, entry by entry, by the root of the running second moment of the gradient (NL eq. 105).
+
+    $$h \leftarrow \beta_2 h + (1-\beta_2) g^2, \qquad u = \frac{\mathrm{of}(g)}{\sqrt{h/(1-\beta_2^t)} + \epsilon}$$
+
+    h sees the gradient that this level is shown, never `of`'s direction: the two are memories in parallel, and Adam is
+    `second_moment(of=momentum(β1, dampening=β1))`, over $1-\beta_1^t$. With `of=gd` it is RMSProp, with `mode="sum"`,
+    $h \leftarrow h + g^2$, AdaGrad. Convention: an average; the direction of `of=gd` has entries of size about 1.
+
+    Args:
+        beta2: decay of the average, in [0, 1). Default 0.999.
+        eps: ε >= 0, added to the root. Default 1e-8.
+        bias_correction: divide the average by 1 - β2^t. Default True.
+        of: the level whose direction is scaled. Default `gd`.
+        mode: `"ema"`, an average (default), or `"sum"`.
+
+    Raises:
+        FieldError: a number out of range; `beta2` or `bias_correction` given for a sum, which has neither.
+    """
+
+    batched: ClassVar[bool] = True
+    entrywise: ClassVar[bool] = True
+    objectives: ClassVar[dict[str, str]] = {"exp_avg_sq": "l2 to g²"}
+
+    beta2: float = 0.999
+    eps: float = 1e-8
+    bias_correction: bool = True
+    of: Level = dataclasses.field(default_factory=Gd)
+    mode: Literal["ema", "sum"] = "ema"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("beta2", 0.0, 1.0, closed="[)")
+        self.check("eps", 0.0)
+        self.check_choice("mode", ("ema", "sum"))
+        if self.mode == "sum":
+            refuse_unused(self, ("beta2", "bias_correction"), "mode='sum'")
+
+    def init(self, param: Tensor) -> State:
+        return {"exp_avg_sq": torch.zeros_like(param), "of": start(self.of, param)}
+
+    def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        direction, of = advance(self.of, grad, state["of"], signal.inside("of"))
+        keep, take = self._weights
+        h = (keep * state["exp_avg_sq"]).addcmul(grad, grad, value=take)
+        square = signal.debias(h, self.beta2) if self._corrects else h
+        # the root of an exact 0 has no gradient, and a level must be differentiable
+        root = square.clamp_min(torch.finfo(h.dtype).tiny).sqrt()
+        return direction / (root + self.eps), {"exp_avg_sq": h, "of": of}
+
+    def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
+        direction = advance_(self.of, grad, state["of"], signal.inside("of"))
+        keep, take = self._weights
+        h = state["exp_avg_sq"].mul_(keep).addcmul_(grad, grad, value=take)
+        square = signal.debias(h, self.beta2) if self._corrects else h
+        tiny = torch.finfo(h.dtype).tiny
+        root = torch.sqrt(square if self.eps else square.clamp_min(tiny), out=scratch_like(direction))
+        return torch.div(direction, root.add_(self.eps), out=root)
+
+    @property
+    def _weights(self) -> tuple[float, float]:
+        """Of the memory, and of a new square."""
+        return (self.beta2, 1 - self.beta2) if self.mode == "ema" else (1.0, 1.0)
+
+    @property
+    def _corrects(self) -> bool:
+        return self.bias_correction and self.mode == "ema"
+
+    def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
+        every = period * self.period
+        inner = nodes_within(self.of, f"{name}.of", every, after)
+        own = f"{name}.exp_avg_sq" if inner else name
+        return [*inner, Node(own, every, after, "vector", self.objectives["exp_avg_sq"], self.label)]

@@ -1,0 +1,187 @@
+"""Preconditioners that see a gradient as a matrix: matrix AdaGrad and Shampoo (NL eq. 106-111)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from nestopt.core.level import Level
+from nestopt.core.order import Node
+from nestopt.core.part import FieldError
+from nestopt.core.signal import Signal
+from nestopt.core.tree import State
+from nestopt.levels.gradient.matrix_root import inverse_root
+from nestopt.levels.gradient.within import check_whole, refuse_unused
+
+Side = Literal["left", "right"]
+
+
+class MatrixPreconditioner(Level):
+    """What `matrix_adagrad` and `shampoo` share: an average of gradients, between inverse roots of Gram matrices."""
+
+    requires: ClassVar[frozenset[str]] = frozenset({"matrix"})
+    batched: ClassVar[bool] = True
+
+    beta: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-6
+    mode: Literal["sum", "ema"] = "sum"
+    bias_correction: bool = True
+    root_every: int = 10
+    max_size: int = 8192
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("beta", 0.0, 1.0, closed="[)")
+        self.check("beta2", 0.0, 1.0, closed="[)")
+        self.check("eps", 0.0, closed="(]")
+        self.check_choice("mode", ("sum", "ema"))
+        check_whole(self, "root_every", "max_size")
+        if self.mode == "sum":
+            refuse_unused(self, ("beta2",), "mode='sum'")
+
+    @abstractmethod
+    def sides(self) -> Sequence[Side]:
+        """The sides that are preconditioned, where `max_size` allows."""
+
+    def init(self, param: Tensor) -> State:
+        state: State = {"momentum": torch.zeros_like(param)} if self.beta else {}
+        for side in self.sides():
+            size = param.shape[-2 if side == "left" else -1]
+            size = size if size <= self.max_size else 0  # the keys are the same for parameters of every shape
+            state[side] = {"gram": param.new_zeros(size, size), "root": param.new_zeros(size, size)}
+        if param.numel() and not _kept(state):
+            problem = (
+                f"leaves nothing to precondition of a parameter of shape {tuple(param.shape)}; "
+                "raise it, or give that parameter another stack"
+            )
+            raise FieldError(self.label, "max_size", self.max_size, problem)
+        return state
+
+    def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        new: State = {}
+        if self.beta:
+            new["momentum"] = torch.lerp(state["momentum"], grad, 1 - self.beta)
+        add = torch.addmm if grad.ndim == 2 else torch.baddbmm
+        keep, take = self._weights
+        new |= {side: state[side] for side in self.sides()}
+        for side in _kept(state):
+            x = grad if side == "left" else grad.mT
+            gram = add(state[side]["gram"], x, x.mT, beta=keep, alpha=take)
+            new[side] = {"gram": gram, "root": self._root(gram, state, side, signal)}
+        return self._read(grad, new, signal), new
+
+    def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
+        if self.beta:
+            state["momentum"].lerp_(grad, 1 - self.beta)
+        keep, take = self._weights
+        for side in _kept(state):
+            x, gram = grad if side == "left" else grad.mT, state[side]["gram"]
+            add = gram.addmm_ if grad.ndim == 2 else gram.baddbmm_
+            add(x, x.mT, beta=keep, alpha=take)
+            root = self._root(gram, state, side, signal)
+            if root is not state[side]["root"]:
+                state[side]["root"].copy_(root)
+        return self._read(grad, state, signal)
+
+    @property
+    def _weights(self) -> tuple[float, float]:
+        """Of what a Gram matrix holds, and of a new product."""
+        return (self.beta2, 1 - self.beta2) if self.mode == "ema" else (1.0, 1.0)
+
+    def _root(self, gram: Tensor, state: State, side: Side, signal: Signal) -> Tensor:
+        old: Tensor = state[side]["root"]
+        # while there are few gradients, each changes the roots a great deal
+        now = (signal.step <= self.root_every) | ((signal.step - 1) % self.root_every == 0)
+        if now is False:
+            return old
+        if self.mode == "ema" and self.bias_correction:
+            gram = signal.debias(gram, self.beta2)
+        new = inverse_root(gram, 2 * len(_kept(state)), self.eps)
+        return torch.where(now, new, old) if isinstance(now, Tensor) else new
+
+    def _read(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
+        m = state["momentum"] if self.beta else grad
+        for side in _kept(state):
+            root = state[side]["root"]
+            m = root @ m if side == "left" else m @ root
+        return signal.debias(m, self.beta) if self.beta and self.bias_correction else m
+
+    def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
+        every = period * self.period
+        found = [Node(f"{name}.momentum", every, after, "vector", "dot", self.label)] if self.beta else []
+        sides = [Node(f"{name}.{side}", every, after, "matrix", "l2 to g gᵀ", self.label) for side in self.sides()]
+        return [*found, *sides]
+
+
+def _kept(state: State) -> list[Side]:
+    """The sides that a state has a preconditioner for."""
+    sides: tuple[Side, ...] = ("left", "right")
+    return [side for side in sides if side in state and state[side]["gram"].shape[-1]]
+
+
+class MatrixAdagrad(MatrixPreconditioner):
+    r"""AdaGrad with a full matrix for one side (NL eq. 106-109). Matrices only.
+
+    $$H \leftarrow H + g g^\top, \qquad m \leftarrow \beta m + (1-\beta) g, \qquad
+      u = H^{-1/2}\, \frac{m}{1-\beta^t}$$
+
+    As H only grows, steps shrink as in AdaGrad, which it is where H is diagonal. Convention: an average.
+    The first direction for `beta=0` has all its singular values near 1.
+
+    Args:
+        beta: decay β of the average in [0, 1); 0 keeps none. Default 0.9.
+        beta2: decay of H for `mode="ema"`, in [0, 1). Default 0.999.
+        eps: ε > 0: $\epsilon\lambda_{\max}(H)$ is added to the diagonal. Default 1e-6.
+        mode: `"sum"`, as printed (default), or `"ema"`: $H \leftarrow \beta_2 H + (1-\beta_2) g g^\top$.
+        bias_correction: divide the averages by 1 - β^t. Default True.
+        root_every: steps between two calculations of the root, after the first `root_every` steps, which each have
+            their own. The root is state: a run that is resumed has the same. Default 10.
+        max_size: the longest side whose matrix is kept. Default 8192.
+        side: `"left"` as printed (default), or `"right"`: $u = m\,(\sum g^\top g)^{-1/2}$.
+
+    Raises:
+        FieldError: a value out of range; `beta2` given for a sum; at `init`, a side longer than `max_size`.
+    """
+
+    side: Side = "left"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_choice("side", ("left", "right"))
+
+    def sides(self) -> Sequence[Side]:
+        return (self.side,)
+
+
+class Shampoo(MatrixPreconditioner):
+    r"""Shampoo (Gupta et al. 2018; NL eq. 110-111). Matrices only.
+
+    $$L \leftarrow L + g g^\top, \quad R \leftarrow R + g^\top g, \quad m \leftarrow \beta m + (1-\beta) g, \qquad
+      u = L^{-1/4}\, \frac{m}{1-\beta^t}\, R^{-1/4}$$
+
+    Convention: an average; with the default `mode="sum"` steps shrink as in AdaGrad. The first direction for `beta=0`
+    is the gradient with all its singular values near 1, as Muon's. State: 2(m² + n²) numbers for an `[m, n]` matrix,
+    and mn for the average.
+
+    Args:
+        beta: decay β of the average in [0, 1); 0 keeps none. Default 0.9.
+        beta2: decay of L and R for `mode="ema"`, in [0, 1). Default 0.999.
+        eps: ε > 0: $\epsilon\lambda_{\max}$ of each is added to its diagonal. Default 1e-6.
+        mode: `"sum"`, as printed (default), or `"ema"`: $L \leftarrow \beta_2 L + (1-\beta_2) g g^\top$.
+        bias_correction: divide the averages by 1 - β^t. Default True.
+        root_every: steps between two calculations of the roots, after the first `root_every` steps, which each have
+            their own. The roots are state: a run that is resumed has the same. Default 10.
+        max_size: a side longer than this is left alone, and the other's root is then $L^{-1/2}$, which keeps the size
+            of the direction. Default 8192.
+
+    Raises:
+        FieldError: a value out of range; `beta2` given for a sum; at `init`, both sides longer than `max_size`.
+    """
+
+    def sides(self) -> Sequence[Side]:
+        return ("left", "right")

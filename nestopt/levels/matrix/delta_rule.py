@@ -1,0 +1,141 @@
+"""The delta rule on a matrix memory, gated and with momentum, exact and parallel within chunks of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nestopt.core.device import no_autocast
+from nestopt.core.precision import Precision, check_products, products_in
+from nestopt.core.token_batch import Tokens, check_finite, packed
+from nestopt.core.token_checks import check_choice, check_tokens, check_whole
+from nestopt.levels.matrix.chunk_matrix import Shares, answers, corrected, shares, shares_with_momentum
+from nestopt.levels.matrix.segments import check_gates, chunk_for, chunks_of, first, log_gate, over_segments, rates
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    lr: float | Tensor,
+    decay: float | Tensor | None = None,
+    momentum: float | Tensor | None = None,
+    state: Tensor | Mapping[str, Tensor] | None = None,
+    chunk: int | None = None,
+    read: Literal["after", "before"] = "after",
+    decay_first: bool = True,
+    mask: Tensor | None = None,
+    cu_seqlens: Any = None,
+    precision: Precision = "float32",
+    validate: bool = False,
+) -> tuple[Tensor, Any]:
+    r"""A matrix memory that corrects its error, gated, for every sequence and head.
+
+    With $\tilde M_t = \alpha_t M_{t-1}$ (gated DeltaNet: Yang et al. 2024; NL eq. 65), or with
+    `decay_first=False` $\tilde M_t = M_{t-1}$ (a step of gradient descent from a memory that then decays):
+
+    $$M_t = \alpha_t M_{t-1} + \eta_t\,(v_t - \tilde M_t k_t)\, k_t^\top,
+    \qquad y_t = M_t q_t \quad (\text{or } M_{t-1} q_t)$$
+
+    and with momentum
+
+    $$S_t = \theta_t S_{t-1} + \eta_t\,(v_t - \tilde M_t k_t)\, k_t^\top, \qquad M_t = \alpha_t M_{t-1} + S_t.$$
+
+    The result does not depend on `chunk`. Within a chunk the errors solve one unit lower triangular system; only
+    memories pass from chunk to chunk.
+
+    Args:
+        q, k: `[B, T, H, D_k]`, T >= 1.
+        v: `[B, T, H, D_v]`.
+        lr: η, one number, `[H]` or `[B, T, H]`; 0 or more. With keys of length 1 and η in [0, 2] the memory stays
+            bounded.
+        decay: α, what is kept of the memory at each token: None (all), one number, `[H]` or `[B, T, H]`; 0 or more.
+        momentum: θ, what is kept of the momentum, likewise; None is no momentum. α and θ are computed as logarithms;
+            one below the least normal number of the dtype counts as that.
+        state: M before the first token, `[B, H, D_v, D_k]`; with momentum `{"memory": M, "momentum": S}`. None is zero.
+        chunk: tokens computed at once; None takes what is fast: 32 on a CPU, else 64.
+        read: whether a token reads the memory after or before its own write.
+        decay_first: whether the error is that of the decayed memory.
+        mask: `[B, T]`, True for a token, False for padding, which neither writes nor decays and is answered with 0.
+        cu_seqlens: where sequences begin that lie end to end in one row (B = 1), and where the last ends.
+        precision: of the products (`nestopt.core.precision`): `"float32"`, `"tf32"` or `"bfloat16"`.
+        validate: also refuse gates outside their ranges, [0, 1] and [0, 2] for `lr`, and numbers that are not finite;
+            waits for the device.
+
+    Returns:
+        y `[B, T, H, D_v]` in the dtype of v, and the state after the last token (of each sequence of `cu_seqlens`),
+        as it is given. The state and all that is computed is float32, or float64 if v is. A token with a number that
+        is not finite is answered with NaN and neither writes nor decays.
+
+    Raises:
+        ValueError: for shapes that do not fit, no tokens, a negative gate, `chunk` < 1, another word for `read`, or a
+            `precision` that the device lacks.
+    """
+    chunk = chunk_for(q) if chunk is None else chunk
+    check_whole("chunk", chunk, 1)
+    check_choice("read", read, ("after", "before"))
+    check_tokens(q, k, v)
+    check_products(precision, q.device, v.dtype)
+    if cu_seqlens is not None:
+        arguments: dict[str, Any] = {
+            "lr": lr,
+            "decay": decay,
+            "momentum": momentum,
+            "decay_first": decay_first,
+            "read": read,
+        }
+        arguments |= {"state": state, "chunk": chunk, "mask": mask, "precision": precision, "validate": validate}
+        return packed(delta_rule, q, k, v, cu_seqlens, **arguments)
+    gates = {name: x for name, x in (("lr", lr), ("decay", decay), ("momentum", momentum)) if x is not None}
+    check_gates(gates, validate)
+    if validate:
+        check_finite(q=q, k=k, v=v, **(state if isinstance(state, Mapping) else {"state": state}))
+    shape = (q.shape[0], q.shape[2], v.shape[-1], k.shape[-1])
+    start = _start(state, v, shape, momentum is not None)
+
+    def run(x: Tokens, gates: Mapping[str, Tensor], memory: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        q, k, v = (chunks_of(part, size) for part in (x.q, x.k, x.v))
+        after, error, ends = _shares(x, gates, k, size, decay_first)
+        u, begun, memory = corrected(k, v, rates(x, gates, size), error, ends, memory)
+        return answers(q, k, u, after if read == "after" else after.before(), begun).flatten(2, 3), memory
+
+    with no_autocast(q.device), products_in(precision):
+        y, end = over_segments(run, q, k, v, gates, start, chunk=chunk, mask=mask)
+    if momentum is None:
+        return y, end
+    return y, dict(zip(("memory", "momentum"), end.chunk(2, dim=-1), strict=True))
+
+
+def _shares(
+    x: Tokens, gates: Mapping[str, Tensor], k: Tensor, size: int, decay_first: bool
+) -> tuple[Shares, Shares, tuple[Shares, ...]]:
+    """Of M after each token, of the memory whose error is taken, and of the ends of the chunks."""
+    log_decay = log_gate(x, gates, "decay", size)
+    log_momentum = log_gate(x, gates, "momentum", size)
+    if log_momentum is None:
+        after = shares(log_decay, k)
+        # what the error is taken of leaves out the token's own write anyway
+        return after, after if decay_first or log_decay is None else after.before(), (after.last(),)
+    after, ends = shares_with_momentum(log_decay, log_momentum, x.live.unflatten(-1, (-1, size)))
+    error = after.before()
+    if decay_first and log_decay is not None:
+        error = error.times(log_decay.exp())
+    return after, error, ends
+
+
+def _start(state: Tensor | Mapping[str, Tensor] | None, v: Tensor, shape: tuple[int, ...], momentum: bool) -> Tensor:
+    """The memory, checked; with momentum, memory and momentum side by side."""
+    if not momentum:
+        if isinstance(state, Mapping):
+            raise ValueError(f"state has the keys {sorted(state)}; without momentum it must be a tensor {list(shape)}")
+        return first(state, v, shape)
+    if state is None:
+        return first(None, v, (*shape[:-1], 2 * shape[-1]))
+    if not isinstance(state, Mapping) or set(state) != {"memory", "momentum"}:
+        found = f"has the keys {sorted(state)}" if isinstance(state, Mapping) else f"is a {type(state).__name__}"
+        raise ValueError(f"state {found}; with momentum it must have 'memory' and 'momentum'")
+    return torch.cat([first(state[name], v, shape, f"state[{name!r}]") for name in ("memory", "momentum")], dim=-1)

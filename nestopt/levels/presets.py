@@ -1,0 +1,185 @@
+"""Levels known as layers: presets of the associative memory. On gradients each is the optimizer that its parts make."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+from nestopt.core.associative import AssociativeMemory
+from nestopt.core.level import Level
+from nestopt.core.memories import Matrix, Memory, Mlp, Window
+from nestopt.core.objectives import L2, Dot, Objective, Oja
+from nestopt.core.part import Gate, Heads, Number
+from nestopt.core.retentions import Decay, Retention
+from nestopt.levels.gradient.adam import Adam
+from nestopt.levels.gradient.momentum import Momentum
+
+
+class Attention(AssociativeMemory):
+    r"""Softmax attention: a memory that keeps its pairs (NL eq. 62-63).
+
+    $$y_t = \sum_{s \le t} \mathrm{softmax}_s(k_s^\top q_t/\sqrt{D_k})\, v_s$$
+
+    `memory=window(size=c)` keeps the last c only, which it needs on gradients. Other arguments: `associative_memory`.
+    """
+
+    memory: Memory = dataclasses.field(default_factory=Window)
+
+
+class WindowAttention(Attention):
+    """Softmax attention over the last tokens: `attention` with `memory=window(size=128)`. Give another `memory`."""
+
+    memory: Memory = dataclasses.field(default_factory=lambda: Window(128))
+
+
+class LinearAttention(AssociativeMemory):
+    r"""Linear attention: a matrix memory of dot products (NL eq. 14-18, 64).
+
+    $$M_t = M_{t-1} + v_t k_t^\top, \qquad y_t = M_t q_t$$
+
+    `features=elu` makes it Katharopoulos's (without the normaliser). On gradients it is momentum (with β the
+    retention). Other arguments: `associative_memory`.
+    """
+
+    memory: Memory = dataclasses.field(default_factory=Matrix)
+    objective: Objective = dataclasses.field(default_factory=Dot)
+
+
+class Retnet(LinearAttention):
+    r"""RetNet (Sun et al. 2023): linear attention with a fixed decay per head (NL eq. 64).
+
+    $$M_t = \gamma_h M_{t-1} + v_t k_t^\top, \qquad y_t = M_t q_t, \qquad \gamma_h = 1 - 2^{-5-h}$$
+
+    Layers L2-normalise queries and keys for it. Other arguments: `associative_memory`.
+    """
+
+    qk_norm: ClassVar[bool] = True
+
+    retention: Retention = dataclasses.field(default_factory=lambda: Decay(Heads(1 - 2**-5)))
+
+
+class GatedLinear(LinearAttention):
+    r"""Gated linear attention: a matrix memory of dot products that the data fade (NL eq. 64).
+
+    $$M_t = \alpha_t M_{t-1} + v_t k_t^\top, \qquad y_t = M_t q_t$$
+
+    One α per token and head (as in Mamba-2), a gate that starts at 0.97. Layers L2-normalise queries and keys for it.
+    Other arguments: `associative_memory`.
+    """
+
+    qk_norm: ClassVar[bool] = True
+
+    retention: Retention = dataclasses.field(default_factory=lambda: Decay(Gate(0.97)))
+
+
+class Deltanet(AssociativeMemory):
+    r"""DeltaNet: a matrix memory of regressions (NL eq. 65).
+
+    $$M_t = M_{t-1}(I - \eta_t k_t k_t^\top) + \eta_t v_t k_t^\top, \qquad y_t = M_t q_t$$
+
+    Layers L2-normalise queries and keys for it. Arguments: `associative_memory`; `lr` is η, a gate in (0, 1) that
+    starts at ½; `lr=Gate(0.5, 0, 2)` lets eigenvalues reach -1, which tracking a state needs.
+    """
+
+    qk_norm: ClassVar[bool] = True
+
+    memory: Memory = dataclasses.field(default_factory=Matrix)
+    objective: Objective = dataclasses.field(default_factory=L2)
+    lr: Number = Gate(0.5)
+
+
+class GatedDeltanet(Deltanet):
+    r"""Gated DeltaNet (Yang et al. 2024): a matrix memory of regressions that first fades (NL eq. 65).
+
+    $$M_t = \alpha_t M_{t-1}(I - \eta_t k_t k_t^\top) + \eta_t v_t k_t^\top, \qquad y_t = M_t q_t$$
+
+    As `deltanet`; α, the retention's `keep`, is a gate that starts at 0.97. `fade="with"` takes the error of the memory
+    as it was.
+    """
+
+    retention: Retention = dataclasses.field(default_factory=lambda: Decay(Gate(0.97)))
+    fade: Literal["with", "before"] = "before"
+
+
+class OjaMemory(AssociativeMemory):
+    r"""Oja's rule (NL eq. 66-67): a matrix memory of dot products whose growth along each value is held back.
+
+    $$M_t = M_{t-1} + \eta_t v_t (k_t - M_{t-1}^\top v_t)^\top, \qquad y_t = M_t q_t$$
+
+    Layers L2-normalise queries, keys and values for it: it is stable for η‖v‖² <= 2. Arguments: `associative_memory`;
+    `lr` is η, a gate in (0, 1) that starts at ½.
+    """
+
+    qk_norm: ClassVar[bool] = True
+    v_norm: ClassVar[bool] = True
+
+    memory: Memory = dataclasses.field(default_factory=Matrix)
+    objective: Objective = dataclasses.field(default_factory=Oja)
+    lr: Number = Gate(0.5)
+
+
+class Ttt(AssociativeMemory):
+    r"""Test-time training (Sun et al. 2024): an MLP memory of regressions.
+
+    $$\theta_t = \theta_{t-1} - \eta_t\nabla\ell(\theta_{\mathrm{chunk}}), \qquad y_t = M(q_t; \theta_t)$$
+
+    Layers L2-normalise queries and keys for it and learn θ's start. Arguments: `associative_memory`; here `lr` is the
+    normalised step's η̃, a gate in (0, 1) starting at ½, and `chunk` 16. `normalized=False` is the equation's letter,
+    where lr is η itself and small numbers are needed.
+    """
+
+    qk_norm: ClassVar[bool] = True
+
+    memory: Memory = dataclasses.field(default_factory=Mlp)
+    objective: Objective = dataclasses.field(default_factory=L2)
+    lr: Number = Gate(0.5)
+    chunk: int = 16
+    normalized: bool = True
+
+
+class Titans(Ttt):
+    r"""Titans (Behrouz et al. 2025): an MLP memory of regressions with momentum and forgetting.
+
+    $$S_t = \theta_t S_{t-1} + \eta_t\nabla\ell(M_{\mathrm{chunk}}), \qquad M_t = \alpha_t M_{t-1} - S_t$$
+
+    The momentum is its rule, and any level will do in its place:
+    `titans(rule=adam(), step_size=0.01, normalized=False)`. With `rule=dgd(of=momentum(...))` it is the write of
+    self-modifying Titans (eq. 88). Arguments: `associative_memory`; `lr` is the normalised step's η̃ (a gate starting at
+    ½), the retention's `keep` is α (0.99), the rule's `beta` θ (½), and `chunk` 16; `read="chunk"` is faster, and steps
+    further. Layers L2-normalise queries and keys for it and learn the memory's start.
+    """
+
+    rule: Level = dataclasses.field(default_factory=lambda: Momentum(Gate(0.5)))
+    retention: Retention = dataclasses.field(default_factory=lambda: Decay(Gate(0.99)))
+
+
+class Dla(Titans):
+    r"""Deep linear attention (Behrouz et al. 2025): an MLP memory of dot products with momentum and forgetting.
+
+    $$S_t = \theta_t S_{t-1} - \eta_t\nabla\langle M(k_t), v_t\rangle, \qquad M_t = \alpha_t M_{t-1} - S_t$$
+
+    As `titans`. An inner product has no minimum: what holds the memory is its forgetting.
+    """
+
+    objective: Objective = dataclasses.field(default_factory=Dot)
+
+
+class DeepMomentum(AssociativeMemory):
+    r"""Deep momentum (DMGD, NL eq. 50): an MLP that learns to answer each row û of the unit-RMS gradient with itself.
+
+    $$\theta \leftarrow
+      \beta\theta - \mathrm{rule}\big(\nabla_\theta \tfrac12\lVert m(\hat u;\theta) - \hat u\rVert^2\big),
+      \qquad u = \mathrm{rms}(g)\, m(\hat u; \theta)$$
+
+    What recent gradients have in common it has learned, and passes; what is new to it, it damps. W1 starts at 0, so the
+    first steps are short. Convention: the direction grows to about the gradient's own size. State: with the default
+    Adam as rule and min(rows, columns) hidden units, at most 6 numbers per entry of a matrix; with half as many, half.
+
+    Arguments: `associative_memory`; `retention` is β.
+    """
+
+    memory: Memory = dataclasses.field(default_factory=lambda: Mlp(residual=False))
+    objective: Objective = dataclasses.field(default_factory=L2)
+    rule: Level = dataclasses.field(default_factory=lambda: Adam((0.9, 0.99)))
+    retention: Retention = dataclasses.field(default_factory=lambda: Decay(0.999))
+    step_size: Number = 0.02

@@ -1,0 +1,198 @@
+"""Memories that make keys, values, queries and gates, and learn as they do.
+
+The part of `self_modifying` before the memory that answers, on which these do not depend.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nestopt.levels.deep import mlp
+from nestopt.levels.deep.block_weight import Held
+from nestopt.levels.deep.gate_products import Fading
+from nestopt.levels.deep.own_values import bounded
+from nestopt.levels.deep.scan import Chunk, Now, Settings, damping, ended, held, recomputed, step, then
+
+SOURCES = {"k": "k", "v": "v", "q": "q", "eta": "k", "alpha": "k"}
+"""What each of these memories is shown."""
+
+Readout = Mapping[str, tuple[Tensor, Tensor]]
+"""w `[.., H, D]` and b `[.., H]` of the gates `"eta"` and `"alpha"`."""
+
+Made = dict[str, Tensor]
+"""Of tokens: `"q"`, `"k"`, `"v"` `[B, H, n, D]`, and `[B, H, n]`: `"live"`, `"lr"`, `"decay"`, perhaps `"momentum"`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Maker:
+    """What makes of a token what is learned of it.
+
+    Attributes:
+        names: of the memories, in the order of `SOURCES`.
+        readout: of the gates.
+        settings: of the memories; their chunk.
+        eta_max: multiplies η of the raw step.
+    """
+
+    names: tuple[str, ...]
+    readout: Readout
+    settings: Settings
+    eta_max: float
+
+    def made(self, given: Mapping[str, Tensor], reads: Mapping[str, Tensor]) -> Made:
+        """Of tokens `given` (q, k, v, live, perhaps momentum), and what the memories read of them by name."""
+        at = {name: reads.get(name, given[source]) for name, source in SOURCES.items()}
+        normalized, live = self.settings.step == "normalized", given["live"]
+        lr, keep = (self._gate(name, at[name]) for name in ("eta", "alpha"))
+        found = {
+            "q": F.normalize(at["q"], dim=-1),
+            "k": F.normalize(at["k"], dim=-1),
+            "v": bounded(at["v"], given["v"]) if normalized and "v" in reads else at["v"],
+            "live": live,
+            "lr": torch.where(live, lr if normalized else self.eta_max * lr, 0.0),
+            "decay": torch.where(live, keep, 1.0),
+        }
+        return found | ({"momentum": given["momentum"]} if "momentum" in given else {})
+
+    def _gate(self, name: str, x: Tensor) -> Tensor:
+        w, b = (part.to(x.dtype) for part in self.readout[name])
+        return ((x @ w[..., None])[..., 0] + b[..., None]).sigmoid()
+
+
+Boxes = dict[str, Now]
+"""The memories by name."""
+
+
+def project(
+    boxes: Boxes, given: Mapping[str, Tensor], pending: Made | None, maker: Maker
+) -> tuple[Made, Boxes, Made | None]:
+    """Make of all tokens what is learned of them, and write it.
+
+    Args:
+        boxes: the memories as the chunk of the `pending` tokens found them.
+        given: `"q"`, `"k"`, `"v"` `[B, H, T, D]`, `"live"` and perhaps `"momentum"` `[B, H, T]`.
+        pending: what was made of the tokens of a chunk that is not over, without `"q"`; None is none.
+        maker: of them.
+
+    Returns:
+        What was made of the given tokens, the memories at the start of the chunk that is not over, and what was made of
+        its tokens (None if nothing here learns).
+    """
+    if not boxes:
+        return maker.made(given, {}), boxes, None
+    chunk, length = maker.settings.chunk, given["k"].shape[2]
+    done = 0 if pending is None else pending["k"].shape[2]
+    if done + length < chunk:  # nothing is written, and so nothing need be stacked
+        reads = {
+            name: mlp.read(held(boxes[name], Fading()), given[SOURCES[name]], maker.settings.form)
+            for name in maker.names
+        }
+        made = maker.made(given, reads)
+        return made, boxes, then(pending, _kept(made))
+    rest = (done + length) % chunk
+    sizes = [chunk - done, *[chunk] * ((done + length) // chunk - 1), *([rest] if rest else [])]
+    pieces = _pieces(given, sizes)
+    segment = _segment(maker.settings, len(pieces))
+    stack, found = _stacked([boxes[name] for name in maker.names]), []
+    for first in range(0, len(pieces), segment):
+        part = pieces[first : first + segment]
+        stack, made = _through(stack, part, pending if first == 0 else None, maker)
+        found.append(made)
+    made = _joined(found)
+    names = zip(maker.names, _unstacked(stack, len(maker.names)), strict=True)
+    return made, dict(names), {name: x[:, :, length - rest :] for name, x in _kept(made).items()}
+
+
+def _kept(made: Made) -> Made:
+    return {name: x for name, x in made.items() if name != "q"}
+
+
+def _segment(settings: Settings, count: int) -> int:
+    """How many chunks lie between those whose weights are kept."""
+    if not settings.checkpoint or not torch.is_grad_enabled():
+        return count
+    return settings.checkpoint
+
+
+def _pieces(given: Mapping[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tensor]]:
+    columns = [x.split(list(sizes), dim=2) if len(sizes) > 1 else (x,) for x in given.values()]
+    return [dict(zip(given, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _joined(parts: Sequence[Made]) -> Made:
+    if len(parts) == 1:
+        return parts[0]
+    return {name: torch.cat([part[name] for part in parts], dim=2) for name in parts[0]}
+
+
+# -- all memories as one: their heads side by side ---------------------------------------------------------------------
+
+
+def _stacked(boxes: Sequence[Now]) -> Now:
+    weights = [torch.cat(same, dim=1) for same in zip(*(box[0] for box in boxes), strict=True)]
+    momenta = [box[1] for box in boxes if box[1] is not None]
+    return weights, [torch.cat(same, dim=1) for same in zip(*momenta, strict=True)] or None
+
+
+def _unstacked(stack: Now, count: int) -> list[Now]:
+    weights = zip(*(w.chunk(count, dim=1) for w in stack[0]), strict=True)
+    if stack[1] is None:
+        return [(list(own), None) for own in weights]
+    momenta = zip(*(s.chunk(count, dim=1) for s in stack[1]), strict=True)
+    return [(list(own), list(kept)) for own, kept in zip(weights, momenta, strict=True)]
+
+
+def _repeated(x: Tensor, count: int) -> Tensor:
+    """`[B, H, ..]` for each of `count` memories, `[B, count · H, ..]`."""
+    return x.repeat(1, count, *(1,) * (x.ndim - 2))
+
+
+def _through(
+    stack: Now, pieces: Sequence[Mapping[str, Tensor]], pending: Made | None, maker: Maker
+) -> tuple[Now, Made]:
+    """What is made of these tokens, each piece of which, after the pending ones, is a chunk, but perhaps the last."""
+
+    def run(stack: Now) -> tuple[list[Tensor], Now]:
+        found, before = [], pending
+        for piece in pieces:
+            weights = held(stack, Fading())
+            made = maker.made(piece, _reads(weights, piece, maker))
+            found.append(made)
+            tokens = then(before, _kept(made))
+            before = None
+            if tokens["k"].shape[2] == maker.settings.chunk:
+                stack = _written(weights, tokens, maker)
+        return list(_joined(found).values()), stack
+
+    if maker.settings.checkpoint and torch.is_grad_enabled():
+        values, stack = recomputed(run, stack)
+    else:
+        values, stack = run(stack)
+    names = ("q", "k", "v", "live", "lr", "decay", *(["momentum"] if "momentum" in pieces[0] else []))
+    return stack, dict(zip(names, values, strict=True))
+
+
+def _reads(weights: Sequence[Held], piece: Mapping[str, Tensor], maker: Maker) -> dict[str, Tensor]:
+    asked = torch.cat([piece[SOURCES[name]] for name in maker.names], dim=1)
+    answers = mlp.read(weights, asked, maker.settings.form)
+    return dict(zip(maker.names, answers.chunk(len(maker.names), dim=1), strict=True))
+
+
+def _written(weights: Sequence[Held], tokens: Made, maker: Maker) -> Now:
+    """The memories after a chunk, each of which writes values of its own."""
+    count = len(maker.names)
+    fading = Fading.of(tokens["decay"], tokens.get("momentum"), tokens["live"]).each(lambda x: _repeated(x, count))
+    for weight in weights:
+        weight.fading = fading
+    each = [tokens[name] for name in ("k", "v", "live", "lr")]
+    k, v, live, lr, damped = (_repeated(x, count) for x in (*each, damping(tokens)))
+    step(weights, v[:, :, :0], Chunk(k, v, live, lr, damped), maker.settings)
+    return ended(weights)
+
+
+__all__ = ["SOURCES", "Boxes", "Made", "Maker", "Readout", "project"]

@@ -1,0 +1,81 @@
+"""How one memory of `self_modifying` is written: as an associative memory whose values are its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from nestopt.core.associative import AssociativeMemory
+from nestopt.core.objectives import L2
+from nestopt.core.part import Gate, Number
+from nestopt.core.retentions import Decay
+from nestopt.core.signal import Signal
+from nestopt.core.tree import State
+from nestopt.levels.gradient.dgd import Dgd
+from nestopt.levels.gradient.momentum import Momentum
+
+if TYPE_CHECKING:
+    from nestopt.levels.self_modifying.level import SelfModifying
+
+
+def in_turn(level: SelfModifying, box: State, tokens: State, signal: Signal) -> State:
+    """A memory, its `"weights"` and perhaps `"momentum"`, after a chunk of tokens, one after the other.
+
+    Args:
+        level: whose memory.
+        box: as the chunk found it.
+        tokens: `"k"`, `"v"` `[C, D]`, and `[C]`: `"live"`, `"lr"`, `"decay"`, perhaps `"momentum"`.
+        signal: of the step.
+    """
+    gates = {"lr": tokens["lr"], "retention.keep": tokens["decay"]}
+    theta = None
+    if level.momentum is not None:
+        theta, gates["rule.of.beta"] = Gate(0.5), tokens["momentum"]
+    k, own = tokens["k"], level.own_values(box["weights"], tokens["v"])
+    writer = _writer(level, len(k), Gate(0.5), theta)
+    _, after = writer.attend_chunk(k, k, own, gates, tokens["live"], _as_writers(box), signal)
+    return _as_box(after, box)
+
+
+def together(level: SelfModifying, box: State, tokens: State, signal: Signal) -> State:
+    """A memory after pairs that come at once: one step on the sum of their gradients, and one retention."""
+    keep, rate, k, weights = tokens["decay"], tokens["lr"], tokens["k"], box["weights"]
+    writer = _writer(level, 1, keep.mean(), level.momentum)
+    if level.normalized:
+        damping = keep if level.momentum is None else keep * (1 - level.momentum)  # type: ignore[operator]
+        rate = writer.rates(weights, k, rate, damping, torch.full_like(rate, level.delta))
+    surprise = writer.gradient(weights, k, level.own_values(weights, tokens["v"]), rate)
+    rules = _as_writers(box)["rule"]
+    new, rules = writer.learn(weights, rules, surprise, signal, writer.shown(weights, k, rate))
+    return _as_box({"memory": new, "rule": rules}, box)
+
+
+def _writer(level: SelfModifying, chunk: int, keep: Number, theta: Number | None) -> AssociativeMemory:
+    return AssociativeMemory(
+        memory=level.memory,
+        objective=L2(),
+        rule=Dgd(delta=level.delta) if theta is None else Dgd(of=Momentum(theta), delta=level.delta),
+        retention=Decay(keep),
+        lr=Gate(0.5),
+        chunk=chunk,
+        read="chunk",
+        normalized=level.normalized,
+        bound=level.bound,
+    )
+
+
+def _as_writers(box: State) -> State:
+    """A memory's state as `_writer` keeps it."""
+    momenta = box.get("momentum")
+    return {
+        "memory": box["weights"],
+        "rule": {name: {"of": {} if momenta is None else {"momentum": momenta[name]}} for name in box["weights"]},
+    }
+
+
+def _as_box(state: State, before: State) -> State:
+    box: State = {"weights": state["memory"]}
+    if "momentum" in before:
+        box["momentum"] = {name: rule["of"]["momentum"] for name, rule in state["rule"].items()}
+    return box

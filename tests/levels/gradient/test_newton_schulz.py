@@ -1,0 +1,100 @@
+"""Newton-Schulz against its equation in float64 and against the polar factor, in every form it is calculated in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.func import vmap
+
+from nestopt.levels.gradient import newton_schulz as kernel
+from nestopt.levels.gradient.newton_schulz import SETS, newton_schulz, schedule
+
+SHAPES = [(5, 5), (4, 9), (9, 4), (1, 6), (300, 700), (260, 260), (2, 3, 4, 9)]
+
+
+def written_out(x: Tensor, coefficients: str, steps: int) -> Tensor:
+    """The equation on singular values, which it acts on alone: aσ + bσ³ + cσ⁵."""
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    s = s / s.square().sum(-1, keepdim=True).sqrt()
+    for a, b, c in schedule(coefficients, steps):
+        s = a * s + b * s**3 + c * s**5
+    return (u * s.unsqueeze(-2)) @ v
+
+
+@pytest.mark.parametrize("detached", [False, True])
+@pytest.mark.parametrize("form", ["auto", "standard", "gram"])
+@pytest.mark.parametrize("coefficients", list(SETS))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_equation(shape: tuple[int, ...], coefficients: str, form: kernel.Form, detached: bool) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
+    for steps in (0, 1, 5, 9):
+        got = newton_schulz(x, steps, coefficients, form=form, detached=detached)
+        torch.testing.assert_close(got, written_out(x, coefficients, steps), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", ["standard", "gram"])
+@pytest.mark.parametrize("shape", [(64, 256), (256, 1024), (96, 96)], ids=str)
+def test_float32_is_as_good_in_either_form(shape: tuple[int, int], form: kernel.Form) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
+    got = newton_schulz(x.float(), form=form, detached=True, dtype=torch.float32)
+    wanted = written_out(x, "quintic", 5)
+    assert float((got - wanted).norm() / wanted.norm()) < 5e-5
+
+
+@pytest.mark.parametrize("form", ["standard", "gram"])
+def test_badly_conditioned_in_float32(form: kernel.Form) -> None:
+    """Singular values over eight decades: the large ones come out right, the small ones stay harmless."""
+    u, _, v = torch.linalg.svd(torch.randn(80, 200, dtype=torch.float64), full_matrices=False)
+    x = (u * torch.logspace(0, -8, 80, dtype=torch.float64)) @ v
+    got = torch.linalg.svdvals(newton_schulz(x.float(), form=form, detached=True, dtype=torch.float32).double())
+    torch.testing.assert_close(got, torch.linalg.svdvals(written_out(x, "quintic", 5)), rtol=0, atol=1e-4)
+
+
+def badly_conditioned(decades: float) -> Tensor:
+    u, _, v = torch.linalg.svd(torch.randn(48, 160, dtype=torch.float64), full_matrices=False)
+    return (u * torch.logspace(0, -decades, 48, dtype=torch.float64)) @ v
+
+
+@pytest.mark.parametrize("decades", [0.5, 4.0])
+@pytest.mark.parametrize("form", ["standard", "gram"])
+def test_bfloat16_singular_values_are_as_good(form: kernel.Form, decades: float) -> None:
+    x = badly_conditioned(decades)
+    values = torch.linalg.svdvals(newton_schulz(x, dtype=torch.bfloat16, form=form).double())
+    exact = torch.linalg.svdvals(written_out(x, "quintic", 5))
+    assert float((values - exact).abs().max()) < 0.15
+    assert values.max() < 1.25
+
+
+def test_bfloat16_needs_the_fresh_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "RESTART", 99)
+    x = badly_conditioned(4.0)
+    assert newton_schulz(x, dtype=torch.bfloat16, form="gram").float().norm(2) > 10 * newton_schulz(x).norm(2)
+
+
+def test_polar_express_finds_the_polar_factor() -> None:
+    u, _, v = torch.linalg.svd(torch.randn(20, 30, dtype=torch.float64), full_matrices=False)
+    x = (u * torch.logspace(0, -2.5, 20, dtype=torch.float64)) @ v
+    error = {name: float((newton_schulz(x, 8, name) - u @ v).abs().max()) for name in SETS}
+    assert error["polar_express"] < 1e-3 < error["quintic"]
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.floats(1e-6, 1e6))
+def test_scale_and_transposition(m: int, n: int, scale: float) -> None:
+    x = torch.randn(m, n, dtype=torch.float64)
+    torch.testing.assert_close(newton_schulz(scale * x), newton_schulz(x), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(newton_schulz(x.mT), newton_schulz(x).mT, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", ["standard", "gram"])
+def test_gradients_and_vmap(form: kernel.Form) -> None:
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: newton_schulz(x, 3, form=form), (x,))
+    torch.testing.assert_close(vmap(lambda x: newton_schulz(x, form=form))(x), newton_schulz(x, form=form))
+
+
+def test_zeros_stay_zeros() -> None:
+    for form in ("standard", "gram"):
+        assert not newton_schulz(torch.zeros(3, 7), form=form).any()  # type: ignore[arg-type]

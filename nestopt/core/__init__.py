@@ -16,10 +16,12 @@ from nestopt.core.part import Gate, Heads, Number, Part
 from nestopt.core.registry import Plugin, PluginWarning, Registry, UnknownName, registry
 from nestopt.core.retentions import Retention
 from nestopt.core.signal import Signal
-from nestopt.core.token_reference import scan
+from nestopt.core.token_choice import scan
+from nestopt.core.token_form import Accepted, Refused, TokenForm
 from nestopt.core.tree import State
 
 __all__ = [
+    "Accepted",
     "AssociativeMemory",
     "Chain",
     "Dataset",
@@ -40,10 +42,12 @@ __all__ = [
     "Part",
     "Plugin",
     "PluginWarning",
+    "Refused",
     "Registry",
     "Retention",
     "Signal",
     "State",
+    "TokenForm",
     "UnknownName",
     "advance",
     "bind",

@@ -118,7 +118,7 @@ class AssociativeMemory(Level):
                 f"is not allowed: the memory {self.memory.label} has no weights; give matrix or mlp, or leave it out"
             )
             raise FieldError(self.label, "normalized", self.normalized, problem)
-        if self._appends:
+        if self.appends:
             for key, default in _UNUSED_BY_APPENDING.items():
                 if (value := getattr(self, key)) != default:
                     problem = (
@@ -206,10 +206,10 @@ class AssociativeMemory(Level):
         return getattr(self.rule, "delta", None) if INPUTS in self.rule.needs else None
 
     def _rules(self, theta: Theta) -> State:
-        return {name: start(self.rule, param) for name, param in theta.items()} if not self._appends else {}
+        return {name: start(self.rule, param) for name, param in theta.items()} if not self.appends else {}
 
     @property
-    def _appends(self) -> bool:
+    def appends(self) -> bool:
         return type(self.memory).append is not Memory.append
 
     # -- on gradients ------------------------------------------------------------------------------------------------
@@ -258,10 +258,10 @@ class AssociativeMemory(Level):
 
     @property
     def span(self) -> int:
-        return 1 if self._appends else self.chunk
+        return 1 if self.appends else self.chunk
 
     def begin(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
-        if self._appends and self.period > 1:
+        if self.appends and self.period > 1:
             problem = "is not allowed on tokens: a memory that appends takes every pair"
             raise FieldError(self.label, "period", self.period, problem)
         theta = learned or self.memory.start(self.features.dim(dim_k), dim_v, like)
@@ -366,7 +366,7 @@ class AssociativeMemory(Level):
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
         every = period * self.period
         words = {"memory": self.memory.label, "objective": self.objective.label}
-        if self._appends:
+        if self.appends:
             return [Node(name, every, after, memory=self.memory.label, objective="softmax regression", rule="append")]
         rule = self.rule.nodes(f"{name}.rule", every, after)
         if isinstance(self.rule, Gd) and self.rule.period == 1:

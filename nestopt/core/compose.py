@@ -93,6 +93,42 @@ class _Many(Level):
     def init(self, param: Tensor) -> State:
         return {name: start(level, param) for name, level in self.levels.items()}
 
+    # -- on tokens: `nestopt.core.token_composition` runs each part by its own form --------------------------------
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether a layer should L2-normalise queries and keys: as soon as one part asks for it."""
+        return any(getattr(level, "qk_norm", False) for level in self.levels.values())
+
+    @property
+    def v_norm(self) -> bool:
+        """Whether a layer should L2-normalise values, likewise."""
+        return any(getattr(level, "v_norm", False) for level in self.levels.values())
+
+    @property
+    def of_tokens(self) -> bool:
+        return any(level.of_tokens for level in self.levels.values())
+
+    @property
+    def appends(self) -> bool:
+        return any(level.appends for level in self.levels.values())
+
+    def learned_start(self, dim_k: int, dim_v: int) -> dict[str, Tensor]:
+        return {
+            f"{name}.{key}": x
+            for name, level in self.levels.items()
+            for key, x in level.learned_start(dim_k, dim_v).items()
+        }
+
+    def begin(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
+        if not self.of_tokens:
+            return super().begin(dim_k, dim_v, like, learned)
+        if self.period > 1:
+            problem = "is not allowed on tokens, where its parts have clocks of their own; leave it out"
+            raise FieldError(self.label, "period", self.period, problem)
+        given = nested(learned)
+        return {name: level.begin(dim_k, dim_v, like, given.get(name, {})) for name, level in self.levels.items()}
+
 
 class Chain(_Many):
     """Each level is shown the direction of the one before it; the last one's direction is the chain's.
@@ -201,8 +237,35 @@ class Nest(Level):
         super().__post_init__()
         self.check_choice("transfer", ("init",))
 
+    @property
+    def qk_norm(self) -> bool:
+        """Whether a layer should L2-normalise queries and keys: as the inner level asks."""
+        return getattr(self.inner, "qk_norm", False)
+
+    @property
+    def v_norm(self) -> bool:
+        """Whether a layer should L2-normalise values: as the inner level asks."""
+        return getattr(self.inner, "v_norm", False)
+
+    @property
+    def of_tokens(self) -> bool:
+        return self.inner.of_tokens
+
+    def learned_start(self, dim_k: int, dim_v: int) -> dict[str, Tensor]:
+        return {f"inner.{key}": x for key, x in self.inner.learned_start(dim_k, dim_v).items()}
+
+    def begin(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
+        if not self.of_tokens:
+            return super().begin(dim_k, dim_v, like, learned)
+        if self.period > 1:
+            problem = "is not allowed on tokens, where the outer level's period is its clock; leave it out"
+            raise FieldError(self.label, "period", self.period, problem)
+        return self._around(self.inner.begin(dim_k, dim_v, like, nested(learned).get("inner", {})))
+
     def init(self, param: Tensor) -> State:
-        inner = start(self.inner, param)
+        return self._around(start(self.inner, param))
+
+    def _around(self, inner: State) -> State:
         outer = {path: self.outer.init(leaf) for path, leaf in leaves(inner)}
         return {"inner": inner, "start": tree_map(torch.clone, inner), "outer": nested(outer)}
 

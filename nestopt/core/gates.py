@@ -22,9 +22,9 @@ def gates_of(part: Part, prefix: str = "") -> dict[str, Gate]:
 
 
 def per_head(part: Part, like: Tensor) -> dict[str, Tensor]:
-    """The constants per head of `part` by dotted path, `[B, T, H]` for tokens like `like` `[B, T, H, D]`."""
+    """The constants per head of `part` by dotted path, `[B, H, T]` for tokens like `like` `[B, H, T, D]`."""
     return {
-        path: constants(gate.values(like.shape[2]), like).expand(like.shape[:3])
+        path: constants(gate.values(like.shape[1]), like)[:, None].expand(like.shape[:3])
         for path, gate in gates_of(part).items()
         if isinstance(gate, Heads)
     }

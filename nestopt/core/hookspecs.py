@@ -60,3 +60,8 @@ def nestopt_register_outputs(register: Register) -> None:
 @hookspec
 def nestopt_register_datasets(register: Register) -> None:
     """Register subclasses of `nestopt.core.Dataset`."""
+
+
+@hookspec
+def nestopt_register_token_forms(register: Register) -> None:
+    """Register subclasses of `nestopt.core.TokenForm`: ways to run levels on tokens, the package's own or others'."""

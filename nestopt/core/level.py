@@ -122,6 +122,16 @@ class Level(Part):
     # -- on tokens -------------------------------------------------------------------------------------------------
 
     @property
+    def of_tokens(self) -> bool:
+        """Whether this level, or one within it that is shown tokens, does more on tokens than compress v kᵀ."""
+        return type(self).attend is not Level.attend or type(self).attend_chunk is not Level.attend_chunk
+
+    @property
+    def appends(self) -> bool:
+        """Whether its memory on tokens keeps every pair, and so grows."""
+        return False
+
+    @property
     def span(self) -> int:
         """How many tokens are shown at a time: with more than 1, by `attend_chunk`."""
         return 1

@@ -58,12 +58,17 @@ class Packing:
         row = torch.searchsorted(given[1:], token, right=True)
         return Packing(mask, (starts[:, None] + place).clamp_max(ends[-1] - 1), row * longest + token - starts[row])
 
-    def spread(self, x: Tensor) -> Tensor:
+    def unpack(self, x: Tensor) -> Tensor:
         """`[1, N, ..]` as `[n, longest, ..]`, zeros behind each sequence."""
         seen = self.mask.reshape(*self.mask.shape, *(1,) * (x.ndim - 2))
         return torch.where(seen, x[0][self.at], 0)
 
-    def together(self, y: Tensor) -> Tensor:
+    def unpack_like(self, value: Any, x: Tensor) -> Any:
+        """Return `value` unpacked if it is a tensor with a number, or several, for each token of x `[1, N, H, ..]`."""
+        each = isinstance(value, Tensor) and value.ndim >= 3 and value.shape[:2] == x.shape[:2]
+        return self.unpack(value) if each else value
+
+    def pack(self, y: Tensor) -> Tensor:
         """`[n, longest, ..]` as `[1, N, ..]`."""
         return y.flatten(0, 1)[self.back][None]
 

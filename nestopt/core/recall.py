@@ -9,23 +9,24 @@ from torch import Tensor
 from torch.func import vmap
 
 from nestopt.core.associative import AssociativeMemory
-from nestopt.core.gates import bind
+from nestopt.core.gates import bind, gates_of
 from nestopt.core.level import Level
 from nestopt.core.memories import Matrix, Mlp, Theta, Window
 from nestopt.core.outputs import Plain
 from nestopt.core.signal import Signal
+from nestopt.core.token_batch import TokenBatch
 from nestopt.core.tree import State, leaves
 
 AT_ONCE = 64
 """Tokens asked together: a level that is no memory of pairs makes a direction for each."""
 
 
-def recalled(level: Level, q: Tensor, dim_v: int, state: State, gates: Mapping[str, Tensor]) -> Tensor:
-    """What `level` answers to q `[B, T, H, D_k]` as `state` holds it: `[B, T, H, dim_v]`.
+def recalled(level: Level, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> Tensor:
+    """Answer the queries of `tokens` as `state` holds the level's memory: `[B, H, T, D_v]`.
 
     Each token is asked as if it came next. A memory of pairs is read as it is after the last token that it has seen
     (those of a chunk that is not over, too), or, with `read="chunk"`, as that chunk found it. Any other level is asked
-    by its `recall`. `gates` are `[B, T, H]`, by dotted path.
+    by its `recall`. `gates` are `[B, H, T]`, by dotted path; one that is missing is at its initial value.
     """
     pending: State = state.get("pending", {})
     begun = bool(pending) and pending["k"].shape[2] > 0
@@ -33,34 +34,37 @@ def recalled(level: Level, q: Tensor, dim_v: int, state: State, gates: Mapping[s
         theta = state["level"]["memory"]
         if begun and level.read != "chunk":
             theta = _after_pending(level, state)
-        return answers(level, q, theta, gates)
+        return answers(level, tokens.q, theta, gates)
+    dim_v = tokens.v.shape[-1]
 
     def one(q: Tensor, now: State, memory: State, pending: State, step: Tensor) -> Tensor:
         if begun:
             return _answered_next(level, q, now, memory, pending, step)
         return bind(level, now).recall(q, dim_v, memory, Signal(step=step + 1))
 
+    shape = tokens.active.shape
+    every = {path: gates.get(path, tokens.v.new_full(shape, gate.init)) for path, gate in gates_of(level).items()}
     of_heads = vmap(vmap(one))
-    of_tokens = vmap(of_heads, in_dims=(1, 1, None, None, None), out_dims=1, chunk_size=AT_ONCE)
-    return of_tokens(q, dict(gates), state["level"], pending, state["step"])
+    of_tokens = vmap(of_heads, in_dims=(2, 2, None, None, None), out_dims=2, chunk_size=AT_ONCE)
+    return of_tokens(tokens.q, every, state["level"], pending, state["step"])
 
 
 def answers(level: AssociativeMemory, q: Tensor, theta: Theta, gates: Mapping[str, Tensor]) -> Tensor:
-    """What a memory with parameters `theta` `[B, H, ..]` answers to q `[B, T, H, D_k]`."""
+    """What a memory with parameters `theta` `[B, H, ..]` answers to q `[B, H, T, D_k]`."""
     built_in = type(level.memory) in (Matrix, Mlp, Window) and type(level.output) is Plain
     if built_in and not any(path.startswith(_OF_READS) for path in gates):
 
         def all_of_one(q: Tensor, theta: Theta) -> Tensor:
             return level.memory.read(theta, level.features(q))
 
-        return vmap(vmap(all_of_one, in_dims=(1, 0), out_dims=1))(q, theta)
+        return vmap(vmap(all_of_one))(q, theta)
 
     def one(q: Tensor, now: State, theta: Theta) -> Tensor:
         own = bind(level, now)
         return own._answer(theta, own.features(q))
 
     of_heads = vmap(vmap(one))
-    return vmap(of_heads, in_dims=(1, 1, None), out_dims=1, chunk_size=AT_ONCE)(q, dict(gates), theta)
+    return vmap(of_heads, in_dims=(2, 2, None), out_dims=2, chunk_size=AT_ONCE)(q, dict(gates), theta)
 
 
 _OF_READS = ("features.", "memory.", "output.")

@@ -7,6 +7,7 @@ import importlib.metadata
 import inspect
 import os
 import warnings
+from typing import Any
 
 import pluggy
 
@@ -17,10 +18,11 @@ from nestopt.core.level import Level
 from nestopt.core.memories import Memory
 from nestopt.core.objectives import Objective
 from nestopt.core.outputs import Output
-from nestopt.core.part import Part, is_subclass, nearest
+from nestopt.core.part import nearest
 from nestopt.core.retentions import Retention
+from nestopt.core.token_form import TokenForm
 
-KINDS: dict[str, tuple[type[Part], str]] = {
+KINDS: dict[str, tuple[type, str]] = {
     "level": (Level, "nestopt_register_levels"),
     "memory": (Memory, "nestopt_register_memories"),
     "objective": (Objective, "nestopt_register_objectives"),
@@ -28,6 +30,7 @@ KINDS: dict[str, tuple[type[Part], str]] = {
     "features": (Features, "nestopt_register_features"),
     "output": (Output, "nestopt_register_outputs"),
     "dataset": (Dataset, "nestopt_register_datasets"),
+    "token_form": (TokenForm, "nestopt_register_token_forms"),
 }
 """Each kind of part: its base class, and the hook that registers it."""
 
@@ -80,7 +83,7 @@ class Registry:
         self._reset()
 
     def _reset(self) -> None:
-        self._classes: dict[str, dict[str, tuple[type[Part], str]]] = {kind: {} for kind in KINDS}
+        self._classes: dict[str, dict[str, tuple[type, str]]] = {kind: {} for kind in KINDS}
         self._names: dict[type, str] = {}
         self._plugins: dict[str, Plugin] = {}
         self._loaded = False
@@ -173,8 +176,8 @@ class Registry:
     def _registrar(self, kind: str, owner: str) -> hookspecs.Register:
         base, hook = KINDS[kind]
 
-        def register(name: str, cls: type) -> None:
-            if not is_subclass(cls, base):
+        def register(name: str, cls: Any) -> None:
+            if not (isinstance(cls, type) and issubclass(cls, base)):
                 raise TypeError(f"{hook}: {name!r} is {cls!r}, not a subclass of {base.__module__}.{base.__qualname__}")
             if inspect.isabstract(cls):
                 raise TypeError(f"{hook}: {name!r} lacks {', '.join(sorted(cls.__abstractmethods__))}")
@@ -194,7 +197,7 @@ class Registry:
 
     # -- looking up ------------------------------------------------------------------------------------------------
 
-    def get(self, kind: str, name: str) -> type[Part]:
+    def get(self, kind: str, name: str) -> Any:
         """The class registered as `name`. Raises UnknownName, with the nearest name there is."""
         self._load()
         known = self._classes[kind]

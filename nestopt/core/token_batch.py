@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,64 +11,92 @@ from torch import Tensor
 
 from nestopt.core.device import by_contract
 from nestopt.core.packing import Packing
-from nestopt.core.token_checks import check_gate, check_tokens
+from nestopt.core.part import nearest
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokens:
-    """Queries, keys and values as the kernels take them.
+class TokenBatch:
+    """Queries, keys and values of a call, checked and laid out as kernels take them. Inside, nobody checks again.
 
     Attributes:
-        q, k: `[B, H, T, D_k]`, in `dtype`; where a token is not `live` they are 0.
+        q, k: `[B, H, T, D_k]`, in `dtype`; 0 where a token is not `active`.
         v: `[B, H, T, D_v]`, likewise.
-        live: `[B, H, T]`, whether a token is written.
-        broken: `[B, H, T]`, whether a token holds a number that is not finite.
-        dtype: in which is computed: float32, or float64 if v is.
-        given: the dtype of v as it was given, and of the answers.
+        active: `[B, H, T]`, whether a token is written: it is no padding, and finite.
+        nonfinite: `[B, H, T]`, whether a token holds a number that is not finite.
+        mask: `[B, T]`, as it was given: True for a token, False for padding; None where there is no padding.
+        dtype: in which is computed.
+        dtype_in: of v as it was given, and of the answers.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    live: Tensor
-    broken: Tensor
+    active: Tensor
+    nonfinite: Tensor
+    mask: Tensor | None
     dtype: torch.dtype
-    given: torch.dtype
+    dtype_in: torch.dtype
+
+    @staticmethod
+    def of(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *gates: Tensor, widen: bool = True
+    ) -> TokenBatch:
+        """Check q, k `[B, T, H, D_k]`, v `[B, T, H, D_v]` and `mask` `[B, T]` (True: a token, False: padding).
+
+        A token that is padding, or in which q, k, v or a gate (of `gates`, `[B, H, T]` each, from `per_token`) is not
+        finite, is neither written nor answered with anything of the memory's: so it can't spread. Nothing here waits
+        for the device. What is narrower than float32 is widened to it, unless `widen` is False.
+        """
+        check_tokens(q, k, v)
+        dtype_in, dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
+        if widen:
+            q, k, v = (x.to(dtype) for x in (q, k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        finite = _finite(q, dtype) & _finite(k, dtype) & _finite(v, dtype)
+        for gate in gates:
+            finite = finite & gate.isfinite()
+        active = finite
+        if mask is not None:
+            check_mask(mask, q.shape[0], q.shape[2])
+            active = finite & mask[:, None]
+        q, k, v = (torch.where(active[..., None], x, 0) for x in (q, k, v))
+        nonfinite = ~finite if mask is None else ~finite & mask[:, None]
+        return TokenBatch(q, k, v, active, nonfinite, mask, dtype, dtype_in)
+
+    @property
+    def count(self) -> Tensor:
+        """`[B, H]`: how many tokens are written."""
+        return self.active.sum(-1)
 
     def gate(self, value: Tensor, idle: float) -> Tensor:
         """`value` (as from `per_token`) `[B, H, T]` with `idle` where a token is not written."""
-        return torch.where(self.live, value, idle)
+        return torch.where(self.active, value, idle)
 
     def answer(self, y: Tensor) -> Tensor:
         """`[B, H, T, D_v]` as the caller gets it: `[B, T, H, D_v]`; NaN where the token itself was not finite."""
-        y = y.masked_fill(self.broken[..., None], torch.nan)
-        return y.transpose(1, 2).to(self.given)
+        y = y.masked_fill(self.nonfinite[..., None], torch.nan)
+        return y.transpose(1, 2).to(self.dtype_in)
+
+    def replace(self, **tensors: Tensor) -> TokenBatch:
+        """With other queries, keys or values, which are set to 0 where a token is not active."""
+        cleared: dict[str, Any] = {name: torch.where(self.active[..., None], x, 0) for name, x in tensors.items()}
+        return dataclasses.replace(self, **cleared)
+
+    def split(self, lengths: Sequence[int]) -> list[TokenBatch]:
+        """In pieces of so many tokens."""
+        if len(lengths) == 1:
+            return [self]
+        cut = [x.split(list(lengths), dim=2) for x in (self.q, self.k, self.v, self.active, self.nonfinite)]
+        masks = [None] * len(lengths) if self.mask is None else self.mask.split(list(lengths), dim=1)
+        return [
+            dataclasses.replace(self, q=q, k=k, v=v, active=active, nonfinite=nonfinite, mask=mask)
+            for q, k, v, active, nonfinite, mask in zip(*cut, masks, strict=True)
+        ]
 
 
-def tokens(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *gates: Tensor) -> Tokens:
-    """Check q, k `[B, T, H, D_k]`, v `[B, T, H, D_v]` and `mask` `[B, T]` (True: a token, False: padding).
-
-    A token that is padding, or in which q, k, v or a gate (of `gates`, `[B, H, T]` each, from `per_token`) is not
-    finite, is neither written nor answered with anything of the memory's: so it can't spread. Nothing here waits for
-    the device.
-    """
-    check_tokens(q, k, v)
-    given, dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
-    q, k, v = (x.transpose(1, 2).to(dtype) for x in (q, k, v))
-    finite = _finite(q) & _finite(k) & _finite(v)
-    for gate in gates:
-        finite = finite & gate.isfinite()
-    live = finite
-    if mask is not None:
-        check_mask(mask, q.shape[0], q.shape[2])
-        live = finite & mask[:, None]
-    q, k, v = (torch.where(live[..., None], x, 0) for x in (q, k, v))
-    return Tokens(q, k, v, live, ~finite if mask is None else ~finite & mask[:, None], dtype, given)
-
-
-def _finite(x: Tensor) -> Tensor:
+def _finite(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`[.., D]` to `[..]`: whether all are finite, and their sum (one pass; no product would be finite either)."""
-    return x.detach().sum(-1).isfinite()
+    return x.detach().sum(-1, dtype=dtype).isfinite()
 
 
 def check_mask(mask: Tensor, batch: int, length: int) -> None:
@@ -141,7 +169,15 @@ def check_state(name: str, state: Tensor, shape: tuple[int, ...], dtype: torch.d
     return state.to(dtype)
 
 
-def packed(
+def refuse_mask(mask: Tensor | None, q: Tensor) -> None:
+    """Raise ValueError for a mask beside `cu_seqlens`."""
+    if mask is not None:
+        raise ValueError(
+            f"cu_seqlens is for sequences end to end in one row, without a mask; q has the shape {list(q.shape)}"
+        )
+
+
+def run_unpacked(
     run: Callable[..., tuple[Tensor, Any]], q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Any, **arguments: Any
 ) -> tuple[Tensor, Any]:
     """Run an operation on sequences that lie end to end in one row, each by itself.
@@ -156,17 +192,46 @@ def packed(
     Returns:
         y `[1, N, H, D_v]`, and the states of the n sequences.
     """
-    if arguments.get("mask") is not None:
-        raise ValueError(
-            f"cu_seqlens is for sequences end to end in one row, without a mask; q has the shape {list(q.shape)}"
-        )
+    refuse_mask(arguments.get("mask"), q)
     packing = Packing.of(cu_seqlens, q, getattr(run, "__name__", "run"))
 
-    def spread(x: Any) -> Any:
-        if not isinstance(x, Tensor) or x.ndim < 3 or x.shape[:2] != q.shape[:2]:
-            return x
-        return packing.spread(x)
+    arguments = {key: value if key == "state" else packing.unpack_like(value, q) for key, value in arguments.items()}
+    y, state = run(packing.unpack(q), packing.unpack(k), packing.unpack(v), **{**arguments, "mask": packing.mask})
+    return packing.pack(y), state
 
-    arguments = {key: value if key == "state" else spread(value) for key, value in arguments.items()}
-    y, state = run(spread(q), spread(k), spread(v), **{**arguments, "mask": packing.mask})
-    return packing.together(y), state
+
+def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless q, k `[B, T, H, D_k]` and v `[B, T, H, D_v]` fit together and hold a token at least."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} has the shape {list(x.shape)}; it must be [batch, tokens, heads, width]")
+    if k.shape != q.shape:
+        raise ValueError(f"k has the shape {list(k.shape)} and q {list(q.shape)}; they must be the same")
+    if v.shape[:3] != q.shape[:3]:
+        raise ValueError(
+            f"v has the shape {list(v.shape)} and q {list(q.shape)}; they must agree in batch, tokens and heads"
+        )
+    if q.shape[1] == 0:
+        raise ValueError(f"q has the shape {list(q.shape)}: there is no token in it; give one or more")
+
+
+def check_gate(name: str, gate: Tensor, q: Tensor) -> None:
+    """Raise ValueError unless `gate` is `[B, T, H]` for `q` `[B, T, H, D_k]`."""
+    if gate.shape != q.shape[:3]:
+        raise ValueError(
+            f"{name} has the shape {list(gate.shape)} and q {list(q.shape)}; it must be {list(q.shape[:3])}, a number "
+            "for each token and head"
+        )
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        hint = nearest(value, allowed) if isinstance(value, str) else ""
+        raise ValueError(f"{name}={value!r} is not allowed; give one of {', '.join(map(repr, allowed))}.{hint}")
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raise ValueError unless `value` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} is not allowed; give a whole number, {least} or more")

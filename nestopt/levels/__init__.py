@@ -9,8 +9,11 @@ from nestopt.core.compose import Chain, Nest, Parallel
 from nestopt.core.hookspecs import Register, hookimpl
 from nestopt.core.level import Level
 from nestopt.core.registry import UnknownName, registry
-from nestopt.levels.attention import softmax as _softmax  # noqa: F401  # the room, before the level of its name
+from nestopt.core.token_composition import ChainForm, NestForm, ParallelForm
+from nestopt.core.token_reference import ReferenceForm
+from nestopt.levels.attention.form import AttentionForm
 from nestopt.levels.continuum.level import Cms as cms
+from nestopt.levels.deep.form import DeepMemoryForm
 from nestopt.levels.gradient.adam import Adam as adam
 from nestopt.levels.gradient.adam import AdamW as adamw
 from nestopt.levels.gradient.dgd import Dgd as dgd
@@ -29,6 +32,7 @@ from nestopt.levels.gradient.second_moment import SecondMoment as second_moment
 from nestopt.levels.gradient.shampoo import MatrixAdagrad as matrix_adagrad
 from nestopt.levels.gradient.shampoo import Shampoo as shampoo
 from nestopt.levels.listing import names as list  # noqa: F401  # not in __all__, whose names are all levels
+from nestopt.levels.matrix.form import DeltaRuleForm, LinearAttentionForm, OjaForm, OmegaForm
 from nestopt.levels.matrix.level import Omega as omega
 from nestopt.levels.presets import Attention as attention
 from nestopt.levels.presets import DeepMomentum as deep_momentum
@@ -42,6 +46,7 @@ from nestopt.levels.presets import Retnet as retnet
 from nestopt.levels.presets import Titans as titans
 from nestopt.levels.presets import Ttt as ttt
 from nestopt.levels.presets import WindowAttention as window_attention
+from nestopt.levels.self_modifying.form import SelfModifyingForm
 from nestopt.levels.self_modifying.level import SelfModifying as self_modifying
 
 __all__ = [
@@ -128,11 +133,26 @@ def nestopt_register_outputs(register: Register) -> None:
     register("newton_schulz", NewtonSchulzOutput)
 
 
+@hookimpl
+def nestopt_register_token_forms(register: Register) -> None:
+    register("attention", AttentionForm)
+    register("linear_attention", LinearAttentionForm)
+    register("delta_rule", DeltaRuleForm)
+    register("oja", OjaForm)
+    register("omega", OmegaForm)
+    register("deep_memory", DeepMemoryForm)
+    register("self_modifying", SelfModifyingForm)
+    register("parallel", ParallelForm)
+    register("chain", ChainForm)
+    register("nest", NestForm)
+    register("reference", ReferenceForm)
+
+
 def __getattr__(name: str) -> type[Level]:
     """Levels of plugins, by name."""
     if name.startswith("_"):
         raise AttributeError(name)
     try:
-        return registry.get("level", name)  # type: ignore[return-value]
+        return registry.get("level", name)
     except UnknownName as error:
         raise AttributeError(str(error)) from None

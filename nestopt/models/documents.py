@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from nestopt.core.device import by_contract, upload
+from nestopt.core.token_state import cat, index
 from nestopt.core.tree import State
 from nestopt.models.taught import TAUGHT
-from nestopt.nn.state import cat, index
 
 SHORTEST = 64
 """Documents of at most so many tokens are run together."""

@@ -12,11 +12,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
 
 from nestopt.config import ModelConfig
+from nestopt.core.token_state import index
 from nestopt.core.tree import State
 from nestopt.models.build import build_model
 from nestopt.models.hope import HopeLM
 from nestopt.nn.hope import Learn
-from nestopt.nn.state import index
 
 
 class HopeConfig(PretrainedConfig):

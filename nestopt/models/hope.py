@@ -16,6 +16,8 @@ from nestopt.core.device import no_autocast, upload
 from nestopt.core.level import Level
 from nestopt.core.precision import Precision, check_precision, check_products, products_in
 from nestopt.core.token_batch import check_mask
+from nestopt.core.token_state import Rows as Chosen
+from nestopt.core.token_state import as_mask, fitted, numbers, reset_rows, shapes_of
 from nestopt.core.tree import State, leaves, nested
 from nestopt.levels.continuum.level import Cms
 from nestopt.levels.presets import Attention
@@ -23,10 +25,7 @@ from nestopt.models.documents import Pieces, run_documents
 from nestopt.models.taught import TAUGHT, Read, nothing_carried, run_taught, teach_signal
 from nestopt.nn.consolidate import Consolidation, consolidate
 from nestopt.nn.hope import HopeBlock, Learn, writes
-from nestopt.nn.reset import begun_anew, chosen
 from nestopt.nn.rows import Rows
-from nestopt.nn.state import Rows as Chosen
-from nestopt.nn.state import fitted, numbers, shapes_of
 
 
 class HopeLM(nn.Module):
@@ -134,10 +133,10 @@ class HopeLM(nn.Module):
         first = next(leaf for _, leaf in leaves(state))
         batch = first.shape[0]
         now = self._fitted(state, batch, "HopeLM.reset")
-        anew = chosen(numbers(rows, batch, first.device, "HopeLM.reset"), batch)
+        anew = as_mask(numbers(rows, batch, first.device, "HopeLM.reset"), batch)
         carried = now.pop(TAUGHT, None)
         start = self.init_state(batch)
-        new = {name: begun_anew(part, start[name], anew) for name, part in now.items()}
+        new = {name: reset_rows(part, start[name], anew) for name, part in now.items()}
         if carried is not None:
             new[TAUGHT] = {**carried, "live": carried["live"] & ~anew[:, None]}
         return new

@@ -14,13 +14,13 @@ from nestopt.core.device import no_autocast, numbers_in
 from nestopt.core.memories import Memory, Theta
 from nestopt.core.precision import Precision, check_precision, check_products, products_in
 from nestopt.core.token_batch import check_mask
+from nestopt.core.token_state import fitted, shapes_of
 from nestopt.core.tree import State
 from nestopt.levels.continuum.clock import Clocks, Phases, Seen
 from nestopt.levels.continuum.level import Auto, Cms
 from nestopt.levels.continuum.scan import Lesson, Levels, answers, taught_by_loss, taught_locally
 from nestopt.levels.continuum.write import Writer
 from nestopt.nn.rows import Rows
-from nestopt.nn.state import fitted, shapes_of
 
 
 class Block(nn.Module):

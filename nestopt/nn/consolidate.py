@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from nestopt.core.memories import Mlp, Theta
+from nestopt.core.token_state import fitted, shapes_of
 from nestopt.core.tree import State, tree_map
 from nestopt.levels.continuum.memory import look, read
 from nestopt.levels.continuum.scan import normed
 from nestopt.nn.cms import CMS
 from nestopt.nn.replay import Replay
-from nestopt.nn.state import fitted, shapes_of
 from nestopt.optim import Adam
 
 

@@ -9,29 +9,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nestopt.core.associative import AssociativeMemory
+from nestopt.core.device import no_autocast
 from nestopt.core.level import Level
-from nestopt.core.memories import Window
 from nestopt.core.packing import Packing
-from nestopt.core.precision import Precision, check_precision, check_products
-from nestopt.core.token_batch import check_mask
-from nestopt.core.token_reference import PENDING, begin
-from nestopt.core.tree import State, nested
+from nestopt.core.precision import Precision, check_precision, check_products, products_in
+from nestopt.core.token_batch import TokenBatch, check_mask
+from nestopt.core.token_choice import make_form
+from nestopt.core.token_form import FormSetting, TokenForm
+from nestopt.core.token_state import Rows as Chosen
+from nestopt.core.token_state import as_mask, fitted, numbers, shapes_of
+from nestopt.core.tree import State
 from nestopt.kernels.unit import unit
 from nestopt.nn.conv import CausalConv
-from nestopt.nn.decode import keep, move, moves, waits
 from nestopt.nn.gating import Gates, Start
 from nestopt.nn.head_norm import HeadNorm
 from nestopt.nn.options import check_options, projection
 from nestopt.nn.pieces import lengths
-from nestopt.nn.reset import begun_anew, chosen
 from nestopt.nn.rotary import rotary
 from nestopt.nn.rows import Rows
-from nestopt.nn.state import Rows as Chosen
-from nestopt.nn.state import fitted, numbers, shapes_of
 from nestopt.nn.stats import Stats, run_in_pieces
-from nestopt.ops import run
-from nestopt.ops.dispatch import fast_form
+from nestopt.ops.run import run_form
 
 Attend = Callable[..., tuple[Tensor, State]]
 """Runs the level on q, k, v, gates and its state, with a mask."""
@@ -45,8 +42,8 @@ class SequenceMemory(nn.Module):
 
     Each sequence and head has its own memory, in the state that goes in and comes out: to run a sequence whole or in
     pieces is the same. What the level starts from (`Level.learned_start`) is a parameter per head. The state is nested
-    dicts of tensors, `[batch, ...]` each; `nestopt.nn.state` has what is done with them (`detach`, `clone`, `to`,
-    `index`, `cat`).
+    dicts of tensors, `[batch, ...]` each; `nestopt.nn` has what is done with them (`detach`, `clone`, `to`, `index`,
+    `cat`). Which form runs the level, and why, `explain` says.
 
     Args:
         level: any level but `cms`, which is a `CMS`.
@@ -67,11 +64,14 @@ class SequenceMemory(nn.Module):
         precision: of the products of its memory, `"float32"`, `"tf32"` or `"bfloat16"`; states and sums are float32
             whatever it is (`nestopt.core.precision`). It may be changed at any time: it is an attribute, and no part of
             a state.
+        form: name of the form that is to run the level (`nestopt.core.token_choice`). Default: of those that take the
+            level as it is configured, on the device that the layer is on, the one with the highest priority.
 
     Raises:
         TypeError: if `level` is none, or is a `cms`.
         ValueError: for a number out of range, a `dim` that `heads` does not divide, `gates` that the level has not,
-            or a `precision` of another name; as it is called, for one that the device lacks.
+            a `precision` of another name, or a `form` that does not take the level; as it is called, for a precision
+            that the device lacks.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class SequenceMemory(nn.Module):
         gate_output: bool = False,
         checkpoint: int = 0,
         precision: Precision = "float32",
+        form: str | None = None,
     ) -> None:
         super().__init__()
         check_options(level, dim, heads, dim_head, conv, rope, checkpoint)
@@ -99,13 +100,13 @@ class SequenceMemory(nn.Module):
         self.dim_head = dim // heads if dim_head is None else dim_head
         self.qk_norm = getattr(level, "qk_norm", False) if qk_norm is None else qk_norm
         self.v_norm = getattr(level, "v_norm", False) if v_norm is None else v_norm
-        attends = isinstance(level, AssociativeMemory) and isinstance(level.memory, Window)
-        self.rope = (1000.0 if attends else 0.0) if rope is None else rope
+        # a memory that keeps its pairs has no order of its own, and answers with means of values
+        self.rope = (1000.0 if level.appends else 0.0) if rope is None else rope
         inner = heads * self.dim_head
         self.conv = CausalConv(dim, conv) if conv else None
         self.query, self.key, self.value = (projection(dim, inner) for _ in range(3))
         self.out = projection(inner, dim)
-        out_norm = not attends if out_norm is None else out_norm
+        out_norm = not level.appends if out_norm is None else out_norm
         # its eps is far above float32's: before the first write a read is exactly 0
         self.norm = HeadNorm(self.dim_head, eps=1e-5) if out_norm else None
         self.output_gate = projection(dim, inner) if gate_output else None
@@ -116,11 +117,25 @@ class SequenceMemory(nn.Module):
         self.start = nn.ParameterDict(
             {key: nn.Parameter(torch.stack([one[name] for one in starts])) for key, name in self._start_names.items()}
         )
-        self._waits, self._moves = waits(level), moves(level)
-        self._pads = not attends or fast_form(level) == "attention"
+        self._form_name = form
+        self._choose_form()
         self._shapes = shapes_of(self.init_state(1))
-        if attends and not self._pads:
+        if level.appends and not self.form.takes_padding:
             del self._shapes["memory"]["level"]["memory"]["mask"]
+
+    def _choose_form(self) -> None:
+        setting = FormSetting(self.query.weight.device, self.state_dtype, self.checkpoint)
+        self.form: TokenForm = make_form(self.level, setting, self._form_name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SequenceMemory:
+        """Choose the form anew where the layer has moved to, or in its new dtype."""
+        super()._apply(fn, recurse)
+        self._choose_form()
+        return self
+
+    def explain(self) -> str:
+        """Say which form runs the level, and why no form of a higher priority does."""
+        return "\n".join(self.form.explain())
 
     # -- states --------------------------------------------------------------------------------------------------------
 
@@ -134,11 +149,13 @@ class SequenceMemory(nn.Module):
 
         Float32 at least, whatever the layer's dtype. The learned start is in it with its graph.
         """
-        dtype = self.state_dtype
-        like = self.query.weight.new_empty(batch, 0, self.heads, self.dim_head, dtype=dtype)
-        learned = {name: self.start[key].to(dtype) for key, name in self._start_names.items()}
-        memory = begin(self.level, like, like, learned)
+        like = self.query.weight.new_empty(0, dtype=self.state_dtype)
+        memory = self.form.init(batch, self.heads, self.dim_head, self.dim_head, like, self._learned())
         return {"memory": memory} if self.conv is None else {"conv": self.conv.init_state(batch), "memory": memory}
+
+    def _learned(self) -> dict[str, Tensor]:
+        """The learned start, `[H, ..]` each, by the level's names."""
+        return {name: self.start[key].to(self.state_dtype) for key, name in self._start_names.items()}
 
     def reset(self, state: Mapping[str, Any], rows: Chosen) -> State:
         """`state` with the sequences `rows` begun anew, at the learned start, and all others as they are.
@@ -153,15 +170,19 @@ class SequenceMemory(nn.Module):
             ValueError: for rows that the batch has not, a state of another layer, or a level whose memory grows and
                 can't leave pairs out (attention that reads `"before"` its write).
         """
-        if not self._pads:
+        if not self.form.takes_padding:
             raise ValueError(
-                f"reset: the memory of {self.level.label} with read={self.level.read!r} keeps every pair, and can't "  # type: ignore[attr-defined]
-                "forget those of some sequences; begin them in a state of their own"
+                f"reset: the memory of {self.level.label} with read={getattr(self.level, 'read', None)!r} keeps every "
+                "pair, and can't forget those of some sequences; begin them in a state of their own"
             )
         batch = _batch_of(state)
         now = fitted(state, self._shapes, batch, "SequenceMemory.reset", dtype=self.state_dtype)
         given = numbers(rows, batch, now["memory"]["step"].device, "SequenceMemory.reset")
-        return begun_anew(now, self.init_state(batch), chosen(given, batch))
+        begun, anew = self.init_state(batch), as_mask(given, batch)
+        new: State = {"memory": self.form.reset(now["memory"], begun["memory"], anew)}
+        if self.conv is not None:
+            new["conv"] = torch.where(anew[:, None, None], begun["conv"], now["conv"])
+        return new
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 
@@ -208,14 +229,12 @@ class SequenceMemory(nn.Module):
         """
         self._check_tokens(x)
         stats: Stats = {}
-        options: dict[str, Any] = {"checkpoint": self.checkpoint, "learn": learn, "validate": validate}
-        options["precision"] = self.precision
+        run = run_in_pieces if return_stats else run_form
 
         def attend(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: State, mask: Tensor | None) -> Any:
-            if not return_stats:
-                return run(self.level, q, k, v, gates=gates, state=state, mask=mask, **options)
-            y, state, seen = run_in_pieces(self.level, q, k, v, gates=gates, state=state, mask=mask, **options)
-            stats.update(seen)
+            options: dict[str, Any] = {"mask": mask, "learn": learn, "precision": self.precision, "validate": validate}
+            y, state, *seen = run(self.form, q, k, v, gates, state, **options)
+            stats.update(*seen)
             return y, state
 
         packed = None
@@ -223,13 +242,13 @@ class SequenceMemory(nn.Module):
             if mask is not None:
                 raise ValueError("SequenceMemory: cu_seqlens and mask are both given; give one of them")
             packed = Packing.of(cu_seqlens, x, "SequenceMemory")
-            mask, x = packed.mask, packed.spread(x)
+            mask, x = packed.mask, packed.unpack(x)
         now = self._begun(state, x)
         if mask is None:
             y, new = self._through_all(x, now, attend, learn, whole=return_stats)
         else:
             y, new = self._through_padded(x, now, attend, mask, learn)
-        y = y if packed is None else packed.together(y)
+        y = y if packed is None else packed.pack(y)
         return (y, new, stats) if return_stats else (y, new)
 
     def step(self, x_t: Tensor, state: Mapping[str, Any] | None = None, *, learn: bool = True) -> tuple[Tensor, State]:
@@ -245,30 +264,45 @@ class SequenceMemory(nn.Module):
             raise ValueError(
                 f"SequenceMemory.step: x_t has the shape {list(x_t.shape)}; it must be [batch, dim={self.dim}]"
             )
-        now = self._begun(state, x_t)
-        ends = self._waits and now["memory"][PENDING]["live"].shape[2] == self.level.span - 1
-        if not learn or ends or not (self._waits or self._moves):
-            y, new = self._through(x_t[:, None], now, self._run if learn else self._read, learn=learn)
-            return y[:, 0], new
-        h, new = x_t, {}
+        now, h = self._begun(state, x_t), x_t
+        new: State = {}
         if self.conv is not None:
             seen, new["conv"] = self.conv(x_t[:, None], now["conv"])
             h = seen[:, 0]
-        y, new["memory"] = (move if self._moves else keep)(self, h, now["memory"])
-        return self._read_out(y, h), new
+        tokens, gates = self._token(h, now["memory"])
+        with no_autocast(h.device), products_in(self.precision):
+            if learn:
+                y, new["memory"] = self.form.step(tokens, gates, now["memory"])
+            else:
+                y, new["memory"] = self.form.read(tokens, gates, now["memory"]), now["memory"]
+        return self._read_out(tokens.answer(y)[:, 0], h), new
 
     # -- how -----------------------------------------------------------------------------------------------------------
 
-    def _run(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: State, mask: Tensor | None
-    ) -> tuple[Tensor, State]:
-        options: dict[str, Any] = {"checkpoint": self.checkpoint, "precision": self.precision}
-        return run(self.level, q, k, v, gates=gates, state=state, mask=mask, **options)
-
-    def _read(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: State, mask: Tensor | None
-    ) -> tuple[Tensor, State]:
-        return run(self.level, q, k, v, gates=gates, state=state, mask=mask, learn=False, precision=self.precision)
+    def _token(self, h: Tensor, memory: State) -> tuple[TokenBatch, dict[str, Tensor]]:
+        """What the form is shown of one token h `[B, dim]`, after the convolution: few and small kernels."""
+        made = torch.stack([self.query(h), self.key(h), self.value(h)], dim=1).unflatten(-1, (self.heads, -1))
+        dtype_in, dtype = made.dtype, torch.promote_types(made.dtype, self.state_dtype)
+        gates = self.level_gates.every(None if self.gates is None else self.gates(h), h, self.heads)
+        # of numbers that are not all finite the sum is not, either
+        active = ((made.sum((1, 3), dtype=gates.dtype) + gates.sum(1)) * 0 == 0)[..., None]
+        made = torch.where(active[:, None], made, 0)
+        q, k, v = made.unbind(1)
+        if self.qk_norm:
+            # as F.normalize, of both at once
+            qk = made[:, :2]
+            q, k = (qk / torch.linalg.vector_norm(qk, dim=-1, keepdim=True).clamp_min(1e-12)).unbind(1)
+        if self.v_norm:
+            v = F.normalize(v, dim=-1)
+        if self.rope:
+            position = memory["step"][:, :1]
+            q, k = (rotary(x[:, None], position, self.rope)[:, 0] for x in (q, k))
+        if self.form.widens and dtype != dtype_in:
+            q, k, v = (x.to(dtype) for x in (q, k, v))
+        q, k, v = (x[:, :, None] for x in (q, k, v))
+        gates = torch.where(active.mT, gates, self.level_gates.idle_like(gates))[..., None]
+        tokens = TokenBatch(q, k, v, active, ~active, None, dtype, dtype_in)
+        return tokens, dict(zip(self.level_gates.idle, gates.unbind(1), strict=True))
 
     def _begun(self, state: Mapping[str, Any] | None, x: Tensor) -> State:
         """`state`, checked, or that of new sequences."""
@@ -276,22 +310,12 @@ class SequenceMemory(nn.Module):
         if state is None:
             return self.init_state(x.shape[0])
         now = fitted(state, self._shapes, x.shape[0], "SequenceMemory", dtype=self.state_dtype, device=x.device)
-        return self._with_present(now, x.shape[0]) if self.level.fixed else now
-
-    def _with_present(self, state: State, batch: int) -> State:
-        """`state` with the present parameters in the place of those that no token changes."""
-        fixed = {
-            name: self.start[key].to(self.state_dtype).expand(batch, *self.start[key].shape)
-            for key, name in self._start_names.items()
-            if name.split(".")[0] in self.level.fixed
-        }
-        memory = state["memory"]
-        return {**state, "memory": {**memory, "level": {**memory["level"], **nested(fixed)}}}
+        return {**now, "memory": self.form.with_learned(now["memory"], self._learned())}
 
     def _through_all(self, x: Tensor, state: State, attend: Attend, learn: bool, whole: bool) -> tuple[Tensor, State]:
         """Tokens `[B, T, dim]` without padding, in pieces unless they are to be taken as a `whole`."""
         recomputes = self.checkpoint and torch.is_grad_enabled()
-        cut = [x.shape[1]] if whole or recomputes else lengths(self.level, x, state["memory"])
+        cut = [x.shape[1]] if whole or recomputes else lengths(self.form, x, state["memory"])
         if len(cut) == 1:
             return self._through(x, state, attend, learn=learn)
         ys = []
@@ -334,11 +358,8 @@ class SequenceMemory(nn.Module):
         self, x: Tensor, state: State, attend: Attend, mask: Tensor, learn: bool = True
     ) -> tuple[Tensor, State]:
         check_mask(mask, x.shape[0], x.shape[1])
-        if not self._pads and learn:
-            raise ValueError(
-                f"SequenceMemory: mask is not for {self.level.label} with read={self.level.read!r}, whose memory would "  # type: ignore[attr-defined]
-                'keep padding; give read="after", or run sequences of one length together'
-            )
+        if learn:
+            self.form.refuse_padding("SequenceMemory: mask is not")
         rows = Rows.of(mask)
         y, new = self._through(rows.moved(x), state, attend, rows, learn)
         return rows.back(y), new

@@ -13,10 +13,10 @@ from nestopt.core.associative import AssociativeMemory
 from nestopt.core.device import constants
 from nestopt.core.gates import bind, per_head
 from nestopt.core.level import Level
-from nestopt.core.memories import Memory
-from nestopt.core.token_reference import PENDING
+from nestopt.core.token_form import TokenForm
+from nestopt.core.token_state import PENDING
 from nestopt.core.tree import State, leaves
-from nestopt.ops.dispatch import run
+from nestopt.ops.run import run_form
 
 PIECE = 64
 """Tokens of a piece, where the level has no chunks of its own."""
@@ -27,23 +27,23 @@ Stats = dict[str, Any]
 
 
 def run_in_pieces(
-    level: Level,
+    form: TokenForm,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     gates: Mapping[str, Tensor],
     state: State,
+    *,
     mask: Tensor | None,
-    learn: bool = True,
+    learn: bool,
     **options: Any,
 ) -> tuple[Tensor, State, Stats]:
     """`nestopt.ops.run`, a piece of tokens at a time, with what is to be seen of each: see `SequenceMemory.forward`.
 
     A piece is a chunk of the level; the first is what is left of one that was begun. Without chunks it is 64 tokens.
     """
-    length, size = q.shape[1], level.span if level.span > 1 else PIECE
-    begun = _begun(level, state) if learn else 0
+    level, length, size = form.level, q.shape[1], form.chunk if form.chunk > 1 else PIECE
+    begun = form.pending(state) if learn else 0
     sizes = [min(size - begun, length)]
     sizes += [min(size, length - first) for first in range(sizes[0], length, size)]
     ys, norms, surprises = [], [], []
@@ -60,22 +60,13 @@ def run_in_pieces(
                 surprises.append(_surprise(level, k[:, part], v[:, part], here, state, live))
             for path, found in quantiles.items():
                 found.append(_quantiles(here[path], live))
-        tokens = (x[:, part] for x in (q, k, v))
-        y, state = run(level, *tokens, gates=here, state=state, mask=live, learn=learn, **options)
+        y, state = run_form(form, q[:, part], k[:, part], v[:, part], here, state, mask=live, learn=learn, **options)
         ys.append(y)
     stats: Stats = {"memory_norm": torch.stack(norms, dim=-1)}
     if surprises:
         stats["surprise"] = torch.stack(surprises, dim=-1)
     stats["gates"] = {path: torch.stack(found, dim=-1) for path, found in quantiles.items()}
     return torch.cat(ys, dim=1), state, stats
-
-
-def _begun(level: Level, state: State) -> int:
-    """How many tokens of a chunk that is not over the state has."""
-    if not level.keeps_pending:
-        return state[PENDING]["k"].shape[2] if PENDING in state else 0
-    counts = [leaf.shape[2] for path, leaf in leaves(state["level"]) if path.endswith(f"{PENDING}.live")]
-    return max(counts) % level.span
 
 
 def memory_norm(level: Level, state: State) -> Tensor:
@@ -102,7 +93,7 @@ def memory_norm(level: Level, state: State) -> Tensor:
 
 def errs(level: Level) -> bool:
     """Whether `level` learns by the errors of a memory: one that keeps its pairs as they are makes none."""
-    return isinstance(level, AssociativeMemory) and type(level.memory).append is Memory.append
+    return isinstance(level, AssociativeMemory) and not level.appends
 
 
 def _surprise(
@@ -118,8 +109,8 @@ def _surprise(
 
     over_tokens = vmap(error, in_dims=(None, 0, 0, 0))
     k, v = (x.to(dtype).transpose(1, 2) for x in (k, v))
-    every = {**per_head(level, v.transpose(1, 2)), **gates}  # all others are at their initial value
-    values = {path: gate.to(dtype).transpose(1, 2) for path, gate in every.items()}
+    # all others are at their initial value
+    values = {**per_head(level, v), **{path: gate.to(dtype).transpose(1, 2) for path, gate in gates.items()}}
     squares = vmap(vmap(over_tokens))(state["level"]["memory"], k, v, values)
     seen = squares.isfinite() if live is None else squares.isfinite() & live[:, None]
     total = torch.where(seen, squares, 0).sum(-1)

@@ -2,13 +2,12 @@
 
 from nestopt.levels.attention.softmax import attention
 from nestopt.levels.deep.deep_memory import deep_memory
-from nestopt.levels.forms import fast_form
 from nestopt.levels.matrix.delta_rule import delta_rule
 from nestopt.levels.matrix.linear_attention import linear_attention
 from nestopt.levels.matrix.oja import oja
 from nestopt.levels.matrix.omega import omega
 from nestopt.levels.self_modifying.scan import self_modifying
-from nestopt.ops.dispatch import run
+from nestopt.ops.run import fast_form, run
 
 __all__ = [
     "attention",

@@ -11,7 +11,7 @@ from torch import Tensor
 import nestopt
 from nestopt import levels
 from nestopt.nn import CMS, MemoryAttention, MemoryBlock
-from nestopt.ops.dispatch import fast_form
+from nestopt.ops import fast_form
 from tests.accelerator.held import held
 
 PARTS = {"chain", "parallel", "nest"}

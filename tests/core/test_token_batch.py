@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nestopt.core.padding import from_places, places, to_places
-from nestopt.core.token_batch import check_finite, check_range, check_state, packed, per_token, tokens
+from nestopt.core.token_batch import TokenBatch, check_finite, check_range, check_state, per_token, run_unpacked
 from tests.levels.matrix.twins import F64
 
 
@@ -24,7 +24,7 @@ def test_tokens_are_laid_out_in_a_dtype_to_compute_in_and_answered_in_their_own(
     dtype: torch.dtype, inner: torch.dtype
 ) -> None:
     q, k, v = qkv(dtype)
-    x = tokens(q, k, v)
+    x = TokenBatch.of(q, k, v)
     assert x.q.dtype == x.k.dtype == x.v.dtype == x.dtype == inner
     torch.testing.assert_close([x.q, x.k, x.v], [y.transpose(1, 2).to(inner) for y in (q, k, v)], rtol=0, atol=0)
     assert x.answer(x.v).dtype == dtype
@@ -38,13 +38,13 @@ def test_padding_and_what_is_not_finite_are_not_live() -> None:
     mask = torch.ones(2, 5, dtype=torch.bool)
     mask[0, 1] = mask[0, 4] = False
     inner = per_token("decay", gate, q, torch.float32)
-    x = tokens(q, k, v, mask, inner)
+    x = TokenBatch.of(q, k, v, mask, inner)
     live = torch.ones(2, 3, 5, dtype=torch.bool)
     live[0, :, 1] = live[0, :, 4] = live[1, 1, 0] = live[1, 0, 3] = False
-    assert torch.equal(x.live, live)
+    assert torch.equal(x.active, live)
     assert not any(y[~live].any() for y in (x.q, x.k, x.v))
     wrong = ~live & mask[:, None]
-    assert torch.equal(x.broken, wrong)  # padding is not
+    assert torch.equal(x.nonfinite, wrong)  # padding is not
     assert torch.equal(x.answer(torch.zeros(2, 3, 5, 6)).isnan().any(-1).transpose(1, 2), wrong)
     torch.testing.assert_close(x.gate(inner, 0.5), torch.where(live, 1.0, 0.5))
 
@@ -94,7 +94,7 @@ def test_packed_hands_on_rows_with_their_gates_and_state() -> None:
         seen.update(arguments, k=k)
         return v * 2, arguments["state"]
 
-    y, end = packed(run, q, k, v, torch.tensor([0, 2, 3, 7]), decay=gate, lr=0.5, state=state)
+    y, end = run_unpacked(run, q, k, v, torch.tensor([0, 2, 3, 7]), decay=gate, lr=0.5, state=state)
     assert end is state
     assert torch.equal(y, v * 2)
     assert torch.equal(seen["mask"].sum(1), torch.tensor([2, 1, 4]))
@@ -109,15 +109,15 @@ def test_packed_hands_on_rows_with_their_gates_and_state() -> None:
 def test_says_what_ends_are_not_allowed(ends: list[int]) -> None:
     q, k, v = (torch.randn(1, 7, 2, 3) for _ in range(3))
     with pytest.raises(ValueError, match=r"cu_seqlens=\[.*rising numbers from 0 to the 7 tokens"):
-        packed(lambda *_: None, q, k, v, ends)  # type: ignore[arg-type,return-value]
+        run_unpacked(lambda *_: None, q, k, v, ends)  # type: ignore[arg-type,return-value]
 
 
 def test_packed_takes_one_row_and_no_mask() -> None:
     q, k, v = qkv()
     with pytest.raises(ValueError, match=r"one row.*\[2, 5, 3, 4\]"):
-        packed(lambda *_: None, q, k, v, [0, 5])  # type: ignore[arg-type,return-value]
+        run_unpacked(lambda *_: None, q, k, v, [0, 5])  # type: ignore[arg-type,return-value]
     with pytest.raises(ValueError, match="without a mask"):
-        packed(lambda *_: None, q[:1], k[:1], v[:1], [0, 5], mask=torch.ones(1, 5).bool())  # type: ignore[arg-type,return-value]
+        run_unpacked(lambda *_: None, q[:1], k[:1], v[:1], [0, 5], mask=torch.ones(1, 5).bool())  # type: ignore[arg-type,return-value]
 
 
 def test_padding_goes_to_the_front_and_back_again() -> None:

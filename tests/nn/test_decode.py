@@ -16,12 +16,10 @@ from nestopt.levels import (
     gated_deltanet,
     gated_linear,
     linear_attention,
-    momentum,
     retnet,
     titans,
 )
 from nestopt.nn import SequenceMemory, detach
-from nestopt.nn.decode import moves, waits
 from tests.nn.tools import F64, LEVELS, away, in_steps, level_of, make, same, same_states
 
 CHUNKED = ["titans in chunks", "titans, matrix", "ttt in chunks", "ttt without gates"]
@@ -56,14 +54,6 @@ def test_steps_go_on_from_a_piece_and_a_piece_from_steps(name: str) -> None:
     second, state = in_steps(module, x[:, 2:5], state)
     third, _ = module(x[:, 5:], state)
     same(torch.cat([first, second, third], 1), module(x)[0])
-
-
-def test_which_levels_have_a_shorter_way() -> None:
-    assert [waits(level_of(name)) for name in CHUNKED] == [True] * 4
-    assert not any(waits(level_of(name)) for name in ("titans", "titans before", "ttt, a write a chunk", "deltanet"))
-    assert all(moves(level) for level in MATRICES.values())
-    others = [level_of(name) for name in ("titans in chunks", "oja", "momentum", "attention")]
-    assert not any(moves(level) for level in (*others, deltanet(rule=momentum(0.5)), deltanet(period=4)))
 
 
 OPTIONS: list[dict[str, Any]] = [

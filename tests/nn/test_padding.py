@@ -11,7 +11,7 @@ from torch import Tensor
 from nestopt.core.tree import leaves
 from nestopt.levels import attention, titans
 from nestopt.nn import SequenceMemory, index
-from tests.nn.tools import F64, LEVELS, in_steps, level_of, make, same, same_states
+from tests.nn.tools import F64, LEVELS, in_steps, make, same, same_states
 
 LENGTHS = [6, 3, 1, 9]
 PATTERNS = {
@@ -45,11 +45,11 @@ def test_a_padded_sequence_is_what_it_is_alone(name: str, pattern: str) -> None:
         row = dict(leaves(index(state, [i])))
         same(row["conv"], end["conv"])
         same(row["memory.step"], end["memory"]["step"])
-        if module.level.span == 1 and "memory.level.memory.keys" not in row:
+        if module.form.chunk == 1 and "memory.level.memory.keys" not in row:
             same(row, dict(leaves(end)), 1e-8)  # roots of nearly singular matrices lose digits
 
 
-@pytest.mark.parametrize("name", [name for name in LEVELS if level_of(name).span == 1])
+@pytest.mark.parametrize("name", [name for name in LEVELS if make(name).form.chunk == 1])
 def test_padded_sequences_go_on_as_they_do_alone(name: str) -> None:
     module = make(name)
     alone = [torch.randn(n + 4, 8, dtype=F64) for n in LENGTHS]

@@ -9,7 +9,7 @@ import nestopt
 from nestopt.core import Gate
 from nestopt.levels import deltanet, gated_deltanet, momentum, oja, retnet, titans
 from nestopt.nn import SequenceMemory
-from nestopt.ops.dispatch import fast_form
+from nestopt.ops import fast_form
 from tests.nn.tools import COMPOSED, REFUSED, REGISTERED, level_of
 
 SLOW = {name for name in REGISTERED if fast_form(level_of(name)) is None} - {"adam"}

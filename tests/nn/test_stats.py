@@ -16,7 +16,7 @@ from tests.nn.tools import F64, LEVELS, make, same, same_states
 @pytest.mark.parametrize("masked", [False, True])
 def test_looking_changes_nothing(name: str, masked: bool) -> None:
     module = make(name)
-    span = module.level.span
+    span = module.form.chunk
     x = torch.randn(2, 2 * span + 3, 8, dtype=F64)
     mask = torch.arange(x.shape[1]) >= torch.tensor([[0], [4]]) if masked else None
     _, state = module(torch.randn(2, 2, 8, dtype=F64))

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestopt.core.packing import Packing
 from nestopt.core.padding import from_places, places, to_places
 from nestopt.core.precision import Precision, check_products, current, products_in
-from nestopt.core.token_batch import check_finite, check_mask, packed
-from nestopt.core.token_checks import check_tokens
+from nestopt.core.token_batch import TokenBatch, check_finite, check_tokens, refuse_mask
 
 
 def attention(
@@ -56,30 +56,51 @@ def attention(
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window={window!r} is not allowed; give a whole number of tokens, 1 or more, or None")
     check_products(precision, q.device, v.dtype)
-    if cu_seqlens is not None:
-        arguments: dict[str, Any] = {"window": window, "state": state, "mask": mask, "precision": precision}
-        return packed(attention, q, k, v, cu_seqlens, **arguments, validate=validate)
     if validate:
         check_finite(q=q, k=k, v=v)
-    broken = ~(_finite(q) & _finite(k) & _finite(v))
-    if mask is None and state is not None and "mask" in state:
-        mask = torch.ones_like(broken[..., 0])
-    void = broken
-    if mask is not None:
-        check_mask(mask, q.shape[0], q.shape[1])
-        void, broken = broken | ~mask[..., None], broken & mask[..., None]
-    q, k, v = (torch.where(void[..., None], 0.0, x).transpose(1, 2) for x in (q, k, v))
-    past = _past(state, k, v)
+    packing = None
+    if cu_seqlens is not None:
+        refuse_mask(mask, q)
+        packing = Packing.of(cu_seqlens, q, "attention")
+        (q, k, v), mask = (packing.unpack(x) for x in (q, k, v)), packing.mask
+    tokens = TokenBatch.of(q, k, v, mask, widen=False)
     with products_in(precision):
-        if mask is None:
-            if past is not None:
-                k, v = (torch.cat([past[name].to(new.dtype), new], dim=2) for name, new in (("keys", k), ("values", v)))
-            y, pairs = _attend(q, k, v, None, window), {"keys": k, "values": v}
-        else:
-            y, pairs = _attend_padded(q, k, v, mask, past, window)
+        y, pairs = attend(tokens, state, window)
+    y = tokens.answer(y)
+    return y if packing is None else packing.pack(y), pairs
+
+
+def attend(
+    tokens: TokenBatch, state: Mapping[str, Tensor] | None, window: int | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Answer tokens `[B, H, T, D_v]`, and keep their pairs; `state` and what is returned are as `attention` has them.
+
+    A token that is not finite is kept as a pair of zeros.
+    """
+    past, mask, k, v = _past(state, tokens.k, tokens.v), tokens.mask, tokens.k, tokens.v
+    if mask is None and past is not None and "mask" in past:
+        mask = torch.ones_like(tokens.active[:, 0])
+    if mask is None:
+        if past is not None:
+            k, v = (torch.cat([past[name].to(new.dtype), new], dim=2) for name, new in (("keys", k), ("values", v)))
+        y, pairs = _attend(tokens.q, k, v, None, window), {"keys": k, "values": v}
+    else:
+        y, pairs = _attend_padded(tokens.q, k, v, mask, past, window)
     if window is not None:
         pairs = {name: x[:, -window:] if name == "mask" else x[:, :, -window:] for name, x in pairs.items()}
-    return y.transpose(1, 2).masked_fill(broken[..., None], torch.nan), pairs
+    return y, pairs
+
+
+def read_pairs(q: Tensor, pairs: Mapping[str, Tensor]) -> Tensor:
+    """Attend from q `[B, H, T, D_k]` to the pairs kept, all of them; zeros where there are none."""
+    keys, values = (pairs[name].to(q.dtype) for name in ("keys", "values"))
+    if not keys.shape[2]:
+        return values.new_zeros(*q.shape[:3], values.shape[-1])
+    if "mask" not in pairs:
+        return softmax_read(q, keys, values)
+    some = pairs["mask"].any(-1)[:, None, None, None]
+    seen = pairs["mask"][:, None, None] | ~some  # lest a token see nothing
+    return torch.where(some, softmax_read(q, keys, values, attn_mask=seen), 0.0)
 
 
 def softmax_read(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -88,11 +109,6 @@ def softmax_read(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, **options)
     q, k, v = (x.bfloat16() for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, **options).float()
-
-
-def _finite(x: Tensor) -> Tensor:
-    """`[.., D]` to `[..]`: whether all are finite, and their sum in float32 or wider."""
-    return x.detach().sum(-1, dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()
 
 
 def _attend_padded(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nestopt.core.device import no_autocast
 from nestopt.core.precision import Precision, check_products, products_in
-from nestopt.core.token_batch import check_finite, check_range, packed, per_token, tokens
+from nestopt.core.token_batch import TokenBatch, check_finite, check_range, per_token, run_unpacked
 from nestopt.core.tree import State
 from nestopt.levels.deep import mlp
 from nestopt.levels.deep.scan import Now, Read, Settings, scan_chunks
@@ -111,7 +111,7 @@ def deep_memory(
         return _run(q, k, v, weights, settings, precision, **given)
 
     if cu_seqlens is not None:
-        return packed(run, q, k, v, cu_seqlens, **arguments)
+        return run_unpacked(run, q, k, v, cu_seqlens, **arguments)
     return run(q, k, v, **arguments)
 
 
@@ -144,9 +144,9 @@ def _run(
         for name, value in (("lr", lr), ("decay", decay), ("momentum", momentum))
         if value is not None
     }
-    given = tokens(q, k, v, mask, *gates.values())
-    lengths = given.live.shape
-    fresh = {"k": given.k, "v": given.v, "live": given.live}
+    given = TokenBatch.of(q, k, v, mask, *gates.values())
+    lengths = given.active.shape
+    fresh = {"k": given.k, "v": given.v, "live": given.active}
     idle = {"lr": 0.0, "decay": 1.0, "momentum": 1.0}
     fresh |= {name: given.gate(gate, idle[name]).expand(lengths) for name, gate in gates.items()}
     with no_autocast(q.device), products_in(precision):

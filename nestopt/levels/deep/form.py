@@ -1,133 +1,137 @@
-"""A level whose closed form is `deep_memory`: its parts as that kernel's settings, its state as the kernel's."""
+"""Memories made of weights, on tokens: the closed form of their chunks, and a token alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from nestopt.core.associative import AssociativeMemory
 from nestopt.core.device import number_like
-from nestopt.core.gates import gates_of
-from nestopt.core.memories import Mlp, Theta
-from nestopt.core.objectives import L2
+from nestopt.core.level import Level
+from nestopt.core.memories import Matrix, Mlp
+from nestopt.core.objectives import L2, Dot
 from nestopt.core.part import Gate, Number
+from nestopt.core.recall import answers
 from nestopt.core.retentions import Decay
-from nestopt.core.token_batch import per_token, tokens
-from nestopt.core.token_reference import PENDING
+from nestopt.core.token_batch import TokenBatch
+from nestopt.core.token_form import Accepted, FormSetting, Refused, TokenForm
+from nestopt.core.token_state import PENDING
 from nestopt.core.tree import State, leaves, nested, tree_map
+from nestopt.levels.closed_form import LinearRule, linear_rule, refusal, refusal_of_writes
 from nestopt.levels.deep.mlp import Form
 from nestopt.levels.deep.scan import Now, Settings, scan_chunks, written
-from nestopt.levels.forms import Rule, rule_of
 
 
-def deep_form(
-    level: AssociativeMemory,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Mapping[str, Tensor],
-    state: State,
-    mask: Tensor | None,
-    checkpoint: int,
-) -> tuple[Tensor, State]:
-    """`nestopt.core.scan` of `level`, whose `fast_form` is `deep_memory`, with the states of the generic machine."""
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    given = tokens(q, k, v, mask, *(gate.transpose(1, 2) for gate in gates.values()))
-    rule = rule_of(level.rule)
-    assert rule is not None
-    fresh: State = {
-        "k": given.k,
-        "v": given.v,
-        "live": given.live,
-        "gates": nested(
-            {
-                path: torch.where(given.live, per_token(path, gates.get(path, gate.init), q, dtype), gate.init)
-                for path, gate in gates_of(level).items()
-            }
-        ),
-    }
-    before: State = state.get(PENDING, {}) if level.span > 1 else {}
-    old = before if before and before["k"].shape[2] else None
-    features = level.features
-    y, now, _ = scan_chunks(
-        _now(state, rule, dtype),
-        features(given.q),
-        None if old is None else _as_kernel(level, rule, old),
-        _as_kernel(level, rule, fresh),
-        settings_of(level, rule, checkpoint),
-    )
-    new = _as_state(level, rule, now)
-    whole: State = {"step": state["step"] + given.live.sum(-1), "level": new}
-    if level.span > 1:
-        done = 0 if old is None else old["k"].shape[2]
-        whole[PENDING] = _tail(old, fresh, (done + q.shape[1]) % level.chunk)
-    return given.answer(y), whole
+class DeepMemoryForm(TokenForm):
+    """Write memories of weights a chunk at a time, by products of matrices: TTT, Titans, DLA."""
+
+    levels: ClassVar[tuple[type[Level], ...]] = (AssociativeMemory,)
+    priority: ClassVar[int] = -1  # what is exact from token to token goes before
+    level: AssociativeMemory
+
+    def __init__(self, level: Level, setting: FormSetting) -> None:
+        super().__init__(level, setting)
+        rule = linear_rule(self.level.rule)
+        assert rule is not None
+        self.rule = rule
+        self.settings = settings_of(self.level, rule, setting.checkpoint)
+
+    @classmethod
+    def accepts(cls, level: Level, device: torch.device, dtype: torch.dtype) -> Accepted | Refused:
+        assert isinstance(level, AssociativeMemory)
+        why = refusal(level) or refusal_of_writes(level)
+        if not why and level.fade == "before":
+            why = "fade='before'"
+        if not why and type(level.objective) not in (Dot, L2):
+            why = f"objective={level.objective.label}"
+        if not why and type(level.memory) not in (Matrix, Mlp):
+            why = f"memory={level.memory.label}"
+        return Refused(why) if why else Accepted("products of matrices, a chunk at a time")
+
+    def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
+        fresh = self._fresh(tokens, gates)
+        old = state[PENDING] if self.pending(state) else None
+        y, now, _ = scan_chunks(
+            self._now(state),
+            self.level.features(tokens.q),
+            None if old is None else self._as_kernel(old),
+            self._as_kernel(fresh),
+            self.settings,
+        )
+        whole: State = {"step": state["step"] + tokens.count, "level": self._as_state(now)}
+        if self.chunk > 1:
+            whole[PENDING] = _tail(old, fresh, (self.pending(state) + tokens.k.shape[2]) % self.chunk)
+        return y, whole
+
+    def step(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
+        if self.level.read != "chunk" or self.chunk == 1 or self.pending(state) == self.chunk - 1:
+            return self.forward(tokens, gates, state)
+        # a token within a chunk is answered from the memory that the chunk began with, and kept
+        y = self.level.memory.read(state["level"]["memory"], self.level.features(tokens.q))
+        held = tree_map(lambda old, new: torch.cat([old, new], dim=2), state[PENDING], self._fresh(tokens, gates))
+        return y, {"step": state["step"] + tokens.count, "level": state["level"], PENDING: held}
+
+    def read(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> Tensor:
+        theta = state["level"]["memory"]
+        if self.pending(state) and self.level.read != "chunk":
+            weights, _ = written(self._now(state), self._as_kernel(state[PENDING]), self.settings)
+            theta = dict(zip(theta, weights, strict=True))
+        return answers(self.level, tokens.q, theta, gates)
+
+    def _fresh(self, tokens: TokenBatch, gates: Mapping[str, Tensor]) -> State:
+        """Tokens as they are kept until their chunk is over."""
+        shape = tokens.active.shape
+        every = {path: gates.get(path, tokens.k.new_full(shape, gate.init)) for path, gate in self.gates.items()}
+        return {"k": tokens.k, "v": tokens.v, "live": tokens.active, "gates": nested(every)}
+
+    def _now(self, state: State) -> Now:
+        """The memory at the start of its chunk, as the kernel takes it."""
+        weights = list(state["level"]["memory"].values())
+        if self.rule.momentum is None:
+            return weights, None
+        return weights, [self.rule.momentum_in(part) for part in state["level"]["rule"].values()]
+
+    def _as_kernel(self, held: State) -> dict[str, Tensor]:
+        """Tokens `[B, H, n, ..]` with the kernel's gates in the place of the level's."""
+        live, gates, level = held["live"], dict(leaves(held["gates"])), self.level
+
+        def gate(number: Number, path: str, idle: float) -> Tensor:
+            value = gates[path] if isinstance(number, Gate) else number_like(number, held["k"])
+            return torch.where(live, value, idle)
+
+        found = {"k": level.features(held["k"]) * live[..., None], "v": held["v"], "live": live}
+        found["lr"] = gate(level.lr, "lr", 0.0) * gate(level.step_size, "step_size", 1.0)
+        if isinstance(level.retention, Decay):
+            found["decay"] = gate(level.retention.keep, "retention.keep", 1.0)
+        if self.rule.momentum is not None:
+            found["momentum"] = gate(self.rule.momentum, f"rule.{self.rule.inside}beta", 1.0)
+        return found
+
+    def _as_state(self, now: Now) -> State:
+        weights, momenta = now
+        names = [f"W{i}" for i in range(1, len(weights) + 1)] if isinstance(self.level.memory, Mlp) else ["m"]
+        kept: Sequence[Tensor | None] = momenta or [None] * len(weights)
+        rules = [self.rule.state(momentum) for momentum in kept]
+        return {"memory": dict(zip(names, weights, strict=True)), "rule": dict(zip(names, rules, strict=True))}
 
 
-def deep_after(level: AssociativeMemory, state: State) -> Theta:
-    """The parameters of the memory after the last token it has seen, of a chunk that is not over."""
-    rule = rule_of(level.rule)
-    assert rule is not None
-    pending = _as_kernel(level, rule, state[PENDING])
-    before = _now(state, rule, pending["k"].dtype)
-    weights, _ = written(before, pending, settings_of(level, rule, 0))
-    return dict(zip(state["level"]["memory"], weights, strict=True))
-
-
-def _now(state: State, rule: Rule, dtype: torch.dtype) -> Now:
-    """The memory at the start of its chunk, as the kernel takes it."""
-    weights = [weight.to(dtype) for weight in state["level"]["memory"].values()]
-    if rule.momentum is None:
-        return weights, None
-    return weights, [_within(part, rule)["momentum"].to(dtype) for part in state["level"]["rule"].values()]
-
-
-def settings_of(level: AssociativeMemory, rule: Rule, checkpoint: int) -> Settings:
+def settings_of(level: AssociativeMemory, rule: LinearRule, checkpoint: int) -> Settings:
     """What `nestopt.ops.deep_memory` is told of `level`, whose rule is `rule`."""
     memory = level.memory
     form = Form(memory.activation, memory.residual, memory.norm) if isinstance(memory, Mlp) else Form(residual=False)
     return Settings(
         form=form,
         delta=rule.delta,
-        objective="l2" if type(level.objective) is L2 else "dot",
+        objective=level.objective.label,
         step="normalized" if level.normalized else "raw",
         bound=level.bound,
         read=level.read,
         chunk=level.chunk,
         checkpoint=checkpoint,
     )
-
-
-def _as_kernel(level: AssociativeMemory, rule: Rule, held: State) -> dict[str, Tensor]:
-    """Tokens `[B, H, n, ..]` with the kernel's gates in the place of the level's."""
-    live, gates = held["live"], dict(leaves(held["gates"]))
-
-    def gate(number: Number, path: str, idle: float) -> Tensor:
-        value = gates[path] if isinstance(number, Gate) else number_like(number, held["k"])
-        return torch.where(live, value, idle)
-
-    found = {"k": level.features(held["k"]) * live[..., None], "v": held["v"], "live": live}
-    found["lr"] = gate(level.lr, "lr", 0.0) * gate(level.step_size, "step_size", 1.0)
-    if isinstance(level.retention, Decay):
-        found["decay"] = gate(level.retention.keep, "retention.keep", 1.0)
-    if rule.momentum is not None:
-        found["momentum"] = gate(rule.momentum, f"rule.{rule.inside}beta", 1.0)
-    return found
-
-
-def _within(part: State, rule: Rule) -> State:
-    return part["of"] if rule.wrapped else part
-
-
-def _as_state(level: AssociativeMemory, rule: Rule, now: Now) -> State:
-    names = ["m"] if not isinstance(level.memory, Mlp) else [f"W{i}" for i in range(1, len(now[0]) + 1)]
-    rules: State = {}
-    for i, name in enumerate(names):
-        inner: State = {} if now[1] is None else {"momentum": now[1][i]}
-        rules[name] = {"of": inner} if rule.wrapped else inner
-    return {"memory": dict(zip(names, now[0], strict=True)), "rule": rules}
 
 
 def _tail(old: State | None, fresh: State, size: int) -> State:

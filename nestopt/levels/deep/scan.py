@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nestopt.core.precision import current, matmul, products_in
-from nestopt.core.token_checks import check_choice, check_whole
+from nestopt.core.token_batch import check_choice, check_whole
 from nestopt.core.tree import State
 from nestopt.levels.deep import mlp
 from nestopt.levels.deep.block_weight import Held

@@ -67,15 +67,15 @@ def shares(log_decay: Tensor | None, like: Tensor) -> Shares:
 def shares_with_momentum(
     log_decay: Tensor | None, log_momentum: Tensor, live: Tensor
 ) -> tuple[Shares, tuple[Shares, Shares]]:
-    r"""Of $S_t = \theta_t S_{t-1} + u_t k_t^\top$, $M_t = a_t M_{t-1} + S_t$; and of both at the end of the chunk.
+    r"""Of $S_t = \theta_t S_{t-1} - u_t k_t^\top$, $M_t = a_t M_{t-1} - S_t$; and of both at the end of the chunk.
 
     At a token that is not `live` `[.., C]` the momentum does not move the memory.
     """
     log_decay = torch.zeros_like(log_momentum) if log_decay is None else log_decay
     (kept, memory), (pushed, since) = products(log_decay), products(log_momentum)
     kept = kept * live[..., None, :].to(kept.dtype)
-    after = Shares(kept @ pushed, memory, (kept @ since[..., None])[..., 0])
-    momentum = Shares(pushed[..., -1:, :], torch.zeros_like(since[..., -1:]), since[..., -1:])
+    after = Shares(kept @ pushed, memory, -(kept @ since[..., None])[..., 0])
+    momentum = Shares(-pushed[..., -1:, :], torch.zeros_like(since[..., -1:]), since[..., -1:])
     return after, (after.last(), momentum)
 
 

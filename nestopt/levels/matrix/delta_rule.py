@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from nestopt.core.device import no_autocast
-from nestopt.core.precision import Precision, check_products, products_in
-from nestopt.core.token_batch import Tokens, check_finite, packed
-from nestopt.core.token_checks import check_choice, check_tokens, check_whole
+from nestopt.core.precision import Precision
+from nestopt.core.token_batch import TokenBatch
 from nestopt.levels.matrix.chunk_matrix import Shares, answers, corrected, shares, shares_with_momentum
-from nestopt.levels.matrix.segments import check_gates, chunk_for, chunks_of, first, log_gate, over_segments, rates
+from nestopt.levels.matrix.segments import chunk_for, chunks_of, first, log_gate, memory_of, operate, rates
 
 
 def delta_rule(
@@ -43,7 +42,9 @@ def delta_rule(
 
     and with momentum
 
-    $$S_t = \theta_t S_{t-1} + \eta_t\,(v_t - \tilde M_t k_t)\, k_t^\top, \qquad M_t = \alpha_t M_{t-1} + S_t.$$
+    $$S_t = \theta_t S_{t-1} + \eta_t\,(\tilde M_t k_t - v_t)\, k_t^\top, \qquad M_t = \alpha_t M_{t-1} - S_t,$$
+
+    S a sum of gradients, as in `deep_memory`.
 
     The result does not depend on `chunk`. Within a chunk the errors solve one unit lower triangular system; only
     memories pass from chunk to chunk.
@@ -75,43 +76,41 @@ def delta_rule(
         ValueError: for shapes that do not fit, no tokens, a negative gate, `chunk` < 1, another word for `read`, or a
             `precision` that the device lacks.
     """
-    chunk = chunk_for(q) if chunk is None else chunk
-    check_whole("chunk", chunk, 1)
-    check_choice("read", read, ("after", "before"))
-    check_tokens(q, k, v)
-    check_products(precision, q.device, v.dtype)
-    if cu_seqlens is not None:
-        arguments: dict[str, Any] = {
-            "lr": lr,
-            "decay": decay,
-            "momentum": momentum,
-            "decay_first": decay_first,
-            "read": read,
-        }
-        arguments |= {"state": state, "chunk": chunk, "mask": mask, "precision": precision, "validate": validate}
-        return packed(delta_rule, q, k, v, cu_seqlens, **arguments)
-    gates = {name: x for name, x in (("lr", lr), ("decay", decay), ("momentum", momentum)) if x is not None}
-    check_gates(gates, validate)
-    if validate:
-        check_finite(q=q, k=k, v=v, **(state if isinstance(state, Mapping) else {"state": state}))
-    shape = (q.shape[0], q.shape[2], v.shape[-1], k.shape[-1])
-    start = _start(state, v, shape, momentum is not None)
+    gates = {"lr": lr, "decay": decay, "momentum": momentum}
+    y, end = operate(
+        "delta_rule",
+        partial(delta_scan, read=read, decay_first=decay_first),
+        q,
+        k,
+        v,
+        gates,
+        state,
+        memory_of if momentum is None else memory_and_momentum,
+        chunk=chunk_for(q) if chunk is None else chunk,
+        read=read,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        precision=precision,
+        validate=validate,
+    )
+    return y, end if momentum is None else apart(end)
 
-    def run(x: Tokens, gates: Mapping[str, Tensor], memory: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        q, k, v = (chunks_of(part, size) for part in (x.q, x.k, x.v))
-        after, error, ends = _shares(x, gates, k, size, decay_first)
-        u, begun, memory = corrected(k, v, rates(x, gates, size), error, ends, memory)
-        return answers(q, k, u, after if read == "after" else after.before(), begun).flatten(2, 3), memory
 
-    with no_autocast(q.device), products_in(precision):
-        y, end = over_segments(run, q, k, v, gates, start, chunk=chunk, mask=mask)
-    if momentum is None:
-        return y, end
-    return y, dict(zip(("memory", "momentum"), end.chunk(2, dim=-1), strict=True))
+def delta_scan(
+    x: TokenBatch, gates: Mapping[str, Tensor], memory: Tensor, size: int, *, read: str, decay_first: bool
+) -> tuple[Tensor, Tensor]:
+    """Run over whole chunks of `size` tokens: y `[B, H, T, D_v]`, and the memory (with momentum, both) after them.
+
+    `memory` is M `[B, H, D_v, D_k]`; where there is a gate `momentum`, M and S side by side, `[B, H, D_v, 2 D_k]`.
+    """
+    q, k, v = (chunks_of(part, size) for part in (x.q, x.k, x.v))
+    after, error, ends = _shares(x, gates, k, size, decay_first)
+    u, begun, memory = corrected(k, v, rates(x, gates, size), error, ends, memory)
+    return answers(q, k, u, after if read == "after" else after.before(), begun).flatten(2, 3), memory
 
 
 def _shares(
-    x: Tokens, gates: Mapping[str, Tensor], k: Tensor, size: int, decay_first: bool
+    x: TokenBatch, gates: Mapping[str, Tensor], k: Tensor, size: int, decay_first: bool
 ) -> tuple[Shares, Shares, tuple[Shares, ...]]:
     """Of M after each token, of the memory whose error is taken, and of the ends of the chunks."""
     log_decay = log_gate(x, gates, "decay", size)
@@ -120,22 +119,24 @@ def _shares(
         after = shares(log_decay, k)
         # what the error is taken of leaves out the token's own write anyway
         return after, after if decay_first or log_decay is None else after.before(), (after.last(),)
-    after, ends = shares_with_momentum(log_decay, log_momentum, x.live.unflatten(-1, (-1, size)))
+    after, ends = shares_with_momentum(log_decay, log_momentum, x.active.unflatten(-1, (-1, size)))
     error = after.before()
     if decay_first and log_decay is not None:
         error = error.times(log_decay.exp())
     return after, error, ends
 
 
-def _start(state: Tensor | Mapping[str, Tensor] | None, v: Tensor, shape: tuple[int, ...], momentum: bool) -> Tensor:
-    """The memory, checked; with momentum, memory and momentum side by side."""
-    if not momentum:
-        if isinstance(state, Mapping):
-            raise ValueError(f"state has the keys {sorted(state)}; without momentum it must be a tensor {list(shape)}")
-        return first(state, v, shape)
+def memory_and_momentum(state: Mapping[str, Tensor] | None, x: TokenBatch) -> Tensor:
+    """Return M and S side by side, of a state that is checked; None is 0."""
+    shape = (x.v.shape[-1], x.k.shape[-1])
     if state is None:
-        return first(None, v, (*shape[:-1], 2 * shape[-1]))
+        return first(None, x, (shape[0], 2 * shape[1]))
     if not isinstance(state, Mapping) or set(state) != {"memory", "momentum"}:
         found = f"has the keys {sorted(state)}" if isinstance(state, Mapping) else f"is a {type(state).__name__}"
         raise ValueError(f"state {found}; with momentum it must have 'memory' and 'momentum'")
-    return torch.cat([first(state[name], v, shape, f"state[{name!r}]") for name in ("memory", "momentum")], dim=-1)
+    return torch.cat([first(state[name], x, shape, f"state[{name!r}]") for name in ("memory", "momentum")], dim=-1)
+
+
+def apart(both: Tensor) -> dict[str, Tensor]:
+    """Return M and S, of both side by side."""
+    return dict(zip(("memory", "momentum"), both.chunk(2, dim=-1), strict=True))

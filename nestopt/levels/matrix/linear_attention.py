@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from nestopt.core.device import no_autocast
-from nestopt.core.precision import Precision, check_products, products_in
-from nestopt.core.token_batch import Tokens, check_finite, packed
-from nestopt.core.token_checks import check_choice, check_tokens, check_whole
+from nestopt.core.precision import Precision
+from nestopt.core.token_batch import TokenBatch
 from nestopt.levels.matrix.chunk_matrix import added, answers, shares
-from nestopt.levels.matrix.segments import check_gates, chunk_for, chunks_of, first, log_gate, over_segments
+from nestopt.levels.matrix.segments import chunk_for, chunks_of, log_gate, memory_of, operate
 
 
 def linear_attention(
@@ -63,34 +59,40 @@ def linear_attention(
         ValueError: for shapes that do not fit, no tokens, a negative decay, `chunk` < 1, another word for `read`, or a
             `precision` that the device lacks.
     """
-    chunk = chunk_for(q) if chunk is None else chunk
-    check_whole("chunk", chunk, 1)
-    check_choice("read", read, ("after", "before"))
-    check_tokens(q, k, v)
-    check_products(precision, q.device, v.dtype)
-    if cu_seqlens is not None:
-        arguments: dict[str, Any] = {"decay": decay, "state": state, "chunk": chunk, "read": read, "features": features}
-        arguments |= {"mask": mask, "precision": precision, "validate": validate}
-        return packed(linear_attention, q, k, v, cu_seqlens, **arguments)
-    gates = {} if decay is None else {"decay": decay}
-    check_gates(gates, validate)
-    if validate:
-        check_finite(q=q, k=k, v=v, state=state)
 
-    def run(x: Tokens, gates: Mapping[str, Tensor], memory: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
-        x = x if features is None else _featured(x, features)
-        memory = first(memory, x.v, (*x.v.shape[:2], x.v.shape[-1], x.k.shape[-1]))
-        queries, keys, values = (chunks_of(part, size) for part in (x.q, x.k, x.v))
-        after = shares(log_gate(x, gates, "decay", size), keys)
-        begun, memory = added(keys, values, after.last(), memory)
-        y = answers(queries, keys, values, after if read == "after" else after.before(), begun)
-        return y.flatten(2, 3), memory
+    def scan(x: TokenBatch, gates: Mapping[str, Tensor], memory: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
+        x = x if features is None else x.replace(q=features(x.q), k=features(x.k))
+        return linear_scan(x, gates, memory_of(memory, x), size, read=read)
 
-    with no_autocast(q.device), products_in(precision):
-        return over_segments(run, q, k, v, gates, state, chunk=chunk, mask=mask)
+    return operate(
+        "linear_attention",
+        scan,
+        q,
+        k,
+        v,
+        {"decay": decay},
+        state,
+        _as_given,
+        chunk=chunk_for(q) if chunk is None else chunk,
+        read=read,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        precision=precision,
+        validate=validate,
+    )
 
 
-def _featured(x: Tokens, features: Callable[[Tensor], Tensor]) -> Tokens:
-    """Features in the place of queries and keys; still 0 where a token is not live."""
-    q, k = (torch.where(x.live[..., None], features(part), 0.0) for part in (x.q, x.k))
-    return dataclasses.replace(x, q=q, k=k)
+def _as_given(state: Tensor | None, x: TokenBatch) -> Tensor | None:
+    """Leave the state to the scan, which knows how many features there are."""
+    return state
+
+
+def linear_scan(
+    x: TokenBatch, gates: Mapping[str, Tensor], memory: Tensor, size: int, *, read: str
+) -> tuple[Tensor, Tensor]:
+    """Run over whole chunks of `size` tokens, from M `[B, H, D_v, D_k]`: y `[B, H, T, D_v]` and M after them."""
+    queries, keys, values = (chunks_of(part, size) for part in (x.q, x.k, x.v))
+    after = shares(log_gate(x, gates, "decay", size), keys)
+    begun, memory = added(keys, values, after.last(), memory)
+    y = answers(queries, keys, values, after if read == "after" else after.before(), begun)
+    return y.flatten(2, 3), memory

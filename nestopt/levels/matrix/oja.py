@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
 
-from nestopt.core.device import no_autocast
-from nestopt.core.precision import Precision, check_products, products_in
-from nestopt.core.token_batch import Tokens, check_finite, packed
-from nestopt.core.token_checks import check_choice, check_tokens, check_whole
+from nestopt.core.precision import Precision
+from nestopt.core.token_batch import TokenBatch
 from nestopt.levels.matrix.chunk_matrix import answers, corrected, shares
-from nestopt.levels.matrix.segments import check_gates, chunks_of, first, log_gate, over_segments, rates
+from nestopt.levels.matrix.segments import chunks_of, log_gate, memory_of, operate, rates
 
 
 def oja(
@@ -63,27 +62,30 @@ def oja(
         ValueError: for shapes that do not fit, no tokens, a negative gate, `chunk` < 1, another word for `read`, or a
             `precision` that the device lacks.
     """
-    check_whole("chunk", chunk, 1)
-    check_choice("read", read, ("after", "before"))
-    check_tokens(q, k, v)
-    check_products(precision, q.device, v.dtype)
-    if cu_seqlens is not None:
-        arguments: dict[str, Any] = {"lr": lr, "decay": decay, "state": state, "chunk": chunk, "read": read}
-        arguments |= {"mask": mask, "precision": precision, "validate": validate}
-        return packed(oja, q, k, v, cu_seqlens, **arguments)
-    gates = {"lr": lr} if decay is None else {"lr": lr, "decay": decay}
-    check_gates(gates, validate)
-    if validate:
-        check_finite(q=q, k=k, v=v, state=state)
-    start = first(state, v, (q.shape[0], q.shape[2], v.shape[-1], k.shape[-1]))
+    return operate(
+        "oja",
+        partial(oja_scan, read=read),
+        q,
+        k,
+        v,
+        {"lr": lr, "decay": decay},
+        state,
+        memory_of,
+        chunk=chunk,
+        read=read,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        precision=precision,
+        validate=validate,
+    )
 
-    def run(x: Tokens, gates: Mapping[str, Tensor], memory: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        queries, keys, values = (chunks_of(part, size) for part in (x.q, x.k, x.v))
-        after = shares(log_gate(x, gates, "decay", size), keys)
-        lr = rates(x, gates, size)
-        u, begun, end = corrected(values, keys, lr, after.before(), (after.last(),), memory.mT)
-        y = answers(queries, u, values, after if read == "after" else after.before(), begun.mT)
-        return y.flatten(2, 3), end.mT
 
-    with no_autocast(q.device), products_in(precision):
-        return over_segments(run, q, k, v, gates, start, chunk=chunk, mask=mask)
+def oja_scan(
+    x: TokenBatch, gates: Mapping[str, Tensor], memory: Tensor, size: int, *, read: str
+) -> tuple[Tensor, Tensor]:
+    """Run over whole chunks of `size` tokens, from M `[B, H, D_v, D_k]`: y `[B, H, T, D_v]` and M after them."""
+    queries, keys, values = (chunks_of(part, size) for part in (x.q, x.k, x.v))
+    after = shares(log_gate(x, gates, "decay", size), keys)
+    u, begun, end = corrected(values, keys, rates(x, gates, size), after.before(), (after.last(),), memory.mT)
+    y = answers(queries, u, values, after if read == "after" else after.before(), begun.mT)
+    return y.flatten(2, 3), end.mT

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestopt.core.device import no_autocast
 from nestopt.core.padding import from_places, places, to_places
-from nestopt.core.precision import Precision, check_products, products_in
-from nestopt.core.token_batch import Tokens, check_finite, packed
-from nestopt.core.token_checks import check_choice, check_tokens, check_whole
+from nestopt.core.precision import Precision
+from nestopt.core.token_batch import TokenBatch, check_finite, check_whole
 from nestopt.core.tree import State
 from nestopt.levels.matrix.chunk_matrix import answers, corrected, shares
-from nestopt.levels.matrix.segments import check_gates, chunks_of, first, log_gate, over_segments, rates
+from nestopt.levels.matrix.segments import chunks_of, first, log_gate, operate, rates
 
 
 def omega(
@@ -74,39 +73,50 @@ def omega(
     """
     check_whole("chunk", chunk, 1)
     check_whole("window", window, 1)
-    check_choice("read", read, ("after", "before"))
-    check_tokens(q, k, v)
-    check_products(precision, q.device, v.dtype)
-    if cu_seqlens is not None:
-        arguments: dict[str, Any] = {"lr": lr, "window": window, "weights": weights, "decay": decay, "state": state}
-        arguments |= {"chunk": chunk, "read": read, "mask": mask, "precision": precision, "validate": validate}
-        return packed(omega, q, k, v, cu_seqlens, **arguments)
-    gates = {"lr": lr} if decay is None else {"lr": lr, "decay": decay}
-    check_gates(gates, validate)
-    if validate:
-        check_finite(q=q, k=k, v=v, weights=weights if isinstance(weights, Tensor) else None, **(state or {}))
-    start = _start(state, k, v, window)
-    weight = _weights(weights, window, start["memory"])
-
-    def run(x: Tokens, gates: Mapping[str, Tensor], state: State, size: int) -> tuple[Tensor, State]:
-        keys, values, pairs = _windows(x, state, window)
-        keys, values = (chunks_of(part, size * window) for part in (keys, values))
-        queries = chunks_of(x.q, size)
-        after = shares(log_gate(x, gates, "decay", size), queries)
-        lr = (rates(x, gates, size)[..., None] * weight).flatten(-2)
-        error = after.before().repeated(window, window)
-        u, begun, memory = corrected(keys, values, lr, error, (after.last().repeated(1, window),), state["memory"])
-        y = answers(queries, keys, u, (after if read == "after" else after.before()).repeated(1, window), begun)
-        return y.flatten(2, 3), {"memory": memory, **pairs}
-
-    with no_autocast(q.device), products_in(precision):
-        return over_segments(run, q, k, v, gates, start, chunk=max(1, chunk // window), mask=mask, rows=window)
+    if validate and isinstance(weights, Tensor):
+        check_finite(weights=weights)
+    return operate(
+        "omega",
+        partial(omega_scan, read=read, weight=weights_of(weights, window, q)),
+        q,
+        k,
+        v,
+        {"lr": lr, "decay": decay},
+        state,
+        partial(_begun, window=window),
+        chunk=max(1, chunk // window),
+        read=read,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        precision=precision,
+        validate=validate,
+        rows=window,
+    )
 
 
-def _windows(x: Tokens, state: Mapping[str, Tensor], window: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def omega_scan(
+    x: TokenBatch, gates: Mapping[str, Tensor], state: State, size: int, *, read: str, weight: Tensor
+) -> tuple[Tensor, State]:
+    """Run over whole chunks of `size` tokens: y `[B, H, T, D_v]`, and the memory and the last pairs after them.
+
+    `state` and what is returned are as `omega` has them; `weight` is w `[c]`.
+    """
+    window = len(weight)
+    keys, values, pairs = _windows(x, state, window)
+    keys, values = (chunks_of(part, size * window) for part in (keys, values))
+    queries = chunks_of(x.q, size)
+    after = shares(log_gate(x, gates, "decay", size), queries)
+    lr = (rates(x, gates, size)[..., None] * weight.to(x.dtype)).flatten(-2)
+    error = after.before().repeated(window, window)
+    u, begun, memory = corrected(keys, values, lr, error, (after.last().repeated(1, window),), state["memory"])
+    y = answers(queries, keys, u, (after if read == "after" else after.before()).repeated(1, window), begun)
+    return y.flatten(2, 3), {"memory": memory, **pairs}
+
+
+def _windows(x: TokenBatch, state: Mapping[str, Tensor], window: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The `window` last keys and values at each token, itself first, `[B, H, T c, D]`; and the pairs to be kept."""
     kept = state["keys"].shape[2]
-    live = F.pad(x.live, (kept, 0), value=True)
+    live = F.pad(x.active, (kept, 0), value=True)
     place = places(live)  # pairs of padding, which are zero, lie before all others
     ago = torch.arange(window, device=place.device)
     wanted = (place[..., kept:, None] + (window - 1) - ago).flatten(-2)
@@ -119,20 +129,21 @@ def _windows(x: Tokens, state: Mapping[str, Tensor], window: int) -> tuple[Tenso
     return rows[0], rows[1], pairs
 
 
-def _weights(weights: float | Tensor | None, window: int, like: Tensor) -> Tensor:
-    """w `[c]`."""
+def weights_of(weights: float | Tensor | None, window: int, like: Tensor) -> Tensor:
+    """Return w `[c]`, in float32 at least."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
     if isinstance(weights, Tensor) and weights.ndim > 0:
         if weights.shape != (window,):
             raise ValueError(f"weights has the shape {list(weights.shape)}; with window={window} it must be {[window]}")
-        return weights.to(like.dtype)
-    ago = torch.arange(window, device=like.device, dtype=like.dtype)
+        return weights.to(dtype)
+    ago = torch.arange(window, device=like.device, dtype=dtype)
     return torch.ones_like(ago) if weights is None else weights**ago
 
 
-def _start(state: Mapping[str, Tensor] | None, k: Tensor, v: Tensor, window: int) -> dict[str, Tensor]:
+def _begun(state: Mapping[str, Tensor] | None, x: TokenBatch, *, window: int) -> dict[str, Tensor]:
     """Memory and pairs, checked."""
-    batch, _, heads, dim_k = k.shape
-    shapes = {"memory": (v.shape[-1], dim_k), "keys": (0, dim_k), "values": (0, v.shape[-1])}
+    dim_k, dim_v = x.k.shape[-1], x.v.shape[-1]
+    shapes = {"memory": (dim_v, dim_k), "keys": (0, dim_k), "values": (0, dim_v)}
     if state is not None:
         if not isinstance(state, Mapping) or set(state) != set(shapes):
             found = f"has the keys {sorted(state)}" if isinstance(state, Mapping) else f"is a {type(state).__name__}"
@@ -140,8 +151,8 @@ def _start(state: Mapping[str, Tensor] | None, k: Tensor, v: Tensor, window: int
         pairs = state["keys"].shape[2] if state["keys"].ndim == 4 else 0
         if pairs >= window:
             raise ValueError(f"state['keys'] holds {pairs} pairs; with window={window} it must be {window - 1} at most")
-        shapes |= {"keys": (pairs, dim_k), "values": (pairs, v.shape[-1])}
+        shapes |= {"keys": (pairs, dim_k), "values": (pairs, dim_v)}
     return {
-        name: first(None if state is None else state[name], v, (batch, heads, *shape), f"state[{name!r}]")
+        name: first(None if state is None else state[name], x, shape, f"state[{name!r}]")
         for name, shape in shapes.items()
     }

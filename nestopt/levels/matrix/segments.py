@@ -1,14 +1,27 @@
-"""A recurrence run over segments of its tokens, each of whole chunks; and the gates that come with them."""
+"""A recurrence run over segments of its tokens, each of whole chunks; and what its operations do to their arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nestopt.core.token_batch import Tokens, check_finite, check_mask, check_range, check_state, per_token, tokens
+from nestopt.core.device import no_autocast
+from nestopt.core.packing import Packing
+from nestopt.core.precision import Precision, check_products, products_in
+from nestopt.core.token_batch import (
+    TokenBatch,
+    check_choice,
+    check_finite,
+    check_range,
+    check_state,
+    check_tokens,
+    check_whole,
+    per_token,
+    refuse_mask,
+)
 from nestopt.kernels.products import logarithm
 
 RANGES = {"decay": (0.0, 1.0), "momentum": (0.0, 1.0), "lr": (0.0, 2.0)}
@@ -17,12 +30,70 @@ RANGES = {"decay": (0.0, 1.0), "momentum": (0.0, 1.0), "lr": (0.0, 2.0)}
 CACHED = 1 << 18
 """About how many numbers a tensor of a segment has on a CPU: larger ones leave its cache."""
 
-Run = Callable[[Tokens, Mapping[str, Tensor], Any, int], tuple[Tensor, Any]]
+Scan = Callable[[TokenBatch, Mapping[str, Tensor], Any, int], tuple[Tensor, Any]]
+"""Takes a segment's tokens, its gates (`[B, H, T]`, or 1 where constant), the state and the length of a chunk, of which
+the segment is a multiple; returns `[B, H, T, D_v]` and the state."""
 
 
 def chunk_for(x: Tensor) -> int:
     """Tokens that a matrix memory is computed for at once, where nobody says how many."""
     return 32 if x.device.type == "cpu" else 64
+
+
+def operate(
+    name: str,
+    scan: Scan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Mapping[str, float | Tensor | None],
+    state: Any,
+    begun: Callable[[Any, TokenBatch], Any],
+    *,
+    chunk: int,
+    read: str,
+    mask: Tensor | None,
+    cu_seqlens: Any,
+    precision: Precision,
+    validate: bool,
+    rows: int = 1,
+) -> tuple[Tensor, Any]:
+    """Run an operation of `nestopt.ops` on arguments as a caller gives them: check them, lay them out, scan.
+
+    Args:
+        name: of the operation, for errors.
+        scan: the recurrence.
+        q, k, v: `[B, T, H, D]`.
+        gates: by name; None is a gate that is not there.
+        state: as the caller gave it.
+        begun: makes of that, checked, what `scan` takes.
+        chunk, read, mask, cu_seqlens, precision, validate: of the operation.
+        rows: how many writes a token is to the kernel.
+
+    Returns:
+        y `[B, T, H, D_v]` in the dtype of v, and what `scan` leaves.
+    """
+    check_whole("chunk", chunk, 1)
+    check_choice("read", read, ("after", "before"))
+    check_tokens(q, k, v)
+    check_products(precision, q.device, v.dtype)
+    present = {name: value for name, value in gates.items() if value is not None}
+    check_gates(present, validate)
+    if validate:
+        check_finite(q=q, k=k, v=v, **(state if isinstance(state, Mapping) else {"state": state}))
+    packing = None
+    if cu_seqlens is not None:
+        refuse_mask(mask, q)
+        packing = Packing.of(cu_seqlens, q, name)
+        present = {name: packing.unpack_like(value, q) for name, value in present.items()}
+        (q, k, v), mask = (packing.unpack(x) for x in (q, k, v)), packing.mask
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    made = {name: per_token(name, value, q, dtype) for name, value in present.items()}
+    tokens = TokenBatch.of(q, k, v, mask, *made.values())
+    with no_autocast(q.device), products_in(precision):
+        y, end = over_segments(scan, tokens, made, begun(state, tokens), chunk, rows)
+    y = tokens.answer(y)
+    return y if packing is None else packing.pack(y), end
 
 
 def check_gates(gates: Mapping[str, float | Tensor], validate: bool) -> None:
@@ -37,70 +108,57 @@ def check_gates(gates: Mapping[str, float | Tensor], validate: bool) -> None:
 
 
 def over_segments(
-    run: Run,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Mapping[str, float | Tensor],
-    state: Any,
-    *,
-    chunk: int,
-    mask: Tensor | None,
-    rows: int = 1,
+    scan: Scan, tokens: TokenBatch, gates: Mapping[str, Tensor], state: Any, chunk: int, rows: int = 1
 ) -> tuple[Tensor, Any]:
-    """y `[B, T, H, D_v]` and the state of `run`, segment after segment, in float32 or float64.
-
-    Args:
-        run: takes a segment's tokens, its gates (`[B, H, T]`, or 1 where constant), the state and the length of a
-            chunk, of which the segment is a multiple; returns `[B, H, T, D_v]` and the state.
-        q, k, v: as the caller gave them, `[B, T, H, D]`.
-        gates: by name, as the caller gave them.
-        state: before the first token.
-        chunk: tokens computed at once; a rest of T is a shorter chunk.
-        mask: `[B, T]` or None.
-        rows: how many writes a token is to the kernel.
-    """
-    if mask is not None:
-        check_mask(mask, q.shape[0], q.shape[1])
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    made = {name: per_token(name, value, q, dtype) for name, value in gates.items()}
-    lengths = _lengths(q, v, chunk, rows)
-    parts = {name: x.split(lengths, dim=-1) for name, x in made.items() if x.shape[-1] == q.shape[1]}
-    masks: Sequence[Tensor | None] = [None] * len(lengths) if mask is None else mask.split(lengths, dim=1)
+    """Return y `[B, H, T, D_v]` and the state of `scan`, segment after segment; a rest of T is a shorter chunk."""
+    length = tokens.k.shape[2]
+    lengths = _lengths(tokens, chunk, rows)
+    parts = {name: x.split(lengths, dim=-1) for name, x in gates.items() if x.shape[-1] == length}
     ys = []
-    cut = [x.split(lengths, dim=1) for x in (q, k, v)]
-    for n, length in enumerate(lengths):
-        here = {name: parts[name][n] if name in parts else x for name, x in made.items()}
-        x = tokens(cut[0][n], cut[1][n], cut[2][n], masks[n], *here.values())
-        y, state = run(x, here, state, min(chunk, length))
-        ys.append(x.answer(y))
-    return ys[0] if len(ys) == 1 else torch.cat(ys, dim=1), state
+    for n, segment in enumerate(tokens.split(lengths)):
+        here = {name: parts[name][n] if name in parts else x for name, x in gates.items()}
+        y, state = scan(segment, here, state, min(chunk, lengths[n]))
+        ys.append(y)
+    return ys[0] if len(ys) == 1 else torch.cat(ys, dim=2), state
 
 
-def _lengths(q: Tensor, v: Tensor, chunk: int, rows: int) -> list[int]:
+def _lengths(tokens: TokenBatch, chunk: int, rows: int) -> list[int]:
     """Of the segments: as many chunks as there are, on a CPU as stay in its cache; then the rest of the last chunk."""
-    batch, length, heads, dim_k = q.shape
+    batch, heads, length, dim_k = tokens.k.shape
     chunks, rest = length // chunk, length % chunk  # a compiler that knows no length has no divmod
     most = max(1, chunks)
-    if q.device.type == "cpu":
-        most = min(most, max(1, CACHED // (batch * heads * chunk * rows * max(dim_k, v.shape[-1], chunk * rows))))
+    if tokens.k.device.type == "cpu":
+        width = max(dim_k, tokens.v.shape[-1], chunk * rows)
+        most = min(most, max(1, CACHED // (batch * heads * chunk * rows * width)))
     lengths = [most * chunk] * (chunks // most) + [chunks % most * chunk, rest]
     return [length for length in lengths if length]
 
 
-def first(state: Tensor | None, v: Tensor, shape: tuple[int, ...], name: str = "state") -> Tensor:
-    """`state` in the dtype that is computed in, if it has `shape`; None is 0."""
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    return v.new_zeros(shape, dtype=dtype) if state is None else check_state(name, state, shape, dtype)
+def memory_of(state: Tensor | Mapping[str, Tensor] | None, tokens: TokenBatch) -> Tensor:
+    """Return a state that is M `[B, H, D_v, D_k]` alone, checked; None is 0."""
+    shape = (tokens.v.shape[-1], tokens.k.shape[-1])
+    if isinstance(state, Mapping):
+        wanted = [*tokens.k.shape[:2], *shape]
+        raise ValueError(f"state has the keys {sorted(state)}; without momentum it must be a tensor {wanted}")
+    return first(state, tokens, shape)
 
 
-def log_gate(x: Tokens, gates: Mapping[str, Tensor], name: str, chunk: int) -> Tensor | None:
-    """Logarithms `[B, H, N, chunk]` of a gate that leaves all as it is at tokens that are not live; None without it."""
+def first(state: Tensor | None, tokens: TokenBatch, shape: tuple[int, ...], name: str = "state") -> Tensor:
+    """Return `state` in the dtype that is computed in, if it is `[B, H, *shape]`; None is 0."""
+    whole = (*tokens.k.shape[:2], *shape)
+    return tokens.k.new_zeros(whole) if state is None else check_state(name, state, whole, tokens.dtype)
+
+
+def log_gate(x: TokenBatch, gates: Mapping[str, Tensor], name: str, chunk: int) -> Tensor | None:
+    """Logarithms `[B, H, N, chunk]` of a gate that leaves all as it is at tokens that are not active; None without it.
+
+    A constant is one number, but where a token is not active.
+    """
     return gate_chunks(logarithm(x.gate(gates[name], 1.0)), chunk) if name in gates else None
 
 
-def rates(x: Tokens, gates: Mapping[str, Tensor], chunk: int) -> Tensor:
-    """η `[B, H, N, chunk]`, 0 at tokens that are not live."""
+def rates(x: TokenBatch, gates: Mapping[str, Tensor], chunk: int) -> Tensor:
+    """η `[B, H, N, chunk]`, 0 at tokens that are not active."""
     return gate_chunks(x.gate(gates["lr"], 0.0), chunk)
 
 
@@ -110,7 +168,5 @@ def chunks_of(x: Tensor, chunk: int) -> Tensor:
 
 
 def gate_chunks(gate: Tensor, chunk: int) -> Tensor:
-    """`[B, H, T]` to `[B, H, N, chunk]`; a constant `[.., 1]` to as many of itself `[.., 1, chunk]`."""
-    if gate.shape[-1] == 1:
-        return gate[..., None].expand(*gate.shape, chunk)
+    """`[B, H, T]` to `[B, H, N, chunk]`."""
     return gate.unflatten(-1, (-1, chunk))

@@ -1,17 +1,21 @@
-"""`self_modifying` by its kernel: its fields as the kernel's settings, its state as the kernel's."""
+"""Self-modifying Titans on tokens: the level's fields as the kernel's settings."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestopt.core.part import Gate
-from nestopt.core.token_batch import Tokens, per_token, tokens
+from nestopt.core.level import Level
+from nestopt.core.token_batch import TokenBatch
+from nestopt.core.token_form import Accepted, FormSetting, Refused, TokenForm
+from nestopt.core.token_state import PENDING
 from nestopt.core.tree import State
+from nestopt.levels.closed_form import is_number
 from nestopt.levels.deep import mlp
 from nestopt.levels.deep.gate_products import Fading
 from nestopt.levels.deep.scan import Settings, held
@@ -19,47 +23,51 @@ from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.levels.self_modifying.projections import Maker
 from nestopt.levels.self_modifying.scan import now_of, scan_boxes
 
-
-def self_form(
-    level: SelfModifying,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Mapping[str, Tensor],
-    state: State,
-    mask: Tensor | None,
-    checkpoint: int,
-) -> tuple[Tensor, State]:
-    """`nestopt.core.scan` of `level`, with the states of the generic machine."""
-    theta = None
-    if level.momentum is not None:
-        value = level.momentum
-        if isinstance(value, Gate):
-            value = gates.get("momentum", value.init)
-        theta = per_token("momentum", value, q, torch.promote_types(v.dtype, torch.float32))
-    given = tokens(q, k, v, mask, *([] if theta is None else [theta]))
-    before = state["level"]
-    settings = _settings(level, checkpoint)
-    maker = Maker(
-        level.adaptive,
-        {name: (parts["w"], parts["b"]) for name, parts in before["readout"].items()},
-        dataclasses.replace(settings, chunk=level.projection_chunk),
-        level.eta_max,
-    )
-    y, new = scan_boxes(given, theta, before, maker, settings)
-    return given.answer(y), {
-        "step": state["step"] + given.live.sum(-1),
-        "level": {"readout": before["readout"], **new},
-    }
+_MEANING = ("attend", "attend_chunk", "begin", "made", "own_values", "_piece", "_start")
 
 
-def self_recalled(level: SelfModifying, given: Tokens, state: State) -> Tensor:
-    """What `level` answers to these tokens as `state` holds it: `[B, H, T, D]`."""
-    before, form, asked = state["level"], _settings(level, 0).form, given.q
-    if "q" in level.adaptive:
-        asked = mlp.read(held(now_of(before["projections"]["q"], given.dtype), Fading()), asked, form)
-    memory = held(now_of(before["memory"], given.dtype), Fading())
-    return mlp.read(memory, F.normalize(asked, dim=-1), form)
+class SelfModifyingForm(TokenForm):
+    """Write all memories a chunk at a time, by products of matrices."""
+
+    levels: ClassVar[tuple[type[Level], ...]] = (SelfModifying,)
+    level: SelfModifying
+
+    def __init__(self, level: Level, setting: FormSetting) -> None:
+        super().__init__(level, setting)
+        self.settings = _settings(self.level, setting.checkpoint)
+
+    @classmethod
+    def accepts(cls, level: Level, device: torch.device, dtype: torch.dtype) -> Accepted | Refused:
+        assert isinstance(level, SelfModifying)
+        for name in _MEANING:
+            if getattr(type(level), name) is not getattr(SelfModifying, name):
+                return Refused(f"{type(level).__name__}.{name} is its own, and not that of SelfModifying")
+        if not is_number(level.momentum):
+            return Refused("momentum is a tensor with a shape")
+        return Accepted("products of matrices, a chunk at a time")
+
+    def pending(self, state: State) -> int:
+        parts = [state["level"]["memory"], *([state["level"]["projections"]] if self.level.adaptive else [])]
+        return max(part[PENDING]["k"].shape[2] for part in parts) % self.chunk
+
+    def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
+        level, before = self.level, state["level"]
+        theta = None if level.momentum is None else self.number(level.momentum, "momentum", gates, tokens.k)
+        maker = Maker(
+            level.adaptive,
+            {name: (parts["w"], parts["b"]) for name, parts in before["readout"].items()},
+            dataclasses.replace(self.settings, chunk=level.projection_chunk),
+            level.eta_max,
+        )
+        y, new = scan_boxes(tokens, theta, before, maker, self.settings)
+        return y, {"step": state["step"] + tokens.count, "level": {"readout": before["readout"], **new}}
+
+    def read(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> Tensor:
+        before, asked, form = state["level"], tokens.q, self.settings.form
+        if "q" in self.level.adaptive:
+            asked = mlp.read(held(now_of(before["projections"]["q"], tokens.dtype), Fading()), asked, form)
+        memory = held(now_of(before["memory"], tokens.dtype), Fading())
+        return mlp.read(memory, F.normalize(asked, dim=-1), form)
 
 
 def _settings(level: SelfModifying, checkpoint: int) -> Settings:

@@ -12,8 +12,7 @@ from torch import Tensor
 from nestopt.core.device import no_autocast
 from nestopt.core.part import nearest
 from nestopt.core.precision import Precision, check_products, products_in
-from nestopt.core.token_batch import Tokens, check_finite, check_range, packed, per_token, tokens
-from nestopt.core.token_checks import check_whole
+from nestopt.core.token_batch import TokenBatch, check_finite, check_range, check_whole, per_token, run_unpacked
 from nestopt.core.tree import State
 from nestopt.levels.deep import mlp
 from nestopt.levels.deep.deep_memory import check_pending, check_weights, kept, named
@@ -129,7 +128,7 @@ def self_modifying(
 
     arguments = {"momentum": momentum, "mask": mask, "state": state}
     if cu_seqlens is not None:
-        return packed(run, q, k, v, cu_seqlens, **arguments)
+        return run_unpacked(run, q, k, v, cu_seqlens, **arguments)
     return run(q, k, v, **arguments)
 
 
@@ -159,7 +158,7 @@ def _run(
 ) -> tuple[Tensor, State]:
     dtype = torch.promote_types(v.dtype, torch.float32)
     theta = None if momentum is None else per_token("momentum", momentum, q, dtype)
-    given = tokens(q, k, v, mask, *([] if theta is None else [theta]))
+    given = TokenBatch.of(q, k, v, mask, *([] if theta is None else [theta]))
     _check_shapes(starts, maker.readout, given)
     if state is None:
         state = _begun(starts, given, theta is not None)
@@ -171,10 +170,10 @@ def _run(
 
 
 def scan_boxes(
-    given: Tokens, theta: Tensor | None, state: Mapping[str, Any], maker: Maker, settings: Settings
+    given: TokenBatch, theta: Tensor | None, state: Mapping[str, Any], maker: Maker, settings: Settings
 ) -> tuple[Tensor, State]:
     """y `[B, H, T, D]` and the state after these tokens, of momenta `theta` `[B, H, T]`."""
-    live = given.live
+    live = given.active
     shown = {"q": given.q, "k": given.k, "v": given.v, "live": live}
     if theta is not None:
         shown["momentum"] = given.gate(theta, 1.0).expand(live.shape)
@@ -204,7 +203,7 @@ def _idle(pending: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
     return {name: torch.where(pending["live"], x, idle[name]) if name in idle else x for name, x in pending.items()}
 
 
-def _begun(starts: Mapping[str, Sequence[Tensor]], given: Tokens, has_momentum: bool) -> State:
+def _begun(starts: Mapping[str, Sequence[Tensor]], given: TokenBatch, has_momentum: bool) -> State:
     """The state before the first token."""
     batch, heads, _, dim = given.k.shape
 
@@ -214,7 +213,7 @@ def _begun(starts: Mapping[str, Sequence[Tensor]], given: Tokens, has_momentum: 
 
     gates = ("lr", "decay", *(["momentum"] if has_momentum else []))
     none: State = {name: given.k.new_zeros(batch, heads, 0, dim) for name in ("k", "v")}
-    none["live"] = given.live[:, :, :0]
+    none["live"] = given.active[:, :, :0]
     none |= {name: given.k.new_zeros(batch, heads, 0) for name in gates}
     projections: State = {name: box(weights) for name, weights in starts.items() if name != "memory"}
     if projections:
@@ -225,7 +224,7 @@ def _begun(starts: Mapping[str, Sequence[Tensor]], given: Tokens, has_momentum: 
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-def _check_shapes(starts: Mapping[str, Sequence[Tensor]], readout: Readout, given: Tokens) -> None:
+def _check_shapes(starts: Mapping[str, Sequence[Tensor]], readout: Readout, given: TokenBatch) -> None:
     k, v = given.k, given.v
     if k.shape != v.shape:
         raise ValueError(f"v is {v.shape[-1]} wide and k {k.shape[-1]}; here they must be the same")
@@ -254,7 +253,7 @@ def _check_state(
     state: Mapping[str, Any],
     starts: Mapping[str, Sequence[Tensor]],
     maker: Maker,
-    given: Tokens,
+    given: TokenBatch,
     has_momentum: bool,
     settings: Settings,
 ) -> None:
@@ -269,14 +268,14 @@ def _check_state(
                 f"the state's {name} has the keys {sorted(part)}; with these arguments it must have {sorted(keys)}. Is "
                 "it the state of another memory?"
             )
-    batch, heads = given.live.shape[:2]
+    batch, heads = given.active.shape[:2]
     for name, weights in starts.items():
         box = state["memory"] if name == "memory" else projections[name]
         shapes = [(batch, heads, *weight.shape[-2:]) for weight in weights]
         for kind in wanted:
             kept(box, kind, shapes, given.dtype)
-    fresh = {"k": given.k, "v": given.v, "live": given.live, "lr": given.live, "decay": given.live}
-    fresh |= {"momentum": given.live} if has_momentum else {}
+    fresh = {"k": given.k, "v": given.v, "live": given.active, "lr": given.active, "decay": given.active}
+    fresh |= {"momentum": given.active} if has_momentum else {}
     check_pending(state["memory"]["pending"], fresh, settings.chunk)
     if maker.names:
         check_pending(projections["pending"], fresh, maker.settings.chunk)

@@ -69,8 +69,8 @@ def loop_delta_rule(
         if momentum is None:
             new = (a[:, t] * m @ (eye - turn) if decay_first else m @ (a[:, t] * eye - turn)) + write
         else:
-            s = theta[:, t] * s - (a[:, t] * m if decay_first else m) @ turn + write
-            new = a[:, t] * m + s
+            s = theta[:, t] * s + (a[:, t] * m if decay_first else m) @ turn - write
+            new = a[:, t] * m - s
         ys.append(ask(new if read == "after" else m, q[:, t]))
         m = new
     return torch.stack(ys, 1), m if momentum is None else {"memory": m, "momentum": s}

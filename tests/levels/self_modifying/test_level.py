@@ -224,12 +224,12 @@ def test_gates_start_where_they_are_said_to() -> None:
     [
         titans(rule=self_modifying(), step_size=0.1, normalized=False, chunk=1),
         deltanet(rule=self_modifying(), step_size=0.5),
-        chain(self_modifying(momentum=0.5), gd()),
+        chain(self_modifying(momentum=0.5, chunk=2, projection_chunk=4), gd()),
     ],
     ids=lambda level: level.label,
 )
 def test_as_a_rule_and_in_a_chain(level: Level) -> None:
-    """There it is shown gradients, rows of which it takes together."""
+    """As a rule it is shown gradients, rows of which it takes together; in a chain, tokens."""
     layer = nestopt.layer(level, 8, 2)
     y, state = layer(torch.randn(2, 12, 8))
     y.square().sum().backward()
@@ -296,7 +296,10 @@ def test_fast_form() -> None:
     assert nestopt.ops.fast_form(self_modifying()) == "self_modifying"
 
     class Other(self_modifying):  # type: ignore[misc, valid-type]
-        """One that may mean something else."""
+        """One that means something else."""
+
+        def own_values(self, theta, v):  # type: ignore[no-untyped-def]
+            return v
 
     assert nestopt.ops.fast_form(Other()) is None
     x = F.normalize(torch.randn(1, 9, 1, 4), dim=-1)

@@ -1,4 +1,4 @@
-"""States of layers, nested dicts of tensors `[batch, ...]`: what is done with them, and whether they fit a layer."""
+"""States of memories on tokens, nested dicts of tensors `[batch, ...]`: their start, rows, and whether they fit."""
 
 from __future__ import annotations
 
@@ -7,11 +7,54 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from nestopt.core.device import upload
+from nestopt.core.gates import bind, gates_of
+from nestopt.core.level import Level
 from nestopt.core.part import nearest
-from nestopt.core.token_reference import PENDING
-from nestopt.core.tree import State, leaves, tree_map
+from nestopt.core.tree import State, leaves, nested, tree_map
+
+PENDING = "pending"
+"""Key of a state: the tokens of a chunk that is not over."""
+
+PAIRS = {"keys", "values"}
+"""The keys of a memory that keeps its pairs; which of them count is its "mask", where not all do."""
+
+
+def begin(
+    level: Level, batch: int, heads: int, dim_k: int, dim_v: int, like: Tensor, learned: Mapping[str, Tensor]
+) -> State:
+    """Return the state before the first token, as the reference machine has it; tensors as `like` in dtype and device.
+
+    `learned` is the start that a layer learned, `[H, ...]` each. Leaves of the state are `[B, H, ...]`; `"step"`
+    counts the tokens seen, `[B, H]`. Of a level with a `span` above 1, `"level"` is the state at the start of a chunk
+    that is not over, and `"pending"` has its tokens so far: k, v, which of them are live, and the gates by path,
+    `[B, H, n, ..]`; a level that `keeps_pending` has them in a way of its own.
+    """
+    gates = gates_of(level)
+    level = bind(level)
+
+    def one(learned: State) -> State:
+        return level.begin(dim_k, dim_v, like, learned)
+
+    if learned:
+        state = vmap(one, randomness="different")(dict(learned))  # a rule may start at random
+    else:
+        first = one({})
+        state = tree_map(lambda leaf: leaf.expand(heads, *leaf.shape), first)
+    state = tree_map(lambda leaf: leaf.expand(batch, *leaf.shape), state)
+    whole: State = {"step": torch.zeros(batch, heads, dtype=torch.int64, device=like.device), "level": state}
+    if level.span > 1 and not level.keeps_pending:
+        none = (batch, heads, 0)
+        whole[PENDING] = {
+            "k": like.new_zeros(*none, dim_k),
+            "v": like.new_zeros(*none, dim_v),
+            "live": torch.zeros(none, dtype=torch.bool, device=like.device),
+            "gates": nested({path: like.new_zeros(none) for path in gates}),
+        }
+    return whole
+
 
 Rows = Sequence[int] | Sequence[bool] | Tensor
 """Sequences of a batch: their numbers, or a bool for each."""
@@ -124,7 +167,7 @@ def _pending_filled(states: Sequence[Mapping[str, Any]]) -> list[Mapping[str, An
                 return torch.cat([added.to(x), x], dim=2)
 
             held = tree_map(fill, held, most)
-            for name in ("k", "v", "live"):
+            for name in [name for name in _OF_TOKENS if name in held]:
                 held[name] = torch.cat([torch.zeros_like(held[name][:, :, :missing]), held[name][:, :, missing:]], 2)
         filled.append({**state, PENDING: held})
     return filled
@@ -161,6 +204,41 @@ def numbers(rows: Rows, batch: int, device: torch.device, owner: str) -> Tensor:
     return upload(given, device)
 
 
+def reset_rows(state: Mapping[str, Any], begun: Mapping[str, Any], rows: Tensor) -> State:
+    """`state` of a batch with `rows` `[B]` (bool) of its tensors those of `begun`; what has grown is not live there."""
+
+    def choose(new: Tensor, old: Tensor) -> Tensor:
+        return torch.where(rows.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+    if set(state) - {"mask"} == PAIRS:
+        keys = state["keys"]
+        mask = state["mask"] if "mask" in state else keys.new_ones((len(rows), keys.shape[2]), dtype=torch.bool)
+        zeros = {name: choose(torch.zeros_like(state[name]), state[name]) for name in sorted(PAIRS)}
+        return {**zeros, "mask": mask & ~rows[:, None]}
+    found: State = {}
+    for key, value in state.items():
+        if key == PENDING:
+            # gates stay in their range
+            zeros = {name: choose(torch.zeros_like(x), x) for name, x in value.items() if name in _OF_TOKENS}
+            found[key] = {**value, **zeros}
+        elif isinstance(value, Mapping):
+            found[key] = reset_rows(value, begun[key], rows)
+        else:
+            found[key] = choose(begun[key], value)
+    return found
+
+
+_OF_TOKENS = ("k", "v", "live")
+"""What pending tokens are, but for their gates."""
+
+
+def as_mask(rows: Tensor, batch: int) -> Tensor:
+    """`rows`, as numbers or bools, as a bool for each of `batch` sequences."""
+    if rows.dtype == torch.bool:
+        return rows
+    return torch.zeros(batch, dtype=torch.bool, device=rows.device).index_fill(0, rows % batch, True)
+
+
 # -- whether a state from outside fits: said in words, before a matrix product says it in numbers ---------------------
 
 
@@ -180,9 +258,6 @@ class Leaf(NamedTuple):
 
 Shapes = dict[str, Any]
 """What a layer's state must be: nested dicts of `Leaf`."""
-
-PAIRS = {"keys", "values"}
-"""The keys of a memory that keeps its pairs; which of them count is its "mask", where not all do."""
 
 
 def shapes_of(state: Mapping[str, Any]) -> Shapes:

@@ -1,0 +1,259 @@
+"""Compositions on tokens: forms made of forms. Each part runs by its own, and they are combined."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from nestopt.core.compose import Chain, Nest, Parallel
+from nestopt.core.gates import bind
+from nestopt.core.level import Level
+from nestopt.core.part import FieldError
+from nestopt.core.signal import Signal
+from nestopt.core.token_batch import TokenBatch
+from nestopt.core.token_choice import make_form
+from nestopt.core.token_form import Accepted, FormSetting, Refused, TokenForm
+from nestopt.core.token_state import PENDING
+from nestopt.core.tree import State, leaves, nested, tree_map
+
+Run = Callable[[TokenBatch, Mapping[str, Tensor], State], tuple[Tensor, State]]
+"""`forward` or `step` of a form."""
+
+
+class _Composition(TokenForm):
+    """A form made of forms, whose states are in its own by the name of the part: `"level"` → name → state."""
+
+    reference: ClassVar[bool] = True
+
+    def __init__(self, level: Level, setting: FormSetting) -> None:
+        super().__init__(level, setting)
+        self.parts = {path: make_form(part, setting) for path, part in self.parts_of(level)}
+        pieces = [form.piece for form in self.parts.values()]
+        self.piece = math.lcm(*pieces) if all(pieces) else 0
+
+    @staticmethod
+    def parts_of(level: Level) -> Iterator[tuple[str, Level]]:
+        """The levels within, by dotted path."""
+        return ((path, part) for path, part in level.parts() if isinstance(part, Level))
+
+    @property
+    def chunk(self) -> int:
+        return math.lcm(*(form.chunk for form in self.parts.values()))
+
+    @property
+    def takes_padding(self) -> bool:
+        return all(form.takes_padding for form in self.parts.values())
+
+    def pending(self, state: State) -> int:
+        return max(form.pending(state["level"][name]) for name, form in self._named())
+
+    def init(
+        self, batch: int, heads: int, dim_k: int, dim_v: int, like: Tensor, learned: Mapping[str, Tensor]
+    ) -> State:
+        step = torch.zeros(batch, heads, dtype=torch.int64, device=like.device)
+        level: State = {
+            name: form.init(batch, heads, dim_k, dim_v, like, within(learned, name)) for name, form in self._named()
+        }
+        return {"step": step, "level": level}
+
+    def with_learned(self, state: State, learned: Mapping[str, Tensor]) -> State:
+        new = {name: form.with_learned(state["level"][name], within(learned, name)) for name, form in self._named()}
+        return {**state, "level": {**state["level"], **new}}
+
+    def explain(self, indent: str = "") -> list[str]:
+        parts = (line for form in self.parts.values() for line in form.explain(indent + "  "))
+        return [*super().explain(indent), *parts]
+
+    def _named(self) -> Iterator[tuple[str, TokenForm]]:
+        """The parts' forms by the last word of their path."""
+        return ((path.split(".")[-1], form) for path, form in self.parts.items())
+
+
+def within(flat: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+    """Those of a part, of tensors by dotted path."""
+    return {name.removeprefix(f"{path}."): x for name, x in flat.items() if name.startswith(f"{path}.")}
+
+
+def _clock(level: Level) -> str:
+    return f"period={level.period}: it is shown sums of gradients"
+
+
+class ParallelForm(_Composition):
+    """Show every part the same tokens, and add their answers up, each times its weight."""
+
+    levels: ClassVar[tuple[type[Level], ...]] = (Parallel,)
+
+    @classmethod
+    def accepts(cls, level: Level, device: torch.device, dtype: torch.dtype) -> Accepted | Refused:
+        if level.period > 1:
+            return Refused(_clock(level))
+        return Accepted("each part by its own form, and their answers added up")
+
+    def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
+        return self._through([form.forward for form in self.parts.values()], tokens, gates, state)
+
+    def step(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
+        return self._through([form.step for form in self.parts.values()], tokens, gates, state)
+
+    def read(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> Tensor:
+        def reading(form: TokenForm) -> Run:
+            return lambda tokens, gates, state: (form.read(tokens, gates, state), state)
+
+        return self._through([reading(form) for form in self.parts.values()], tokens, gates, state)[0]
+
+    def _through(
+        self, runs: list[Run], tokens: TokenBatch, gates: Mapping[str, Tensor], state: State
+    ) -> tuple[Tensor, State]:
+        assert isinstance(self.level, Parallel)
+        weights = self.level.weights or [1.0] * len(runs)
+        total, new = None, {}
+        for run, weight, path in zip(runs, weights, self.parts, strict=True):
+            name = path.split(".")[-1]
+            y, new[name] = run(tokens, within(gates, path), state["level"][name])
+            y = y if weight == 1.0 else weight * y
+            total = y if total is None else total + y
+        assert total is not None  # there is one part at least
+        return total, {"step": state["step"] + tokens.count, "level": new}
+
+
+class ChainForm(_Composition):
+    """Show each part, as the value of a key, what the one before it answers at that key; the last is asked."""
+
+    levels: ClassVar[tuple[type[Level], ...]] = (Chain,)
+
+    @classmethod
+    def accepts(cls, level: Level, device: torch.device, dtype: torch.dtype) -> Accepted | Refused:
+        if level.period > 1:
+            return Refused(_clock(level))
+        if not level.of_tokens:
+            return Refused("its levels are all of gradients: they make one direction, which is asked")
+        return Accepted("each part by its own form, on what the one before it answers")
+
+    def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
+        return self._through([form.forward for form in self.parts.values()], tokens, gates, state)
+
+    def step(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
+        return self._through([form.step for form in self.parts.values()], tokens, gates, state)
+
+    def read(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> Tensor:
+        path, last = list(self.parts.items())[-1]
+        return last.read(tokens, within(gates, path), state["level"][path.split(".")[-1]])
+
+    def _through(
+        self, runs: list[Run], tokens: TokenBatch, gates: Mapping[str, Tensor], state: State
+    ) -> tuple[Tensor, State]:
+        new, shown = {}, tokens
+        for i, (run, path) in enumerate(zip(runs, self.parts, strict=True)):
+            name, is_last = path.split(".")[-1], i == len(runs) - 1
+            asked = shown.replace(q=tokens.q if is_last else tokens.k)
+            y, new[name] = run(asked, within(gates, path), state["level"][name])
+            shown = shown if is_last else shown.replace(v=y)
+        return y, {"step": state["step"] + tokens.count, "level": new}
+
+
+class NestForm(_Composition):
+    """Run the inner level by its form, a context of tokens after the other; between them the outer level learns.
+
+    A context is `outer.period` places of a sequence, padding among them. State: `"inner"` is that of the inner form,
+    `"start"` where each of its tensors begins a context, `"outer"` what the outer level remembers of these, `"writes"`
+    `[B, H]` how often it has learned, and `"pending"` which places of a context that is not over have tokens.
+    """
+
+    levels: ClassVar[tuple[type[Level], ...]] = (Nest,)
+
+    def __init__(self, level: Level, setting: FormSetting) -> None:
+        super().__init__(level, setting)
+        assert isinstance(level, Nest)
+        self.inner, self.context, self.piece = self.parts["inner"], level.outer.period, 0
+        if self.context % self.inner.chunk:
+            problem = f"is not allowed on tokens: its period must be a multiple of the inner level's {self.inner.chunk}"
+            raise FieldError(level.label, "outer", level.outer, f"{problem} tokens of a chunk")
+
+    @staticmethod
+    def parts_of(level: Level) -> Iterator[tuple[str, Level]]:
+        assert isinstance(level, Nest)
+        return iter([("inner", level.inner)])
+
+    @classmethod
+    def accepts(cls, level: Level, device: torch.device, dtype: torch.dtype) -> Accepted | Refused:
+        assert isinstance(level, Nest)
+        if level.period > 1:
+            return Refused(_clock(level))
+        if level.inner.appends:
+            return Refused("the inner level keeps its pairs: it has no start that could be learned")
+        return Accepted(f"the inner level by its own form, in contexts of {level.outer.period} tokens")
+
+    @property
+    def chunk(self) -> int:
+        return self.context
+
+    def pending(self, state: State) -> int:
+        return state[PENDING]["live"].shape[2]
+
+    def init(
+        self, batch: int, heads: int, dim_k: int, dim_v: int, like: Tensor, learned: Mapping[str, Tensor]
+    ) -> State:
+        state = super().init(batch, heads, dim_k, dim_v, like, learned)
+        begins = {path: leaf for path, leaf in leaves(state["level"]["inner"]["level"]) if self._learns(path, leaf)}
+        outer = bind(self.level.outer)  # type: ignore[attr-defined]
+        starts = vmap(vmap(outer.init, randomness="different"), randomness="different")
+        level = {
+            "inner": state["level"]["inner"],
+            "start": nested(begins),
+            "outer": nested({path: starts(leaf) for path, leaf in begins.items()}),
+            "writes": torch.zeros_like(state["step"]),
+        }
+        live = torch.zeros(batch, heads, 0, dtype=torch.bool, device=like.device)
+        return {"step": state["step"], "level": level, PENDING: {"live": live}}
+
+    def _learns(self, path: str, leaf: Tensor) -> bool:
+        """Whether the outer level learns where this tensor of the inner level's state starts."""
+        keys = path.split(".")
+        return leaf.is_floating_point() and PENDING not in keys and keys[0] not in self.inner.level.fixed
+
+    def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
+        live, level, ys, first = state[PENDING]["live"], state["level"], [], 0
+        left, length = self.context - live.shape[2], tokens.k.shape[2]
+        lengths = [min(left, length), *[self.context] * ((length - left) // self.context)]
+        lengths += [length - sum(lengths)] if length > sum(lengths) else []
+        for piece in tokens.split(lengths):
+            part = slice(first, first + piece.k.shape[2])
+            here = {path: gate[:, :, part] for path, gate in gates.items()}
+            y, inner = self.inner.forward(piece, within(here, "inner"), level["inner"])
+            ys.append(y)
+            level, live, first = {**level, "inner": inner}, torch.cat([live, piece.active], dim=2), part.stop
+            if live.shape[2] == self.context:
+                last = {path: gate[:, :, -1] for path, gate in within(here, "outer").items()}
+                level, live = self._learned(level, live.any(2), last), live[:, :, :0]
+        y = ys[0] if len(ys) == 1 else torch.cat(ys, dim=2)
+        return y, {"step": state["step"] + tokens.count, "level": level, PENDING: {"live": live}}
+
+    def read(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> Tensor:
+        return self.inner.read(tokens, within(gates, "inner"), state["level"]["inner"])
+
+    def _learned(self, level: State, wrote: Tensor, gates: State) -> State:
+        """The state after a context, in which the sequences and heads of `wrote` `[B, H]` have learned something."""
+        arrived, begins, outer = dict(leaves(level["inner"]["level"])), {}, {}
+        writes = level["writes"] + wrote
+
+        def step(at: Tensor, end: Tensor, state: State, now: State, step: Tensor) -> tuple[Tensor, State]:
+            learner = bind(self.level.outer, now)  # type: ignore[attr-defined]
+            move, new = learner.step(at - end, state, Signal(step=step).on(at))
+            return at - move, new
+
+        def chosen(new: Tensor, old: Tensor) -> Tensor:
+            return torch.where(wrote.reshape(*wrote.shape, *(1,) * (new.ndim - 2)), new, old)
+
+        for path, at in leaves(level["start"]):
+            before = level["outer"]
+            for key in path.split("."):
+                before = before[key]
+            new, after = vmap(vmap(step))(at, arrived[path], before, gates, writes.clamp_min(1))
+            begins[path], outer[path] = chosen(new, at), tree_map(chosen, after, before)
+        inner = {**level["inner"], "level": nested({**arrived, **begins})}
+        return {"inner": inner, "start": nested(begins), "outer": nested(outer), "writes": writes}

@@ -1,0 +1,178 @@
+"""The contract of a form: how a level runs on tokens.
+
+A level says what is computed, for one token; a form computes it, for many. A level does not know which forms there are
+for it, a form knows its levels. Packages bring forms by the hook `nestopt_register_token_forms`, for levels of their
+own or for nestopt's; `nestopt.core.token_choice` asks them, and `nestopt.core.token_reference` takes all others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from nestopt.core.device import number_like
+from nestopt.core.gates import gates_of
+from nestopt.core.level import Level
+from nestopt.core.part import Gate, Number
+from nestopt.core.recall import recalled
+from nestopt.core.token_batch import TokenBatch
+from nestopt.core.token_state import PENDING, Rows, begin, cat, index, reset_rows
+from nestopt.core.tree import State, nested
+
+if TYPE_CHECKING:
+    from nestopt.core.token_choice import Choice
+
+
+@dataclasses.dataclass(frozen=True)
+class Accepted:
+    """A form takes a level as it is configured; `words` say what runs, as `describe` prints it."""
+
+    words: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """A form does not take a level as it is configured; `words` say why, as `describe` prints it."""
+
+    words: str
+
+
+@dataclasses.dataclass(frozen=True)
+class FormSetting:
+    """Where a form is to run, and how.
+
+    Attributes:
+        device: of the tokens.
+        dtype: in which memories are: float32 or float64.
+        checkpoint: of deep memories: recompute in the backward pass all but every so many chunks' weights; 0 keeps all.
+        reference: whether only forms of the reference machine are asked.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    checkpoint: int = 0
+    reference: bool = False
+
+
+class TokenForm(ABC):
+    """Run a level on tokens. A layer makes its form once.
+
+    Write `accepts` and `forward`, and `levels`, those that it is asked about (and their subclasses). The state is
+    nested dicts of tensors `[B, H, ..]`, in a layout of the form's own choice: what `forward` takes is what a
+    checkpoint holds. By default it is that of the reference machine, so that a stream may go from one to the other:
+    `"step"` `[B, H]` counts the tokens written, `"level"` is the memory, and a level with chunks has the tokens of one
+    that is not over in `"pending"`.
+
+    Args:
+        level: accepted by `accepts`.
+        setting: where it is to run.
+    """
+
+    levels: ClassVar[tuple[type[Level], ...]] = ()
+    priority: ClassVar[int] = 0
+    """Of the forms that accept a level the one with the highest runs; built-in ones have 0, the reference -100."""
+    reference: ClassVar[bool] = False
+    """Whether it belongs to the reference machine."""
+    widens: ClassVar[bool] = True
+    """Whether tokens narrower than float32 are shown in float32."""
+    piece: int = 64
+    """Of how many tokens, or a multiple, a layer may make pieces of a long sequence; 0 is none."""
+
+    choice: Choice
+
+    def __init__(self, level: Level, setting: FormSetting) -> None:
+        self.level, self.setting = level, setting
+        self.gates = gates_of(level)
+
+    @classmethod
+    @abstractmethod
+    def accepts(cls, level: Level, device: torch.device, dtype: torch.dtype) -> Accepted | Refused:
+        """Whether it runs `level` as configured, with memories of this dtype on this device; in words."""
+
+    @property
+    def chunk(self) -> int:
+        """How many tokens are learned together."""
+        return self.level.span
+
+    @property
+    def takes_padding(self) -> bool:
+        """Whether a memory can leave out padding, and forget some sequences of a batch."""
+        return True
+
+    def refuse_padding(self, what: str) -> None:
+        """Raise ValueError, which begins with `what`, if the memory can't leave out padding."""
+        if not self.takes_padding:
+            raise ValueError(
+                f"{what} for {self.level.label} with read={getattr(self.level, 'read', None)!r}, whose memory would "
+                'keep padding; give read="after", or run sequences of one length together'
+            )
+
+    def init(
+        self, batch: int, heads: int, dim_k: int, dim_v: int, like: Tensor, learned: Mapping[str, Tensor]
+    ) -> State:
+        """Return the state of `batch` sequences before their first token, on the device and in the dtype of `like`.
+
+        `learned` is the start that a layer has learned, `[H, ..]` each (`Level.learned_start`); empty where it has not.
+        """
+        return begin(self.level, batch, heads, dim_k, dim_v, like, learned)
+
+    @abstractmethod
+    def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
+        """Answer tokens, and learn them: y `[B, H, T, D_v]` and the state after the last.
+
+        `gates` are values of gates of the level by dotted path, `[B, H, T]` each, at their initial value where a token
+        is not active; one that is missing is at that everywhere. Nothing is changed in place.
+        """
+
+    def step(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
+        """Do as `forward` with one token of each sequence, T = 1: the place for what is faster then."""
+        return self.forward(tokens, gates, state)
+
+    def read(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> Tensor:
+        """Answer tokens, and learn nothing: `[B, H, T, D_v]`, each as if it came next."""
+        return recalled(self.level, tokens, gates, state)
+
+    def pending(self, state: State) -> int:
+        """How many tokens of a chunk that is not over the state has."""
+        return state[PENDING]["live"].shape[2] if PENDING in state else 0
+
+    def with_learned(self, state: State, learned: Mapping[str, Tensor]) -> State:
+        """Put the learned start `[H, ..]`, as it is by now, where no token changes it (`Level.fixed`)."""
+        if not self.level.fixed:
+            return state
+        batch = state["step"].shape[0]
+        fixed = {
+            name: x.expand(batch, *x.shape) for name, x in learned.items() if name.split(".")[0] in self.level.fixed
+        }
+        return {**state, "level": {**state["level"], **nested(fixed)}}
+
+    # -- rows of the batch -----------------------------------------------------------------------------------------
+
+    def index(self, state: State, rows: Rows) -> State:
+        """Choose sequences of the batch: see `nestopt.nn.index`."""
+        return index(state, rows)
+
+    def cat(self, states: Sequence[State]) -> State:
+        """Make one batch of several: see `nestopt.nn.cat`."""
+        return cat(states)
+
+    def reset(self, state: State, begun: State, rows: Tensor) -> State:
+        """Begin sequences anew: `rows` `[B]` (bool) of the tensors are those of `begun`, which `init` made."""
+        return reset_rows(state, begun, rows)
+
+    # -- for forms -------------------------------------------------------------------------------------------------
+
+    def number(self, value: Number, path: str, gates: Mapping[str, Tensor], like: Tensor) -> Tensor:
+        """Return a number of the level at these tokens: its gate's values `[B, H, T]`, or the constant `[1, 1, 1]`."""
+        if isinstance(value, Gate) and path in gates:
+            return gates[path]
+        return number_like(value, like).view(1, 1, 1)
+
+    def explain(self, indent: str = "") -> list[str]:
+        """Say in lines which form runs the level, and why none of a higher priority."""
+        return [indent + line for line in self.choice.lines(self.level)]

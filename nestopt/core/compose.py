@@ -260,6 +260,9 @@ class Nest(Level):
         if self.period > 1:
             problem = "is not allowed on tokens, where the outer level's period is its clock; leave it out"
             raise FieldError(self.label, "period", self.period, problem)
+        if self.inner.appends:
+            problem = "is not allowed on tokens: it keeps its pairs, and has no start that could be learned"
+            raise FieldError(self.label, "inner", self.inner, problem)
         return self._around(self.inner.begin(dim_k, dim_v, like, nested(learned).get("inner", {})))
 
     def init(self, param: Tensor) -> State:

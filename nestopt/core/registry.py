@@ -18,7 +18,7 @@ from nestopt.core.level import Level
 from nestopt.core.memories import Memory
 from nestopt.core.objectives import Objective
 from nestopt.core.outputs import Output
-from nestopt.core.part import nearest
+from nestopt.core.part import is_subclass, nearest
 from nestopt.core.retentions import Retention
 from nestopt.core.token_form import TokenForm
 
@@ -177,10 +177,10 @@ class Registry:
         base, hook = KINDS[kind]
 
         def register(name: str, cls: Any) -> None:
-            if not (isinstance(cls, type) and issubclass(cls, base)):
+            if not is_subclass(cls, base):
                 raise TypeError(f"{hook}: {name!r} is {cls!r}, not a subclass of {base.__module__}.{base.__qualname__}")
             if inspect.isabstract(cls):
-                raise TypeError(f"{hook}: {name!r} lacks {', '.join(sorted(cls.__abstractmethods__))}")
+                raise TypeError(f"{hook}: {name!r} lacks {', '.join(sorted(getattr(cls, '__abstractmethods__', ())))}")
             if not name.isidentifier():
                 raise ValueError(f"{hook}: {name!r} is not a name; use letters, digits and '_'")
             if name in self._classes[kind]:

@@ -19,7 +19,7 @@ from nestopt.core.token_batch import TokenBatch
 from nestopt.core.token_choice import make_form
 from nestopt.core.token_form import Accepted, FormSetting, Refused, TokenForm
 from nestopt.core.token_state import PENDING
-from nestopt.core.tree import State, leaves, nested, tree_map
+from nestopt.core.tree import State, leaves, nested, replaced, tree_map
 
 Run = Callable[[TokenBatch, Mapping[str, Tensor], State], tuple[Tensor, State]]
 """`forward` or `step` of a form."""
@@ -255,5 +255,5 @@ class NestForm(_Composition):
                 before = before[key]
             new, after = vmap(vmap(step))(at, arrived[path], before, gates, writes.clamp_min(1))
             begins[path], outer[path] = chosen(new, at), tree_map(chosen, after, before)
-        inner = {**level["inner"], "level": nested({**arrived, **begins})}
+        inner = {**level["inner"], "level": replaced(level["inner"]["level"], begins)}
         return {"inner": inner, "start": nested(begins), "outer": nested(outer), "writes": writes}

@@ -42,6 +42,14 @@ def nested(flat: Mapping[str, Any]) -> State:
     return tree
 
 
+def replaced(tree: Mapping[str, Any], flat: Mapping[str, Any], prefix: str = "") -> State:
+    """Return `tree` with the leaves of `flat`, by dotted path, in the place of its own."""
+    return {
+        key: replaced(value, flat, f"{prefix}{key}.") if isinstance(value, Mapping) else flat.get(prefix + key, value)
+        for key, value in tree.items()
+    }
+
+
 def store(old: State, new: Mapping[str, Any], direction: Tensor) -> Tensor:
     """Write `new` over the tensors of `old`, in place, and return `direction`, safe from that.
 

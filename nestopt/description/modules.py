@@ -71,8 +71,19 @@ def token_memories(module: nn.Module) -> tuple[list[Memory], list[str]]:
             "at."
             for cls in by_name
         ),
+        *_forms(module),
         *_precisions(module),
     ]
+
+
+def _forms(module: nn.Module) -> list[str]:
+    """Which form runs each memory on tokens; of those that the reference machine runs, also why."""
+    found: list[str] = []
+    for inner in module.modules():
+        if isinstance(inner, SequenceMemory):
+            first, *more = inner.form.explain()
+            found += [first, *(more if "reference" in inner.explain() else [])]
+    return [line.strip() for line in dict.fromkeys(found)]
 
 
 def _precisions(module: nn.Module) -> list[str]:

@@ -288,22 +288,20 @@ class AssociativeMemory(Level):
     def attend_chunk(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor], live: Tensor, state: State, signal: Signal
     ) -> tuple[Tensor, State]:
-        length = k.shape[0]
-        bound = [bind(self, {path: gate[t] for path, gate in gates.items()}) for t in range(length)]
-        q = torch.stack([level.features(row) for level, row in zip(bound, q, strict=True)])
-        k = torch.stack([level.features(row) for level, row in zip(bound, k, strict=True)])
+        whole = bind(self, gates)  # its numbers are those of all tokens, [C]
+        q, k = (self._features_of(x, gates) for x in (q, k))
         at: Theta = state["memory"]
-        rate = self._numbers([level.lr for level in bound], k) * live
+        rate = self._of_tokens(whole.lr, k) * live
         if self.normalized:
             k = k * live[:, None]
-            damping = self._numbers([level._damping for level in bound], k)
-            deltas = [delta for level in bound if (delta := level._delta) is not None]
-            rate = self.rates(at, k, rate, damping, self._numbers(deltas, k) if deltas else None)
+            delta = None if whole._delta is None else self._of_tokens(whole._delta, k)
+            rate = self.rates(at, k, rate, self._of_tokens(whole._damping, k), delta)
         if self.write == "chunk":
-            return self._chunk_at_once(bound, q, k, v, rate, live, state, signal)
+            return self._chunk_at_once(q, k, v, rate, gates, live, state, signal)
         each = vmap(lambda k, v, r: self.gradient(at, k[None], v[None], r[None]))(k, v, rate)
         answers, now = [], state
-        for t, level in enumerate(bound):
+        for t in range(len(k)):
+            level = bind(self, {path: gate[t] for path, gate in gates.items()})
             one = dataclasses.replace(signal, step=signal.step + live[: t + 1].sum())
             surprise = {name: g[t] for name, g in each.items()}
             new = level._written(now, surprise, one, level.shown(at, k[t : t + 1], rate[t : t + 1]))
@@ -316,26 +314,38 @@ class AssociativeMemory(Level):
 
     def _chunk_at_once(
         self,
-        bound: list[AssociativeMemory],
         q: Tensor,
         k: Tensor,
         v: Tensor,
         rate: Tensor,
+        gates: Mapping[str, Tensor],
         live: Tensor,
         state: State,
         signal: Signal,
     ) -> tuple[Tensor, State]:
         """One step on the sum of a chunk's gradients, at its last token, whose gates it takes."""
-        at, last = state["memory"], bound[-1]
-        now = state
-        if len(bound) == self.chunk:
+        last = bind(self, {path: gate[-1] for path, gate in gates.items()})
+        at, now, is_over = state["memory"], state, len(k) == self.chunk
+        if is_over:
             once = dataclasses.replace(signal, step=signal.step // self.chunk + 1)
             new = last._written(state, self.gradient(at, k, v, rate), once, self.shown(at, k, rate))
             now = tree_map(lambda new, old: torch.where(live.any(), new, old), new, state)
-        answers = vmap(lambda q: self._answer(at, q))(q)
-        if self.read == "after" and len(bound) == self.chunk:
+        answers = vmap(lambda q, gates: bind(self, gates)._answer(at, q))(q, dict(gates))
+        if self.read == "after" and is_over:
             answers = torch.cat([answers[:-1], last._answer(now["memory"], q[-1])[None]])
         return answers, now
+
+    def _features_of(self, x: Tensor, gates: Mapping[str, Tensor]) -> Tensor:
+        """The features of keys or queries `[C, D]` of tokens with these gates `[C]`."""
+        own = {path.removeprefix("features."): gate for path, gate in gates.items() if path.startswith("features.")}
+        if not own:
+            return self.features(x)
+        return vmap(lambda x, now: bind(self.features, now)(x))(x, own)
+
+    @staticmethod
+    def _of_tokens(value: Number, like: Tensor) -> Tensor:
+        """A number of the level for each of the tokens `like` `[C, D]`."""
+        return number_like(value, like).expand(len(like))
 
     def _written(self, state: State, surprise: Theta, signal: Signal, shown: Shown | None) -> State:
         """The state after a write of `surprise`, which this level's clock may put off."""
@@ -351,10 +361,6 @@ class AssociativeMemory(Level):
         )
         left = tree_map(lambda s: where(now, torch.zeros_like(s), s), surprise)
         return {"memory": theta, "rule": rules, "sum": left}
-
-    @staticmethod
-    def _numbers(values: list[Number], like: Tensor) -> Tensor:
-        return torch.stack([number_like(value, like) for value in values])
 
     def _answer(self, theta: Theta, q: Tensor) -> Tensor:
         if self.memory.linear:

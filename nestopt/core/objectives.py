@@ -21,6 +21,13 @@ class Objective(Part):
     @abstractmethod
     def __call__(self, y: Tensor, v: Tensor) -> Tensor: ...
 
+    def error(self, y: Tensor, v: Tensor) -> Tensor | None:
+        """Return its gradient with respect to the read, in the shape of y; None where it is not written down.
+
+        An objective that writes it down, and is one of the read alone, is learned by chunks of tokens in a closed form.
+        """
+        return None
+
     def loss(self, memory: Memory, theta: Theta, k: Tensor, v: Tensor) -> Tensor:
         """Of the read at keys `[..., D_k]`. An objective overrides this where it is one of the memory itself, too."""
         return self(memory.read(theta, k), v)
@@ -32,12 +39,18 @@ class Dot(Objective):
     def __call__(self, y: Tensor, v: Tensor) -> Tensor:
         return -(y * v).sum()
 
+    def error(self, y: Tensor, v: Tensor) -> Tensor:
+        return -v
+
 
 class L2(Objective):
     """Regression, ½‖y - v‖²: the delta rule (NL eq. 65, with the ½ so that the error is y - v)."""
 
     def __call__(self, y: Tensor, v: Tensor) -> Tensor:
         return 0.5 * (y - v).square().sum()
+
+    def error(self, y: Tensor, v: Tensor) -> Tensor:
+        return y - v
 
 
 class Lp(Objective):
@@ -56,6 +69,10 @@ class Lp(Objective):
     def __call__(self, y: Tensor, v: Tensor) -> Tensor:
         return (y - v).abs().pow(self.p).sum() / self.p
 
+    def error(self, y: Tensor, v: Tensor) -> Tensor:
+        e = y - v
+        return e.sign() * e.abs().pow(self.p - 1)
+
 
 class Huber(Objective):
     """½e² up to abs(e) = delta, delta · (abs(e) - delta/2) beyond, of each entry e of y - v: long errors count less.
@@ -72,6 +89,9 @@ class Huber(Objective):
 
     def __call__(self, y: Tensor, v: Tensor) -> Tensor:
         return huber_loss(y, v, reduction="sum", delta=self.delta)
+
+    def error(self, y: Tensor, v: Tensor) -> Tensor:
+        return (y - v).clamp(-self.delta, self.delta)
 
 
 class Oja(Objective):

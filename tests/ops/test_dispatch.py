@@ -10,7 +10,7 @@ from torch import Tensor
 from nestopt.core import AssociativeMemory, Gate, Level, chain, gates_of, scan
 from nestopt.core.features import Elu, Polynomial
 from nestopt.core.memories import Mlp, Window
-from nestopt.core.objectives import Huber, Lp
+from nestopt.core.objectives import L2, Huber, Lp
 from nestopt.core.outputs import Sign
 from nestopt.core.retentions import Decay, Keep
 from nestopt.core.tree import leaves
@@ -80,6 +80,8 @@ MATRIX = {
     "delta rule in chunks": deltanet(chunk=4, retention=Decay(Gate(0.8))),
     "delta rule in chunks, normalized": deltanet(chunk=4, normalized=True, read="chunk", rule=dgd(momentum(Gate(0.5)))),
     "delta decay": deltanet(rule=dgd()),
+    "huber": deltanet(objective=Huber(0.5)),
+    "lp": deltanet(objective=Lp(3.0), rule=momentum(0.5)),
 }
 DEEP = {
     "ttt": ttt(chunk=4),
@@ -94,6 +96,8 @@ DEEP = {
     "relu": titans(memory=Mlp(activation="relu", residual=False), chunk=4, read="chunk"),
     "tanh": titans(memory=Mlp(activation="tanh", norm=True), chunk=3, features=Elu()),
     "dla": dla(chunk=4),
+    "titans by huber": titans(objective=Huber(0.1), chunk=4),
+    "ttt by lp": ttt(objective=Lp(2.5), chunk=3, read="chunk"),
     "self-modifying write": titans(rule=dgd(momentum(Gate(0.5))), chunk=4, read="chunk"),
     "self-modifying write, read after": titans(rule=dgd(momentum(0.5), delta=0.5), chunk=4),
     "self-modifying write without momentum": titans(rule=dgd(), chunk=4, retention=Keep()),
@@ -120,8 +124,6 @@ GENERIC = {
     "titans by adam": titans(rule=adam(), step_size=0.05, normalized=False, chunk=3),
     "titans by muon, once a chunk": titans(rule=muon(), step_size=0.05, chunk=3, write="chunk"),
     "titans by a chain": titans(rule=chain(momentum(0.5), adam()), step_size=0.05, chunk=1),
-    "huber": deltanet(objective=Huber(0.5)),
-    "lp": deltanet(objective=Lp(3.0)),
     "deep omega": omega(memory=Mlp()),
     "dgd solved exactly": deltanet(rule=dgd(solver="exact")),
 }
@@ -213,6 +215,17 @@ def test_a_subclass_that_means_something_else_has_no_fast_form() -> None:
     assert fast_form(Reversed()) is None
     given = inputs(Reversed())
     torch.testing.assert_close(call(run, Reversed(), given)[0], -call(run, linear_attention(), given)[0])
+
+
+def test_an_objective_that_means_something_else_has_no_fast_form() -> None:
+    class Squared(L2):
+        """Not of the gradient that it inherits."""
+
+        def __call__(self, y, v):  # type: ignore[no-untyped-def]
+            return (y - v).square().sum() + y.abs().sum()
+
+    assert fast_form(titans(objective=L2())) == "deep_memory"
+    assert fast_form(titans(objective=Squared())) is None
 
 
 def test_a_tensor_that_is_not_one_number_has_no_fast_form() -> None:

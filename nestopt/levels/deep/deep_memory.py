@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from nestopt.core.device import no_autocast
+from nestopt.core.objectives import L2, Dot
 from nestopt.core.precision import Precision, check_products, products_in
-from nestopt.core.token_batch import TokenBatch, check_finite, check_range, per_token, run_unpacked
+from nestopt.core.token_batch import TokenBatch, check_choice, check_finite, check_range, per_token, run_unpacked
 from nestopt.core.tree import State
 from nestopt.levels.deep import mlp
 from nestopt.levels.deep.scan import Now, Read, Settings, scan_chunks
+
+OBJECTIVES = {"l2": L2(), "dot": Dot()}
 
 __all__ = ["Settings", "check_weights", "deep_memory", "scan_chunks"]
 
@@ -91,11 +94,12 @@ def deep_memory(
         ValueError: for shapes that do not fit, an option that is not allowed, a state of another memory, or a
             `precision` that the device lacks; with `validate`, for numbers out of range or not finite.
     """
+    check_choice("objective", objective, tuple(OBJECTIVES))
     arguments = {"lr": lr, "decay": decay, "momentum": momentum, "mask": mask, "state": state}
     settings = Settings(
         form=mlp.Form(activation, residual, norm),
         delta=float(delta),
-        objective=objective,
+        error=OBJECTIVES[objective].error,
         step=step,
         bound=bound,
         read=read,

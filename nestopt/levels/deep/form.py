@@ -12,7 +12,7 @@ from nestopt.core.associative import AssociativeMemory
 from nestopt.core.device import number_like
 from nestopt.core.level import Level
 from nestopt.core.memories import Matrix, Mlp
-from nestopt.core.objectives import L2, Dot
+from nestopt.core.objectives import Objective
 from nestopt.core.part import Gate, Number
 from nestopt.core.recall import answers
 from nestopt.core.retentions import Decay
@@ -45,8 +45,8 @@ class DeepMemoryForm(TokenForm):
         why = refusal(level) or refusal_of_writes(level)
         if not why and level.fade == "before":
             why = "fade='before'"
-        if not why and type(level.objective) not in (Dot, L2):
-            why = f"objective={level.objective.label}"
+        if not why and not _writes_its_gradient(type(level.objective)):
+            why = f"objective={level.objective.label}: its gradient is not written down (`Objective.error`)"
         if not why and type(level.memory) not in (Matrix, Mlp):
             why = f"memory={level.memory.label}"
         return Refused(why) if why else Accepted("products of matrices, a chunk at a time")
@@ -118,6 +118,16 @@ class DeepMemoryForm(TokenForm):
         return {"memory": dict(zip(names, weights, strict=True)), "rule": dict(zip(names, rules, strict=True))}
 
 
+def _writes_its_gradient(objective: type[Objective]) -> bool:
+    """Whether an objective is one of the read alone, and its `error` is that of its own `__call__`."""
+
+    def defines(name: str) -> type:
+        return next(cls for cls in objective.__mro__ if name in vars(cls))
+
+    own = objective.loss is Objective.loss and objective.error is not Objective.error
+    return own and issubclass(defines("error"), defines("__call__"))
+
+
 def settings_of(level: AssociativeMemory, rule: LinearRule, checkpoint: int) -> Settings:
     """What `nestopt.ops.deep_memory` is told of `level`, whose rule is `rule`."""
     memory = level.memory
@@ -125,7 +135,7 @@ def settings_of(level: AssociativeMemory, rule: LinearRule, checkpoint: int) -> 
     return Settings(
         form=form,
         delta=rule.delta,
-        objective=level.objective.label,
+        error=level.objective.error,
         step="normalized" if level.normalized else "raw",
         bound=level.bound,
         read=level.read,

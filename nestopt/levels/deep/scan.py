@@ -32,7 +32,8 @@ class Settings:
 
     form: mlp.Form
     delta: float
-    objective: str
+    error: Callable[[Tensor, Tensor], Tensor | None]
+    """The gradient of the objective with respect to the read, from read and value."""
     step: str
     bound: float
     read: Read
@@ -42,7 +43,6 @@ class Settings:
     """Of a memory that is read as its `"chunk"` found it: what is written under a key is M(v), the memory's own."""
 
     def __post_init__(self) -> None:
-        check_choice("objective", self.objective, ("l2", "dot"))
         check_choice("step", self.step, ("normalized", "raw"))
         check_choice("read", self.read, ("after", "before", "chunk"))
         check_choice("activation", self.form.activation, tuple(mlp.ACTIVATIONS))
@@ -272,7 +272,8 @@ def written(now: Now, tokens: Mapping[str, Tensor], settings: Settings) -> Now:
 
 def _write(weights: Sequence[Held], at: mlp.Linearised, tokens: Chunk, settings: Settings) -> None:
     """Write the keys that the memory was linearised at."""
-    wrong = at.y - tokens.v if settings.objective == "l2" else -tokens.v
+    wrong = settings.error(at.y, tokens.v)
+    assert wrong is not None
     errors = mlp.errors(weights, at, wrong, settings.form)
     lr = tokens.lr
     near: Sequence[Tensor | None] = [None] * len(weights)

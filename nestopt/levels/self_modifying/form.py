@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestopt.core.level import Level
+from nestopt.core.objectives import L2
 from nestopt.core.token_batch import TokenBatch
 from nestopt.core.token_form import Accepted, FormSetting, Refused, TokenForm
 from nestopt.core.token_state import PENDING
@@ -74,7 +75,7 @@ def _settings(level: SelfModifying, checkpoint: int) -> Settings:
     return Settings(
         form=mlp.Form(level.memory.activation, residual=True, norm=level.memory.norm),
         delta=float(level.delta),
-        objective="l2",
+        error=L2().error,
         step="normalized" if level.normalized else "raw",
         bound=level.bound,
         read="chunk",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nestopt.core.device import no_autocast
+from nestopt.core.objectives import L2
 from nestopt.core.part import nearest
 from nestopt.core.precision import Precision, check_products, products_in
 from nestopt.core.token_batch import TokenBatch, check_finite, check_range, check_whole, per_token, run_unpacked
@@ -98,7 +99,7 @@ def self_modifying(
     settings = Settings(
         form=mlp.Form(activation, residual=True, norm=norm),
         delta=float(delta),
-        objective="l2",
+        error=L2().error,
         step=step,
         bound=bound,
         read="chunk",

@@ -14,6 +14,7 @@ from nestopt.core.token_reference import ReferenceForm
 from nestopt.levels.attention.form import AttentionForm
 from nestopt.levels.continuum.level import Cms as cms
 from nestopt.levels.deep.form import DeepMemoryForm
+from nestopt.levels.deep.rule_form import RuleByChunkForm
 from nestopt.levels.gradient.adam import Adam as adam
 from nestopt.levels.gradient.adam import AdamW as adamw
 from nestopt.levels.gradient.dgd import Dgd as dgd
@@ -141,6 +142,7 @@ def nestopt_register_token_forms(register: Register) -> None:
     register("oja", OjaForm)
     register("omega", OmegaForm)
     register("deep_memory", DeepMemoryForm)
+    register("rule_by_chunk", RuleByChunkForm)
     register("self_modifying", SelfModifyingForm)
     register("parallel", ParallelForm)
     register("chain", ChainForm)

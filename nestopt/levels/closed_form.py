@@ -94,7 +94,7 @@ _MEANING = ("attend", "attend_chunk", "begin", "gradient", "learn", "rates", "sh
 
 
 def refusal(level: AssociativeMemory, own: type[AssociativeMemory] = AssociativeMemory) -> str:
-    """Say what closed forms do not compute of how `level` is read and clocked, and that it means what its parts say.
+    """Say what closed forms do not compute of how `level` is read and clocked, and whether it means what its parts say.
 
     Empty where there is nothing. `own` is the class whose methods are computed.
     """

@@ -122,12 +122,21 @@ GENERIC = {
     "sign": linear_attention(output=Sign()),
     "attention before": attention(read="before"),
     "titans by adam": titans(rule=adam(), step_size=0.05, normalized=False, chunk=3),
-    "titans by muon, once a chunk": titans(rule=muon(), step_size=0.05, chunk=3, write="chunk"),
     "titans by a chain": titans(rule=chain(momentum(0.5), adam()), step_size=0.05, chunk=1),
     "deep omega": omega(memory=Mlp()),
     "dgd solved exactly": deltanet(rule=dgd(solver="exact")),
 }
+BY_CHUNK = {
+    "titans by muon, once a chunk": titans(rule=muon(), step_size=0.05, chunk=3, write="chunk"),
+    "titans by adam, once a chunk": titans(
+        rule=adam(), step_size=0.05, normalized=False, chunk=4, write="chunk", read="chunk", objective=Huber(0.5)
+    ),
+    "a matrix by a chain, once a chunk": deltanet(
+        rule=chain(momentum(Gate(0.5)), momentum(0.9)), step_size=Gate(0.5), chunk=3, write="chunk", features=Elu()
+    ),
+}
 FORMS = {
+    "rule_by_chunk": BY_CHUNK,
     "linear_attention": LINEAR,
     "attention": SOFTMAX,
     "delta_rule": DELTA,

@@ -43,7 +43,8 @@ def recalled(level: Level, tokens: TokenBatch, gates: Mapping[str, Tensor], stat
         return bind(level, now).recall(q, dim_v, memory, Signal(step=step + 1))
 
     shape = tokens.active.shape
-    every = {path: gates.get(path, tokens.v.new_full(shape, gate.init)) for path, gate in gates_of(level).items()}
+    missing = {path: gate for path, gate in gates_of(level).items() if path not in gates}
+    every = {**gates, **{path: tokens.v.new_full(shape, gate.init) for path, gate in missing.items()}}
     of_heads = vmap(vmap(one))
     of_tokens = vmap(of_heads, in_dims=(2, 2, None, None, None), out_dims=2, chunk_size=AT_ONCE)
     return of_tokens(tokens.q, every, state["level"], pending, state["step"])

@@ -22,7 +22,7 @@ class TokenBatch:
         q, k: `[B, H, T, D_k]`, in `dtype`; 0 where a token is not `active`.
         v: `[B, H, T, D_v]`, likewise.
         active: `[B, H, T]`, whether a token is written: it is no padding, and finite.
-        nonfinite: `[B, H, T]`, whether a token holds a number that is not finite.
+        finite: `[B, H, T]`, whether all numbers of a token are finite; padding is.
         mask: `[B, T]`, as it was given: True for a token, False for padding; None where there is no padding.
         dtype: in which is computed.
         dtype_in: of v as it was given, and of the answers.
@@ -32,7 +32,7 @@ class TokenBatch:
     k: Tensor
     v: Tensor
     active: Tensor
-    nonfinite: Tensor
+    finite: Tensor
     mask: Tensor | None
     dtype: torch.dtype
     dtype_in: torch.dtype
@@ -60,13 +60,13 @@ class TokenBatch:
             check_mask(mask, q.shape[0], q.shape[2])
             active = finite & mask[:, None]
         q, k, v = (torch.where(active[..., None], x, 0) for x in (q, k, v))
-        nonfinite = ~finite if mask is None else ~finite & mask[:, None]
-        return TokenBatch(q, k, v, active, nonfinite, mask, dtype, dtype_in)
+        finite = finite if mask is None else finite | ~mask[:, None]
+        return TokenBatch(q, k, v, active, finite, mask, dtype, dtype_in)
 
     @property
     def count(self) -> Tensor:
-        """`[B, H]`: how many tokens are written."""
-        return self.active.sum(-1)
+        """`[B, H]`: how many tokens are written; of one token each, whether it is."""
+        return self.active[..., 0] if self.active.shape[-1] == 1 else self.active.sum(-1)
 
     def gate(self, value: Tensor, idle: float) -> Tensor:
         """`value` (as from `per_token`) `[B, H, T]` with `idle` where a token is not written."""
@@ -74,7 +74,7 @@ class TokenBatch:
 
     def answer(self, y: Tensor) -> Tensor:
         """`[B, H, T, D_v]` as the caller gets it: `[B, T, H, D_v]`; NaN where the token itself was not finite."""
-        y = y.masked_fill(self.nonfinite[..., None], torch.nan)
+        y = torch.where(self.finite[..., None], y, torch.nan)
         return y.transpose(1, 2).to(self.dtype_in)
 
     def replace(self, **tensors: Tensor) -> TokenBatch:
@@ -86,11 +86,11 @@ class TokenBatch:
         """In pieces of so many tokens."""
         if len(lengths) == 1:
             return [self]
-        cut = [x.split(list(lengths), dim=2) for x in (self.q, self.k, self.v, self.active, self.nonfinite)]
+        cut = [x.split(list(lengths), dim=2) for x in (self.q, self.k, self.v, self.active, self.finite)]
         masks = [None] * len(lengths) if self.mask is None else self.mask.split(list(lengths), dim=1)
         return [
-            dataclasses.replace(self, q=q, k=k, v=v, active=active, nonfinite=nonfinite, mask=mask)
-            for q, k, v, active, nonfinite, mask in zip(*cut, masks, strict=True)
+            dataclasses.replace(self, q=q, k=k, v=v, active=active, finite=finite, mask=mask)
+            for q, k, v, active, finite, mask in zip(*cut, masks, strict=True)
         ]
 
 

@@ -35,15 +35,12 @@ class _Composition(TokenForm):
         self.parts = {path: make_form(part, setting) for path, part in self.parts_of(level)}
         pieces = [form.piece for form in self.parts.values()]
         self.piece = math.lcm(*pieces) if all(pieces) else 0
+        self.chunk = math.lcm(*(form.chunk for form in self.parts.values()))
 
     @staticmethod
     def parts_of(level: Level) -> Iterator[tuple[str, Level]]:
         """The levels within, by dotted path."""
         return ((path, part) for path, part in level.parts() if isinstance(part, Level))
-
-    @property
-    def chunk(self) -> int:
-        return math.lcm(*(form.chunk for form in self.parts.values()))
 
     @property
     def takes_padding(self) -> bool:
@@ -61,8 +58,16 @@ class _Composition(TokenForm):
         }
         return {"step": step, "level": level}
 
+    @property
+    def has_constants(self) -> bool:
+        return any(form.has_constants for form in self.parts.values())
+
     def with_learned(self, state: State, learned: Mapping[str, Tensor]) -> State:
-        new = {name: form.with_learned(state["level"][name], within(learned, name)) for name, form in self._named()}
+        new = {
+            name: form.with_learned(state["level"][name], within(learned, name))
+            for name, form in self._named()
+            if form.has_constants
+        }
         return {**state, "level": {**state["level"], **new}}
 
     def explain(self, indent: str = "") -> list[str]:
@@ -169,8 +174,8 @@ class NestForm(_Composition):
     def __init__(self, level: Level, setting: FormSetting) -> None:
         super().__init__(level, setting)
         assert isinstance(level, Nest)
-        self.inner, self.context, self.piece = self.parts["inner"], level.outer.period, 0
-        if self.context % self.inner.chunk:
+        self.inner, self.chunk, self.piece = self.parts["inner"], level.outer.period, 0
+        if self.chunk % self.inner.chunk:
             problem = f"is not allowed on tokens: its period must be a multiple of the inner level's {self.inner.chunk}"
             raise FieldError(level.label, "outer", level.outer, f"{problem} tokens of a chunk")
 
@@ -187,10 +192,6 @@ class NestForm(_Composition):
         if level.inner.appends:
             return Refused("the inner level keeps its pairs: it has no start that could be learned")
         return Accepted(f"the inner level by its own form, in contexts of {level.outer.period} tokens")
-
-    @property
-    def chunk(self) -> int:
-        return self.context
 
     def pending(self, state: State) -> int:
         return state[PENDING]["live"].shape[2]
@@ -218,8 +219,8 @@ class NestForm(_Composition):
 
     def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
         live, level, ys, first = state[PENDING]["live"], state["level"], [], 0
-        left, length = self.context - live.shape[2], tokens.k.shape[2]
-        lengths = [min(left, length), *[self.context] * ((length - left) // self.context)]
+        left, length = self.chunk - live.shape[2], tokens.k.shape[2]
+        lengths = [min(left, length), *[self.chunk] * ((length - left) // self.chunk)]
         lengths += [length - sum(lengths)] if length > sum(lengths) else []
         for piece in tokens.split(lengths):
             part = slice(first, first + piece.k.shape[2])
@@ -227,7 +228,7 @@ class NestForm(_Composition):
             y, inner = self.inner.forward(piece, within(here, "inner"), level["inner"])
             ys.append(y)
             level, live, first = {**level, "inner": inner}, torch.cat([live, piece.active], dim=2), part.stop
-            if live.shape[2] == self.context:
+            if live.shape[2] == self.chunk:
                 last = {path: gate[:, :, -1] for path, gate in within(here, "outer").items()}
                 level, live = self._learned(level, live.any(2), last), live[:, :, :0]
         y = ys[0] if len(ys) == 1 else torch.cat(ys, dim=2)

@@ -71,6 +71,11 @@ class TokenForm(ABC):
     Args:
         level: accepted by `accepts`.
         setting: where it is to run.
+
+    Attributes:
+        gates: those of the level, by dotted path.
+        chunk: how many tokens are learned together.
+        choice: why it is this form that runs the level.
     """
 
     levels: ClassVar[tuple[type[Level], ...]] = ()
@@ -88,16 +93,12 @@ class TokenForm(ABC):
     def __init__(self, level: Level, setting: FormSetting) -> None:
         self.level, self.setting = level, setting
         self.gates = gates_of(level)
+        self.chunk = level.span
 
     @classmethod
     @abstractmethod
     def accepts(cls, level: Level, device: torch.device, dtype: torch.dtype) -> Accepted | Refused:
         """Whether it runs `level` as configured, with memories of this dtype on this device; in words."""
-
-    @property
-    def chunk(self) -> int:
-        """How many tokens are learned together."""
-        return self.level.span
 
     @property
     def takes_padding(self) -> bool:
@@ -141,10 +142,13 @@ class TokenForm(ABC):
         """How many tokens of a chunk that is not over the state has."""
         return state[PENDING]["live"].shape[2] if PENDING in state else 0
 
+    @property
+    def has_constants(self) -> bool:
+        """Whether the state has parts that no token changes, whose start is learned (`Level.fixed`)."""
+        return bool(self.level.fixed)
+
     def with_learned(self, state: State, learned: Mapping[str, Tensor]) -> State:
-        """Put the learned start `[H, ..]`, as it is by now, where no token changes it (`Level.fixed`)."""
-        if not self.level.fixed:
-            return state
+        """Put the learned start `[H, ..]`, as it is by now, where no token changes it; asked if `has_constants`."""
         batch = state["step"].shape[0]
         fixed = {
             name: x.expand(batch, *x.shape) for name, x in learned.items() if name.split(".")[0] in self.level.fixed
@@ -172,6 +176,14 @@ class TokenForm(ABC):
         if isinstance(value, Gate) and path in gates:
             return gates[path]
         return number_like(value, like).view(1, 1, 1)
+
+    def every_gate(self, tokens: TokenBatch, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return every gate of the level `[B, H, T]`, by dotted path: at its initial value where none is given."""
+        shape = tokens.active.shape
+        return {
+            path: gates[path] if path in gates else tokens.v.new_full(shape, gate.init)
+            for path, gate in self.gates.items()
+        }
 
     def explain(self, indent: str = "") -> list[str]:
         """Say in lines which form runs the level, and why none of a higher priority."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from nestopt.core.gates import bind, gates_of
+from nestopt.core.gates import bind
 from nestopt.core.level import Level
 from nestopt.core.signal import Signal
 from nestopt.core.token_batch import TokenBatch
@@ -38,7 +38,7 @@ class ReferenceForm(TokenForm):
         return not self.level.appends
 
     def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
-        gates = {path: gates.get(path, initial) for path, initial in every_gate(self.level, tokens).items()}
+        gates = self.every_gate(tokens, gates)
         if self.level.keeps_pending:
             return self._whole(tokens, gates, state)
         return self._chunks(tokens, gates, state) if self.level.span > 1 else self._each(tokens, gates, state)
@@ -98,12 +98,6 @@ class ReferenceForm(TokenForm):
             tokens.q, tokens.k, tokens.v, dict(gates), tokens.active, state["level"], state["step"]
         )
         return y, {"step": state["step"] + tokens.count, "level": new}
-
-
-def every_gate(level: Level, tokens: TokenBatch) -> dict[str, Tensor]:
-    """The initial value `[B, H, T]` of each gate of `level`, by dotted path."""
-    shape = tokens.active.shape
-    return {path: tokens.v.new_full(shape, gate.init) for path, gate in gates_of(level).items()}
 
 
 def _where(live: Tensor, new: State, old: State) -> State:

@@ -282,11 +282,11 @@ class SequenceMemory(nn.Module):
     def _token(self, h: Tensor, memory: State) -> tuple[TokenBatch, dict[str, Tensor]]:
         """What the form is shown of one token h `[B, dim]`, after the convolution: few and small kernels."""
         made = torch.stack([self.query(h), self.key(h), self.value(h)], dim=1).unflatten(-1, (self.heads, -1))
-        dtype_in, dtype = made.dtype, torch.promote_types(made.dtype, self.state_dtype)
+        dtype = self.form.setting.dtype
         gates = self.level_gates.every(None if self.gates is None else self.gates(h), h, self.heads)
         # of numbers that are not all finite the sum is not, either
         active = ((made.sum((1, 3), dtype=gates.dtype) + gates.sum(1)) * 0 == 0)[..., None]
-        made = torch.where(active[:, None], made, 0)
+        made = torch.where(active[:, None], made, 0)[:, :, :, None]
         q, k, v = made.unbind(1)
         if self.qk_norm:
             # as F.normalize, of both at once
@@ -296,20 +296,21 @@ class SequenceMemory(nn.Module):
             v = F.normalize(v, dim=-1)
         if self.rope:
             position = memory["step"][:, :1]
-            q, k = (rotary(x[:, None], position, self.rope)[:, 0] for x in (q, k))
-        if self.form.widens and dtype != dtype_in:
+            q, k = (rotary(x.transpose(1, 2), position, self.rope).transpose(1, 2) for x in (q, k))
+        if self.form.widens and dtype != made.dtype:
             q, k, v = (x.to(dtype) for x in (q, k, v))
-        q, k, v = (x[:, :, None] for x in (q, k, v))
         gates = torch.where(active.mT, gates, self.level_gates.idle_like(gates))[..., None]
-        tokens = TokenBatch(q, k, v, active, ~active, None, dtype, dtype_in)
+        tokens = TokenBatch(q, k, v, active, active, None, dtype, made.dtype)
         return tokens, dict(zip(self.level_gates.idle, gates.unbind(1), strict=True))
 
     def _begun(self, state: Mapping[str, Any] | None, x: Tensor) -> State:
         """`state`, checked, or that of new sequences."""
-        check_products(self.precision, x.device, self.state_dtype, "SequenceMemory")
+        check_products(self.precision, x.device, self.form.setting.dtype, "SequenceMemory")
         if state is None:
             return self.init_state(x.shape[0])
-        now = fitted(state, self._shapes, x.shape[0], "SequenceMemory", dtype=self.state_dtype, device=x.device)
+        now = fitted(state, self._shapes, x.shape[0], "SequenceMemory", dtype=self.form.setting.dtype, device=x.device)
+        if not self.form.has_constants:
+            return now
         return {**now, "memory": self.form.with_learned(now["memory"], self._learned())}
 
     def _through_all(self, x: Tensor, state: State, attend: Attend, learn: bool, whole: bool) -> tuple[Tensor, State]:

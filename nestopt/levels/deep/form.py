@@ -72,7 +72,7 @@ class DeepMemoryForm(TokenForm):
         # a token within a chunk is answered from the memory that the chunk began with, and kept
         y = self.level.memory.read(state["level"]["memory"], self.level.features(tokens.q))
         held = tree_map(lambda old, new: torch.cat([old, new], dim=2), state[PENDING], self._fresh(tokens, gates))
-        return y, {"step": state["step"] + tokens.count, "level": state["level"], PENDING: held}
+        return y, {**state, "step": state["step"] + tokens.count, PENDING: held}
 
     def read(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> Tensor:
         theta = state["level"]["memory"]
@@ -83,9 +83,7 @@ class DeepMemoryForm(TokenForm):
 
     def _fresh(self, tokens: TokenBatch, gates: Mapping[str, Tensor]) -> State:
         """Tokens as they are kept until their chunk is over."""
-        shape = tokens.active.shape
-        every = {path: gates.get(path, tokens.k.new_full(shape, gate.init)) for path, gate in self.gates.items()}
-        return {"k": tokens.k, "v": tokens.v, "live": tokens.active, "gates": nested(every)}
+        return {"k": tokens.k, "v": tokens.v, "live": tokens.active, "gates": nested(self.every_gate(tokens, gates))}
 
     def _now(self, state: State) -> Now:
         """The memory at the start of its chunk, as the kernel takes it."""

@@ -66,34 +66,6 @@ def advance_(level: Level, grad: Tensor, state: State, signal: Signal) -> Tensor
     return read
 
 
-def apply_(param: Tensor, direction: Tensor, lr: float | Tensor, decay: float = 0.0) -> None:
-    """`param ← (1 - lr · decay) param - lr · direction`, in place."""
-    if decay:
-        if direction.untyped_storage().data_ptr() == param.untyped_storage().data_ptr():
-            direction = direction.clone()  # a level may return the parameter itself
-        param.mul_(1 - lr * decay)
-    if isinstance(lr, Tensor) and lr.device.type != "cpu":
-        param.sub_(direction * lr)  # stays there: nothing waits for its value
-    else:
-        param.add_(direction, alpha=-float(lr))
-
-
-def descend_(
-    level: Level,
-    param: Tensor,
-    grad: Tensor,
-    state: State,
-    signal: Signal,
-    lr: float | Tensor,
-    decay: float = 0.0,
-) -> None:
-    """`Level.descend_` of `level` on its own clock."""
-    if level.period == 1 and signal.note is None:
-        level.descend_(param, grad, state, signal, lr, decay)
-    else:
-        apply_(param, advance_(level, grad, state, signal), lr, decay)
-
-
 def _reported(direction: Tensor, signal: Signal) -> Tensor:
     if signal.note is not None:
         signal.note("writes", direction.new_ones(()))

@@ -1,7 +1,7 @@
 """Levels on gradients: `torch.optim` optimizers."""
 
+from nestopt.optim.execute.functional import functional_step
 from nestopt.optim.factory import optimizer
-from nestopt.optim.functional import functional_step
 from nestopt.optim.named import SGD, Adam, AdamW, Muon
 from nestopt.optim.optimizer import Nested
 from nestopt.optim.own import DGD, M3, DeepMomentum, DeltaMomentum, Shampoo

@@ -21,7 +21,7 @@ from nestopt.core.level import Level
 from nestopt.core.part import Part
 from nestopt.core.tree import leaves
 from nestopt.optim.checks import check_group, check_parameters
-from nestopt.optim.lanes import STEP, SUM
+from nestopt.optim.execute.update import STEP, SUM
 from nestopt.optim.views import Split, layout, work_dtype
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def load(optimizer: Nested, state_dict: dict[str, Any]) -> None:
         new = merged_group(optimizer, saved, group, i)
         level = bind(optimizer.level(new))
         check_parameters(new, i, level)
-        view = None if level.is_entrywise else new.get("view")
+        view = None if level.is_elementwise else new.get("view")
         params.update(
             (index, (param, level, view)) for index, param in zip(saved["params"], group["params"], strict=True)
         )
@@ -137,7 +137,7 @@ def checked_state(
         return {}
     # torch's SGD and Muon do not count; what matters is that there was a first step
     step = torch.as_tensor(found.pop(STEP, 1.0), dtype=torch.float32)
-    step = step.detach().to(param.device if optimizer.ways.capturable else "cpu", copy=True)
+    step = step.detach().to(param.device if optimizer.options.capturable else "cpu", copy=True)
     expected = dict(leaves(layout(level, param, view)))
     if SUM in found:
         expected[SUM] = torch.empty_like(param, device="meta", dtype=work_dtype(param))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestopt.core.inputs import wants_of
+from nestopt.core.inputs import request_of
 from nestopt.core.level import Level
 from nestopt.optim.views import Split
 
@@ -57,12 +57,12 @@ def check_parameters(group: dict[str, Any], index: int, level: Level) -> None:
 
 def check_inputs(group: dict[str, Any], level: Level, *, capturable: bool) -> None:
     """Raise ValueError for a level that asks for layer inputs where it can't have them, or not in time."""
-    wants = wants_of(level)
+    wants = request_of(level)
     if wants is None:
         return
     if capturable:
         raise ValueError(f"{level.label} takes layer inputs, which capturable=True does not hand on; leave it out")
-    if wants.surprise is not None and group["maximize"]:
+    if wants.grad is not None and group["maximize"]:
         raise ValueError(
             f"{level.label} makes its steps of what the backward pass brings, which maximize=True does not turn; "
             "negate the loss instead"

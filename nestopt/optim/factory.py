@@ -15,7 +15,7 @@ from nestopt.config.schema import GroupConfig, OptimizerConfig
 from nestopt.core.inputs import INPUTS
 from nestopt.core.part import nearest
 from nestopt.optim.depth import layers
-from nestopt.optim.optimizer import Nested, Ways
+from nestopt.optim.optimizer import Nested, StepOptions
 from nestopt.optim.places import WHOLE, Chooser, Place, check, place
 from nestopt.optim.roles import roles, unnamed
 from nestopt.optim.views import Split
@@ -37,7 +37,7 @@ def optimizer(
     layer_of: LayerOf | None = None,
     strict: bool | None = None,
     maximize: bool = False,
-    **ways: Any,
+    **options: Any,
 ) -> Nested:
     r"""An optimizer that runs `spec` on a model.
 
@@ -67,14 +67,14 @@ def optimizer(
         layer_of: the number of a parameter's layer, 0 or more, by its name, where it can't be found or is not right.
         strict: raise if the stack gets no parameter (else it is logged as a warning). Default: the file's, or False.
         maximize: ascend.
-        ways: `on_nonfinite`, `capturable`, `compile` and `metrics`, as of `nestopt.optim.Nested`.
+        options: `on_nonfinite`, `capturable`, `compile` and `metrics`, as of `nestopt.optim.Nested`.
 
     Raises:
         ConfigError: a spec that can't be built, a group that matches nothing, a view that does not fit.
         ValueError: nothing to optimize; `strict` and nothing for the stack; layers that can't be told.
         TypeError: an argument that there is not.
     """
-    _check_ways(ways)
+    _check_options(options)
     settings = _settings(
         spec,
         {
@@ -106,16 +106,16 @@ def optimizer(
         rate,
         settings.weight_decay,
         maximize=maximize,
-        **ways,
+        **options,
     )
     if model is not None and any(INPUTS in built.level(group).needs for group in built.param_groups):
         built.watch(model)
     return built
 
 
-def _check_ways(ways: Mapping[str, Any]) -> None:
-    allowed = [field.name for field in dataclasses.fields(Ways)]
-    for name in ways:
+def _check_options(options: Mapping[str, Any]) -> None:
+    allowed = [field.name for field in dataclasses.fields(StepOptions)]
+    for name in options:
         if name not in allowed:
             known = [*inspect.signature(optimizer).parameters, *allowed]
             raise TypeError(f"nestopt.optimizer has no argument {name!r}.{nearest(name, known)}")

@@ -13,7 +13,7 @@ from torch.autograd.function import FunctionCtx
 from torch.utils.hooks import RemovableHandle
 
 from nestopt.core.device import no_autocast
-from nestopt.core.inputs import Inputs, Wants, wants_of
+from nestopt.core.inputs import InputRequest, LayerInputs, request_of
 from nestopt.core.level import Level
 from nestopt.optim.rows import multiplies, rows_of
 from nestopt.optim.sums import Sums
@@ -26,7 +26,7 @@ Scale = float | Callable[[], float]
 class Seen(Protocol):
     """Whoever knows what parameters were multiplied with."""
 
-    def take(self, param: Tensor) -> Inputs | None:
+    def take(self, param: Tensor) -> LayerInputs | None:
         """Since the last take; None if nothing."""
 
     def unseen(self) -> list[str]:
@@ -75,7 +75,7 @@ class Watcher:
         self.loss_scale = loss_scale
         # a parameter that DeepSpeed has cut up is empty, and says what it was
         asked = {
-            param: wants_of(level)
+            param: request_of(level)
             for param, level in levels.items()
             if len(getattr(param, "ds_shape", param.shape)) > 1
         }
@@ -97,7 +97,7 @@ class Watcher:
                 handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         self._remove = weakref.finalize(self, _remove, handles)
 
-    def take(self, param: Tensor) -> Inputs | None:
+    def take(self, param: Tensor) -> LayerInputs | None:
         """What `param` was multiplied with since the last take, and start anew; None if nothing (or not watched)."""
         sums = self._sums.get(param)
         return None if sums is None else sums.take(param.shape)
@@ -121,7 +121,7 @@ class Watcher:
     def __reduce__(self) -> tuple[Any, ...]:
         return Watcher, (None, {})
 
-    def _see(self, module: nn.Module, x: Tensor, y: Tensor) -> None:
+    def see(self, module: nn.Module, x: Tensor, y: Tensor) -> None:
         weight = module._parameters.get("weight")
         sums = self._sums.get(weight) if weight is not None else None
         if sums is None:
@@ -131,7 +131,7 @@ class Watcher:
         wants = sums.wants
         again = _recomputing()
         with no_autocast(y.device):
-            if wants.surprise is not None:
+            if wants.grad is not None:
                 self._check_scale(wants, module, weight, y)
                 use: _Use = _WithSurprise(sums, module, x, y.dtype, self.loss_scale)
             elif _few(x, y, weight):
@@ -144,7 +144,7 @@ class Watcher:
             # on the tensor and not its node: layers that change it in place come after the hook
             y.register_hook(use)
 
-    def _check_scale(self, wants: Wants, module: nn.Module, weight: Tensor, y: Tensor) -> None:
+    def _check_scale(self, wants: InputRequest, module: nn.Module, weight: Tensor, y: Tensor) -> None:
         if y.dtype is torch.float16 and self.loss_scale is None and not wants.scale_free:
             raise RuntimeError(
                 f"{type(module).__name__} {self._names.get(weight)!r} runs in float16, whose losses are "
@@ -209,7 +209,7 @@ class _WithSurprise(_Use):
         self.kept, self.dtype, self.scale = _keep(x.detach()), dtype, scale
 
     def count(self, grad: Tensor, keep: bool) -> None:
-        (x,), sums, errors_of = _saved(self.kept), self.sums, self.sums.wants.surprise
+        (x,), sums, errors_of = _saved(self.kept), self.sums, self.sums.wants.grad
         rows = rows_of(self.module, x)
         if errors_of is None or not rows.n:
             return
@@ -219,7 +219,7 @@ class _WithSurprise(_Use):
         sums.add(rows, y)
         surprise = grad.to(sums.dtype) * (rows.n / scale)
         errors = errors_of(y.to(sums.dtype).movedim(1, -1), rows.outputs(surprise).movedim(1, -1))
-        sums.add_surprise(rows, errors.movedim(-1, 1).to(self.dtype))
+        sums.add_grad(rows, errors.movedim(-1, 1).to(self.dtype))
 
 
 def _bias(module: nn.Module) -> Tensor | None:
@@ -291,7 +291,7 @@ def _see(hook: _Hook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     watcher = hook.watcher()
     x = args[0] if args else kwargs.get("input")
     if watcher is not None and isinstance(x, Tensor) and isinstance(y, Tensor):
-        watcher._see(module, x, y)
+        watcher.see(module, x, y)
 
 
 def _remove(handles: Iterable[RemovableHandle]) -> None:

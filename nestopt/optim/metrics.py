@@ -11,16 +11,20 @@ from torch import Tensor
 
 from nestopt.core.device import by_contract
 from nestopt.core.signal import Note
-from nestopt.optim.lanes import STEP
+from nestopt.optim.execute.update import STEP
 
 SUMMED = frozenset({"writes", "clips"})
 """Reports that are counts: added up over tensors. Of those called `…rms` it is the squares that are averaged."""
 
 
 class Recorder:
-    """Collects what the levels report of one step."""
+    """Collect what the levels report of one step."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin another step."""
         self._sums: dict[str, tuple[Tensor, float]] = {}
 
     def note(self, group: int, param: Tensor) -> Note:

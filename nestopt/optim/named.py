@@ -15,7 +15,7 @@ from nestopt.levels.gradient.momentum import Momentum
 from nestopt.levels.gradient.muon import Muon as MuonLevel
 from nestopt.levels.gradient.muon import Scale
 from nestopt.levels.gradient.newton_schulz import QUINTIC, Form
-from nestopt.optim.optimizer import Nested, Ways
+from nestopt.optim.optimizer import Nested, StepOptions
 from nestopt.optim.views import work_dtype
 
 
@@ -115,7 +115,7 @@ class Adam(Nested):
             "decoupled_weight_decay": decoupled_weight_decay,
         }
         _refuse_differentiable(type(self), differentiable)
-        self._start(params, defaults, Ways(capturable=capturable))
+        self._start(params, defaults, StepOptions(capturable=capturable))
 
     def level(self, group: dict[str, Any]) -> Level:
         return AdamLevel(tuple(group["betas"]), group["eps"], amsgrad=group["amsgrad"])

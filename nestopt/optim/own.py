@@ -18,7 +18,7 @@ from nestopt.levels.gradient.newton_schulz import QUINTIC
 from nestopt.levels.gradient.shampoo import Shampoo as ShampooLevel
 from nestopt.levels.presets import DeepMomentum as DeepMomentumLevel
 from nestopt.optim.inputs import Scale
-from nestopt.optim.optimizer import Nested, OnNonfinite, Ways
+from nestopt.optim.optimizer import Nested, OnNonfinite, StepOptions
 
 
 class OfLevel(Nested):
@@ -39,7 +39,7 @@ class OfLevel(Nested):
     ) -> None:
         self._own = tuple(fields)
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, **fields}
-        self._start(params, defaults, Ways(on_nonfinite=on_nonfinite))
+        self._start(params, defaults, StepOptions(on_nonfinite=on_nonfinite))
 
     def level(self, group: dict[str, Any]) -> Level:
         return self.made_of(**{key: group[key] for key in self._own})

@@ -19,7 +19,8 @@ from nestopt import levels
 from nestopt.core import Level, Signal, State, chain, nest, parallel
 from nestopt.core.memories import Window
 from nestopt.optim import SGD, Adam, Nested, named
-from nestopt.optim.lanes import SUM, pieces
+from nestopt.optim.execute import flat
+from nestopt.optim.execute.update import SUM
 
 MATRIX = [(6, 5), (6, 5), (4, 7)]
 ANY = [(6, 5), (6, 5), (4,), (4,), (), (2, 3, 2)]
@@ -453,7 +454,7 @@ def test_stacked_equals_one_by_one(
     together = make(name, dtype)
     torch.manual_seed(0)
     feed(together, range(10))
-    monkeypatch.setattr(pieces, "SMALL", -1)
+    monkeypatch.setattr(flat, "SMALL", -1)
     alone = make(name, dtype)
     torch.manual_seed(0)
     feed(alone, range(10))

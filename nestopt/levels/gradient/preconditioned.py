@@ -58,7 +58,7 @@ class PreconditionedMomentum(Level):
     """
 
     batched: ClassVar[bool] = True
-    entrywise: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"momentum": "dot"}
 
     beta: Number = 0.9
@@ -110,7 +110,7 @@ class FeatureMomentum(PreconditionedMomentum):
     """
 
     batched: ClassVar[bool] = False  # the last dimension of a stack of scalars is no tensor's
-    entrywise: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = False
 
     P: Level = dataclasses.field(default_factory=Gd)
     features: Features = dataclasses.field(default_factory=SignedPower)

@@ -39,7 +39,7 @@ class SecondMoment(Level):
     """
 
     batched: ClassVar[bool] = True
-    entrywise: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"exp_avg_sq": "l2 to g²"}
 
     beta2: float = 0.999

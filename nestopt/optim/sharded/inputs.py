@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nestopt.core.inputs import Inputs
+from nestopt.core.inputs import LayerInputs
 from nestopt.optim.inputs import Watcher
 
 
-def total_inputs(watcher: Watcher, param: Tensor, shape: torch.Size, comm: Any) -> Inputs | None:
+def total_inputs(watcher: Watcher, param: Tensor, shape: torch.Size, comm: Any) -> LayerInputs | None:
     """What a parameter of this true shape was multiplied with since the last take, in all processes; starts anew.
 
     All processes must ask for the same parameter. Rows are counted where they were seen, so that means are over all

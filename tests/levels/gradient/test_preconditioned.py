@@ -135,9 +135,9 @@ def test_delta_momentum_that_forgets_nothing_is_preconditioned_momentum() -> Non
 
 def test_delta_momentum_is_never_elementwise() -> None:
     """Its diagonal form, too, divides by the length of the whole gradient."""
-    assert not delta_momentum(elementwise=True).is_entrywise
-    assert preconditioned_momentum().is_entrywise
-    assert not preconditioned_momentum(P=newton_schulz()).is_entrywise
+    assert not delta_momentum(elementwise=True).is_elementwise
+    assert preconditioned_momentum().is_elementwise
+    assert not preconditioned_momentum(P=newton_schulz()).is_elementwise
 
 
 def test_the_preconditioner_keeps_its_own_clock() -> None:

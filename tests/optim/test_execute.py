@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,21 @@ import nestopt.optim
 from nestopt import levels
 from nestopt.core import Level, Signal, State, advance, chain, parallel, start
 from nestopt.core.tree import leaves
-from nestopt.optim import Nested
-from nestopt.optim.lanes import STEP, SUM, Lane, Member, Rates, pieces
-from nestopt.optim.lanes.compiled import CompiledLane
-from nestopt.optim.lanes.fused import FusedLane
-from nestopt.optim.lanes.pieces import PiecesLane
-from nestopt.optim.lanes.stacks import StackLane
+from nestopt.optim import Nested, functional_step
+from nestopt.optim.execute import flat
+from nestopt.optim.execute.capturable import begin_on_device, step_capturable
+from nestopt.optim.execute.compiled import Compiled
+from nestopt.optim.execute.flat import Flat
+from nestopt.optim.execute.stacked import Stacked
+from nestopt.optim.execute.update import STEP, SUM, Executor, Slot, UpdateSettings, update
 from nestopt.train.checkpoint import load, save
 
 F64 = torch.float64
-Make = Callable[[Level, Sequence[Member]], Lane]
+Make = Callable[[Level, Sequence[Slot]], Executor]
 
 
 class Halving(Level):
-    """Is not `batched`, so that `vmap` has to do it; and not entrywise."""
+    """Is not `batched`, so that `vmap` has to do it; and not elementwise."""
 
     def init(self, param: Tensor) -> State:
         return {"memory": torch.zeros_like(param), "inner": {"length": param.new_zeros(())}}
@@ -43,7 +45,7 @@ class Halving(Level):
         return memory, {"memory": memory, "inner": {"length": length}}
 
 
-ENTRYWISE: dict[str, Callable[[], Level]] = {
+ELEMENTWISE: dict[str, Callable[[], Level]] = {
     "gd": levels.gd,
     "nesterov": lambda: levels.momentum(0.8, nesterov=True),
     "dampened": lambda: levels.momentum(0.8, 0.3, undamped_start=True),
@@ -62,47 +64,57 @@ WHOLE: dict[str, Callable[[], Level]] = {
     "shampoo": lambda: levels.shampoo(root_every=2),
     "delta": levels.delta_momentum,
 }
-LANES: dict[str, tuple[Make, dict[str, Callable[[], Level]]]] = {
-    "Lane": (Lane, ENTRYWISE | WHOLE),
-    "packed": (PiecesLane, ENTRYWISE),
-    "unpacked": (lambda level, members: PiecesLane(level, members, packed=False), ENTRYWISE),
-    "fused": (FusedLane, {name: ENTRYWISE[name] for name in ("gd", "nesterov", "dampened", "amsgrad", "adamw")}),
-    "fused, unpacked": (
-        lambda level, members: FusedLane(level, members, packed=False),
-        {name: ENTRYWISE[name] for name in ("nesterov", "amsgrad")},
-    ),
-    "stack": (StackLane, WHOLE),
+
+
+def in_pieces(level: Level, slots: Sequence[Slot], *, packed: bool = True, kernel: bool = True) -> Flat:
+    """Not all tensors by torch's kernel at once, though it could."""
+    executor = Flat(level, slots, packed=packed)
+    executor.at_once = False
+    if not kernel:
+        executor.kernel = None
+    return executor
+
+
+EXECUTORS: dict[str, tuple[Make, dict[str, Callable[[], Level]]]] = {
+    "one by one": (Executor, ELEMENTWISE | WHOLE),
+    "flat": (Flat, ELEMENTWISE),
+    "in pieces": (in_pieces, ELEMENTWISE),
+    "in pieces, unpacked": (partial(in_pieces, packed=False), ELEMENTWISE),
+    "in pieces, no kernel": (partial(in_pieces, kernel=False), ELEMENTWISE),
+    "stacked": (Stacked, WHOLE),
 }
 
 
-def lane_of(make: Make, level: Level, params: Sequence[Tensor]) -> Lane:
-    members = []
+def executor_of(make: Make, level: Level, params: Sequence[Tensor]) -> Executor:
+    slots = []
     for param in params:
         tree = start(level, param)
-        members.append(Member(param, {STEP: torch.zeros(()), **dict(leaves(tree))}, tree))
-    return make(level, members)
+        slots.append(Slot(param, {STEP: torch.zeros(()), **dict(leaves(tree))}, tree))
+    return make(level, slots)
 
 
-def loop(level: Level, param: Tensor, grads: Sequence[Tensor], rates: Rates) -> tuple[Tensor, State]:
+def loop(level: Level, param: Tensor, grads: Sequence[Tensor], settings: UpdateSettings) -> tuple[Tensor, State]:
     """The definition: `Level.step` on the level's clock, the group's clock, and the step along its direction."""
     state, total, writes = start(level, param), torch.zeros_like(param), 0
     for t, grad in enumerate(grads, start=1):
         total = total + grad
-        if t % rates.period:
+        if t % settings.period:
             continue
         writes += 1
-        shown = (-total if rates.maximize else total) + rates.coupled * param
-        direction, state = advance(level, shown, state, Signal(writes, param, rates.lr))
-        param = param * (1 - rates.lr * rates.decay) - rates.lr * direction
+        shown = (-total if settings.maximize else total) + settings.coupled * param
+        direction, state = advance(level, shown, state, Signal(writes, param, settings.lr))
+        param = param * (1 - settings.lr * settings.decay) - settings.lr * direction
         total = torch.zeros_like(param)
     return param, state
 
 
-def check(make: Make, level: Level, shapes: Sequence[tuple[int, ...]], rates: Rates, steps: int = 5) -> Lane:
-    """The lane against the loop, its gradients in other memory layouts now and then."""
+def check(
+    make: Make, level: Level, shapes: Sequence[tuple[int, ...]], settings: UpdateSettings, steps: int = 5
+) -> Executor:
+    """The executor against the loop, its gradients in other memory layouts now and then."""
     params = [torch.randn(shape, dtype=F64) for shape in shapes]
     wanted = [param.clone() for param in params]
-    lane = lane_of(make, level, params)
+    executor = executor_of(make, level, params)
     taken: list[list[Tensor]] = [[] for _ in shapes]
     for t in range(steps):
         grads = [torch.randn(shape, dtype=F64) for shape in shapes]
@@ -110,29 +122,27 @@ def check(make: Make, level: Level, shapes: Sequence[tuple[int, ...]], rates: Ra
             own.append(grad.clone())
         shown = [grad.mT.contiguous().mT if grad.ndim > 1 and t % 2 else grad for grad in grads]
         ordered = {id(param): grad for param, grad in zip(params, shown, strict=True)}
-        lane.step(level, [ordered[id(param)] for param in lane.params], rates)
+        executor.step(level, [ordered[id(param)] for param in executor.params], settings)
         assert all(torch.equal(grad, own[-1]) for grad, own in zip(grads, taken, strict=True))
-        assert lane.intact()
+        assert executor.intact()
     for param, first, own in zip(params, wanted, taken, strict=True):
-        (member,) = [member for member in lane.members if member.param is param]
-        want, state = loop(level, first, own, rates)
+        (slot,) = [slot for slot in executor.slots if slot.param is param]
+        want, state = loop(level, first, own, settings)
         torch.testing.assert_close(param, want, rtol=1e-9, atol=1e-9)
         for path, leaf in leaves(state):
-            torch.testing.assert_close(
-                member.state[path], leaf, rtol=1e-9, atol=1e-9, msg=lambda m, p=path: f"{p}: {m}"
-            )
-        assert member.state[STEP] == steps
-        if rates.period > 1:
-            left = sum(own[steps - steps % rates.period :], torch.zeros_like(param))
-            torch.testing.assert_close(member.state[SUM], left, rtol=1e-9, atol=1e-9)
-    return lane
+            torch.testing.assert_close(slot.state[path], leaf, rtol=1e-9, atol=1e-9, msg=lambda m, p=path: f"{p}: {m}")
+        assert slot.state[STEP] == steps
+        if settings.period > 1:
+            left = sum(own[steps - steps % settings.period :], torch.zeros_like(param))
+            torch.testing.assert_close(slot.state[SUM], left, rtol=1e-9, atol=1e-9)
+    return executor
 
 
-every_lane = pytest.mark.parametrize(
-    ("lane", "level"), [(lane, level) for lane, (_, choices) in LANES.items() for level in choices]
+every_executor = pytest.mark.parametrize(
+    ("executor", "level"), [(executor, level) for executor, (_, choices) in EXECUTORS.items() for level in choices]
 )
-rates_drawn = st.builds(
-    Rates,
+settings_drawn = st.builds(
+    UpdateSettings,
     lr=st.sampled_from([0.1, torch.tensor(0.1, dtype=F64)]),
     decay=st.sampled_from([0.0, 0.5]),
     coupled=st.sampled_from([0.0, 0.3]),
@@ -145,27 +155,121 @@ rates_drawn = st.builds(
 @given(
     shapes=st.lists(st.lists(st.integers(1, 5), max_size=3).map(tuple), min_size=1, max_size=4),
     square=st.tuples(st.integers(2, 5), st.integers(2, 5), st.integers(1, 3)),
-    rates=rates_drawn,
+    settings=settings_drawn,
     piece=st.integers(1, 20),
     small=st.integers(0, 40),
 )
-@every_lane
+@every_executor
 def test_equals_the_loop(
-    lane: str,
+    executor: str,
     level: str,
     shapes: list[tuple[int, ...]],
     square: tuple[int, int, int],
-    rates: Rates,
+    settings: UpdateSettings,
     piece: int,
     small: int,
 ) -> None:
-    make, choices = LANES[lane]
+    make, choices = EXECUTORS[executor]
     if level in WHOLE:
         shapes = [square[:2]] * square[2]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "PIECE", piece)  # tiny, so that small tensors are cut, and packs many
-        patch.setattr(pieces, "SMALL", small)
-        check(make, choices[level](), shapes, rates)
+        patch.setattr(flat, "PIECE", piece)  # tiny, so that small tensors are cut, and packs many
+        patch.setattr(flat, "SMALL", small)
+        check(make, choices[level](), shapes, settings)
+
+
+@settings(max_examples=5)
+@given(rates=settings_drawn)
+@pytest.mark.parametrize("level", [name for name in ELEMENTWISE | WHOLE if name != "shampoo"])  # it waits for its roots
+def test_a_capturable_step_equals_the_loop(level: str, rates: UpdateSettings) -> None:
+    own, shapes = (ELEMENTWISE | WHOLE)[level](), [(4, 3), (4, 3), (2, 5)]
+    params = [torch.randn(shape, dtype=F64, requires_grad=True) for shape in shapes]
+    first, taken = [param.detach().clone() for param in params], [list[Tensor]() for _ in params]
+    states = [begin_on_device(own, param, rates.period, None) for param in params]
+    for _ in range(5):
+        for param, grads in zip(params, taken, strict=True):
+            param.grad = torch.randn(param.shape, dtype=F64)
+            grads.append(param.grad.clone())
+        with torch.no_grad():
+            step_capturable(own, params, states, rates, None)
+    for param, start_, grads, state in zip(params, first, taken, states, strict=True):
+        want, tree = loop(own, start_, grads, rates)
+        torch.testing.assert_close(param.detach(), want, rtol=1e-7, atol=1e-7)
+        for path, leaf in leaves(tree):
+            torch.testing.assert_close(state[path], leaf, rtol=1e-7, atol=1e-7, msg=lambda m, p=path: f"{p}: {m}")
+
+
+@pytest.mark.parametrize("level", ELEMENTWISE | WHOLE)
+def test_a_functional_step_equals_the_loop(level: str) -> None:
+    own, param = (ELEMENTWISE | WHOLE)[level](), torch.randn(4, 3, dtype=F64)
+    grads, now, state = [torch.randn(4, 3, dtype=F64) for _ in range(5)], {"w": param}, None
+    for grad in grads:
+        now, state = functional_step(own, now, {"w": grad}, state, lr=0.1, weight_decay=0.5)
+    want, tree = loop(own, param, grads, UpdateSettings(0.1, decay=0.5))
+    torch.testing.assert_close(now["w"], want, rtol=1e-12, atol=1e-12)
+    assert state is not None
+    torch.testing.assert_close(dict(leaves(state["levels"]["w"])), dict(leaves(tree)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)])
+@pytest.mark.parametrize("decay", [0.0, 0.5, torch.tensor(0.5)])
+def test_an_update_is_what_it_says(lr: float | Tensor, decay: float | Tensor) -> None:
+    param, direction = torch.tensor([2.0, -1.0]), torch.tensor([1.0, 3.0])
+    want = [2 * (1 - 0.1 * float(decay)) - 0.1, -(1 - 0.1 * float(decay)) - 0.3]
+    torch.testing.assert_close(update(param, direction, lr, decay).tolist(), want, rtol=1e-6, atol=0)
+    assert param.tolist() == [2.0, -1.0]
+    own = update(param, param, lr, decay)  # a level may return the parameter itself
+    assert update(param, direction, lr, decay, out=param) is param
+    torch.testing.assert_close(param.tolist(), want, rtol=1e-6, atol=0)
+    param.copy_(torch.tensor([2.0, -1.0]))
+    torch.testing.assert_close(update(param, param, lr, decay, out=param), own, rtol=1e-6, atol=0)
+
+
+def test_adam_without_an_epsilon_does_not_divide_zero_by_zero() -> None:
+    """torch's kernel does, and so is left out; `step` has 0 there."""
+    param = torch.ones(3, requires_grad=True)
+    param.grad = torch.tensor([0.0, 1.0, -1.0])
+    for capturable in (False, True):
+        optimizer = Nested([param], levels.adam(eps=0.0), lr=0.1, capturable=capturable)
+        optimizer.step()
+        assert param.detach()[0] == 1.0
+        assert param.isfinite().all()
+
+
+class Recent(Level):
+    """Hands one of its memories on to the other."""
+
+    def init(self, param: Tensor) -> State:
+        return {"last": torch.zeros_like(param), "before": torch.zeros_like(param)}
+
+    def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        return state["before"], {"last": grad, "before": state["last"]}
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_memory_that_is_handed_on_is_not_written_over_before(capturable: bool) -> None:
+    param = torch.zeros((), requires_grad=True)
+    optimizer = Nested([param], Recent(), lr=1.0, capturable=capturable)
+    for t in range(5):
+        param.grad = torch.tensor(10.0**t)
+        optimizer.step()
+    assert param.item() == -111.0  # each gradient, two steps after it was seen
+
+
+class Doubled(levels.adam):  # type: ignore[misc]
+    """Has a `step` of its own, and inherits all else."""
+
+    def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        direction, state = super().step(grad, state, signal)
+        return 2 * direction, state
+
+
+def test_who_inherits_from_a_level_with_a_kernel_is_run_by_its_own_step() -> None:
+    params = [torch.zeros(3, requires_grad=True) for _ in range(2)]
+    for param, level in zip(params, (levels.adam(), Doubled()), strict=True):
+        param.grad = torch.ones(3)
+        Nested([param], level, lr=0.1).step()
+    torch.testing.assert_close(params[1], 2 * params[0])
 
 
 torchs_own = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
@@ -176,13 +280,15 @@ torchs_own = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is dep
 @pytest.mark.parametrize("level", ["chain", "preconditioned"])
 def test_compiled_equals_the_loop(level: str) -> None:
     shapes = [(5, 3), (4,), (70, 70)]
-    lane = check(CompiledLane, ENTRYWISE[level](), shapes, Rates(0.1, decay=0.2, coupled=0.1, maximize=True, period=2))
-    assert isinstance(lane, CompiledLane)
-    assert len(lane._kernels) == 1
+    executor = check(
+        Compiled, ELEMENTWISE[level](), shapes, UpdateSettings(0.1, decay=0.2, coupled=0.1, maximize=True, period=2)
+    )
+    assert isinstance(executor, Compiled)
+    assert len(executor.compiled) == 1
 
 
-def lanes_of(optimizer: Nested) -> list[Lane]:
-    return [lane for share in optimizer._plan._shares for lane, _ in share.lanes]
+def executors_of(optimizer: Nested) -> list[Executor]:
+    return [executor for share in optimizer._plan.shares for executor in share.executors]
 
 
 def feed(optimizer: Nested, steps: range) -> None:
@@ -201,9 +307,9 @@ def test_an_optimizer_compiles_what_has_no_kernel() -> None:
     for compile in (False, True):
         torch.manual_seed(0)
         params = [torch.randn(shape).requires_grad_() for shape in [(5, 3), (4,), ()]]
-        optimizer = Nested(params, ENTRYWISE["chain"](), 0.1, 0.1, compile=compile)
+        optimizer = Nested(params, ELEMENTWISE["chain"](), 0.1, 0.1, compile=compile)
         feed(optimizer, range(5))
-        assert [type(lane) for lane in lanes_of(optimizer)] == [CompiledLane if compile else PiecesLane]
+        assert [type(executor) for executor in executors_of(optimizer)] == [Compiled if compile else Flat]
         results.append(torch.cat([param.detach().flatten() for param in params]))
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
 
@@ -232,8 +338,8 @@ def test_a_bfloat16_parameter_is_stepped_in_float32_and_rounded_once(name: str) 
 # -- where the states are ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "kind"), [("adam", FusedLane), ("second_moment", PiecesLane), ("shampoo", StackLane)])
-def test_states_are_views_that_outlive_their_buffers(name: str, kind: type[Lane], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "kind"), [("adam", Flat), ("second_moment", Flat), ("shampoo", Stacked)])
+def test_states_are_views_that_outlive_their_buffers(name: str, kind: type[Executor], tmp_path: Path) -> None:
     def made() -> Nested:
         torch.manual_seed(0)
         return Nested([torch.randn(5, 3).requires_grad_() for _ in range(3)], name, lr=0.1)
@@ -243,7 +349,7 @@ def test_states_are_views_that_outlive_their_buffers(name: str, kind: type[Lane]
     states = [optimizer.state[param] for param in optimizer.param_groups[0]["params"]]
     for key in states[0].keys() - {STEP}:
         assert len({state[key].untyped_storage().data_ptr() for state in states}) == 1, key
-    assert [type(lane) for lane in lanes_of(optimizer)] == [kind]
+    assert [type(executor) for executor in executors_of(optimizer)] == [kind]
 
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
@@ -271,19 +377,19 @@ def test_states_are_views_that_outlive_their_buffers(name: str, kind: type[Lane]
                 assert torch.equal(other.state[a][key], value), key
 
 
-def test_a_lane_sees_what_was_replaced() -> None:
-    for make, level in ((PiecesLane, levels.adam()), (StackLane, Halving()), (Lane, Halving())):
-        lane = lane_of(make, level, [torch.randn(4, 3) for _ in range(2)])
-        key = "exp_avg" if make is PiecesLane else "memory"
-        assert lane.intact()
-        kept = lane.states[1][key]
-        lane.states[1][key] = kept.clone()
-        assert not lane.intact()
-        lane.states[1][key] = kept
-        assert lane.intact()
-        lane.leave()
-        assert not lane.intact()
-        assert lane.states[0][STEP] is not lane.states[1][STEP]
+def test_an_executor_sees_what_was_replaced() -> None:
+    for make, level in ((Flat, levels.adam()), (Stacked, Halving()), (Executor, Halving())):
+        executor = executor_of(make, level, [torch.randn(4, 3) for _ in range(2)])
+        key = "exp_avg" if make is Flat else "memory"
+        assert executor.intact()
+        kept = executor.states[1][key]
+        executor.states[1][key] = kept.clone()
+        assert not executor.intact()
+        executor.states[1][key] = kept
+        assert executor.intact()
+        executor.leave()
+        assert not executor.intact()
+        assert executor.states[0][STEP] is not executor.states[1][STEP]
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -318,15 +424,15 @@ def transient(optimizer: torch.optim.Optimizer) -> int:
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
 def test_no_transient_of_the_parameters_size(name: str) -> None:
-    numbers = 8 * pieces.PIECE
+    numbers = 8 * flat.PIECE
     params = [torch.randn(numbers).requires_grad_(), torch.randn(5, 3).requires_grad_()]
     flags = {"momentum": 0.9} if name == "SGD" else {}
     assert transient(getattr(nestopt.optim, name)(params, **flags)) < 100
 
 
 def test_stacks_of_levels_make_pieces_only() -> None:
-    params = [torch.randn(8 * pieces.PIECE).requires_grad_() for _ in range(2)]
-    assert 0 < transient(Nested(params, ENTRYWISE["sum"](), weight_decay=0.1)) <= 4 * pieces.PIECE
+    params = [torch.randn(8 * flat.PIECE).requires_grad_() for _ in range(2)]
+    assert 0 < transient(Nested(params, ELEMENTWISE["sum"](), weight_decay=0.1)) <= 4 * flat.PIECE
 
 
 def test_the_measure_sees_what_torch_makes() -> None:

@@ -113,11 +113,17 @@ class Chain(_Many):
         return grad, new
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
-        for i, (name, level) in enumerate(self.levels.items()):
+        last, grad, state = self.before_last_(grad, state, signal)
+        return advance_(last, grad, state, signal.inside(list(self.levels)[-1]))
+
+    def before_last_(self, grad: Tensor, state: State, signal: Signal) -> tuple[Level, Tensor, State]:
+        *before, final = self.levels
+        for i, name in enumerate(self.levels):
             # a direction lasts until another level's step, and a level may have several within
-            shown = grad.clone() if i and self._several[name] else grad
-            grad = advance_(level, shown, state[name], signal.inside(name))
-        return grad
+            grad = grad.clone() if i and self._several[name] else grad
+            if i < len(before):
+                grad = advance_(self.levels[name], grad, state[name], signal.inside(name))
+        return self.levels[final], grad, state[final]
 
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
         found: list[Node] = []

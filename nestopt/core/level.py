@@ -105,6 +105,14 @@ class Level(Part):
         direction, new = self.step(grad, state, signal)
         return store(state, new, direction)
 
+    def before_last_(self, grad: Tensor, state: State, signal: Signal) -> tuple[Level, Tensor, State]:
+        """Do in place what comes before the level whose direction is this one's: nothing, but in a chain.
+
+        Returns:
+            That level, what it is shown, and its state.
+        """
+        return self, grad, state
+
     @property
     def is_batched(self) -> bool:
         """Whether this level and all levels within it are `batched`."""

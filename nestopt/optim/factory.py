@@ -74,7 +74,10 @@ def optimizer(
         ValueError: nothing to optimize; `strict` and nothing for the stack; layers that can't be told.
         TypeError: an argument that there is not.
     """
-    _check_options(options)
+    allowed = [field.name for field in dataclasses.fields(StepOptions)]
+    for name in options.keys() - set(allowed):
+        hint = nearest(name, [*inspect.signature(optimizer).parameters, *allowed])
+        raise TypeError(f"nestopt.optimizer has no argument {name!r}.{hint}")
     settings = _settings(
         spec,
         {
@@ -111,14 +114,6 @@ def optimizer(
     if model is not None and any(INPUTS in built.level(group).needs for group in built.param_groups):
         built.watch(model)
     return built
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    allowed = [field.name for field in dataclasses.fields(StepOptions)]
-    for name in options:
-        if name not in allowed:
-            known = [*inspect.signature(optimizer).parameters, *allowed]
-            raise TypeError(f"nestopt.optimizer has no argument {name!r}.{nearest(name, known)}")
 
 
 def _groups(

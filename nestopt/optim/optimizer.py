@@ -164,8 +164,8 @@ class Nested(Optimizer):
                 check_capturable(level, param, group.get("period", 1), view, name)
 
     def _accept(self, level: Level, param: Tensor, name: str) -> None:
-        """Raise RuntimeError for what an engine has put in a parameter's place, if `level` must see its shape."""
-        if id(param) not in self._accepted and param.ndim < 2 and not level.is_elementwise:
+        """Raise RuntimeError for what an engine has put in the place of a parameter whose shape `level` must see."""
+        if id(param) not in self._accepted:
             raise RuntimeError(
                 f"{level.label} must see tensors in their true shape, and a tensor of shape {list(param.shape)} has "
                 f"come in the place of {name}: DeepSpeed's ZeRO puts flat slices of many parameters there. Use "
@@ -245,7 +245,8 @@ class Nested(Optimizer):
                 if param.grad is None or not param.numel():
                     continue
                 if not self.state[param]:
-                    self._accept(level, param, f"a parameter of group {index}")
+                    if param.ndim < 2 and not level.is_elementwise:
+                        self._accept(level, param, f"a parameter of group {index}")
                     self.state[param].update(begin_on_device(level, param, settings.period, view))
                 together.setdefault((param.device, param.dtype), []).append(param)
             for params in together.values():

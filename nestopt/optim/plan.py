@@ -21,7 +21,7 @@ from nestopt.core.tree import State, leaves
 from nestopt.optim.checkpoint import keeps_shape
 from nestopt.optim.checks import check_gradients, names
 from nestopt.optim.execute.choose import executors
-from nestopt.optim.execute.update import STEP, SUM, Executor, Slot
+from nestopt.optim.execute.update import STEP, SUM, Executor, Slot, placed
 from nestopt.optim.views import Split, begin, layout, work_dtype
 
 RESTLESS = 3
@@ -37,18 +37,16 @@ class Share:
 
     Attributes:
         level: with its gates bound.
-        params: of the group, also `ids`.
+        params, ids: of the group.
         forms: of its gradients.
         executors: of the parameters that have one.
     """
 
     level: Level
     params: list[Tensor]
+    ids: list[int]
     forms: list[Form]
     executors: list[Executor]
-
-    def __post_init__(self) -> None:
-        self.ids = list(map(id, self.params))
 
     def leave(self) -> None:
         """Give the parameters step counts of their own again."""
@@ -61,7 +59,7 @@ class Plan:
 
     Args:
         fill: completes the state of a parameter that its group's level has outgrown.
-        accept: raises for a parameter that a level can't be shown.
+        accept: raises for a parameter that is no matrix, if its level can't be shown it.
         inputs: gives what the layer of a parameter was shown, for levels that ask for it.
         note: gives where the level of a parameter reports, by the number of its group; None: nobody listens.
         compiled: as of `executors`.
@@ -128,7 +126,8 @@ class Plan:
         slots = []
         for i, (param, name, form) in enumerate(zip(params, names(group, index), forms, strict=True)):
             if form is not None and form[0].numel():  # an empty tensor has nothing to learn, and no state
-                self._accept(level, param, name)
+                if param.ndim < 2 and not level.is_elementwise:
+                    self._accept(level, param, name)
                 slots.append(self._slot(level, param, state[param], view, name, i))
         asks = INPUTS in level.needs
         made = executors(
@@ -137,14 +136,14 @@ class Plan:
         for executor in made:
             executor.inputs = self._inputs if asks else None
             executor.note = partial(self._note, index) if self._note else None
-        return Share(level, params, forms, made)
+        return Share(level, params, list(map(id, params)), forms, made)
 
     def _slot(
         self, level: Level, param: Tensor, state: dict[str, Any], view: Split | None, name: str, place: int
     ) -> Slot:
         if not state:
             state[STEP] = torch.zeros((), dtype=torch.float32)
-            with _drawn_for(name, self.seed, param.device):
+            with contextlib.nullcontext() if self.seed is None else _drawn_for(name, self.seed, param.device):
                 tree = begin(level, param.detach().to(work_dtype(param)), view)
             if taken := tree.keys() & {STEP, SUM}:
                 state.clear()
@@ -158,15 +157,12 @@ class Plan:
             if any(path not in state for path, _ in leaves(tree)):
                 self._fill(state, param)
             _check_state(level, param, state, tree, name)
-        return Slot(param, state, tree, view, place)
+        return Slot(param, state, placed(tree, state), view, place)
 
 
 @contextlib.contextmanager
-def _drawn_for(name: str, seed: int | None, device: torch.device) -> Iterator[None]:
-    """Within, random numbers are those of a parameter's name, whichever process draws them, and in whatever order."""
-    if seed is None:
-        yield
-        return
+def _drawn_for(name: str, seed: int, device: torch.device) -> Iterator[None]:
+    """Draw random numbers by a parameter's name within, whichever process draws them, and in whatever order."""
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         mixed = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest()
         torch.manual_seed(int.from_bytes(mixed, "big"))

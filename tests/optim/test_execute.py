@@ -66,12 +66,10 @@ WHOLE: dict[str, Callable[[], Level]] = {
 }
 
 
-def in_pieces(level: Level, slots: Sequence[Slot], *, packed: bool = True, kernel: bool = True) -> Flat:
+def in_pieces(level: Level, slots: Sequence[Slot], *, packed: bool = True) -> Flat:
     """Not all tensors by torch's kernel at once, though it could."""
     executor = Flat(level, slots, packed=packed)
     executor.at_once = False
-    if not kernel:
-        executor.kernel = None
     return executor
 
 
@@ -80,7 +78,6 @@ EXECUTORS: dict[str, tuple[Make, dict[str, Callable[[], Level]]]] = {
     "flat": (Flat, ELEMENTWISE),
     "in pieces": (in_pieces, ELEMENTWISE),
     "in pieces, unpacked": (partial(in_pieces, packed=False), ELEMENTWISE),
-    "in pieces, no kernel": (partial(in_pieces, kernel=False), ELEMENTWISE),
     "stacked": (Stacked, WHOLE),
 }
 
@@ -176,6 +173,13 @@ def test_equals_the_loop(
         patch.setattr(flat, "PIECE", piece)  # tiny, so that small tensors are cut, and packs many
         patch.setattr(flat, "SMALL", small)
         check(make, choices[level](), shapes, settings)
+
+
+@pytest.mark.parametrize("level", ELEMENTWISE)
+def test_pieces_equal_the_loop_where_torch_has_no_kernel(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flat, "kernel_of", lambda level, like: None)
+    options = UpdateSettings(0.1, decay=0.2, coupled=0.1, maximize=True, period=2)
+    check(Flat, ELEMENTWISE[level](), [(5, 3), (4,)], options)
 
 
 @settings(max_examples=5)

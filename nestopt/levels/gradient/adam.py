@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from nestopt.core.level import Level
-from nestopt.core.part import FieldError, Number
+from nestopt.core.part import FieldError, Gate, Number
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, store
 from nestopt.levels.gradient import fused
@@ -72,7 +72,7 @@ class Adam(Level):
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
         if fused.available(grad) and fused.reads(grad, state.values()):
-            # the kernel steps a parameter: one of zeros, at a rate of -1, arrives at the direction
+            # the kernel steps a parameter: one of zeros, at a rate of -1, arrives at the direction, whatever its decay
             direction, memories = scratch_like(grad).zero_(), {key: [leaf] for key, leaf in state.items()}
             if _step(self, [direction], [grad], memories, int(signal.step), lr=-1.0):
                 return direction
@@ -123,13 +123,14 @@ def _step(
     step: int | Sequence[Tensor],
     *,
     lr: float | Tensor,
-    decay: Number = 0.0,
+    decay: float | Tensor = 0.0,
     coupled: float = 0.0,
     maximize: bool = False,
 ) -> bool:
-    """Step Adam by torch's kernel, as `fused.Kernel` says."""
+    """Step Adam or AdamW by torch's kernel, as `fused.Kernel` says."""
+    own: Number = level.weight_decay if isinstance(level, AdamW) else 0.0
     # the kernel adds its decay to the gradient or takes it off the parameter, and has no answer to 0 / (0 + 0)
-    if level.eps == 0 or isinstance(decay, Tensor) or (coupled and decay):
+    if level.eps == 0 or isinstance(own, Tensor | Gate) or isinstance(decay, Tensor) or (coupled and own + decay):
         return False
     if isinstance(step, int):
         step = [torch.full((), step, dtype=torch.float32, device=params[0].device)] * len(params)
@@ -143,10 +144,10 @@ def _step(
         memories["exp_avg_sq"],
         memories["max_exp_avg_sq"] if level.amsgrad else [],
         step,
-        lr=fused.rate(lr),
+        lr=lr,
         beta1=level.betas[0],
         beta2=level.betas[1],
-        weight_decay=coupled or decay,
+        weight_decay=coupled or own + decay,
         eps=level.eps,
         amsgrad=level.amsgrad,
         maximize=maximize,
@@ -154,9 +155,4 @@ def _step(
     return True
 
 
-def _step_decayed(level: AdamW, *tensors: Any, decay: float = 0.0, **numbers: Any) -> bool:
-    """Step AdamW, whose own decay comes on top of the group's."""
-    return _step(level, *tensors, decay=level.weight_decay + decay, **numbers)  # type: ignore[operator]
-
-
-fused.KERNELS |= {Adam: _step, AdamW: _step_decayed}
+fused.KERNELS |= {Adam: _step, AdamW: _step}

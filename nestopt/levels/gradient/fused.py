@@ -34,7 +34,7 @@ class Kernel(Protocol):
             params, grads, memories: of one device and dtype, contiguous; memories by key of the state, of each
                 parameter.
             step: the count of all, or of each as a float32 tensor beside it.
-            lr: a number, or a tensor without dimensions.
+            lr: a number, or a tensor without dimensions, on an accelerator in float32.
             decay, coupled: weight decay that is taken off the parameter, or added to the gradient.
             maximize: ascend.
         """
@@ -65,8 +65,3 @@ for _kernel in ("_fused_adam_", "_fused_adamw_", "_fused_sgd_"):
         # where torch has none: a step on tensors without data writes nothing
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{_name}", "Meta"):
             _meta.impl(_name, lambda *args, **kwargs: None)
-
-
-def rate(lr: float | Tensor) -> float | Tensor:
-    """Return a learning rate as the kernels read it: on an accelerator in float32."""
-    return lr.to(torch.float32) if isinstance(lr, Tensor) and lr.device.type != "cpu" else lr

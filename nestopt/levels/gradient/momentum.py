@@ -103,7 +103,7 @@ def _step(
         memories.get("momentum", []),
         weight_decay=coupled,
         momentum=own.beta,
-        lr=fused.rate(lr),
+        lr=lr,
         dampening=own.dampening,
         nesterov=own.nesterov,
         maximize=maximize,

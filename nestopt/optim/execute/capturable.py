@@ -84,8 +84,7 @@ def _by_kernel(
         if any(x.dtype != params[0].dtype or not x.is_contiguous() for x in alike):
             return False
     counts = [state[STEP] for state in states]
-    lr, decay, coupled, up = settings.lr, settings.decay, settings.coupled, settings.maximize
-    return kernel(level, params, grads, memories, counts, lr=lr, decay=decay, coupled=coupled, maximize=up)
+    return kernel(level, params, grads, memories, counts, **settings.numbers())
 
 
 def _step_one(level: Level, param: Tensor, state: dict[str, Any], settings: UpdateSettings, view: Split | None) -> None:

@@ -80,10 +80,7 @@ class Flat(Executor):
     def move(self, level: Level, grads: Sequence[Tensor], settings: UpdateSettings, step: int) -> None:
         if self.kernel is not None and self.at_once:
             dense = [grad if grad.is_contiguous() else grad.contiguous() for grad in grads]
-            lr, decay, coupled, up = settings.lr, settings.decay, settings.coupled, settings.maximize
-            if self.kernel(
-                level, self.params, dense, self.leaves, step, lr=lr, decay=decay, coupled=coupled, maximize=up
-            ):
+            if self.kernel(level, self.params, dense, self.leaves, step, **settings.numbers()):
                 return
         if self.buffers:
             self._move_buffers(level, grads, settings, step)
@@ -125,13 +122,15 @@ class Flat(Executor):
         self, level: Level, param: Tensor, grad: Tensor, state: State, settings: UpdateSettings, step: int
     ) -> None:
         """Step one piece in place. All are flat."""
-        wide, grad = param.to(self.dtype), grad.to(self.dtype)
-        shown = settings.gradient(grad, wide)
-        lr, decay = settings.lr, settings.decay
-        memories = {key: [leaf] for key, leaf in state.items()}
-        if self.kernel is None or not self.kernel(level, [wide], [shown], memories, step, lr=lr, decay=decay):
-            direction = advance_(level, shown, state, Signal(step, wide, lr))
-            update(wide, direction, lr, decay, out=wide)
+        wide = param.to(self.dtype)
+        shown, signal = settings.gradient(grad.to(self.dtype), wide), Signal(step, wide, settings.lr)
+        if level.period == 1:
+            level, shown, state = level.before_last_(shown, state, signal)
+        kernel, memories = kernel_of(level, wide), {key: [leaf] for key, leaf in state.items()}
+        numbers = settings.numbers() | {"coupled": 0.0, "maximize": False}  # as the gradient is shown already
+        if kernel is None or not kernel(level, [wide], [shown], memories, step, **numbers):
+            direction = advance_(level, shown, state, signal)
+            update(wide, direction, settings.lr, settings.decay, out=wide)
         if wide is not param:
             param.copy_(wide)
 

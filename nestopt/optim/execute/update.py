@@ -53,6 +53,11 @@ class UpdateSettings:
     maximize: bool = False
     period: int = 1
 
+    def numbers(self) -> dict[str, Any]:
+        """Return what torch's kernels are told; they read a learning rate on an accelerator in float32."""
+        lr = self.lr.to(torch.float32) if isinstance(self.lr, Tensor) and self.lr.device.type != "cpu" else self.lr
+        return {"lr": lr, "decay": self.decay, "coupled": self.coupled, "maximize": self.maximize}
+
     def gradient(self, grad: Tensor, param: Tensor) -> Tensor:
         """Return what the level is shown; `grad` stays as it is."""
         if self.maximize:
@@ -60,22 +65,23 @@ class UpdateSettings:
         return grad.add(param, alpha=self.coupled) if self.coupled else grad
 
 
+@dataclasses.dataclass
 class Slot:
-    """One parameter of an executor, its state as the optimizer keeps it (flat keys), and as its level made it (a tree).
+    """One parameter of an executor.
 
-    Args:
+    Attributes:
         param: the parameter.
-        state: by flat keys, its step count included.
-        layout: the tree that the level made, or one like it without numbers.
-        view: as which matrices the level sees it.
+        state: as the optimizer keeps it: by flat keys, its step count included.
+        tree: the same tensors as the level made them.
+        view: as which matrices the level sees the parameter.
         place: its place among the parameters of its group.
     """
 
-    def __init__(
-        self, param: Tensor, state: dict[str, Any], layout: State, view: Split | None = None, place: int = 0
-    ) -> None:
-        self.param, self.state, self.view, self.place = param, state, view, place
-        self.tree = placed(layout, state)
+    param: Tensor
+    state: dict[str, Any]
+    tree: State
+    view: Split | None = None
+    place: int = 0
 
     def keep(self, leaves_by_path: dict[str, Tensor]) -> None:
         """Keep the state in these tensors from now on; they hold its numbers already."""

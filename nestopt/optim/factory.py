@@ -14,10 +14,10 @@ from nestopt.config.load import names_file
 from nestopt.config.schema import GroupConfig, OptimizerConfig
 from nestopt.core.inputs import INPUTS
 from nestopt.core.part import nearest
-from nestopt.optim.depth import layers
 from nestopt.optim.optimizer import Nested, StepOptions
-from nestopt.optim.places import WHOLE, Chooser, Place, check, place
-from nestopt.optim.roles import roles, unnamed
+from nestopt.optim.routing.layers import layers
+from nestopt.optim.routing.place import WHOLE, Chooser, Place, check, place
+from nestopt.optim.routing.roles import roles, unnamed
 from nestopt.optim.views import Split
 
 Route = Literal["auto", "hidden_matrices", "all"] | Chooser
@@ -61,9 +61,9 @@ def optimizer(
         route: `"auto"` (as above), `"hidden_matrices"` (only those to the stack), `"all"`, or a function of
             (name, tensor) that says whether the stack gets it.
         layer_decay: in (0, 1], the factor between the learning rates of a layer and of the next one: the output layer,
-            or whatever comes last, has the whole rate, embeddings the lowest. Layers are found as
-            `nestopt.optim.depth.layers` says; a group's own `lr` is as given, and a tensor `lr` is copied for each
-            layer. Default: the file's, or 1.
+            or whatever comes last, has the whole rate, embeddings the lowest. How layers are found is said in
+            `nestopt.optim.routing.layers`; a group's own `lr` is as given, and a tensor `lr` is copied for each layer.
+            Default: the file's, or 1.
         layer_of: the number of a parameter's layer, 0 or more, by its name, where it can't be found or is not right.
         strict: raise if the stack gets no parameter (else it is logged as a warning). Default: the file's, or False.
         maximize: ascend.

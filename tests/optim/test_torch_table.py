@@ -37,7 +37,7 @@ ANY = [*MATRICES, (4,), (1,), (), (0,), (0, 2), (20, 16)]
 def torch_table() -> dict[str, Any]:
     """The entries of torch's table that have our names, with every choice of arguments torch tests them with."""
     options = common_optimizers._get_optim_inputs_including_global_cliquey_kwargs
-    # `differentiable` is refused (test_named); none asks for `capturable` on this device
+    # `differentiable` is refused (test_torch_named); none asks for `capturable` on this device
     return {
         info.name: (info, options("cpu", torch.float32, info, skip=("differentiable",)))
         for info in common_optimizers.optim_db

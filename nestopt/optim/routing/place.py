@@ -15,7 +15,7 @@ from nestopt.config.schema import GroupConfig, OptimizerConfig
 from nestopt.core.inputs import INPUTS
 from nestopt.core.level import Level
 from nestopt.core.part import nearest
-from nestopt.optim.roles import Role
+from nestopt.optim.routing.roles import Role
 
 log = logging.getLogger("nestopt")
 

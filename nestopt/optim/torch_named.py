@@ -18,17 +18,25 @@ from nestopt.levels.gradient.newton_schulz import QUINTIC, Form
 from nestopt.optim.optimizer import Nested, StepOptions
 from nestopt.optim.views import work_dtype
 
-
-def _refuse_differentiable(optimizer: type[Nested], differentiable: bool) -> None:
-    if differentiable:
-        name = optimizer.__name__
-        raise ValueError(
-            f"nestopt.optim.{name}: differentiable=True is not allowed, as its steps are in place; "
-            "to differentiate through steps use nestopt.optim.functional_step"
-        )
+NO_SETTINGS = {"self", "params", "foreach", "fused", "differentiable", "capturable"}
+"""Arguments that are no setting of a group."""
 
 
-class SGD(Nested):
+class AsTorch(Nested):
+    """An optimizer with the constructor of torch's of the same name, whose arguments are the settings of groups."""
+
+    def _start_of(self, given: dict[str, Any]) -> None:
+        """Start with the arguments of `__init__`, which are its `locals()`."""
+        if given.get("differentiable"):
+            raise ValueError(
+                f"nestopt.optim.{type(self).__name__}: differentiable=True is not allowed, as its steps are in place; "
+                "to differentiate through steps use nestopt.optim.functional_step"
+            )
+        settings = {key: value for key, value in given.items() if key not in NO_SETTINGS}
+        self._start(given["params"], settings, StepOptions(capturable=given.get("capturable", False)))
+
+
+class SGD(AsTorch):
     """`torch.optim.SGD`: the level `momentum` (or `gd`), coupled weight decay. Arguments, defaults and results as
     there; `foreach` and `fused` change nothing: it is torch's fused kernel where there is one.
 
@@ -56,16 +64,7 @@ class SGD(Nested):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
         if momentum < 0:
             raise ValueError(f"momentum={momentum!r} is not allowed; give a number, 0 or more")
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-        }
-        _refuse_differentiable(SGD, differentiable)
-        self._start(params, defaults)
+        self._start_of(locals())
 
     def level(self, group: dict[str, Any]) -> Level:
         if group["momentum"] == 0:
@@ -81,7 +80,7 @@ class SGD(Nested):
         return True
 
 
-class Adam(Nested):
+class Adam(AsTorch):
     """`torch.optim.Adam`: the level `adam`, coupled weight decay unless `decoupled_weight_decay`. Arguments, defaults
     and results as there; `foreach` and `fused` change nothing: it is torch's fused kernel where there is one.
 
@@ -105,17 +104,7 @@ class Adam(Nested):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
-        _refuse_differentiable(type(self), differentiable)
-        self._start(params, defaults, StepOptions(capturable=capturable))
+        self._start_of(locals())
 
     def level(self, group: dict[str, Any]) -> Level:
         return AdamLevel(tuple(group["betas"]), group["eps"], amsgrad=group["amsgrad"])
@@ -147,21 +136,10 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            decoupled_weight_decay=True,
-        )
+        self._start_of(locals() | {"decoupled_weight_decay": True})
 
 
-class Muon(Nested):
+class Muon(AsTorch):
     """`torch.optim.Muon`: the level `muon`, decoupled weight decay. Arguments and defaults as there. Matrices only.
 
     Newton-Schulz runs in the form of fewest FLOPs, and in bfloat16 where the hardware multiplies in it, else in
@@ -188,19 +166,7 @@ class Muon(Nested):
         *,
         ns_form: Form = "auto",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_coefficients": ns_coefficients,
-            "eps": eps,
-            "ns_steps": ns_steps,
-            "adjust_lr_fn": adjust_lr_fn,
-            "ns_form": ns_form,
-            "maximize": False,
-        }
-        self._start(params, defaults)
+        self._start_of(locals() | {"maximize": False})
 
     def level(self, group: dict[str, Any]) -> Level:
         return MuonLevel(

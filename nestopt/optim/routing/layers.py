@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from nestopt.optim.roles import EMBEDDINGS, head_of
+from nestopt.optim.routing.roles import EMBEDDINGS, head_of
 
 _LISTS = (nn.ModuleList, nn.Sequential)
 

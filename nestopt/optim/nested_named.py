@@ -20,7 +20,7 @@ from nestopt.levels.gradient.newton_schulz import QUINTIC
 from nestopt.levels.gradient.shampoo import Shampoo as ShampooLevel
 from nestopt.levels.presets import DeepMomentum as DeepMomentumLevel
 from nestopt.optim.inputs import Scale
-from nestopt.optim.optimizer import Nested, OnNonfinite, StepOptions
+from nestopt.optim.optimizer import Nested, OnNonfinite
 
 COMMON = {
     "params": "named or in groups.",
@@ -60,12 +60,6 @@ class OfLevel(Nested):
         raises = f"Raises:\n    ValueError: a value out of range{matrices}."
         cls.__doc__ = "\n".join([head, "", "Args:", *words, "", raises])
 
-    def _start_of(self, given: dict[str, Any]) -> None:
-        """Start with the arguments of `__init__`, which are its `locals()`."""
-        own = {key: given[key] for key in ("lr", "weight_decay", "maximize")}
-        own |= {field: given[name] for name, field in self.fields.items()}
-        self._start(given["params"], own, StepOptions(on_nonfinite=given["on_nonfinite"]))
-
     def level(self, group: dict[str, Any]) -> Level:
         return self.made_of(**{field: group[field] for field in self.fields.values()})
 
@@ -101,7 +95,8 @@ class M3(OfLevel, of=M3Level, period="slow_period"):
         maximize: bool = False,
         on_nonfinite: OnNonfinite = "ignore",
     ) -> None:
-        self._start_of(locals())
+        given = {self.fields.get(key, key): value for key, value in locals().items()}
+        self._start_with(given)
 
 
 class DeltaMomentum(OfLevel, of=DeltaMomentumLevel):
@@ -123,7 +118,7 @@ class DeltaMomentum(OfLevel, of=DeltaMomentumLevel):
         maximize: bool = False,
         on_nonfinite: OnNonfinite = "ignore",
     ) -> None:
-        self._start_of(locals())
+        self._start_with(locals())
 
 
 class DeepMomentum(OfLevel, of=DeepMomentumLevel):
@@ -153,7 +148,7 @@ class DeepMomentum(OfLevel, of=DeepMomentumLevel):
         on_nonfinite: OnNonfinite = "ignore",
     ) -> None:
         rule = DeepMomentumLevel().rule if rule is None else build("level", rule, "rule")
-        self._start_of(locals())
+        self._start_with(locals())
 
     def level(self, group: dict[str, Any]) -> Level:
         return DeepMomentumLevel(
@@ -182,7 +177,7 @@ class Shampoo(OfLevel, of=ShampooLevel):
         maximize: bool = False,
         on_nonfinite: OnNonfinite = "ignore",
     ) -> None:
-        self._start_of(locals())
+        self._start_with(locals())
 
 
 class DGD(OfLevel, of=Dgd):
@@ -208,7 +203,7 @@ class DGD(OfLevel, of=Dgd):
         loss_scale: Scale | None = None,
     ) -> None:
         of = build("level", of, "of")
-        self._start_of(locals())
+        self._start_with({key: value for key, value in locals().items() if key not in ("model", "loss_scale")})
         if model is not None:
             self.watch(model, loss_scale)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import is_
 from typing import Any, ClassVar, Literal, get_args
 
@@ -48,6 +48,9 @@ class StepOptions:
             raise ValueError("capturable=True looks at no value; leave out compile, metrics and on_nonfinite")
 
 
+OPTIONS = tuple(field.name for field in dataclasses.fields(StepOptions))
+
+
 class Nested(Optimizer):
     r"""Runs a level, or a stack of them, on the gradients of parameters.
 
@@ -83,6 +86,9 @@ class Nested(Optimizer):
     renamed: ClassVar[dict[str, str]] = {}
     """State keys of torch's optimizer of the same name, and ours: its checkpoints load here."""
 
+    seed: int | None = None
+    """What starts at random is drawn from this and the parameter's name; None: from torch's generator, one by one."""
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -98,18 +104,17 @@ class Nested(Optimizer):
         compile: bool = False,
         metrics: bool = False,
     ) -> None:
-        defaults = {
-            "stack": build("level", stack, "stack"),
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "coupled": coupled,
-            "period": period,
-            "maximize": maximize,
-        }
-        self._start(params, defaults, StepOptions(on_nonfinite, capturable, compile, metrics))
+        stack = build("level", stack, "stack")
+        self._start_with(locals())
 
-    def _start(self, params: Iterable[Any], defaults: dict[str, Any], options: StepOptions | None = None) -> None:
-        self.options = options or StepOptions()
+    def _start_with(self, given: Mapping[str, Any], **more: Any) -> None:
+        """Start with the arguments of an `__init__` (its `locals()`): step options, and the settings of groups."""
+        options = {key: given[key] for key in OPTIONS if key in given}
+        settings = {key: value for key, value in given.items() if key not in ("self", "params", *OPTIONS)}
+        self._start(given["params"], settings | more, StepOptions(**options))
+
+    def _start(self, params: Iterable[Any], defaults: dict[str, Any], options: StepOptions) -> None:
+        self.options = options
         self._settle()
         super().__init__(params, defaults)
 
@@ -121,7 +126,7 @@ class Nested(Optimizer):
         other = object.__new__(type(self))
         other.__dict__.update({k: v for k, v in self.__getstate__().items() if k not in Optimizer.__getstate__(self)})
         other._start(groups, self.defaults, self.options)
-        other._plan.seed = seed
+        other.seed = seed
         return other
 
     def _settle(self) -> None:
@@ -172,6 +177,11 @@ class Nested(Optimizer):
                 "nestopt.train.deepspeed.initialize, or add_param_group for a parameter of that shape"
             )
 
+    @property
+    def count_device(self) -> str | None:
+        """Where step counts are; None: beside their parameters."""
+        return None if self.options.capturable else "cpu"
+
     def level(self, group: dict[str, Any]) -> Level:
         """The level that a parameter group runs."""
         return group["stack"]
@@ -206,7 +216,7 @@ class Nested(Optimizer):
             return loss
         levels = [self.level(group) for group in self.param_groups]
         if not self._is_settled(levels, grads):
-            self._plan.settle(self.param_groups, [bind(level) for level in levels], grads, self.state)
+            self._plan.settle(self.param_groups, [bind(level) for level in levels], grads, self.state, self.seed)
         if self._recorder is not None:
             self._recorder.clear()
         for group, share, own in zip(self.param_groups, self._plan.shares, grads, strict=True):
@@ -315,7 +325,7 @@ class Nested(Optimizer):
 
     def explain(self) -> Explanation:
         """For each parameter: which level has it, at which learning rate and period, and why. Print it."""
-        return explain(self)
+        return explain(self.param_groups, self.level)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -331,7 +341,13 @@ class Nested(Optimizer):
         Raises:
             ValueError: groups, parameters or state do not fit this optimizer. Nothing has been changed then.
         """
-        checkpoint.load(self, state_dict)
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        self.__setstate__(checkpoint.fitted(self, state_dict))
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -65,13 +65,9 @@ class Plan:
         compiled: as of `executors`.
 
     Attributes:
-        seed: what starts at random is drawn from this and the parameter's name; None: from torch's generator, one
-            after another.
         shares: by group.
         known: the states of all parameters, by the dicts that they are in.
     """
-
-    seed: int | None = None
 
     def __init__(
         self,
@@ -93,6 +89,7 @@ class Plan:
         levels: Sequence[Level],
         grads: Sequence[Sequence[Tensor | None]],
         state: dict[Tensor, Any],
+        seed: int | None = None,
     ) -> None:
         """Bring the shares up to date, of the groups in which something has changed.
 
@@ -116,11 +113,17 @@ class Plan:
                     continue
                 self._changes += not fits
                 old.leave()
-            self.shares[i : i + 1] = [self._share(group, i, level, forms[i], state)]
+            self.shares[i : i + 1] = [self._share(group, i, level, forms[i], state, seed)]
             self.known = list(state.values())
 
     def _share(
-        self, group: dict[str, Any], index: int, level: Level, forms: list[Form], state: dict[Tensor, Any]
+        self,
+        group: dict[str, Any],
+        index: int,
+        level: Level,
+        forms: list[Form],
+        state: dict[Tensor, Any],
+        seed: int | None,
     ) -> Share:
         params, view = list(group["params"]), None if level.is_elementwise else group.get("view")
         slots = []
@@ -128,7 +131,7 @@ class Plan:
             if form is not None and form[0].numel():  # an empty tensor has nothing to learn, and no state
                 if param.ndim < 2 and not level.is_elementwise:
                     self._accept(level, param, name)
-                slots.append(self._slot(level, param, state[param], view, name, i))
+                slots.append(self._slot(level, param, state[param], view, name, i, seed))
         asks = INPUTS in level.needs
         made = executors(
             level, slots, packed=self._changes < RESTLESS, compiled=self._compiled, alone=asks or self._note is not None
@@ -139,11 +142,18 @@ class Plan:
         return Share(level, params, list(map(id, params)), forms, made)
 
     def _slot(
-        self, level: Level, param: Tensor, state: dict[str, Any], view: Split | None, name: str, place: int
+        self,
+        level: Level,
+        param: Tensor,
+        state: dict[str, Any],
+        view: Split | None,
+        name: str,
+        place: int,
+        seed: int | None,
     ) -> Slot:
         if not state:
             state[STEP] = torch.zeros((), dtype=torch.float32)
-            with contextlib.nullcontext() if self.seed is None else _drawn_for(name, self.seed, param.device):
+            with contextlib.nullcontext() if seed is None else _drawn_for(name, seed, param.device):
                 tree = begin(level, param.detach().to(work_dtype(param)), view)
             if taken := tree.keys() & {STEP, SUM}:
                 state.clear()

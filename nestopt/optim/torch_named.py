@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,25 +15,21 @@ from nestopt.levels.gradient.momentum import Momentum
 from nestopt.levels.gradient.muon import Muon as MuonLevel
 from nestopt.levels.gradient.muon import Scale
 from nestopt.levels.gradient.newton_schulz import QUINTIC, Form
-from nestopt.optim.optimizer import Nested, StepOptions
+from nestopt.optim.optimizer import Nested
 from nestopt.optim.views import work_dtype
-
-NO_SETTINGS = {"self", "params", "foreach", "fused", "differentiable", "capturable"}
-"""Arguments that are no setting of a group."""
 
 
 class AsTorch(Nested):
-    """An optimizer with the constructor of torch's of the same name, whose arguments are the settings of groups."""
+    """An optimizer with the constructor of torch's of the same name."""
 
-    def _start_of(self, given: dict[str, Any]) -> None:
-        """Start with the arguments of `__init__`, which are its `locals()`."""
+    def _start_with(self, given: Mapping[str, Any], **more: Any) -> None:
         if given.get("differentiable"):
             raise ValueError(
                 f"nestopt.optim.{type(self).__name__}: differentiable=True is not allowed, as its steps are in place; "
                 "to differentiate through steps use nestopt.optim.functional_step"
             )
-        settings = {key: value for key, value in given.items() if key not in NO_SETTINGS}
-        self._start(given["params"], settings, StepOptions(capturable=given.get("capturable", False)))
+        unused = ("foreach", "fused", "differentiable")  # the kernels are torch's where it has one
+        super()._start_with({key: value for key, value in given.items() if key not in unused}, **more)
 
 
 class SGD(AsTorch):
@@ -64,7 +60,7 @@ class SGD(AsTorch):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
         if momentum < 0:
             raise ValueError(f"momentum={momentum!r} is not allowed; give a number, 0 or more")
-        self._start_of(locals())
+        self._start_with(locals())
 
     def level(self, group: dict[str, Any]) -> Level:
         if group["momentum"] == 0:
@@ -104,7 +100,7 @@ class Adam(AsTorch):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
     ) -> None:
-        self._start_of(locals())
+        self._start_with(locals())
 
     def level(self, group: dict[str, Any]) -> Level:
         return AdamLevel(tuple(group["betas"]), group["eps"], amsgrad=group["amsgrad"])
@@ -136,7 +132,7 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        self._start_of(locals() | {"decoupled_weight_decay": True})
+        self._start_with(locals(), decoupled_weight_decay=True)
 
 
 class Muon(AsTorch):
@@ -166,7 +162,7 @@ class Muon(AsTorch):
         *,
         ns_form: Form = "auto",
     ) -> None:
-        self._start_of(locals() | {"maximize": False})
+        self._start_with(locals(), maximize=False)
 
     def level(self, group: dict[str, Any]) -> Level:
         return MuonLevel(

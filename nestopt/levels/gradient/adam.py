@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -14,6 +13,7 @@ from nestopt.core.part import FieldError, Gate, Number
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, store
 from nestopt.levels.gradient import fused
+from nestopt.levels.gradient.fused import Memories, Numbers, Tensors
 from nestopt.levels.gradient.scratch import scratch_like
 
 
@@ -74,7 +74,7 @@ class Adam(Level):
         if fused.available(grad) and fused.reads(grad, state.values()):
             # the kernel steps a parameter: one of zeros, at a rate of -1, arrives at the direction, whatever its decay
             direction, memories = scratch_like(grad).zero_(), {key: [leaf] for key, leaf in state.items()}
-            if _step(self, [direction], [grad], memories, int(signal.step), lr=-1.0):
+            if _step(self, [direction], [grad], memories, int(signal.step), Numbers(-1.0)):
                 return direction
         plain, new = Adam.step(self, grad, state, signal)
         return store(state, new, plain)
@@ -116,18 +116,10 @@ class AdamW(Adam):
 
 
 def _step(
-    level: Adam,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    memories: Mapping[str, Sequence[Tensor]],
-    step: int | Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    decay: float | Tensor = 0.0,
-    coupled: float = 0.0,
-    maximize: bool = False,
+    level: Adam, params: Tensors, grads: Tensors, memories: Memories, step: int | Tensors, numbers: Numbers
 ) -> bool:
-    """Step Adam or AdamW by torch's kernel, as `fused.Kernel` says."""
+    """Step Adam or AdamW by torch's kernel, as `fused.Kernel`s do."""
+    lr, decay, coupled, maximize = numbers
     own: Number = level.weight_decay if isinstance(level, AdamW) else 0.0
     # the kernel adds its decay to the gradient or takes it off the parameter, and has no answer to 0 / (0 + 0)
     if level.eps == 0 or isinstance(own, Tensor | Gate) or isinstance(decay, Tensor) or (coupled and own + decay):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,34 +11,30 @@ from torch import Tensor
 from nestopt.core.level import Level
 
 
-class Kernel(Protocol):
-    """Steps parameters and their memories in place, as `level` and then `nestopt.optim.execute.update.update` do."""
+class Numbers(NamedTuple):
+    """What a kernel is told of the group.
 
-    def __call__(
-        self,
-        level: Any,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        memories: Mapping[str, Sequence[Tensor]],
-        step: int | Sequence[Tensor],
-        *,
-        lr: float | Tensor,
-        decay: float = 0.0,
-        coupled: float = 0.0,
-        maximize: bool = False,
-    ) -> bool:
-        """Step all, or change nothing and return False where these numbers are not such as the kernel takes.
+    Attributes:
+        lr: a number, or a tensor without dimensions, on an accelerator in float32.
+        decay, coupled: weight decay that is taken off the parameter, or added to the gradient.
+        maximize: ascend.
+    """
 
-        Args:
-            level: of the class that the kernel is of.
-            params, grads, memories: of one device and dtype, contiguous; memories by key of the state, of each
-                parameter.
-            step: the count of all, or of each as a float32 tensor beside it.
-            lr: a number, or a tensor without dimensions, on an accelerator in float32.
-            decay, coupled: weight decay that is taken off the parameter, or added to the gradient.
-            maximize: ascend.
-        """
+    lr: float | Tensor
+    decay: float | Tensor = 0.0
+    coupled: float = 0.0
+    maximize: bool = False
 
+
+Tensors = Sequence[Tensor]
+Memories = Mapping[str, Tensors]
+"""By key of the state, of each parameter."""
+Kernel = Callable[[Any, Tensors, Tensors, Memories, int | Tensors, Numbers], bool]
+"""Steps parameters and their memories in place, as the level and `nestopt.optim.execute.update.update` do.
+
+Called with the level, parameters, gradients and memories (of one device and dtype, contiguous), the count of all (or of
+each, as a float32 tensor beside it), and numbers; False, and nothing has changed, where it does not take these numbers.
+"""
 
 KERNELS: dict[type[Level], Kernel] = {}
 """By the class of the level, and not of any that is derived from it, which may do something else."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -19,6 +18,7 @@ from nestopt.core.part import Gate, Number
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State
 from nestopt.levels.gradient import fused
+from nestopt.levels.gradient.fused import Memories, Numbers, Tensors
 from nestopt.levels.gradient.within import nodes_of_momentum
 
 
@@ -81,18 +81,10 @@ class Momentum(Level):
 
 
 def _step(
-    level: Gd | Momentum,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    memories: Mapping[str, Sequence[Tensor]],
-    step: int | Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    decay: float = 0.0,
-    coupled: float = 0.0,
-    maximize: bool = False,
+    level: Gd | Momentum, params: Tensors, grads: Tensors, memories: Memories, step: int | Tensors, numbers: Numbers
 ) -> bool:
-    """Step by torch's kernel, as `fused.Kernel` says."""
+    """Step by torch's kernel, as `fused.Kernel`s do."""
+    lr, decay, coupled, maximize = numbers
     own = level if isinstance(level, Momentum) else Momentum(0.0)
     on_device = not isinstance(step, int)  # and whether a step is the first must be known on the host
     if decay or isinstance(own.beta, Tensor) or isinstance(own.dampening, Tensor) or (own.undamped_start and on_device):

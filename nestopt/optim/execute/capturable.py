@@ -84,7 +84,7 @@ def _by_kernel(
         if any(x.dtype != params[0].dtype or not x.is_contiguous() for x in alike):
             return False
     counts = [state[STEP] for state in states]
-    return kernel(level, params, grads, memories, counts, **settings.numbers())
+    return kernel(level, params, grads, memories, counts, settings.numbers())
 
 
 def _step_one(level: Level, param: Tensor, state: dict[str, Any], settings: UpdateSettings, view: Split | None) -> None:

@@ -80,7 +80,7 @@ class Flat(Executor):
     def move(self, level: Level, grads: Sequence[Tensor], settings: UpdateSettings, step: int) -> None:
         if self.kernel is not None and self.at_once:
             dense = [grad if grad.is_contiguous() else grad.contiguous() for grad in grads]
-            if self.kernel(level, self.params, dense, self.leaves, step, **settings.numbers()):
+            if self.kernel(level, self.params, dense, self.leaves, step, settings.numbers()):
                 return
         if self.buffers:
             self._move_buffers(level, grads, settings, step)
@@ -127,8 +127,8 @@ class Flat(Executor):
         if level.period == 1:
             level, shown, state = level.before_last_(shown, state, signal)
         kernel, memories = kernel_of(level, wide), {key: [leaf] for key, leaf in state.items()}
-        numbers = settings.numbers() | {"coupled": 0.0, "maximize": False}  # as the gradient is shown already
-        if kernel is None or not kernel(level, [wide], [shown], memories, step, **numbers):
+        numbers = settings.numbers()._replace(coupled=0.0, maximize=False)  # as the gradient is shown already
+        if kernel is None or not kernel(level, [wide], [shown], memories, step, numbers):
             direction = advance_(level, shown, state, signal)
             update(wide, direction, settings.lr, settings.decay, out=wide)
         if wide is not param:

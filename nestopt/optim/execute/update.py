@@ -16,6 +16,7 @@ from nestopt.core.inputs import LayerInputs
 from nestopt.core.level import Level
 from nestopt.core.signal import Note, Signal
 from nestopt.core.tree import State, leaves
+from nestopt.levels.gradient.fused import Numbers
 from nestopt.optim.views import Split, advance_stack_, back, matrix_view, work_dtype
 
 STEP, SUM = "step", "group_sum"
@@ -53,10 +54,10 @@ class UpdateSettings:
     maximize: bool = False
     period: int = 1
 
-    def numbers(self) -> dict[str, Any]:
+    def numbers(self) -> Numbers:
         """Return what torch's kernels are told; they read a learning rate on an accelerator in float32."""
         lr = self.lr.to(torch.float32) if isinstance(self.lr, Tensor) and self.lr.device.type != "cpu" else self.lr
-        return {"lr": lr, "decay": self.decay, "coupled": self.coupled, "maximize": self.maximize}
+        return Numbers(lr, self.decay, self.coupled, self.maximize)
 
     def gradient(self, grad: Tensor, param: Tensor) -> Tensor:
         """Return what the level is shown; `grad` stays as it is."""

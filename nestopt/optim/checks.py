@@ -57,7 +57,7 @@ def check_parameters(group: dict[str, Any], index: int, level: Level) -> None:
 
 def check_inputs(group: dict[str, Any], level: Level, *, capturable: bool) -> None:
     """Raise ValueError for a level that asks for layer inputs where it can't have them, or not in time."""
-    wants = request_of(level) if INPUTS in level.needs else None
+    wants = request_of(level)
     if wants is None:
         return
     if capturable:

@@ -96,7 +96,11 @@ def optimizer(
     model = model_or_params if isinstance(model_or_params, nn.Module) else None
     known = roles(model) if model is not None else unnamed(iter(named.items()))
     chosen = route if callable(route) else None
-    depths = _depths(model, named, settings.layer_decay, layer_of)
+    depths = dict.fromkeys(named, 0)
+    if settings.layer_decay != 1:
+        depths = _depths(model, named, layer_of)
+    elif layer_of is not None:
+        raise ValueError("layer_of is given without a layer_decay below 1, which alone asks for layers")
     top = max(depths.values())
     places = {
         name: place(name, param, known[name], settings, chosen, depths[name], top) for name, param in named.items()
@@ -125,9 +129,10 @@ def _groups(
 ) -> list[dict[str, Any]]:
     made: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, found in places.items():
-        if found.order not in made:
+        order = found.exception, found.kind, found.period, found.view, found.scale  # those of the exceptions come last
+        if order not in made:
             own = rate if found.lr is None else found.lr
-            made[found.order] = {
+            made[order] = {
                 "params": [],
                 "why": [],
                 "stack": found.stack,
@@ -137,20 +142,14 @@ def _groups(
                 "maximize": maximize,
             }
             if found.view != WHOLE:
-                made[found.order]["view"] = Split(*found.view)
-        made[found.order]["params"].append((name, named[name]))
-        made[found.order]["why"].append(found.why)
+                made[order]["view"] = Split(*found.view)
+        made[order]["params"].append((name, named[name]))
+        made[order]["why"].append(found.why)
     return [made[order] for order in sorted(made)]
 
 
-def _depths(
-    model: nn.Module | None, named: Mapping[str, Tensor], decay: float, layer_of: LayerOf | None
-) -> dict[str, int]:
-    """The layer of each parameter; frozen ones count too, so that freezing changes no other's rate."""
-    if decay == 1:
-        if layer_of is not None:
-            raise ValueError("layer_of is given without a layer_decay below 1, which alone asks for layers")
-        return dict.fromkeys(named, 0)
+def _depths(model: nn.Module | None, named: Mapping[str, Tensor], layer_of: LayerOf | None) -> dict[str, int]:
+    """Return the layer of each parameter; frozen ones count too, so that freezing changes no other's rate."""
     if layer_of is None:
         if model is None:
             raise ValueError("layer_decay needs a model, or layer_of: a function from names to the numbers of layers")

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from nestopt.config.spec import build
 from nestopt.core.gates import bind
-from nestopt.core.inputs import LayerInputs
+from nestopt.core.inputs import INPUTS, LayerInputs
 from nestopt.core.level import Level
 from nestopt.core.part import nearest
 from nestopt.optim import checkpoint
@@ -150,8 +150,10 @@ class Nested(Optimizer):
         super().add_param_group(param_group)
         added = self.param_groups[index]
         try:
-            check_parameters(added, index, self.level(added))
-            check_inputs(added, self.level(added), capturable=self.options.capturable)
+            level = self.level(added)
+            check_parameters(added, index, level)
+            if INPUTS in level.needs:
+                check_inputs(added, level, capturable=self.options.capturable)
             if self.options.capturable:
                 self._check_capturable(added, index)
         except Exception:

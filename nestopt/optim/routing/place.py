@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -48,11 +47,6 @@ class Place:
     exception: int = 0
     view: tuple[int, int] = WHOLE
     scale: float = 1.0
-
-    @property
-    def order(self) -> tuple[Any, ...]:
-        """Of its parameter group among the others: those of the exceptions come last."""
-        return self.exception, self.kind, self.period, self.view, self.scale
 
 
 def place(

@@ -49,7 +49,9 @@ def roles(model: nn.Module) -> dict[str, Role]:
                 role = Role(False, why_head)
             else:
                 role = _matrix(module, name, param)
-            role = dataclasses.replace(role, period=periods.get(id(param), 1), layer=_watched(module, name))
+            # the weight of a layer that is called as a layer (that of MultiheadAttention never is)
+            called = name == "weight" and multiplies(module) and not isinstance(module, NonDynamicallyQuantizableLinear)
+            role = dataclasses.replace(role, period=periods.get(id(param), 1), layer=called)
             before = found.get(id(param))
             if before is not None:  # a tied weight is what its least ordinary use is
                 usual = role if before.hidden and not role.hidden else before
@@ -68,11 +70,6 @@ def _matrix(module: nn.Module, name: str, param: Tensor) -> Role:
     if isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
         return Role(True, "the hidden matrices of queries, keys and values", parts=3)
     return Role(True, "a hidden matrix")
-
-
-def _watched(module: nn.Module, name: str) -> bool:
-    """Whether this is the weight of a layer that is called as a layer (that of MultiheadAttention never is)."""
-    return name == "weight" and multiplies(module) and not isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def head_of(model: nn.Module) -> tuple[nn.Module | None, str]:

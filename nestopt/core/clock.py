@@ -17,7 +17,7 @@ SUM, READ = "clock_sum", "clock_read"
 
 
 def start(level: Level, param: Tensor) -> State:
-    """The state of `level` for `param`, with what its clock needs."""
+    """Return the state that `level` starts with on `param`, with what its clock needs."""
     state = level.init(param)
     if level.period == 1:
         return state
@@ -30,7 +30,7 @@ def due(step: int | Tensor, period: int) -> bool | Tensor:
 
 
 def advance(level: Level, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
-    """One step of `level` on its own clock.
+    """Take one step of `level` on its own clock.
 
     Between writes nothing but the sum changes, and the direction is that of the last write (zero before the first).
     The level itself counts its own writes: it is shown `signal.step // period`. A Python int as `signal.step` skips
@@ -53,7 +53,7 @@ def advance(level: Level, grad: Tensor, state: State, signal: Signal) -> tuple[T
 
 
 def advance_(level: Level, grad: Tensor, state: State, signal: Signal) -> Tensor:
-    """`advance` in place, for a step that is a Python int; returns the direction (see `Level.step_`)."""
+    """Do as `advance` in place, for a step that is a Python int; return the direction (see `Level.step_`)."""
     if level.period == 1:
         return _reported(level.step_(grad, state, signal), signal)
     total, read = state[SUM].add_(grad), state[READ]

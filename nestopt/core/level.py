@@ -85,7 +85,7 @@ class Level(Part):
     # -- on gradients ----------------------------------------------------------------------------------------------
 
     def init(self, param: Tensor) -> State:
-        """The state at the start: a dict of tensors (nested dicts are fine), for a tensor like `param`."""
+        """Return the state at the start: a dict of tensors (nested dicts are fine), for a tensor like `param`."""
         return {}
 
     @abstractmethod
@@ -96,7 +96,7 @@ class Level(Part):
         """
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
-        """`step` in place: writes over the tensors of `state` and returns the direction.
+        """Do as `step` in place: write over the tensors of `state` and return the direction.
 
         The direction may be a tensor of the state, the gradient itself, or a place that other levels use too: it is to
         be read before the `step_` of any other level, or copied, and not written to. A level overrides this where it
@@ -128,7 +128,7 @@ class Level(Part):
 
     @property
     def steady_gain(self) -> Number:
-        """What a step is to be multiplied by, so that all that comes of it in the end is one such step.
+        """Return the factor that makes the sum of all directions which one gradient ever causes equal to that gradient.
 
         1 - β for momentum, which adds a gradient again and again; 1 for a level that passes it on once.
         """

@@ -43,16 +43,16 @@ class Host(Protocol):
         """Where step counts are; None: beside their parameters."""
 
     def level(self, group: dict[str, Any]) -> Level:
-        """The level that a parameter group runs."""
+        """Return the level that a parameter group runs."""
 
 
 def to_plain(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Levels in the groups of a state dict become specs."""
+    """Turn levels in the groups of a state dict into specs."""
     return {**state_dict, "param_groups": plain_groups(state_dict["param_groups"])}
 
 
 def plain_groups(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Parameter groups with their levels as specs."""
+    """Return parameter groups with their levels as specs."""
     return [{key: _plain(value) for key, value in group.items()} for group in groups]
 
 
@@ -94,7 +94,7 @@ def fitted(optimizer: Host, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def merged_group(optimizer: Host, saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]:
-    """The settings of group `i`, as saved, with the parameters that it has here.
+    """Return the settings of group `i`, as saved, with the parameters that it has here.
 
     Raises ValueError where they are of another optimizer.
     """
@@ -117,7 +117,7 @@ def merged_group(optimizer: Host, saved: dict[str, Any], group: dict[str, Any], 
 
 
 def _level(saved: Any, present: Level, path: str) -> Level:
-    """The saved stack, which may differ from the present one in its numbers only."""
+    """Return the saved stack, which may differ from the present one in its numbers only."""
     if isinstance(saved, dict) and "unregistered" in saved:
         if saved["unregistered"] != repr(present):
             raise ValueError(f"{path}: the checkpoint's is {saved['unregistered']}, this optimizer's {present!r}")
@@ -131,7 +131,7 @@ def _level(saved: Any, present: Level, path: str) -> Level:
 
 
 def _kinds(part: Part) -> Any:
-    """What a part is made of, without its numbers."""
+    """Return what a part is made of, without its numbers."""
     inner = [(name, _kinds(inner)) for name, inner in part.parts()]
     # side by side there is no first and second
     return type(part), dict(inner) if isinstance(part, Parallel) else inner
@@ -140,7 +140,7 @@ def _kinds(part: Part) -> Any:
 def checked_state(
     optimizer: Host, saved: dict[str, Any], param: Tensor, level: Level, path: str, view: Split | None = None
 ) -> dict[str, Any]:
-    """A copy of the state of one parameter on its device, if it is what the level keeps."""
+    """Return a copy of the state of one parameter on its device, if it is what the level keeps."""
     found = {optimizer.renamed.get(key, key): value for key, value in saved.items() if value is not None}
     if not found:
         return {}

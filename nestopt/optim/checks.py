@@ -14,7 +14,7 @@ from nestopt.optim.views import Split
 
 
 def names(group: dict[str, Any], index: int) -> list[str]:
-    """What the parameters of group `index` are called: their names where they were given, else their places."""
+    """Return the names of the parameters of group `index`, or their places where none were given."""
     return group.get("param_names") or [f"group {index}, parameter {i}" for i in range(len(group["params"]))]
 
 

@@ -39,7 +39,7 @@ def optimizer(
     maximize: bool = False,
     **options: Any,
 ) -> Nested:
-    r"""An optimizer that runs `spec` on a model.
+    r"""Make an optimizer that runs `spec` on a model.
 
     A stack that needs matrices (muon) gets the hidden matrices: not embeddings, the output layer, norms, biases,
     depthwise convolutions, or tensors of more dimensions; those go to `rest`. One that needs the inputs of layers
@@ -163,7 +163,7 @@ def _depths(model: nn.Module | None, named: Mapping[str, Tensor], layer_of: Laye
 
 
 def _settings(spec: Any, given: Mapping[str, Any]) -> OptimizerConfig:
-    """All that was given (is not None), as one config section; arguments go before what a file says."""
+    """Return all that was given (is not None) as one config section; arguments go before what a file says."""
     if names_file(spec):
         spec = load(spec)
     if isinstance(spec, Config):
@@ -178,7 +178,7 @@ def _settings(spec: Any, given: Mapping[str, Any]) -> OptimizerConfig:
 
 
 def _named(source: nn.Module | Iterable[Any]) -> dict[str, Tensor]:
-    """The parameters to optimize by name, tied ones once."""
+    """Return the parameters to optimize by name, tied ones once."""
     if isinstance(source, nn.Module):
         return {name: param for name, param in source.named_parameters() if param.requires_grad}
     if isinstance(source, Tensor):

@@ -27,10 +27,10 @@ class Seen(Protocol):
     """Whoever knows what parameters were multiplied with."""
 
     def take(self, param: Tensor) -> LayerInputs | None:
-        """Since the last take; None if nothing."""
+        """Return what a parameter was multiplied with since the last take; None if nothing."""
 
     def unseen(self) -> list[str]:
-        """The names of parameters of which it never knew."""
+        """Return the names of parameters of which it never knew."""
 
 
 class Watcher:
@@ -98,16 +98,16 @@ class Watcher:
         self._remove = weakref.finalize(self, _remove, handles)
 
     def take(self, param: Tensor) -> LayerInputs | None:
-        """What `param` was multiplied with since the last take, and start anew; None if nothing (or not watched)."""
+        """Return what `param` was multiplied with since the last take, and start anew; None if nothing."""
         sums = self._sums.get(param)
         return None if sums is None else sums.take(param.shape)
 
     def sums(self, param: Tensor) -> Sums | None:
-        """What is summed for `param`; None if it is not watched."""
+        """Return what is summed for `param`; None if it is not watched."""
         return self._sums.get(param)
 
     def unseen(self) -> list[str]:
-        """The names of parameters that want inputs and have a gradient now, but none was ever seen."""
+        """Return the names of parameters that want inputs and have a gradient now, but none was ever seen."""
         return [
             self._names.get(param, f"a parameter of shape {list(param.shape)} that is not the model's")
             for param, sums in self._sums.items()
@@ -247,7 +247,7 @@ def _keep(*tensors: Tensor) -> Tensor:
 
 
 def _saved(kept: Tensor) -> tuple[Tensor, ...]:
-    """What was given to `_keep`; recomputed where it was dropped."""
+    """Return what was given to `_keep`; recomputed where it was dropped."""
     return cast(Any, kept.grad_fn).saved_tensors
 
 

@@ -119,7 +119,7 @@ class Nested(Optimizer):
         super().__init__(params, defaults)
 
     def like(self, groups: Iterable[Any], seed: int) -> Nested:
-        """An optimizer of the same kind, for other parameter groups; what these do not say is as here.
+        """Make an optimizer of the same kind for other parameter groups; what these do not say is as here.
 
         A state that starts at random is drawn from `seed` and the name of the parameter.
         """
@@ -181,11 +181,11 @@ class Nested(Optimizer):
 
     @property
     def count_device(self) -> str | None:
-        """Where step counts are; None: beside their parameters."""
+        """Return where step counts are; None: beside their parameters."""
         return None if self.options.capturable else "cpu"
 
     def level(self, group: dict[str, Any]) -> Level:
-        """The level that a parameter group runs."""
+        """Return the level that a parameter group runs."""
         return group["stack"]
 
     def coupled(self, group: dict[str, Any]) -> bool:
@@ -194,7 +194,7 @@ class Nested(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step for every parameter that has a gradient; others, and their state, are not touched.
+        """Step every parameter that has a gradient; others, and their state, are not touched.
 
         Args:
             closure: computes the loss anew and returns it, as in torch.
@@ -301,7 +301,7 @@ class Nested(Optimizer):
             warn_unseen(level, unseen)
 
     def metrics(self) -> dict[str, Tensor]:
-        """What the levels have been doing, as numbers by name: `"0.fast.update_rms"` is of the level `fast` in group 0.
+        """Return what levels have done, as numbers by name: `"0.fast.update_rms"` is of the level `fast` in group 0.
 
         Always there: `norm` of each memory, over all tensors of the group. From the last step, if the optimizer was
         made with `metrics=True`: `update_rms` (of directions), `writes` (how many tensors were written), and what the
@@ -326,13 +326,13 @@ class Nested(Optimizer):
         """Add to the state of a parameter what its group's level has come to need."""
 
     def explain(self) -> Explanation:
-        """For each parameter: which level has it, at which learning rate and period, and why. Print it."""
+        """Say of each parameter which level has it, at which learning rate and period, and why. Print it."""
         return explain(self.param_groups, self.level)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """State and groups as tensors, numbers, strings, lists and dicts: loads under `weights_only=True`."""
+        """Return state and groups as plain data: it loads under `weights_only=True`."""
         return checkpoint.to_plain(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -91,7 +91,7 @@ class Sums:
         self.ever = self.ever or self.n > 0
 
     def take(self, shape: torch.Size) -> LayerInputs | None:
-        """The means for a weight of this shape, and a new start; None if there were no rows."""
+        """Return the means for a weight of this shape, and start anew; None if there were no rows."""
         if not self.n:
             return None
         means = {key: value.div_(self.n) for key, value in self.sums.items()}
@@ -111,7 +111,7 @@ class Sums:
         return LayerInputs(**means)
 
     def _wxx(self, rows: Rows, y: Tensor, bias: Tensor | None, inverse: Tensor | None) -> Tensor:
-        """Σ (y_i - b) x_iᵀ, of normalised rows where there is an `inverse` of their squared lengths."""
+        """Return Σ (y_i - b) x_iᵀ, of normalised rows where there is an `inverse` of their squared lengths."""
         if inverse is not None:
             if bias is not None:
                 y = y - bias.reshape(-1, *(1,) * (y.ndim - 2)).to(y.dtype)
@@ -126,7 +126,7 @@ class Sums:
         return by_group.reshape(product.shape)
 
     def _remember(self, matrix: Tensor) -> None:
-        """Rows as they are while they are fewer than columns, then their Gram matrix."""
+        """Keep rows as they are while they are fewer than columns, then their Gram matrix."""
         if "gram" not in self.sums:
             self.rows.append(matrix)
             if sum(some.shape[1] for some in self.rows) < matrix.shape[2]:
@@ -142,7 +142,7 @@ class Sums:
 
 
 def _product(rows: Rows, e: Tensor, dtype: torch.dtype) -> Tensor:
-    """Σ e_i x_iᵀ in `dtype`, multiplied in the dtype of `e`, as the layer's own gradient is."""
+    """Return Σ e_i x_iᵀ in `dtype`, multiplied in the dtype of `e`, as the layer's own gradient is."""
     if e.dtype is not torch.float16:
         return rows.product(e).to(dtype)
     # a sum over many rows would pass float16's largest number

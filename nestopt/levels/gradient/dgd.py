@@ -39,7 +39,7 @@ class _OnLayers(Level):
         raise ValueError(f"{self.label} can't run on tokens: it needs a layer's inputs; use it on gradients")
 
     def rate(self, signal: Signal) -> float | Tensor:
-        """The optimizer's learning rate, which the step depends on."""
+        """Return the optimizer's learning rate, which the step depends on."""
         if signal.lr is None:
             raise ValueError(
                 f"{self.label} needs a learning rate and the weight of a layer: it runs in an optimizer, "
@@ -93,7 +93,7 @@ class Dgd(_OnLayers):
 
     @property
     def wants(self) -> InputRequest | None:
-        """What is to be summed over a layer's inputs; nothing where δ = 0."""
+        """Ask for sums over a layer's inputs; for none where δ = 0."""
         if isinstance(self.delta, int | float) and self.delta == 0:
             return None
         return InputRequest(normalize=self.normalize_inputs, gram=self.solver == "exact")
@@ -131,7 +131,7 @@ class Dgd(_OnLayers):
 
 
 def _divide(total: Tensor, inputs: LayerInputs, strength: float | Tensor) -> Tensor:
-    """total (I + strength · XᵀX/n)⁻¹, by Woodbury's identity where there are fewer rows than columns."""
+    """Return total (I + strength · XᵀX/n)⁻¹, by Woodbury's identity where there are fewer rows than columns."""
     square = inputs.gram if inputs.gram is not None else inputs.rows
     if square is None:
         raise ValueError("solver='exact' needs the Gram matrix of the layer's inputs, which were summed without it")
@@ -145,7 +145,7 @@ def _divide(total: Tensor, inputs: LayerInputs, strength: float | Tensor) -> Ten
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """right (I + matrix)⁻¹ for a positive semi-definite matrix."""
+    """Return right (I + matrix)⁻¹ for a positive semi-definite matrix."""
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     # it is positive definite unless it is not finite, and then the result is not, either: no need to wait and ask
     factor, _ = torch.linalg.cholesky_ex(matrix + eye)
@@ -192,7 +192,7 @@ class Ggd(_OnLayers):
 
     @property
     def wants(self) -> InputRequest | None:
-        """What is to be summed over a layer's inputs; nothing where the gradient says it all."""
+        """Ask for sums over a layer's inputs; for none where the gradient says it all."""
         if self.value == "surprise" and type(self.objective) is Dot:
             return None
         if self.value == "surprise" and type(self.objective) is L2:
@@ -200,7 +200,7 @@ class Ggd(_OnLayers):
         return InputRequest(wxx=False, grad=self.errors, scale_free=self.value in ("sign", "normalized"))
 
     def errors(self, y: Tensor, surprise: Tensor) -> Tensor:
-        """∇_y ℓ(y, v) of outputs and local surprises `[..., out]`, by row."""
+        """Return ∇_y ℓ(y, v) of outputs and local surprises `[..., out]`, by row."""
         value = self.value if callable(self.value) else _VALUES[self.value]
         v = value(surprise)
         return gradient_of(lambda y: self.objective(y, v))(y)

@@ -145,7 +145,7 @@ class M3(Level):
         return newton_schulz(memory, self.steps, self.coefficients, dtype=dtype, form=self.form, detached=detached)
 
     def _direction(self, fast: Tensor, slow: Tensor, v: Tensor) -> Tensor:
-        """u of what the memories read and V."""
+        """Return u of what the memories read and V."""
         tiny, fast = torch.finfo(v.dtype).tiny, fast.to(v.dtype)
         u, c = fast + self.alpha * slow.to(v.dtype), self._factor(v)
         if self.mode == "ema":
@@ -157,7 +157,7 @@ class M3(Level):
         return c * u
 
     def _direction_(self, fast: Tensor, slow: Tensor, v: Tensor) -> Tensor:
-        """`_direction`, written over `fast`, with one more tensor of its size."""
+        """Do as `_direction`, written over `fast`, with one more tensor of its size."""
         tiny, u, c = torch.finfo(v.dtype).tiny, fast.to(v.dtype), self._factor(v)
         norm = _norm(u)
         u.add_(slow, alpha=self.alpha)
@@ -168,7 +168,7 @@ class M3(Level):
         return u.mul_(c)
 
     def _factor(self, like: Tensor) -> float | Tensor:
-        """c of a matrix like this."""
+        """Return c of a matrix like this."""
         return Muon(scale=self.scale).factor(*like.shape[-2:]) if self.mode == "ema" else 1.0
 
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
@@ -182,7 +182,7 @@ class M3(Level):
 
 
 def _choose(now: bool | Tensor, new: Callable[[], Tensor], old: Tensor) -> Tensor:
-    """`new` where it is time, else `old`; a step that is an int does not calculate what it does not need."""
+    """Return `new()` where it is time, else `old`; a step that is an int does not calculate what it does not need."""
     if isinstance(now, Tensor):
         return torch.where(now, new(), old)
     return new() if now else old

@@ -108,12 +108,12 @@ fused.KERNELS |= {Gd: _step, Momentum: _step}
 
 
 def _less(number: Number) -> float | Tensor:
-    """1 - number, of a gate its initial value."""
+    """Return 1 - number, of a gate its initial value."""
     return 1 - (number.init if isinstance(number, Gate) else number)
 
 
 def _add(a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
-    """a + scale · b, rounded once where it can be."""
+    """Return a + scale · b, rounded once where it can be."""
     return a + scale * b if isinstance(scale, Tensor) else torch.add(a, b, alpha=scale)
 
 

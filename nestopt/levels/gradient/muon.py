@@ -150,7 +150,7 @@ class Muon(Level):
         return found.to(x.dtype) * self.factor(*x.shape[-2:])
 
     def factor(self, out: int, into: int) -> float:
-        """c for a matrix `[out, into]`."""
+        """Return c for a matrix `[out, into]`."""
         if self.scale == "match_rms_adamw":
             return 0.2 * math.sqrt(max(out, into))
         if self.scale == "spectral_unclamped":

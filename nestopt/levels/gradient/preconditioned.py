@@ -84,7 +84,7 @@ class PreconditionedMomentum(Level):
         return m.mul_(self.beta).add_(value)  # type: ignore[arg-type]  # a tensor: gates are bound by now
 
     def key(self, grad: Tensor) -> Tensor:
-        """What P is shown of a gradient: all of it."""
+        """Return what P is shown of a gradient: all of it."""
         return grad
 
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:

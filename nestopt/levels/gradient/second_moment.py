@@ -79,7 +79,7 @@ class SecondMoment(Level):
 
     @property
     def _weights(self) -> tuple[float, float]:
-        """Of the memory, and of a new square."""
+        """Return the weights of the memory, and of a new square."""
         return (self.beta2, 1 - self.beta2) if self.mode == "ema" else (1.0, 1.0)
 
     @property

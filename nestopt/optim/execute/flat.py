@@ -107,7 +107,7 @@ class Flat(Executor):
             torch._foreach_copy_(params, param_views[i])
 
     def _make_scratch(self) -> tuple[list[list[Tensor]], list[list[Tensor]], list[Tensor], list[Tensor]]:
-        """One place for the gradients of a buffer and one for its parameters, which all buffers use in turn."""
+        """Make one place for gradients of a buffer and one for its parameters, which all buffers use in turn."""
         largest = max(sum(buffer.sizes) for buffer in self.buffers)
         grads, params = (torch.empty(largest, dtype=self.dtype, device=self.params[0].device) for _ in range(2))
         flat_grads, flat_params = ([own[: sum(b.sizes)] for b in self.buffers] for own in (grads, params))
@@ -136,7 +136,7 @@ class Flat(Executor):
 
 
 def _cut(tree: State, piece: int) -> Iterator[State]:
-    """`tree` once for every piece of its leaves, flattened."""
+    """Yield `tree` once for every piece of its leaves, flattened."""
     keys = list(tree)
     if not keys:
         return itertools.repeat({})
@@ -145,7 +145,7 @@ def _cut(tree: State, piece: int) -> Iterator[State]:
 
 
 def _portions(sizes: Sequence[int]) -> list[slice]:
-    """Runs of tensors that together fill a piece."""
+    """Return runs of tensors that together fill a piece."""
     limit, found, start, total = PIECE * torch.get_num_threads(), [], 0, 0
     for i, size in enumerate(sizes):
         if total and total + size > limit:

@@ -52,7 +52,7 @@ class Place:
 def place(
     name: str, param: Tensor, role: Role, settings: OptimizerConfig, chosen: Chooser | None, layer: int, top: int
 ) -> Place:
-    """Where one parameter goes, which is in layer `layer` of 0 … `top`."""
+    """Say where one parameter goes, which is in layer `layer` of 0 … `top`."""
     found = _routed(name, param, role, settings, chosen)
     own_view = own_rate = None
     for number, group in enumerate(settings.groups, start=1):

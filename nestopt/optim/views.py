@@ -56,7 +56,7 @@ class Split:
 
 
 def matrix_view(tensor: Tensor, level: Level, view: Split | None = None) -> Tensor:
-    """Return `tensor` as `level` takes it: cut by `view`; for convolutions `[out, in·kh·kw]` where it needs matrices."""
+    """Return `tensor` as `level` takes it: cut by `view`; a convolution as `[out, in·kh·kw]` if it needs matrices."""
     if view is not None:
         return view.cut(tensor)
     return tensor.flatten(1) if tensor.ndim > 2 and "matrix" in level.needs else tensor

@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ import nestopt.optim
 from nestopt import levels
 from nestopt.core import Level, Signal, State, advance, chain, parallel, start
 from nestopt.core.tree import leaves
+from nestopt.levels.gradient.fused import KERNELS
 from nestopt.optim import Nested, functional_step
 from nestopt.optim.execute import flat
 from nestopt.optim.execute.capturable import begin_on_device, step_capturable
@@ -69,7 +70,7 @@ WHOLE: dict[str, Callable[[], Level]] = {
 def in_pieces(level: Level, slots: Sequence[Slot], *, packed: bool = True) -> Flat:
     """Not all tensors by torch's kernel at once, though it could."""
     executor = Flat(level, slots, packed=packed)
-    executor.at_once = False
+    executor.kernel = None
     return executor
 
 
@@ -238,6 +239,45 @@ def test_adam_without_an_epsilon_does_not_divide_zero_by_zero() -> None:
         optimizer.step()
         assert param.detach()[0] == 1.0
         assert param.isfinite().all()
+
+
+class Slow(Level):
+    """Has a kernel of its own, below."""
+
+    batched: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
+
+    def init(self, param: Tensor) -> State:
+        return {"seen": torch.zeros_like(param)}
+
+    def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        return grad / 2, {"seen": state["seen"] + grad}
+
+
+@pytest.mark.parametrize("stack", [Slow(), chain(levels.gd(), Slow())], ids=["alone", "last of a chain"])
+@pytest.mark.parametrize("takes", [True, False])
+def test_a_level_of_ones_own_may_bring_a_kernel(stack: Level, takes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def kernel(level: Level, params: Any, grads: Any, memories: Any, step: int, numbers: Any) -> bool:
+        calls.append((len(params), step, float(numbers.lr), numbers.decay))
+        for param, grad, seen in zip(params, grads, memories["seen"], strict=True) if takes else ():
+            seen += grad
+            param.mul_(1 - numbers.lr * numbers.decay).sub_(numbers.lr * grad / 2)
+        return takes
+
+    monkeypatch.setitem(KERNELS, Slow, kernel)
+    params = [torch.ones(3, requires_grad=True) for _ in range(2)]
+    optimizer = Nested(params, stack, lr=0.1, weight_decay=0.5)
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer.step()
+    for param in params:
+        torch.testing.assert_close(param.detach(), torch.full((3,), 0.9))  # 0.95 - 0.05
+        (seen,) = (value for key, value in optimizer.state[param].items() if key.endswith("seen"))
+        assert torch.equal(seen, torch.ones(3))
+    assert calls
+    assert all(call[1:] == (1, 0.1, 0.5) for call in calls)
 
 
 class Recent(Level):

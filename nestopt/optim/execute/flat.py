@@ -73,12 +73,11 @@ class Flat(Executor):
         for slot in slots[small:]:
             _lay_out_alike(slot)
         super().__init__(level, slots)
-        self.kernel = kernel_of(level, self.params[0].new_empty(0, dtype=self.dtype))
-        self.at_once = all(param.dtype == self.dtype and param.is_contiguous() for param in self.params)
+        self.kernel = kernel_of(level, self.params[0]) if all(map(Tensor.is_contiguous, self.params)) else None
         self._scratch: tuple[list[list[Tensor]], list[list[Tensor]], list[Tensor], list[Tensor]] | None = None
 
     def move(self, level: Level, grads: Sequence[Tensor], settings: UpdateSettings, step: int) -> None:
-        if self.kernel is not None and self.at_once:
+        if self.kernel is not None:
             dense = [grad if grad.is_contiguous() else grad.contiguous() for grad in grads]
             if self.kernel(level, self.params, dense, self.leaves, step, settings.numbers()):
                 return
@@ -126,11 +125,12 @@ class Flat(Executor):
         shown, signal = settings.gradient(grad.to(self.dtype), wide), Signal(step, wide, settings.lr)
         if level.period == 1:
             level, shown, state = level.before_last_(shown, state, signal)
-        kernel, memories = kernel_of(level, wide), {key: [leaf] for key, leaf in state.items()}
-        numbers = settings.numbers()._replace(coupled=0.0, maximize=False)  # as the gradient is shown already
-        if kernel is None or not kernel(level, [wide], [shown], memories, step, numbers):
-            direction = advance_(level, shown, state, signal)
-            update(wide, direction, settings.lr, settings.decay, out=wide)
+        done, kernel = False, kernel_of(level, wide)
+        if kernel is not None:
+            numbers = settings.numbers()._replace(coupled=0.0, maximize=False)  # as the gradient is shown already
+            done = kernel(level, [wide], [shown], {key: [leaf] for key, leaf in state.items()}, step, numbers)
+        if not done:
+            update(wide, advance_(level, shown, state, signal), settings.lr, settings.decay, out=wide)
         if wide is not param:
             param.copy_(wide)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.utils.hooks import RemovableHandle
@@ -102,9 +103,18 @@ class Watcher:
         sums = self._sums.get(param)
         return None if sums is None else sums.take(param.shape)
 
-    def sums(self, param: Tensor) -> Sums | None:
-        """Return what is summed for `param`; None if it is not watched."""
-        return self._sums.get(param)
+    def take_total(self, param: Tensor, shape: torch.Size, comm: Any) -> LayerInputs | None:
+        """Return what a parameter of this true shape was multiplied with in all processes of `comm`, and start anew.
+
+        All processes must ask for the same parameter. Rows are counted where they were seen, so that means are over all
+        rows, however they were shared.
+        """
+        sums = self._sums.get(param)
+        if sums is None:
+            return None
+        if comm is not None and dist.get_world_size(comm) > 1:
+            sums.total(shape, param.device, lambda tensor: dist.all_reduce(tensor, group=comm))
+        return sums.take(shape)
 
     def unseen(self) -> list[str]:
         """Return the names of parameters that want inputs and have a gradient now, but none was ever seen."""

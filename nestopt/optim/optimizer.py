@@ -125,15 +125,16 @@ class Nested(Optimizer):
         """
         other = object.__new__(type(self))
         other.__dict__.update({k: v for k, v in self.__getstate__().items() if k not in Optimizer.__getstate__(self)})
-        other._start(groups, self.defaults, self.options)
         other.seed = seed
+        other._start(groups, self.defaults, self.options)
         return other
 
     def _settle(self) -> None:
         """Forget what is worked out anew after loading, unpickling or copying."""
         self._recorder = Recorder() if self.options.metrics else None
         note = self._recorder.note if self._recorder is not None else None
-        self._plan = Plan(self.complete, self._accept, self._take_inputs, note, compiled=self.options.compile)
+        compiled, seed = self.options.compile, self.seed
+        self._plan = Plan(self.complete, self._accept, self._take_inputs, note, compiled=compiled, seed=seed)
         self._accepted: set[int] = set()
         self.watcher: Seen | None = None
         self._warned = False
@@ -218,7 +219,7 @@ class Nested(Optimizer):
             return loss
         levels = [self.level(group) for group in self.param_groups]
         if not self._is_settled(levels, grads):
-            self._plan.settle(self.param_groups, [bind(level) for level in levels], grads, self.state, self.seed)
+            self._plan.settle(self.param_groups, [bind(level) for level in levels], grads, self.state)
         if self._recorder is not None:
             self._recorder.clear()
         for group, share, own in zip(self.param_groups, self._plan.shares, grads, strict=True):

@@ -63,6 +63,8 @@ class Plan:
         inputs: gives what the layer of a parameter was shown, for levels that ask for it.
         note: gives where the level of a parameter reports, by the number of its group; None: nobody listens.
         compiled: as of `executors`.
+        seed: what starts at random is drawn from this and the parameter's name; None: from torch's generator, one
+            after another.
 
     Attributes:
         shares: by group.
@@ -77,8 +79,10 @@ class Plan:
         note: Callable[[int, Tensor], Note] | None = None,
         *,
         compiled: bool = False,
+        seed: int | None = None,
     ) -> None:
-        self._fill, self._accept, self._inputs, self._note, self._compiled = fill, accept, inputs, note, compiled
+        self._fill, self._accept, self._inputs, self._note = fill, accept, inputs, note
+        self._compiled, self._seed = compiled, seed
         self.shares: list[Share] = []
         self.known: list[dict[str, Any]] = []
         self._changes = 0
@@ -89,7 +93,6 @@ class Plan:
         levels: Sequence[Level],
         grads: Sequence[Sequence[Tensor | None]],
         state: dict[Tensor, Any],
-        seed: int | None = None,
     ) -> None:
         """Bring the shares up to date, of the groups in which something has changed.
 
@@ -113,17 +116,11 @@ class Plan:
                     continue
                 self._changes += not fits
                 old.leave()
-            self.shares[i : i + 1] = [self._share(group, i, level, forms[i], state, seed)]
+            self.shares[i : i + 1] = [self._share(group, i, level, forms[i], state)]
             self.known = list(state.values())
 
     def _share(
-        self,
-        group: dict[str, Any],
-        index: int,
-        level: Level,
-        forms: list[Form],
-        state: dict[Tensor, Any],
-        seed: int | None,
+        self, group: dict[str, Any], index: int, level: Level, forms: list[Form], state: dict[Tensor, Any]
     ) -> Share:
         params, view = list(group["params"]), None if level.is_elementwise else group.get("view")
         slots = []
@@ -131,7 +128,7 @@ class Plan:
             if form is not None and form[0].numel():  # an empty tensor has nothing to learn, and no state
                 if param.ndim < 2 and not level.is_elementwise:
                     self._accept(level, param, name)
-                slots.append(self._slot(level, param, state[param], view, name, i, seed))
+                slots.append(self._slot(level, param, state[param], view, name, i))
         asks = INPUTS in level.needs
         made = executors(
             level, slots, packed=self._changes < RESTLESS, compiled=self._compiled, alone=asks or self._note is not None
@@ -142,18 +139,11 @@ class Plan:
         return Share(level, params, list(map(id, params)), forms, made)
 
     def _slot(
-        self,
-        level: Level,
-        param: Tensor,
-        state: dict[str, Any],
-        view: Split | None,
-        name: str,
-        place: int,
-        seed: int | None,
+        self, level: Level, param: Tensor, state: dict[str, Any], view: Split | None, name: str, place: int
     ) -> Slot:
         if not state:
             state[STEP] = torch.zeros((), dtype=torch.float32)
-            with contextlib.nullcontext() if seed is None else _drawn_for(name, seed, param.device):
+            with contextlib.nullcontext() if self._seed is None else _drawn_for(name, self._seed, param.device):
                 tree = begin(level, param.detach().to(work_dtype(param)), view)
             if taken := tree.keys() & {STEP, SUM}:
                 state.clear()

@@ -17,7 +17,6 @@ from nestopt.optim.checkpoint import merged_group, plain_groups
 from nestopt.optim.checks import names
 from nestopt.optim.inputs import Watcher
 from nestopt.optim.optimizer import Nested, warn_unseen
-from nestopt.optim.sharded.inputs import total_inputs
 from nestopt.optim.sharded.owners import owners, step_cost
 from nestopt.optim.sharded.saved import Misfit, Saved, SavedState, StateKeys, Stretch
 from nestopt.optim.sharded.slices import Slice
@@ -179,7 +178,7 @@ class Sharded(Optimizer):
         found: dict[str, LayerInputs | None] = dict.fromkeys(shapes)
         if isinstance(watcher, Watcher):
             for name in sorted(shapes):
-                found[name] = total_inputs(watcher, self.models[name], torch.Size(shapes[name]), self._comm)
+                found[name] = watcher.take_total(self.models[name], torch.Size(shapes[name]), self._comm)
         unseen = [name for name, inputs in found.items() if inputs is None and len(shapes[name]) > 1]
         if unseen and not self._warned:
             self._warned = True

@@ -181,3 +181,21 @@ def test_a_class_of_ones_own_may_be_derived() -> None:
 
     optimizer = Slower(tensors(), alpha=0.1)
     assert optimizer.level(optimizer.param_groups[0]) == levels.m3(alpha=0.1, slow_period=32)
+
+
+def test_a_group_with_a_period_keeps_its_inputs_through_zero_grad() -> None:
+    """Its gradients' sum goes on, and what belongs to them with it."""
+    model, x, wanted = layer()
+    twin = copy.deepcopy(model)
+    for each, forget in ((model, True), (twin, False)):
+        optimizer = Nested([{"params": [each.weight], "period": 2}], levels.dgd(), lr=0.1)
+        optimizer.watch(each)
+        for scale in (1.0, 3.0):
+            (each(x * scale) - wanted).square().mean().backward()
+            optimizer.step()
+            if forget:
+                optimizer.zero_grad()
+            else:
+                each.weight.grad = None
+    assert not torch.equal(model.weight, layer()[0].weight)
+    assert torch.equal(model.weight, twin.weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,13 +10,20 @@ from torch import Tensor
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, tree_map
 
-if TYPE_CHECKING:
-    from nestopt.core.level import Level
-
 SUM, READ = "clock_sum", "clock_read"
 
 
-def start(level: Level, param: Tensor) -> State:
+class Clocked(Protocol):
+    """What a clock knows of a level."""
+
+    period: int
+
+    def init(self, param: Tensor) -> State: ...
+    def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]: ...
+    def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor: ...
+
+
+def start(level: Clocked, param: Tensor) -> State:
     """Return the state that `level` starts with on `param`, with what its clock needs."""
     state = level.init(param)
     if level.period == 1:
@@ -29,7 +36,7 @@ def due(step: int | Tensor, period: int) -> bool | Tensor:
     return step % period == 0
 
 
-def advance(level: Level, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+def advance(level: Clocked, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
     """Take one step of `level` on its own clock.
 
     Between writes nothing but the sum changes, and the direction is that of the last write (zero before the first).
@@ -52,7 +59,7 @@ def advance(level: Level, grad: Tensor, state: State, signal: Signal) -> tuple[T
     return direction, {SUM: torch.where(now, torch.zeros_like(total), total), READ: direction, **own}
 
 
-def advance_(level: Level, grad: Tensor, state: State, signal: Signal) -> Tensor:
+def advance_(level: Clocked, grad: Tensor, state: State, signal: Signal) -> Tensor:
     """Do as `advance` in place, for a step that is a Python int; return the direction (see `Level.step_`)."""
     if level.period == 1:
         return _reported(level.step_(grad, state, signal), signal)

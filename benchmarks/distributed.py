@@ -93,7 +93,7 @@ def measure(level: str, tensors: str, rounds: int) -> Row:
     costs = {name: step_cost(nested.level(group), torch.Size(shape)) for name, shape in shapes.items()}
     owner = owners(costs, world)
     own: Unit
-    if nested.level(group).is_entrywise:
+    if nested.level(group).is_elementwise:
         own = Flat(nested, group, slices, tables[rank])
     else:
         own = Owned(nested, group, slices, tables, owner, dist.group.WORLD, seed=0)

@@ -19,7 +19,7 @@ from nestopt.core.clock import advance, due, start
 from nestopt.core.device import number_like, where
 from nestopt.core.features import Features, Identity
 from nestopt.core.gates import bind
-from nestopt.core.inputs import INPUTS, Inputs, wants_of
+from nestopt.core.inputs import INPUTS, LayerInputs, request_of
 from nestopt.core.level import Level
 from nestopt.core.memories import Matrix, Memory, Theta
 from nestopt.core.objectives import Dot, Objective
@@ -31,7 +31,7 @@ from nestopt.core.retentions import Keep, Retention
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, tree_map
 
-Shown = Callable[[str, Tensor], Inputs]
+Shown = Callable[[str, Tensor], LayerInputs]
 """What a weight of a memory, by name and as it is now, was shown."""
 
 
@@ -39,7 +39,7 @@ class Gd(Level):
     """Gradient descent: the direction is the gradient (NL eq. 32). `W ← W - lr·g`; no state."""
 
     batched: ClassVar[bool] = True
-    entrywise: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         return grad, state
@@ -177,25 +177,25 @@ class AssociativeMemory(Level):
 
     def shown(self, theta: Theta, k: Tensor, rate: Tensor) -> Shown | None:
         """For a rule that asks for the weights' inputs, these at θ: keys `[n, D_k]` with their rates `[n]`."""
-        wants = wants_of(self.rule)
+        wants = request_of(self.rule)
         if wants is None:
             return None
         layers = self.memory.layers(theta, k)
-        if layers is None or wants.surprise is not None or wants.normalize:
+        if layers is None or wants.grad is not None or wants.normalize:
             what = (
                 f"the memory {self.memory.label}" if layers is None else "an objective or normalize_inputs of its own"
             )
             problem = f"is not allowed as a memory's rule with {what}"
             raise FieldError(self.label, "rule", self.rule, problem)
 
-        def inputs(name: str, param: Tensor) -> Inputs:
+        def inputs(name: str, param: Tensor) -> LayerInputs:
             a = layers[name][0]
-            # the rates stand where a layer has its mean and the optimizer its learning rate; no energy: eq. 88 has no
-            # denominator
-            return Inputs(
-                decay=matmul((rate[:, None] * matmul(a, param.mT)).mT, a),
-                energy=a.new_zeros(()),
-                keys=rate.sqrt()[:, None] * a,
+            # the rates stand where a layer has its mean and the optimizer its learning rate; no mean square: eq. 88
+            # has no denominator
+            return LayerInputs(
+                wxx=matmul((rate[:, None] * matmul(a, param.mT)).mT, a),
+                mean_square=a.new_zeros(()),
+                rows=rate.sqrt()[:, None] * a,
             )
 
         return inputs
@@ -247,7 +247,7 @@ class AssociativeMemory(Level):
     @property
     def _damping(self) -> Number:
         """α times the rule's damping, of a level that is bound."""
-        keep, damping = getattr(self.retention, "keep", 1.0), self.rule.damping
+        keep, damping = getattr(self.retention, "keep", 1.0), self.rule.steady_gain
         assert not isinstance(damping, Gate)
         return keep * damping
 

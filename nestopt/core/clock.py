@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,14 +10,21 @@ from torch import Tensor
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, tree_map
 
-if TYPE_CHECKING:
-    from nestopt.core.level import Level
-
 SUM, READ = "clock_sum", "clock_read"
 
 
-def start(level: Level, param: Tensor) -> State:
-    """The state of `level` for `param`, with what its clock needs."""
+class Clocked(Protocol):
+    """What a clock knows of a level."""
+
+    period: int
+
+    def init(self, param: Tensor) -> State: ...
+    def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]: ...
+    def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor: ...
+
+
+def start(level: Clocked, param: Tensor) -> State:
+    """Return the state that `level` starts with on `param`, with what its clock needs."""
     state = level.init(param)
     if level.period == 1:
         return state
@@ -29,8 +36,8 @@ def due(step: int | Tensor, period: int) -> bool | Tensor:
     return step % period == 0
 
 
-def advance(level: Level, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
-    """One step of `level` on its own clock.
+def advance(level: Clocked, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+    """Take one step of `level` on its own clock.
 
     Between writes nothing but the sum changes, and the direction is that of the last write (zero before the first).
     The level itself counts its own writes: it is shown `signal.step // period`. A Python int as `signal.step` skips
@@ -52,8 +59,8 @@ def advance(level: Level, grad: Tensor, state: State, signal: Signal) -> tuple[T
     return direction, {SUM: torch.where(now, torch.zeros_like(total), total), READ: direction, **own}
 
 
-def advance_(level: Level, grad: Tensor, state: State, signal: Signal) -> Tensor:
-    """`advance` in place, for a step that is a Python int; returns the direction (see `Level.step_`)."""
+def advance_(level: Clocked, grad: Tensor, state: State, signal: Signal) -> Tensor:
+    """Do as `advance` in place, for a step that is a Python int; return the direction (see `Level.step_`)."""
     if level.period == 1:
         return _reported(level.step_(grad, state, signal), signal)
     total, read = state[SUM].add_(grad), state[READ]
@@ -64,34 +71,6 @@ def advance_(level: Level, grad: Tensor, state: State, signal: Signal) -> Tensor
         state.update(own)  # what has grown
         total.zero_()
     return read
-
-
-def apply_(param: Tensor, direction: Tensor, lr: float | Tensor, decay: float = 0.0) -> None:
-    """`param ← (1 - lr · decay) param - lr · direction`, in place."""
-    if decay:
-        if direction.untyped_storage().data_ptr() == param.untyped_storage().data_ptr():
-            direction = direction.clone()  # a level may return the parameter itself
-        param.mul_(1 - lr * decay)
-    if isinstance(lr, Tensor) and lr.device.type != "cpu":
-        param.sub_(direction * lr)  # stays there: nothing waits for its value
-    else:
-        param.add_(direction, alpha=-float(lr))
-
-
-def descend_(
-    level: Level,
-    param: Tensor,
-    grad: Tensor,
-    state: State,
-    signal: Signal,
-    lr: float | Tensor,
-    decay: float = 0.0,
-) -> None:
-    """`Level.descend_` of `level` on its own clock."""
-    if level.period == 1 and signal.note is None:
-        level.descend_(param, grad, state, signal, lr, decay)
-    else:
-        apply_(param, advance_(level, grad, state, signal), lr, decay)
 
 
 def _reported(direction: Tensor, signal: Signal) -> Tensor:

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from nestopt.core.clock import advance, advance_, descend_, due, start
+from nestopt.core.clock import advance, advance_, due, start
 from nestopt.core.level import Level
 from nestopt.core.order import Node
 from nestopt.core.part import FieldError
@@ -82,7 +82,7 @@ class _Levels(dict[str, Level]):
 
 class _Many(Level):
     batched: ClassVar[bool] = True
-    entrywise: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     levels: dict[str, Level]
 
@@ -149,21 +149,17 @@ class Chain(_Many):
         return grad, new
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
-        for i, (name, level) in enumerate(self.levels.items()):
-            grad = advance_(level, self._shown(name, grad, i), state[name], signal.inside(name))
-        return grad
+        last, grad, state = self.before_last_(grad, state, signal)
+        return advance_(last, grad, state, signal.inside(list(self.levels)[-1]))
 
-    def _shown(self, name: str, grad: Tensor, place: int) -> Tensor:
-        """What level `name` is shown: a direction lasts until another level's step, and it may have several within."""
-        return grad.clone() if place and self._several[name] else grad
-
-    def descend_(
-        self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float | Tensor, decay: float = 0.0
-    ) -> None:
-        *before, (final, last) = self.levels.items()
-        for i, (name, level) in enumerate(before):
-            grad = advance_(level, self._shown(name, grad, i), state[name], signal)
-        descend_(last, param, self._shown(final, grad, len(before)), state[final], signal, lr, decay)
+    def before_last_(self, grad: Tensor, state: State, signal: Signal) -> tuple[Level, Tensor, State]:
+        *before, final = self.levels
+        for i, name in enumerate(self.levels):
+            # a direction lasts until another level's step, and a level may have several within
+            grad = grad.clone() if i and self._several[name] else grad
+            if i < len(before):
+                grad = advance_(self.levels[name], grad, state[name], signal.inside(name))
+        return self.levels[final], grad, state[final]
 
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
         found: list[Node] = []

@@ -5,17 +5,26 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from nestopt.core.clock import advance, apply_, start
+from nestopt.core.clock import advance, start
 from nestopt.core.order import Node
 from nestopt.core.part import FieldError, Number, Part
 from nestopt.core.precision import matmul
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, leaves, store
+
+RENAMED = {
+    "damping": "steady_gain",
+    "descend_": "step_",
+    "entrywise": "elementwise",
+    "follows": "depends_on",
+    "is_entrywise": "is_elementwise",
+}
+"""What a level's attributes were called, and are."""
 
 
 class Level(Part):
@@ -37,16 +46,16 @@ class Level(Part):
     kind: ClassVar[str] = "level"
     objectives: ClassVar[dict[str, str]] = {}
     """For `describe`: the objective by which each state tensor is a memory, by its key."""
-    follows: ClassVar[dict[str, str]] = {}
+    depends_on: ClassVar[dict[str, str]] = {}
     """For the order of levels: state tensors whose update needs another's of the same step first."""
 
     batched: ClassVar[bool] = False
     """Whether `step` may be shown a stack `[n, *shape]` of tensors as it stands; otherwise the library uses `vmap`."""
 
-    entrywise: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = False
     """Whether an entry of the direction and of the state depends on that entry of the gradient, state and parameter
     alone, and all state has the parameter's shape: the library may then cut tensors to pieces and glue them together,
-    which is a great deal faster. It holds for the level by itself; `is_entrywise` asks for those within it, too."""
+    which is a great deal faster. It holds for the level by itself; `is_elementwise` asks for those within it, too."""
 
     keeps_pending: ClassVar[bool] = False
     """Whether the state itself keeps the tokens of chunks that are not over: `attend_chunk` then takes any number of
@@ -58,6 +67,14 @@ class Level(Part):
 
     period: int = dataclasses.field(default=1, kw_only=True)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for old, new in RENAMED.items():
+            if old in vars(cls) and (old != "damping" or old not in cls.field_names):  # a number may be called that
+                raise TypeError(f"{cls.__name__}: a level's {old!r} is called {new!r} now; rename it")
+        if "step" in vars(cls) and "step_" not in vars(cls):
+            cls.step_ = Level.step_  # type: ignore[method-assign]  # that of a parent is of the parent's step
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.period, bool) or not isinstance(self.period, int) or self.period < 1:
@@ -68,7 +85,7 @@ class Level(Part):
     # -- on gradients ----------------------------------------------------------------------------------------------
 
     def init(self, param: Tensor) -> State:
-        """The state at the start: a dict of tensors (nested dicts are fine), for a tensor like `param`."""
+        """Return the state at the start: a dict of tensors (nested dicts are fine), for a tensor like `param`."""
         return {}
 
     @abstractmethod
@@ -79,7 +96,7 @@ class Level(Part):
         """
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
-        """`step` in place: writes over the tensors of `state` and returns the direction.
+        """Do as `step` in place: write over the tensors of `state` and return the direction.
 
         The direction may be a tensor of the state, the gradient itself, or a place that other levels use too: it is to
         be read before the `step_` of any other level, or copied, and not written to. A level overrides this where it
@@ -88,15 +105,13 @@ class Level(Part):
         direction, new = self.step(grad, state, signal)
         return store(state, new, direction)
 
-    def descend_(
-        self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float | Tensor, decay: float = 0.0
-    ) -> None:
-        """`param ← (1 - lr · decay) param - lr · u` and `state` as `step_` gives them, both in place.
+    def before_last_(self, grad: Tensor, state: State, signal: Signal) -> tuple[Level, Tensor, State]:
+        """Do in place what comes before the level whose direction is this one's: nothing, but in a chain.
 
-        A level overrides this where one kernel does it all. `signal.param` is `param`.
+        Returns:
+            That level, what it is shown, and its state.
         """
-        direction = self.step_(grad, state, signal)
-        apply_(param, direction, lr, decay)
+        return self, grad, state
 
     @property
     def is_batched(self) -> bool:
@@ -104,16 +119,16 @@ class Level(Part):
         return self.batched and all(part.is_batched for _, part in self.parts() if isinstance(part, Level))
 
     @property
-    def is_entrywise(self) -> bool:
-        """Whether this level and all levels within it are `entrywise`, and no number of theirs has a shape."""
+    def is_elementwise(self) -> bool:
+        """Whether this level and all levels within it are `elementwise`, and no number of theirs has a shape."""
         numbers = (getattr(self, field.name) for field in dataclasses.fields(self))
-        if not self.entrywise or any(isinstance(number, Tensor) and number.ndim for number in numbers):
+        if not type(self).elementwise or any(isinstance(number, Tensor) and number.ndim for number in numbers):
             return False
-        return all(part.is_entrywise for _, part in self.parts() if isinstance(part, Level))
+        return all(part.is_elementwise for _, part in self.parts() if isinstance(part, Level))
 
     @property
-    def damping(self) -> Number:
-        """What a step is to be multiplied by, so that all that comes of it in the end is one such step.
+    def steady_gain(self) -> Number:
+        """Return the factor that makes the sum of all directions which one gradient ever causes equal to that gradient.
 
         1 - β for momentum, which adds a gradient again and again; 1 for a level that passes it on once.
         """
@@ -180,7 +195,7 @@ class Level(Part):
             Node(
                 f"{name}.{key}" if len(keys) > 1 else name,
                 every,
-                (*after, f"{name}.{self.follows[key]}") if key in self.follows else after,
+                (*after, f"{name}.{self.depends_on[key]}") if key in self.depends_on else after,
                 memory="vector",
                 objective=self.objectives.get(key, ""),
                 rule=self.label,

@@ -157,6 +157,9 @@ class Part(metaclass=_PartType):
         super().__init_subclass__(**kwargs)
         dataclasses.dataclass(cls)
         cls.field_names = tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+        known = cls.__dataclass_fields__  # type: ignore[attr-defined]
+        for name in known.keys() - set(cls.field_names):  # a class variable would give its place to a field of its name
+            del known[name]
 
     def __post_init__(self) -> None:
         hints = _part_hints(type(self))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nestopt.core.inputs import Inputs
+from nestopt.core.inputs import LayerInputs
 
 Debiases = Callable[[float, int], Tensor]
 """What gives 1 / (1 - β^(step // period)) ready made."""
@@ -37,7 +37,7 @@ class Signal:
     step: int | Tensor
     param: Tensor | None = None
     lr: float | Tensor | None = None
-    inputs: Inputs | None = None
+    inputs: LayerInputs | None = None
     note: Note | None = None
     divided: int = 1
     debiases: Debiases | None = None

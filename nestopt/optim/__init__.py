@@ -1,10 +1,10 @@
 """Levels on gradients: `torch.optim` optimizers."""
 
+from nestopt.optim.execute.functional import functional_step
 from nestopt.optim.factory import optimizer
-from nestopt.optim.functional import functional_step
-from nestopt.optim.named import SGD, Adam, AdamW, Muon
+from nestopt.optim.nested_named import DGD, M3, DeepMomentum, DeltaMomentum, Shampoo
 from nestopt.optim.optimizer import Nested
-from nestopt.optim.own import DGD, M3, DeepMomentum, DeltaMomentum, Shampoo
+from nestopt.optim.torch_named import SGD, Adam, AdamW, Muon
 from nestopt.optim.views import Split
 
 __all__ = [

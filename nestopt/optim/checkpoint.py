@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,23 +21,38 @@ from nestopt.core.level import Level
 from nestopt.core.part import Part
 from nestopt.core.tree import leaves
 from nestopt.optim.checks import check_group, check_parameters
-from nestopt.optim.lanes import STEP, SUM
+from nestopt.optim.execute.update import STEP, SUM
 from nestopt.optim.views import Split, layout, work_dtype
-
-if TYPE_CHECKING:
-    from nestopt.optim.optimizer import Nested
 
 LATER = frozenset({"maximize", "decoupled_weight_decay", "differentiable", "ns_form", "coupled"})
 """Settings that torch's optimizers do not save, or not in every version. All others must be there."""
 
 
+class Host(Protocol):
+    """The optimizer whose state it is."""
+
+    param_groups: list[dict[str, Any]]
+    defaults: dict[str, Any]
+
+    @property
+    def renamed(self) -> Mapping[str, str]:
+        """State keys of torch's optimizer of the same name, and ours."""
+
+    @property
+    def count_device(self) -> str | None:
+        """Where step counts are; None: beside their parameters."""
+
+    def level(self, group: dict[str, Any]) -> Level:
+        """Return the level that a parameter group runs."""
+
+
 def to_plain(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Levels in the groups of a state dict become specs."""
+    """Turn levels in the groups of a state dict into specs."""
     return {**state_dict, "param_groups": plain_groups(state_dict["param_groups"])}
 
 
 def plain_groups(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Parameter groups with their levels as specs."""
+    """Return parameter groups with their levels as specs."""
     return [{key: _plain(value) for key, value in group.items()} for group in groups]
 
 
@@ -53,12 +68,8 @@ def _plain(value: Any) -> Any:
         return {"unregistered": repr(value)}
 
 
-def load(optimizer: Nested, state_dict: dict[str, Any]) -> None:
-    """Put a state dict into `optimizer`, or raise ValueError and leave it as it was."""
-    state_dict = state_dict.copy()
-    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
-        replaced = pre_hook(optimizer, state_dict)
-        state_dict = state_dict if replaced is None else replaced
+def fitted(optimizer: Host, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return groups and state of a state dict as `optimizer` keeps them, copied; raise ValueError if they don't fit."""
     saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
     if len(saved_groups) != len(groups):
         raise ValueError(f"the checkpoint has {len(saved_groups)} parameter groups, this optimizer {len(groups)}")
@@ -68,7 +79,7 @@ def load(optimizer: Nested, state_dict: dict[str, Any]) -> None:
         new = merged_group(optimizer, saved, group, i)
         level = bind(optimizer.level(new))
         check_parameters(new, i, level)
-        view = None if level.is_entrywise else new.get("view")
+        view = None if level.is_elementwise else new.get("view")
         params.update(
             (index, (param, level, view)) for index, param in zip(saved["params"], group["params"], strict=True)
         )
@@ -79,13 +90,11 @@ def load(optimizer: Nested, state_dict: dict[str, Any]) -> None:
             raise ValueError(f"state[{index}]: the checkpoint has no such parameter in its groups")
         param, level, view = params[index]
         state[param] = checked_state(optimizer, saved_state, param, level, f"state[{index}]", view)
-    optimizer.__setstate__({"state": state, "param_groups": new_groups})
-    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
-        post_hook(optimizer)
+    return {"state": state, "param_groups": new_groups}
 
 
-def merged_group(optimizer: Nested, saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]:
-    """The settings of group `i`, as saved, with the parameters that it has here.
+def merged_group(optimizer: Host, saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]:
+    """Return the settings of group `i`, as saved, with the parameters that it has here.
 
     Raises ValueError where they are of another optimizer.
     """
@@ -108,7 +117,7 @@ def merged_group(optimizer: Nested, saved: dict[str, Any], group: dict[str, Any]
 
 
 def _level(saved: Any, present: Level, path: str) -> Level:
-    """The saved stack, which may differ from the present one in its numbers only."""
+    """Return the saved stack, which may differ from the present one in its numbers only."""
     if isinstance(saved, dict) and "unregistered" in saved:
         if saved["unregistered"] != repr(present):
             raise ValueError(f"{path}: the checkpoint's is {saved['unregistered']}, this optimizer's {present!r}")
@@ -122,22 +131,22 @@ def _level(saved: Any, present: Level, path: str) -> Level:
 
 
 def _kinds(part: Part) -> Any:
-    """What a part is made of, without its numbers."""
+    """Return what a part is made of, without its numbers."""
     inner = [(name, _kinds(inner)) for name, inner in part.parts()]
     # side by side there is no first and second
     return type(part), dict(inner) if isinstance(part, Parallel) else inner
 
 
 def checked_state(
-    optimizer: Nested, saved: dict[str, Any], param: Tensor, level: Level, path: str, view: Split | None = None
+    optimizer: Host, saved: dict[str, Any], param: Tensor, level: Level, path: str, view: Split | None = None
 ) -> dict[str, Any]:
-    """A copy of the state of one parameter on its device, if it is what the level keeps."""
+    """Return a copy of the state of one parameter on its device, if it is what the level keeps."""
     found = {optimizer.renamed.get(key, key): value for key, value in saved.items() if value is not None}
     if not found:
         return {}
     # torch's SGD and Muon do not count; what matters is that there was a first step
     step = torch.as_tensor(found.pop(STEP, 1.0), dtype=torch.float32)
-    step = step.detach().to(param.device if optimizer.ways.capturable else "cpu", copy=True)
+    step = step.detach().to(optimizer.count_device or param.device, copy=True)
     expected = dict(leaves(layout(level, param, view)))
     if SUM in found:
         expected[SUM] = torch.empty_like(param, device="meta", dtype=work_dtype(param))

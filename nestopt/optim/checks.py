@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestopt.core.inputs import wants_of
+from nestopt.core.inputs import INPUTS, request_of
 from nestopt.core.level import Level
 from nestopt.optim.views import Split
 
 
 def names(group: dict[str, Any], index: int) -> list[str]:
-    """What the parameters of group `index` are called: their names where they were given, else their places."""
+    """Return the names of the parameters of group `index`, or their places where none were given."""
     return group.get("param_names") or [f"group {index}, parameter {i}" for i in range(len(group["params"]))]
 
 
@@ -38,7 +38,7 @@ def check_parameters(group: dict[str, Any], index: int, level: Level) -> None:
     needs_matrices, seen, view = "matrix" in level.needs, set(), group.get("view")
     if view is not None and not isinstance(view, Split):
         raise TypeError(f"view={view!r} is not a view; give nestopt.optim.Split(parts, dim)")
-    if view is not None and "inputs" in level.needs:
+    if view is not None and INPUTS in level.needs:
         raise ValueError(f"{level.label} takes layer inputs, which are not split; leave out view={view!r}")
     for name, param in zip(names(group, index), group["params"], strict=True):
         if param in seen:
@@ -57,12 +57,12 @@ def check_parameters(group: dict[str, Any], index: int, level: Level) -> None:
 
 def check_inputs(group: dict[str, Any], level: Level, *, capturable: bool) -> None:
     """Raise ValueError for a level that asks for layer inputs where it can't have them, or not in time."""
-    wants = wants_of(level)
+    wants = request_of(level)
     if wants is None:
         return
     if capturable:
         raise ValueError(f"{level.label} takes layer inputs, which capturable=True does not hand on; leave it out")
-    if wants.surprise is not None and group["maximize"]:
+    if wants.grad is not None and group["maximize"]:
         raise ValueError(
             f"{level.label} makes its steps of what the backward pass brings, which maximize=True does not turn; "
             "negate the loss instead"

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from nestopt.core.level import Level
 from nestopt.optim.checks import names
-
-if TYPE_CHECKING:
-    from nestopt.optim.optimizer import Nested
 
 UNROUTED = "given by the caller"
 
@@ -51,11 +50,11 @@ class Explanation(list[Row]):
         return "\n".join([*lines, "", *total])
 
 
-def explain(optimizer: Nested) -> Explanation:
-    """The routing of every parameter of `optimizer`."""
+def explain(groups: Sequence[dict[str, Any]], level_of: Callable[[dict[str, Any]], Level]) -> Explanation:
+    """Return the routing of every parameter of these groups."""
     rows = Explanation()
-    for g, group in enumerate(optimizer.param_groups):
-        label, params = optimizer.level(group).label, group["params"]
+    for g, group in enumerate(groups):
+        label, params = level_of(group).label, group["params"]
         reasons = group.get("why") or [UNROUTED] * len(params)
         for name, param, why in zip(names(group, g), params, reasons, strict=True):
             rows.append(Row(name, tuple(param.shape), label, float(group["lr"]), group.get("period", 1), why))

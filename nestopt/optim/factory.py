@@ -14,10 +14,10 @@ from nestopt.config.load import names_file
 from nestopt.config.schema import GroupConfig, OptimizerConfig
 from nestopt.core.inputs import INPUTS
 from nestopt.core.part import nearest
-from nestopt.optim.depth import layers
-from nestopt.optim.optimizer import Nested, Ways
-from nestopt.optim.places import WHOLE, Chooser, Place, check, place
-from nestopt.optim.roles import roles, unnamed
+from nestopt.optim.optimizer import Nested, StepOptions
+from nestopt.optim.routing.layers import layers
+from nestopt.optim.routing.place import WHOLE, Chooser, Place, check, place
+from nestopt.optim.routing.roles import roles, unnamed
 from nestopt.optim.views import Split
 
 Route = Literal["auto", "hidden_matrices", "all"] | Chooser
@@ -37,9 +37,9 @@ def optimizer(
     layer_of: LayerOf | None = None,
     strict: bool | None = None,
     maximize: bool = False,
-    **ways: Any,
+    **options: Any,
 ) -> Nested:
-    r"""An optimizer that runs `spec` on a model.
+    r"""Make an optimizer that runs `spec` on a model.
 
     A stack that needs matrices (muon) gets the hidden matrices: not embeddings, the output layer, norms, biases,
     depthwise convolutions, or tensors of more dimensions; those go to `rest`. One that needs the inputs of layers
@@ -61,20 +61,23 @@ def optimizer(
         route: `"auto"` (as above), `"hidden_matrices"` (only those to the stack), `"all"`, or a function of
             (name, tensor) that says whether the stack gets it.
         layer_decay: in (0, 1], the factor between the learning rates of a layer and of the next one: the output layer,
-            or whatever comes last, has the whole rate, embeddings the lowest. Layers are found as
-            `nestopt.optim.depth.layers` says; a group's own `lr` is as given, and a tensor `lr` is copied for each
-            layer. Default: the file's, or 1.
+            or whatever comes last, has the whole rate, embeddings the lowest. How layers are found is said in
+            `nestopt.optim.routing.layers`; a group's own `lr` is as given, and a tensor `lr` is copied for each layer.
+            Default: the file's, or 1.
         layer_of: the number of a parameter's layer, 0 or more, by its name, where it can't be found or is not right.
         strict: raise if the stack gets no parameter (else it is logged as a warning). Default: the file's, or False.
         maximize: ascend.
-        ways: `on_nonfinite`, `capturable`, `compile` and `metrics`, as of `nestopt.optim.Nested`.
+        options: `on_nonfinite`, `capturable`, `compile` and `metrics`, as of `nestopt.optim.Nested`.
 
     Raises:
         ConfigError: a spec that can't be built, a group that matches nothing, a view that does not fit.
         ValueError: nothing to optimize; `strict` and nothing for the stack; layers that can't be told.
         TypeError: an argument that there is not.
     """
-    _check_ways(ways)
+    allowed = [field.name for field in dataclasses.fields(StepOptions)]
+    for name in options.keys() - set(allowed):
+        hint = nearest(name, [*inspect.signature(optimizer).parameters, *allowed])
+        raise TypeError(f"nestopt.optimizer has no argument {name!r}.{hint}")
     settings = _settings(
         spec,
         {
@@ -93,7 +96,11 @@ def optimizer(
     model = model_or_params if isinstance(model_or_params, nn.Module) else None
     known = roles(model) if model is not None else unnamed(iter(named.items()))
     chosen = route if callable(route) else None
-    depths = _depths(model, named, settings.layer_decay, layer_of)
+    depths = dict.fromkeys(named, 0)
+    if settings.layer_decay != 1:
+        depths = _depths(model, named, layer_of)
+    elif layer_of is not None:
+        raise ValueError("layer_of is given without a layer_decay below 1, which alone asks for layers")
     top = max(depths.values())
     places = {
         name: place(name, param, known[name], settings, chosen, depths[name], top) for name, param in named.items()
@@ -106,19 +113,11 @@ def optimizer(
         rate,
         settings.weight_decay,
         maximize=maximize,
-        **ways,
+        **options,
     )
     if model is not None and any(INPUTS in built.level(group).needs for group in built.param_groups):
         built.watch(model)
     return built
-
-
-def _check_ways(ways: Mapping[str, Any]) -> None:
-    allowed = [field.name for field in dataclasses.fields(Ways)]
-    for name in ways:
-        if name not in allowed:
-            known = [*inspect.signature(optimizer).parameters, *allowed]
-            raise TypeError(f"nestopt.optimizer has no argument {name!r}.{nearest(name, known)}")
 
 
 def _groups(
@@ -130,9 +129,10 @@ def _groups(
 ) -> list[dict[str, Any]]:
     made: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, found in places.items():
-        if found.order not in made:
+        order = found.exception, found.kind, found.period, found.view, found.scale  # those of the exceptions come last
+        if order not in made:
             own = rate if found.lr is None else found.lr
-            made[found.order] = {
+            made[order] = {
                 "params": [],
                 "why": [],
                 "stack": found.stack,
@@ -142,20 +142,14 @@ def _groups(
                 "maximize": maximize,
             }
             if found.view != WHOLE:
-                made[found.order]["view"] = Split(*found.view)
-        made[found.order]["params"].append((name, named[name]))
-        made[found.order]["why"].append(found.why)
+                made[order]["view"] = Split(*found.view)
+        made[order]["params"].append((name, named[name]))
+        made[order]["why"].append(found.why)
     return [made[order] for order in sorted(made)]
 
 
-def _depths(
-    model: nn.Module | None, named: Mapping[str, Tensor], decay: float, layer_of: LayerOf | None
-) -> dict[str, int]:
-    """The layer of each parameter; frozen ones count too, so that freezing changes no other's rate."""
-    if decay == 1:
-        if layer_of is not None:
-            raise ValueError("layer_of is given without a layer_decay below 1, which alone asks for layers")
-        return dict.fromkeys(named, 0)
+def _depths(model: nn.Module | None, named: Mapping[str, Tensor], layer_of: LayerOf | None) -> dict[str, int]:
+    """Return the layer of each parameter; frozen ones count too, so that freezing changes no other's rate."""
     if layer_of is None:
         if model is None:
             raise ValueError("layer_decay needs a model, or layer_of: a function from names to the numbers of layers")
@@ -169,7 +163,7 @@ def _depths(
 
 
 def _settings(spec: Any, given: Mapping[str, Any]) -> OptimizerConfig:
-    """All that was given (is not None), as one config section; arguments go before what a file says."""
+    """Return all that was given (is not None) as one config section; arguments go before what a file says."""
     if names_file(spec):
         spec = load(spec)
     if isinstance(spec, Config):
@@ -184,7 +178,7 @@ def _settings(spec: Any, given: Mapping[str, Any]) -> OptimizerConfig:
 
 
 def _named(source: nn.Module | Iterable[Any]) -> dict[str, Tensor]:
-    """The parameters to optimize by name, tied ones once."""
+    """Return the parameters to optimize by name, tied ones once."""
     if isinstance(source, nn.Module):
         return {name: param for name, param in source.named_parameters() if param.requires_grad}
     if isinstance(source, Tensor):

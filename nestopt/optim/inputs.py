@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.utils.hooks import RemovableHandle
 
 from nestopt.core.device import no_autocast
-from nestopt.core.inputs import Inputs, Wants, wants_of
+from nestopt.core.inputs import InputRequest, LayerInputs, request_of
 from nestopt.core.level import Level
 from nestopt.optim.rows import multiplies, rows_of
 from nestopt.optim.sums import Sums
@@ -26,11 +27,11 @@ Scale = float | Callable[[], float]
 class Seen(Protocol):
     """Whoever knows what parameters were multiplied with."""
 
-    def take(self, param: Tensor) -> Inputs | None:
-        """Since the last take; None if nothing."""
+    def take(self, param: Tensor) -> LayerInputs | None:
+        """Return what a parameter was multiplied with since the last take; None if nothing."""
 
     def unseen(self) -> list[str]:
-        """The names of parameters of which it never knew."""
+        """Return the names of parameters of which it never knew."""
 
 
 class Watcher:
@@ -75,7 +76,7 @@ class Watcher:
         self.loss_scale = loss_scale
         # a parameter that DeepSpeed has cut up is empty, and says what it was
         asked = {
-            param: wants_of(level)
+            param: request_of(level)
             for param, level in levels.items()
             if len(getattr(param, "ds_shape", param.shape)) > 1
         }
@@ -97,17 +98,26 @@ class Watcher:
                 handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         self._remove = weakref.finalize(self, _remove, handles)
 
-    def take(self, param: Tensor) -> Inputs | None:
-        """What `param` was multiplied with since the last take, and start anew; None if nothing (or not watched)."""
+    def take(self, param: Tensor) -> LayerInputs | None:
+        """Return what `param` was multiplied with since the last take, and start anew; None if nothing."""
         sums = self._sums.get(param)
         return None if sums is None else sums.take(param.shape)
 
-    def sums(self, param: Tensor) -> Sums | None:
-        """What is summed for `param`; None if it is not watched."""
-        return self._sums.get(param)
+    def take_total(self, param: Tensor, shape: torch.Size, comm: Any) -> LayerInputs | None:
+        """Return what a parameter of this true shape was multiplied with in all processes of `comm`, and start anew.
+
+        All processes must ask for the same parameter. Rows are counted where they were seen, so that means are over all
+        rows, however they were shared.
+        """
+        sums = self._sums.get(param)
+        if sums is None:
+            return None
+        if comm is not None and dist.get_world_size(comm) > 1:
+            sums.total(shape, param.device, lambda tensor: dist.all_reduce(tensor, group=comm))
+        return sums.take(shape)
 
     def unseen(self) -> list[str]:
-        """The names of parameters that want inputs and have a gradient now, but none was ever seen."""
+        """Return the names of parameters that want inputs and have a gradient now, but none was ever seen."""
         return [
             self._names.get(param, f"a parameter of shape {list(param.shape)} that is not the model's")
             for param, sums in self._sums.items()
@@ -121,7 +131,7 @@ class Watcher:
     def __reduce__(self) -> tuple[Any, ...]:
         return Watcher, (None, {})
 
-    def _see(self, module: nn.Module, x: Tensor, y: Tensor) -> None:
+    def see(self, module: nn.Module, x: Tensor, y: Tensor) -> None:
         weight = module._parameters.get("weight")
         sums = self._sums.get(weight) if weight is not None else None
         if sums is None:
@@ -131,7 +141,7 @@ class Watcher:
         wants = sums.wants
         again = _recomputing()
         with no_autocast(y.device):
-            if wants.surprise is not None:
+            if wants.grad is not None:
                 self._check_scale(wants, module, weight, y)
                 use: _Use = _WithSurprise(sums, module, x, y.dtype, self.loss_scale)
             elif _few(x, y, weight):
@@ -144,7 +154,7 @@ class Watcher:
             # on the tensor and not its node: layers that change it in place come after the hook
             y.register_hook(use)
 
-    def _check_scale(self, wants: Wants, module: nn.Module, weight: Tensor, y: Tensor) -> None:
+    def _check_scale(self, wants: InputRequest, module: nn.Module, weight: Tensor, y: Tensor) -> None:
         if y.dtype is torch.float16 and self.loss_scale is None and not wants.scale_free:
             raise RuntimeError(
                 f"{type(module).__name__} {self._names.get(weight)!r} runs in float16, whose losses are "
@@ -209,7 +219,7 @@ class _WithSurprise(_Use):
         self.kept, self.dtype, self.scale = _keep(x.detach()), dtype, scale
 
     def count(self, grad: Tensor, keep: bool) -> None:
-        (x,), sums, errors_of = _saved(self.kept), self.sums, self.sums.wants.surprise
+        (x,), sums, errors_of = _saved(self.kept), self.sums, self.sums.wants.grad
         rows = rows_of(self.module, x)
         if errors_of is None or not rows.n:
             return
@@ -219,7 +229,7 @@ class _WithSurprise(_Use):
         sums.add(rows, y)
         surprise = grad.to(sums.dtype) * (rows.n / scale)
         errors = errors_of(y.to(sums.dtype).movedim(1, -1), rows.outputs(surprise).movedim(1, -1))
-        sums.add_surprise(rows, errors.movedim(-1, 1).to(self.dtype))
+        sums.add_grad(rows, errors.movedim(-1, 1).to(self.dtype))
 
 
 def _bias(module: nn.Module) -> Tensor | None:
@@ -247,7 +257,7 @@ def _keep(*tensors: Tensor) -> Tensor:
 
 
 def _saved(kept: Tensor) -> tuple[Tensor, ...]:
-    """What was given to `_keep`; recomputed where it was dropped."""
+    """Return what was given to `_keep`; recomputed where it was dropped."""
     return cast(Any, kept.grad_fn).saved_tensors
 
 
@@ -291,7 +301,7 @@ def _see(hook: _Hook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     watcher = hook.watcher()
     x = args[0] if args else kwargs.get("input")
     if watcher is not None and isinstance(x, Tensor) and isinstance(y, Tensor):
-        watcher._see(module, x, y)
+        watcher.see(module, x, y)
 
 
 def _remove(handles: Iterable[RemovableHandle]) -> None:

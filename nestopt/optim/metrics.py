@@ -11,20 +11,24 @@ from torch import Tensor
 
 from nestopt.core.device import by_contract
 from nestopt.core.signal import Note
-from nestopt.optim.lanes import STEP
+from nestopt.optim.execute.update import STEP
 
 SUMMED = frozenset({"writes", "clips"})
 """Reports that are counts: added up over tensors. Of those called `…rms` it is the squares that are averaged."""
 
 
 class Recorder:
-    """Collects what the levels report of one step."""
+    """Collect what the levels report of one step."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin another step."""
         self._sums: dict[str, tuple[Tensor, float]] = {}
 
     def note(self, group: int, param: Tensor) -> Note:
-        """Where the levels of one parameter report."""
+        """Return where the levels of one parameter report."""
 
         def take(key: str, value: Tensor) -> None:
             name, weight, value = f"{group}.{key}", 1.0, value.detach().to(_wide(value))
@@ -36,7 +40,7 @@ class Recorder:
         return take
 
     def metrics(self) -> dict[str, Tensor]:
-        """The totals or means over tensors, by `group.level.name`."""
+        """Return the totals or means over tensors, by `group.level.name`."""
         found = {}
         for name, (total, weights) in self._sums.items():
             last = name.rpartition(".")[2]
@@ -48,7 +52,7 @@ class Recorder:
 
 
 def memory_norms(groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """The Euclidean norm of every kind of state over all tensors of its group, as `group.key.norm`."""
+    """Return the Euclidean norm of every kind of state over all tensors of its group, as `group.key.norm`."""
     squares: dict[str, Tensor] = {}
     for index, group in enumerate(groups):
         for param in group["params"]:

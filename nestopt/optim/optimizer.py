@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import is_
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -13,17 +14,17 @@ from torch.optim import Optimizer
 
 from nestopt.config.spec import build
 from nestopt.core.gates import bind
-from nestopt.core.inputs import Inputs
+from nestopt.core.inputs import INPUTS, LayerInputs
 from nestopt.core.level import Level
 from nestopt.core.part import nearest
 from nestopt.optim import checkpoint
 from nestopt.optim.checks import check_gradients, check_group, check_inputs, check_parameters, names, raise_nonfinite
+from nestopt.optim.execute.capturable import begin_on_device, check_capturable, step_capturable
+from nestopt.optim.execute.update import UpdateSettings
 from nestopt.optim.explain import Explanation, explain
 from nestopt.optim.inputs import Scale, Seen, Watcher
-from nestopt.optim.lanes import Rates
 from nestopt.optim.metrics import Recorder, finite, memory_norms
-from nestopt.optim.plan import Plan, chosen
-from nestopt.optim.traced import begin_traced, check_traceable, fused_step, traced_step
+from nestopt.optim.plan import Plan, alike
 
 log = logging.getLogger("nestopt")
 
@@ -31,8 +32,8 @@ OnNonfinite = Literal["ignore", "skip", "raise"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Ways:
-    """How an optimizer goes about its steps; see the arguments of `Nested`."""
+class StepOptions:
+    """How an optimizer takes its steps; see the arguments of `Nested`."""
 
     on_nonfinite: OnNonfinite = "ignore"
     capturable: bool = False
@@ -45,6 +46,9 @@ class Ways:
             raise ValueError(f"on_nonfinite={self.on_nonfinite!r} is not allowed; give one of {list(allowed)}.{hint}")
         if self.capturable and (self.compile or self.metrics or self.on_nonfinite != "ignore"):
             raise ValueError("capturable=True looks at no value; leave out compile, metrics and on_nonfinite")
+
+
+OPTIONS = tuple(field.name for field in dataclasses.fields(StepOptions))
 
 
 class Nested(Optimizer):
@@ -82,6 +86,9 @@ class Nested(Optimizer):
     renamed: ClassVar[dict[str, str]] = {}
     """State keys of torch's optimizer of the same name, and ours: its checkpoints load here."""
 
+    seed: int | None = None
+    """What starts at random is drawn from this and the parameter's name; None: from torch's generator, one by one."""
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -97,38 +104,39 @@ class Nested(Optimizer):
         compile: bool = False,
         metrics: bool = False,
     ) -> None:
-        defaults = {
-            "stack": build("level", stack, "stack"),
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "coupled": coupled,
-            "period": period,
-            "maximize": maximize,
-        }
-        self._start(params, defaults, Ways(on_nonfinite, capturable, compile, metrics))
+        stack = build("level", stack, "stack")
+        self._start_with(locals())
 
-    def _start(self, params: Iterable[Any], defaults: dict[str, Any], ways: Ways | None = None) -> None:
-        self.ways = ways or Ways()
+    def _start_with(self, given: Mapping[str, Any], **more: Any) -> None:
+        """Start with the arguments of an `__init__` (its `locals()`): step options, and the settings of groups."""
+        options = {key: given[key] for key in OPTIONS if key in given}
+        settings = {key: value for key, value in given.items() if key not in ("self", "params", *OPTIONS)}
+        self._start(given["params"], settings | more, StepOptions(**options))
+
+    def _start(self, params: Iterable[Any], defaults: dict[str, Any], options: StepOptions) -> None:
+        self.options = options
         self._settle()
         super().__init__(params, defaults)
 
     def like(self, groups: Iterable[Any], seed: int) -> Nested:
-        """An optimizer of the same kind, for other parameter groups; what these do not say is as here.
+        """Make an optimizer of the same kind for other parameter groups; what these do not say is as here.
 
         A state that starts at random is drawn from `seed` and the name of the parameter.
         """
         other = object.__new__(type(self))
         other.__dict__.update({k: v for k, v in self.__getstate__().items() if k not in Optimizer.__getstate__(self)})
-        other._start(groups, self.defaults, self.ways)
-        other._plan.seed = seed
+        other.seed = seed
+        other._start(groups, self.defaults, self.options)
         return other
 
     def _settle(self) -> None:
-        """What is worked out anew after loading, unpickling or copying."""
-        self._plan = Plan(self.complete, self._accept, compiled=self.ways.compile)
+        """Forget what is worked out anew after loading, unpickling or copying."""
+        self._recorder = Recorder() if self.options.metrics else None
+        note = self._recorder.note if self._recorder is not None else None
+        compiled, seed = self.options.compile, self.seed
+        self._plan = Plan(self.complete, self._accept, self._take_inputs, note, compiled=compiled, seed=seed)
         self._accepted: set[int] = set()
-        self._recorder: Recorder | None = None
-        self._watcher: Seen | None = None
+        self.watcher: Seen | None = None
         self._warned = False
         self._skipped = 0
 
@@ -143,35 +151,42 @@ class Nested(Optimizer):
         super().add_param_group(param_group)
         added = self.param_groups[index]
         try:
-            check_parameters(added, index, self.level(added))
-            check_inputs(added, self.level(added), capturable=self.ways.capturable)
-            if self.ways.capturable:
-                self._check_traceable(added, index)
+            level = self.level(added)
+            check_parameters(added, index, level)
+            if INPUTS in level.needs:
+                check_inputs(added, level, capturable=self.options.capturable)
+            if self.options.capturable:
+                self._check_capturable(added, index)
         except Exception:
             self.param_groups.pop()
             raise
         self._accepted.update(map(id, added["params"]))
 
-    def _check_traceable(self, group: dict[str, Any], index: int) -> None:
+    def _check_capturable(self, group: dict[str, Any], index: int) -> None:
         level, seen = bind(self.level(group)), set()
-        view = None if level.is_entrywise else group.get("view")
+        view = None if level.is_elementwise else group.get("view")
         for name, param in zip(names(group, index), group["params"], strict=True):
             kind = (param.shape, param.dtype, param.device)
             if kind not in seen and param.numel():
                 seen.add(kind)
-                check_traceable(level, param, group.get("period", 1), view, name)
+                check_capturable(level, param, group.get("period", 1), view, name)
 
     def _accept(self, level: Level, param: Tensor, name: str) -> None:
-        """Raise RuntimeError for what an engine has put in a parameter's place, if `level` must see its shape."""
-        if id(param) not in self._accepted and param.ndim < 2 and not level.is_entrywise:
+        """Raise RuntimeError for what an engine has put in the place of a parameter whose shape `level` must see."""
+        if id(param) not in self._accepted:
             raise RuntimeError(
                 f"{level.label} must see tensors in their true shape, and a tensor of shape {list(param.shape)} has "
                 f"come in the place of {name}: DeepSpeed's ZeRO puts flat slices of many parameters there. Use "
                 "nestopt.train.deepspeed.initialize, or add_param_group for a parameter of that shape"
             )
 
+    @property
+    def count_device(self) -> str | None:
+        """Return where step counts are; None: beside their parameters."""
+        return None if self.options.capturable else "cpu"
+
     def level(self, group: dict[str, Any]) -> Level:
-        """The level that a parameter group runs."""
+        """Return the level that a parameter group runs."""
         return group["stack"]
 
     def coupled(self, group: dict[str, Any]) -> bool:
@@ -180,7 +195,7 @@ class Nested(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step for every parameter that has a gradient; others, and their state, are not touched.
+        """Step every parameter that has a gradient; others, and their state, are not touched.
 
         Args:
             closure: computes the loss anew and returns it, as in torch.
@@ -193,43 +208,62 @@ class Nested(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.ways.capturable:
-            self._step_traced()
+        if self.options.capturable:
+            self._step_capturable()
             return loss
         grads = [[param.grad for param in group["params"]] for group in self.param_groups]
-        if self.ways.on_nonfinite != "ignore" and not finite(grads):
-            if self.ways.on_nonfinite == "raise":
+        if self.options.on_nonfinite != "ignore" and not finite(grads):
+            if self.options.on_nonfinite == "raise":
                 raise_nonfinite(self.param_groups, grads)
             self._skipped += 1
             return loss
-        levels = [bind(self.level(group)) for group in self.param_groups]
-        shares = self._plan.shares(self.param_groups, levels, grads, self.state)
-        self._recorder = Recorder() if self.ways.metrics else None
-        for i, (group, share, own) in enumerate(zip(self.param_groups, shares, grads, strict=True)):
-            rates, inputs = self._rates(group), self._inputs(share.level)
-            for lane, places in share.lanes:
-                notes = [self._recorder.note(i, param) for param in lane.params] if self._recorder else None
-                lane.step(share.level, chosen(own, places), rates, inputs, notes)
+        levels = [self.level(group) for group in self.param_groups]
+        if not self._is_settled(levels, grads):
+            self._plan.settle(self.param_groups, [bind(level) for level in levels], grads, self.state)
+        if self._recorder is not None:
+            self._recorder.clear()
+        for group, share, own in zip(self.param_groups, self._plan.shares, grads, strict=True):
+            settings = self._update_settings(group)
+            for executor in share.executors:
+                if executor.inputs is not None and not self._warned:
+                    self._warn_unseen(share.level)
+                executor.step(share.level, [own[place] for place in executor.places], settings)
         return loss
 
-    def _step_traced(self) -> None:
+    def _is_settled(self, levels: Sequence[Level], grads: Sequence[Sequence[Tensor | None]]) -> bool:
+        """Whether nothing but numbers has changed since the plan was made."""
+        shares, known = self._plan.shares, self._plan.known
+        if len(shares) != len(levels) or len(known) != len(self.state) or not all(map(is_, self.state.values(), known)):
+            return False
+        for share, level, group, own in zip(shares, levels, self.param_groups, grads, strict=True):
+            if share.ids != list(map(id, group["params"])):
+                return False
+            if share.forms != [None if grad is None else (grad.shape, grad.layout) for grad in own]:
+                return False
+            if level is not share.level:
+                bound = bind(level)
+                if not alike(bound, share.level):
+                    return False
+                share.level = bound
+        return all(executor.intact() for share in shares for executor in share.executors)
+
+    def _step_capturable(self) -> None:
         for index, group in enumerate(self.param_groups):
             check_gradients(group, index, [param.grad for param in group["params"]])
         for index, group in enumerate(self.param_groups):
-            level, rates = bind(self.level(group)), self._rates(group)
-            view = None if level.is_entrywise else group.get("view")
-            params = [param for param in group["params"] if param.grad is not None and param.numel()]
-            for param in params:
+            level, settings = bind(self.level(group)), self._update_settings(group)
+            view = None if level.is_elementwise else group.get("view")
+            together: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            for param in group["params"]:
+                if param.grad is None or not param.numel():
+                    continue
                 if not self.state[param]:
-                    self._accept(level, param, f"a parameter of group {index}")
-                    self.state[param].update(begin_traced(level, param, rates.period, view))
-            alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-            for param in params:
-                alike.setdefault((param.device, param.dtype), []).append(param)
-            for own in alike.values():
-                if not fused_step(level, own, [self.state[param] for param in own], rates):
-                    for param in own:
-                        traced_step(level, param, self.state[param], rates, view)
+                    if param.ndim < 2 and not level.is_elementwise:
+                        self._accept(level, param, f"a parameter of group {index}")
+                    self.state[param].update(begin_on_device(level, param, settings.period, view))
+                together.setdefault((param.device, param.dtype), []).append(param)
+            for params in together.values():
+                step_capturable(level, params, [self.state[param] for param in params], settings, view)
 
     def watch(self, model: nn.Module, loss_scale: Scale | None = None) -> None:
         """Sum up what the layers of `model` are shown from now on, for levels that ask for it (`dgd`, `ggd`).
@@ -242,51 +276,49 @@ class Nested(Optimizer):
                 (`GradScaler.get_scale`); only a nonlinear `ggd` has to know.
         """
         levels = {param: self.level(group) for group in self.param_groups for param in group["params"]}
-        self._watcher = Watcher(model, levels, loss_scale=loss_scale)
+        self.watcher = Watcher(model, levels, loss_scale=loss_scale)
 
     def tell_loss_scale(self, scale: Scale) -> None:
         """Say what the mean loss is multiplied with from now on, unless `watch` was told."""
-        if isinstance(self._watcher, Watcher) and self._watcher.loss_scale is None:
-            self._watcher.loss_scale = scale
+        if isinstance(self.watcher, Watcher) and self.watcher.loss_scale is None:
+            self.watcher.loss_scale = scale
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, as in torch, and the layer inputs that belong to them."""
         super().zero_grad(set_to_none)
-        if self._watcher is not None:
+        if self.watcher is not None:
             for group in self.param_groups:
                 if group.get("period", 1) == 1:  # else they go on adding up, as the gradients' sum does
                     for param in group["params"]:
-                        self._watcher.take(param)
+                        self.watcher.take(param)
 
-    def _inputs(self, level: Level) -> Callable[[Tensor], Inputs | None] | None:
-        """Where a level that asks for layer inputs gets them."""
-        if "inputs" not in level.needs:
-            return None
-        if not self._warned:
-            self._warned = True
-            unseen = self._watcher.unseen() if self._watcher else ["all its parameters (no model is watched)"]
-            if unseen:
-                warn_unseen(level, unseen)
-        return self._watcher.take if self._watcher else lambda param: None
+    def _take_inputs(self, param: Tensor) -> LayerInputs | None:
+        return self.watcher.take(param) if self.watcher is not None else None
+
+    def _warn_unseen(self, level: Level) -> None:
+        self._warned = True
+        unseen = self.watcher.unseen() if self.watcher is not None else ["all its parameters (no model is watched)"]
+        if unseen:
+            warn_unseen(level, unseen)
 
     def metrics(self) -> dict[str, Tensor]:
-        """What the levels have been doing, as numbers by name: `"0.fast.update_rms"` is of the level `fast` in group 0.
+        """Return what levels have done, as numbers by name: `"0.fast.update_rms"` is of the level `fast` in group 0.
 
         Always there: `norm` of each memory, over all tensors of the group. From the last step, if the optimizer was
         made with `metrics=True`: `update_rms` (of directions), `writes` (how many tensors were written), and what the
         level itself reports, such as `inner_loss` and `clips`. With `on_nonfinite="skip"`, `skipped`: how many steps.
         """
         reported = self._recorder.metrics() if self._recorder else {}
-        if self.ways.on_nonfinite == "skip":
+        if self.options.on_nonfinite == "skip":
             reported["skipped"] = torch.tensor(self._skipped)
         return memory_norms(self.param_groups, self.state) | reported
 
-    def _rates(self, group: dict[str, Any]) -> Rates:
-        lr, decay = group["lr"], group["weight_decay"]
-        return Rates(
+    def _update_settings(self, group: dict[str, Any]) -> UpdateSettings:
+        lr, decay, coupled = group["lr"], group["weight_decay"], self.coupled(group)
+        return UpdateSettings(
             lr.reshape(()) if isinstance(lr, Tensor) else lr,
-            decay=0.0 if self.coupled(group) else decay,
-            coupled=decay if self.coupled(group) else 0.0,
+            decay=0.0 if coupled else decay,
+            coupled=decay if coupled else 0.0,
             maximize=group["maximize"],
             period=group.get("period", 1),
         )
@@ -295,13 +327,13 @@ class Nested(Optimizer):
         """Add to the state of a parameter what its group's level has come to need."""
 
     def explain(self) -> Explanation:
-        """For each parameter: which level has it, at which learning rate and period, and why. Print it."""
-        return explain(self)
+        """Say of each parameter which level has it, at which learning rate and period, and why. Print it."""
+        return explain(self.param_groups, self.level)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """State and groups as tensors, numbers, strings, lists and dicts: loads under `weights_only=True`."""
+        """Return state and groups as plain data: it loads under `weights_only=True`."""
         return checkpoint.to_plain(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -312,19 +344,25 @@ class Nested(Optimizer):
         Raises:
             ValueError: groups, parameters or state do not fit this optimizer. Nothing has been changed then.
         """
-        checkpoint.load(self, state_dict)
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        self.__setstate__(checkpoint.fitted(self, state_dict))
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        watcher, accepted = self.__dict__.get("_watcher"), self.__dict__.get("_accepted")
+        watcher, accepted = self.__dict__.get("watcher"), self.__dict__.get("_accepted")
         self._settle()
         if accepted is None:  # a copy
             accepted = {id(param) for group in self.param_groups for param in group["params"]}
         self._accepted = accepted
-        self._watcher = watcher  # loading leaves the model as it is
+        self.watcher = watcher  # loading leaves the model as it is
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "ways": self.ways}
+        return {**super().__getstate__(), "options": self.options}
 
 
 def warn_unseen(level: Level, names: Sequence[str]) -> None:

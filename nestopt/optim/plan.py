@@ -1,4 +1,4 @@
-"""Which lanes an optimizer's parameters run in: settled once, and anew when anything about them has changed."""
+"""Which executor steps which parameter: settled once, and anew when anything about them has changed."""
 
 from __future__ import annotations
 
@@ -6,57 +6,52 @@ import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nestopt.core.inputs import INPUTS, LayerInputs
 from nestopt.core.level import Level
 from nestopt.core.part import Part
+from nestopt.core.signal import Note
 from nestopt.core.tree import State, leaves
 from nestopt.optim.checkpoint import keeps_shape
 from nestopt.optim.checks import check_gradients, names
-from nestopt.optim.lanes import STEP, SUM, Lane, Member, lanes_for
+from nestopt.optim.execute.choose import executors
+from nestopt.optim.execute.update import STEP, SUM, Executor, Slot, placed
 from nestopt.optim.views import Split, begin, layout, work_dtype
 
 RESTLESS = 3
 """After so many changes of which parameters have a gradient, states are no longer moved into common buffers."""
 
-Fill = Callable[[dict[str, Any], Tensor], None]
-Accept = Callable[[Level, Tensor, str], None]
+Form = tuple[torch.Size, torch.layout] | None
+"""Of a gradient; None where there is none."""
 
 
 @dataclasses.dataclass
 class Share:
-    """What one parameter group does in a step: its lanes, each with the places of its members among the gradients."""
+    """What one parameter group does in a step.
+
+    Attributes:
+        level: with its gates bound.
+        params, ids: of the group.
+        forms: of its gradients.
+        executors: of the parameters that have one.
+    """
 
     level: Level
     params: list[Tensor]
-    shapes: list[torch.Size | None]
-    """Of the gradients; None for a parameter without one."""
-    lanes: list[tuple[Lane, list[int] | None]]
-
-    def __post_init__(self) -> None:
-        self._sizes = [param.numel() for param in self.params]
-
-    def fits(self, params: list[Tensor], shapes: list[torch.Size | None]) -> bool:
-        """Whether the group still has these parameters, and the same of them gradients, of the same shapes as then."""
-        return (
-            shapes == self.shapes
-            and len(params) == len(self.params)
-            and all(map(is_, params, self.params))
-            and list(map(Tensor.numel, params)) == self._sizes
-        )
-
-    def serves(self, level: Level) -> bool:
-        """Whether the lanes can run `level`, on states that nobody has replaced."""
-        return alike(level, self.level) and all(lane.intact() for lane, _ in self.lanes)
+    ids: list[int]
+    forms: list[Form]
+    executors: list[Executor]
 
     def leave(self) -> None:
         """Give the parameters step counts of their own again."""
-        for lane, _ in self.lanes:
-            lane.leave()
+        for executor in self.executors:
+            executor.leave()
 
 
 class Plan:
@@ -64,84 +59,91 @@ class Plan:
 
     Args:
         fill: completes the state of a parameter that its group's level has outgrown.
-        accept: raises for a parameter that a level can't be shown.
-        compiled: as of `lanes_for`.
-
-    Attributes:
+        accept: raises for a parameter that is no matrix, if its level can't be shown it.
+        inputs: gives what the layer of a parameter was shown, for levels that ask for it.
+        note: gives where the level of a parameter reports, by the number of its group; None: nobody listens.
+        compiled: as of `executors`.
         seed: what starts at random is drawn from this and the parameter's name; None: from torch's generator, one
             after another.
+
+    Attributes:
+        shares: by group.
+        known: the states of all parameters, by the dicts that they are in.
     """
 
-    seed: int | None = None
-
-    def __init__(self, fill: Fill, accept: Accept, *, compiled: bool = False) -> None:
-        self._fill, self._accept, self._compiled = fill, accept, compiled
-        self._shares: list[Share] = []
-        self._known: list[dict[str, Any]] = []
+    def __init__(
+        self,
+        fill: Callable[[dict[str, Any], Tensor], None],
+        accept: Callable[[Level, Tensor, str], None],
+        inputs: Callable[[Tensor], LayerInputs | None],
+        note: Callable[[int, Tensor], Note] | None = None,
+        *,
+        compiled: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        self._fill, self._accept, self._inputs, self._note = fill, accept, inputs, note
+        self._compiled, self._seed = compiled, seed
+        self.shares: list[Share] = []
+        self.known: list[dict[str, Any]] = []
         self._changes = 0
 
-    def shares(
+    def settle(
         self,
         groups: Sequence[dict[str, Any]],
         levels: Sequence[Level],
         grads: Sequence[Sequence[Tensor | None]],
         state: dict[Tensor, Any],
-    ) -> list[Share]:
-        """What each group has to do: as it was, unless something has changed.
+    ) -> None:
+        """Bring the shares up to date, of the groups in which something has changed.
 
         Raises RuntimeError for a gradient that no level takes, before anything is changed.
         """
-        if len(groups) < len(self._shares) or not self._knows(state):
-            self._forget()
-        shapes = [[None if grad is None else grad.shape for grad in own] for own in grads]
-        fits = [i < len(self._shares) and self._shares[i].fits(g["params"], shapes[i]) for i, g in enumerate(groups)]
-        for i, (group, own) in enumerate(zip(groups, grads, strict=True)):
-            # a sparse gradient has a shape like any other
-            if not fits[i] or not {grad.layout for grad in own if grad is not None} <= {torch.strided}:
-                check_gradients(group, i, own)
+        if len(groups) < len(self.shares) or not (
+            len(state) == len(self.known) and all(map(is_, state.values(), self.known))
+        ):
+            for share in self.shares:
+                share.leave()
+            self.shares, self.known = [], []
+        forms = [[None if grad is None else (grad.shape, grad.layout) for grad in own] for own in grads]
+        for i, group in enumerate(groups):
+            check_gradients(group, i, grads[i])
         for i, (group, level) in enumerate(zip(groups, levels, strict=True)):
-            old = self._shares[i] if i < len(self._shares) else None
-            if old is not None and fits[i] and old.serves(level):
-                old.level = level
-                continue
+            old = self.shares[i] if i < len(self.shares) else None
             if old is not None:
-                self._changes += not fits[i]
+                fits = old.ids == list(map(id, group["params"])) and old.forms == forms[i]
+                if fits and alike(level, old.level) and all(executor.intact() for executor in old.executors):
+                    old.level = level
+                    continue
+                self._changes += not fits
                 old.leave()
-            self._shares[i : i + 1] = [self._settle(group, i, level, shapes[i], state)]
-            self._known = list(state.values())
-        return self._shares
+            self.shares[i : i + 1] = [self._share(group, i, level, forms[i], state)]
+            self.known = list(state.values())
 
-    def _knows(self, state: dict[Tensor, Any]) -> bool:
-        """Whether the states are still in the dicts that they were in."""
-        return len(state) == len(self._known) and all(map(is_, state.values(), self._known))
-
-    def _forget(self) -> None:
-        for share in self._shares:
-            share.leave()
-        self._shares, self._known = [], []
-
-    def _settle(
-        self, group: dict[str, Any], index: int, level: Level, shapes: list[torch.Size | None], state: dict[Tensor, Any]
+    def _share(
+        self, group: dict[str, Any], index: int, level: Level, forms: list[Form], state: dict[Tensor, Any]
     ) -> Share:
-        params, view = list(group["params"]), None if level.is_entrywise else group.get("view")
-        called = names(group, index)
-        # an empty tensor has nothing to learn, and no state
-        places = [i for i, shape in enumerate(shapes) if shape is not None and shape.numel()]
-        for i in places:
-            self._accept(level, params[i], called[i])
-        members = [self._member(level, params[i], state[params[i]], view, called[i]) for i in places]
-        lanes = lanes_for(level, members, packed=self._changes < RESTLESS, compiled=self._compiled) if members else []
-        where = {id(params[i]): i for i in places}
-        found: list[tuple[Lane, list[int] | None]] = []
-        for lane in lanes:
-            order = [where[id(param)] for param in lane.params]
-            found.append((lane, None if order == list(range(len(params))) else order))
-        return Share(level, params, shapes, found)
+        params, view = list(group["params"]), None if level.is_elementwise else group.get("view")
+        slots = []
+        for i, (param, name, form) in enumerate(zip(params, names(group, index), forms, strict=True)):
+            if form is not None and form[0].numel():  # an empty tensor has nothing to learn, and no state
+                if param.ndim < 2 and not level.is_elementwise:
+                    self._accept(level, param, name)
+                slots.append(self._slot(level, param, state[param], view, name, i))
+        asks = INPUTS in level.needs
+        made = executors(
+            level, slots, packed=self._changes < RESTLESS, compiled=self._compiled, alone=asks or self._note is not None
+        )
+        for executor in made:
+            executor.inputs = self._inputs if asks else None
+            executor.note = partial(self._note, index) if self._note else None
+        return Share(level, params, list(map(id, params)), forms, made)
 
-    def _member(self, level: Level, param: Tensor, state: dict[str, Any], view: Split | None, name: str) -> Member:
+    def _slot(
+        self, level: Level, param: Tensor, state: dict[str, Any], view: Split | None, name: str, place: int
+    ) -> Slot:
         if not state:
             state[STEP] = torch.zeros((), dtype=torch.float32)
-            with _drawn_for(name, self.seed, param.device):
+            with contextlib.nullcontext() if self._seed is None else _drawn_for(name, self._seed, param.device):
                 tree = begin(level, param.detach().to(work_dtype(param)), view)
             if taken := tree.keys() & {STEP, SUM}:
                 state.clear()
@@ -155,15 +157,12 @@ class Plan:
             if any(path not in state for path, _ in leaves(tree)):
                 self._fill(state, param)
             _check_state(level, param, state, tree, name)
-        return Member(param, state, tree, view)
+        return Slot(param, state, placed(tree, state), view, place)
 
 
 @contextlib.contextmanager
-def _drawn_for(name: str, seed: int | None, device: torch.device) -> Iterator[None]:
-    """Within, random numbers are those of a parameter's name, whichever process draws them, and in whatever order."""
-    if seed is None:
-        yield
-        return
+def _drawn_for(name: str, seed: int, device: torch.device) -> Iterator[None]:
+    """Draw random numbers by a parameter's name within, whichever process draws them, and in whatever order."""
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         mixed = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest()
         torch.manual_seed(int.from_bytes(mixed, "big"))
@@ -183,11 +182,6 @@ def _check_state(level: Level, param: Tensor, state: dict[str, Any], tree: State
                 f"{name}: the state {key!r} {found}, and {level.label} keeps a tensor of shape {tuple(want.shape)} for "
                 f"a parameter of shape {tuple(param.shape)}; to start anew, optimizer.state.pop(parameter)"
             )
-
-
-def chosen(grads: Sequence[Any], places: list[int] | None) -> Sequence[Any]:
-    """Those of `grads` that a lane wants; None for all."""
-    return grads if places is None else [grads[i] for i in places]
 
 
 def alike(a: Part, b: Part) -> bool:

@@ -25,29 +25,29 @@ class Rows(Protocol):
     groups: int
 
     def outputs(self, y: Tensor) -> Tensor:
-        """What the layer gave, so that dimension 1 is that of the outputs."""
+        """Lay out what the layer gave so that dimension 1 is that of the outputs."""
 
     def product(self, e: Tensor, scale: float = 1.0) -> Tensor:
-        """scale · Σ e_i x_iᵀ, in the shape of the weight, multiplied in the dtype of `e`."""
+        """Return scale · Σ e_i x_iᵀ, in the shape of the weight, multiplied in the dtype of `e`."""
 
     def total(self, dtype: torch.dtype) -> Tensor:
-        """Σ x_i `[groups, in, ...]`."""
+        """Return Σ x_i `[groups, in, ...]`."""
 
     def squares(self, dtype: torch.dtype) -> Tensor:
-        """‖x_i‖² of each row and group, with as many dimensions as outputs, dimension 1 that of the groups."""
+        """Return ‖x_i‖² of each row and group, with as many dimensions as outputs, dimension 1 that of the groups."""
 
     def scaled(self, e: Tensor, by: Tensor) -> Tensor:
-        """`e` times a number per row and group, laid out as `squares` gives them."""
+        """Return `e` times a number per row and group, laid out as `squares` gives them."""
 
     def matrix(self) -> Tensor:
-        """The rows themselves, `[groups, n, in]`."""
+        """Return the rows themselves, `[groups, n, in]`."""
 
     def read(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """W x_i, laid out as `outputs`."""
+        """Return W x_i, laid out as `outputs`."""
 
 
 def rows_of(module: nn.Module, x: Tensor) -> Rows:
-    """The rows of `x` that `module` multiplies with its weight."""
+    """Return the rows of `x` that `module` multiplies with its weight."""
     x = x.detach()
     if isinstance(module, CONVOLUTIONS):
         return ConvRows(module, x)

@@ -15,7 +15,7 @@ from nestopt.core.tree import State, store, tree_map
 
 
 def work_dtype(param: Tensor) -> torch.dtype:
-    """Levels work, and keep their state, in float32 or wider."""
+    """Return the dtype in which levels work and keep their state: float32 or wider."""
     return torch.float32 if param.dtype in (torch.float16, torch.bfloat16) else param.dtype
 
 
@@ -47,28 +47,28 @@ class Split:
         return param.ndim == 2 and param.shape[self.dim] % self.parts == 0
 
     def cut(self, matrix: Tensor) -> Tensor:
-        """`[out, in]` as `[parts, out, in]`, the divided dimension that much shorter."""
+        """Cut `[out, in]` into `[parts, out, in]`, the divided dimension that much shorter."""
         return torch.stack(matrix.chunk(self.parts, self.dim))
 
     def join(self, stack: Tensor) -> Tensor:
-        """What `cut` took apart."""
+        """Join what `cut` took apart."""
         return torch.cat(stack.unbind(), self.dim)
 
 
 def matrix_view(tensor: Tensor, level: Level, view: Split | None = None) -> Tensor:
-    """`tensor` as `level` takes it: cut by `view`; `[out, in·kh·kw]` for a convolution where it needs matrices."""
+    """Return `tensor` as `level` takes it: cut by `view`; a convolution as `[out, in·kh·kw]` if it needs matrices."""
     if view is not None:
         return view.cut(tensor)
     return tensor.flatten(1) if tensor.ndim > 2 and "matrix" in level.needs else tensor
 
 
 def back(direction: Tensor, param: Tensor, view: Split | None) -> Tensor:
-    """A direction for what `matrix_view` showed, in the shape of the parameter."""
+    """Return a direction for what `matrix_view` showed in the shape of the parameter."""
     return view.join(direction) if view is not None else direction.reshape(param.shape)
 
 
 def begin(level: Level, param: Tensor, view: Split | None = None) -> State:
-    """The state that `level` starts with on `param`: of the parts of a view, each its own, stacked."""
+    """Return the state that `level` starts with on `param`: of the parts of a view, each its own, stacked."""
     seen = matrix_view(param, level, view)
     if view is None:
         return start(level, seen)
@@ -76,12 +76,12 @@ def begin(level: Level, param: Tensor, view: Split | None = None) -> State:
 
 
 def layout(level: Level, param: Tensor, view: Split | None = None) -> State:
-    """As `begin`, without its numbers: tensors on the meta device."""
+    """Do as `begin` without numbers: tensors on the meta device."""
     return begin(level, torch.empty_like(param, device="meta", dtype=work_dtype(param)), view)
 
 
 def advance_stack(level: Level, grads: Tensor, states: State, signal: Signal) -> tuple[Tensor, State]:
-    """`advance` for a stack `[n, *shape]` of tensors. Raises RuntimeError if `level` does what `vmap` can't."""
+    """Do as `advance` for a stack `[n, *shape]` of tensors. Raises RuntimeError if `level` does what `vmap` can't."""
     if level.is_batched:
         return advance(level, grads, states, signal)
 
@@ -93,7 +93,7 @@ def advance_stack(level: Level, grads: Tensor, states: State, signal: Signal) ->
 
 
 def advance_stack_(level: Level, grads: Tensor, states: State, signal: Signal) -> Tensor:
-    """`advance_stack` in place. When it raises, nothing has changed."""
+    """Do as `advance_stack` in place. When it raises, nothing has changed."""
     if level.is_batched:
         return advance_(level, grads, states, signal)
     directions, new = advance_stack(level, grads, states, signal)

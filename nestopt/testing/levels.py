@@ -31,7 +31,7 @@ def check_level(level: Level, shape: Sequence[int] = (5, 3)) -> None:
     On gradients: `step` is a pure function (it changes none of its arguments, and the same arguments give the same
     result), keeps the gradient's shape and dtype and the state's keys, stays finite on zeros, does the same for a stack
     of tensors as for each of them, and on a clock sees sums; `step_` does the same in place, and a level that calls
-    itself `entrywise` does the same on pieces. As an optimizer: a run that is saved and loaded goes on
+    itself `elementwise` does the same on pieces. As an optimizer: a run that is saved and loaded goes on
     bit for bit. As a spec: writing and reading it gives an equal level. On tokens: `check_layer`.
 
     Args:
@@ -46,7 +46,7 @@ def check_level(level: Level, shape: Sequence[int] = (5, 3)) -> None:
     _check_purity(bind(level), grads)
     _check_stacks(bind(level), grads)
     _check_in_place(bind(level), grads)
-    _check_entrywise(bind(level), grads)
+    _check_elementwise(bind(level), grads)
     _check_clock(bind(level), grads)
     _check_optimizer(level, grads)
     _check_spec(level)
@@ -151,14 +151,14 @@ def _check_in_place(level: Level, grads: list[Tensor]) -> None:
             _same(dict(leaves(own))[path], leaf, f"{name}: step_ leaves another {path!r} in the state")
 
 
-def _check_entrywise(level: Level, grads: list[Tensor]) -> None:
-    if not level.is_entrywise:
+def _check_elementwise(level: Level, grads: list[Tensor]) -> None:
+    if not level.is_elementwise:
         return
     whole = _run(level, grads, start(level, grads[0]))
     cut = [grad.flatten().split(4) for grad in grads]
     pieces = [_run(level, [grad[i] for grad in cut], start(level, cut[0][i])) for i in range(len(cut[0]))]
     joined = torch.cat(pieces, dim=1).reshape(whole.shape)
-    _same(joined, whole, f"{level.label}: says it is entrywise, and pieces of a tensor give other directions")
+    _same(joined, whole, f"{level.label}: says it is elementwise, and pieces of a tensor give other directions")
 
 
 def _check_clock(level: Level, grads: list[Tensor]) -> None:

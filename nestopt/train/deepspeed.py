@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nestopt.config import Config, ConfigError
-from nestopt.core.inputs import INPUTS, wants_of
+from nestopt.core.inputs import INPUTS, request_of
 from nestopt.optim import Nested
 from nestopt.optim import optimizer as make_optimizer
 from nestopt.optim.sharded.optimizer import Sharded
@@ -119,7 +119,7 @@ def _initialized(
     nested.tell_loss_scale(1 / engine.gradient_accumulation_steps())
     lying, comm = zero.lying(engine, optimizer)
     optimizer.attach(lying, comm)
-    if nested._watcher is not None:
+    if nested.watcher is not None:
         called.register_forward_pre_hook(lambda module, args: _begin_step(engine, optimizer))
     engine.nestopt = Kept(
         model,
@@ -169,7 +169,7 @@ def _check_levels(optimizer: Sharded, settings: Mapping[str, Any]) -> None:
         )
     for group in optimizer.param_groups:
         level = optimizer.level(group)
-        if offloaded and not level.is_entrywise:
+        if offloaded and not level.is_elementwise:
             raise ConfigError.refuse(
                 "zero_optimization.offload_optimizer",
                 section["offload_optimizer"],
@@ -180,8 +180,8 @@ def _check_levels(optimizer: Sharded, settings: Mapping[str, Any]) -> None:
             raise ConfigError.refuse(
                 "fp16", settings["fp16"], f"the level {level.label} sums up inputs of steps that are skipped; give bf16"
             )
-        wants = wants_of(level)
-        if stage == 3 and wants is not None and wants.surprise is not None:
+        wants = request_of(level)
+        if stage == 3 and wants is not None and wants.grad is not None:
             raise ConfigError.refuse(
                 "zero_optimization.stage",
                 3,

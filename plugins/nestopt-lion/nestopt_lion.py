@@ -25,7 +25,7 @@ class Lion(nestopt.Level):
 
     # all of it is entry by entry: tensors may be stacked, cut and glued together, which is a great deal faster
     batched: ClassVar[bool] = True
-    entrywise: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     beta1: float = 0.9
     beta2: float = 0.99

@@ -13,9 +13,9 @@ import nestopt
 from nestopt import levels
 from nestopt.models.cost import CostCounter
 from nestopt.optim import Nested
-from nestopt.optim.lanes.choose import lanes_for
-from nestopt.optim.lanes.lane import Member
-from nestopt.optim.lanes.stacks import StackLane
+from nestopt.optim.execute.choose import executors
+from nestopt.optim.execute.stacked import Stacked
+from nestopt.optim.execute.update import Slot
 from tests.accelerator.held import held
 
 PARTS = {"associative_memory", "chain", "parallel", "nest"}
@@ -115,9 +115,9 @@ def test_matrices_of_the_340m_models_are_stacked() -> None:
     for param in params:
         param.grad = torch.empty_like(param)
     optimizer.step()
-    members = [Member(param, dict(optimizer.state[param]), level.init(param), None) for param in params]
-    kinds = [type(lane) for lane in lanes_for(level, members)]
-    assert kinds == [StackLane, StackLane]
+    slots = [Slot(param, dict(optimizer.state[param]), level.init(param), None) for param in params]
+    kinds = [type(executor) for executor in executors(level, slots)]
+    assert kinds == [Stacked, Stacked]
 
 
 class Peeks(nestopt.Level):

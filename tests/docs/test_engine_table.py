@@ -34,7 +34,7 @@ def test_its_cells_are_what_is_done() -> None:
     for name, row in cells().items():
         assert list(row) == list(ENGINES)
         level = nestopt.build("level", LEVELS[name])
-        cut = "slices" if level.is_entrywise else "owner"
+        cut = "slices" if level.is_elementwise else "owner"
         assert row == {engine: "whole" if engine in ("ddp", "zero 0") else cut for engine in ENGINES}, name
 
 

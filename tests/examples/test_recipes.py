@@ -135,7 +135,7 @@ def test_layers_are_watched_in_the_trainer(hf: SimpleNamespace, tmp_path: Path, 
 
 def test_layers_of_their_models(hf: SimpleNamespace) -> None:
     """As many layers as the configuration says, an encoder's before a decoder's."""
-    library, layers = importlib.import_module("transformers"), nestopt.optim.depth.layers
+    library, layers = importlib.import_module("transformers"), nestopt.optim.routing.layers.layers
     gpt2 = layers(library.GPT2LMHeadModel(library.GPT2Config(n_embd=8, n_layer=3, n_head=2, vocab_size=9)))
     sizes = {"d_model": 8, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "vocab_size": 9}
     sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_layers": 3, "decoder_layers": 2}

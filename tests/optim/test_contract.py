@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from nestopt import levels
 from nestopt.core import Level, Signal, State, chain, nest, parallel
 from nestopt.core.memories import Window
-from nestopt.optim import SGD, Adam, Nested, named
-from nestopt.optim.lanes import SUM, pieces
+from nestopt.optim import SGD, Adam, Nested, torch_named
+from nestopt.optim.execute import flat
+from nestopt.optim.execute.update import SUM
 
 MATRIX = [(6, 5), (6, 5), (4, 7)]
 ANY = [(6, 5), (6, 5), (4,), (4,), (), (2, 3, 2)]
@@ -453,7 +454,7 @@ def test_stacked_equals_one_by_one(
     together = make(name, dtype)
     torch.manual_seed(0)
     feed(together, range(10))
-    monkeypatch.setattr(pieces, "SMALL", -1)
+    monkeypatch.setattr(flat, "SMALL", -1)
     alone = make(name, dtype)
     torch.manual_seed(0)
     feed(alone, range(10))
@@ -636,7 +637,7 @@ def test_a_group_with_a_period_steps_once_on_the_sum(name: str, period: int, wri
 
 def test_a_named_class_takes_a_period_too() -> None:
     param = torch.zeros(1, requires_grad=True)
-    optimizer = named.SGD([{"params": [param], "period": 3}], lr=1.0)
+    optimizer = torch_named.SGD([{"params": [param], "period": 3}], lr=1.0)
     for t in range(6):
         param.grad = torch.full((1,), 10.0**t)
         optimizer.step()

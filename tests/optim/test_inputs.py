@@ -51,7 +51,7 @@ def test_sums_are_those_of_the_rows(name: str, level: Dgd) -> None:
     agrees(got, want)
     if level.solver == "exact":
         rows = patches(layer, x)
-        assert (got.keys is None) != (got.gram is None)
+        assert (got.rows is None) != (got.gram is None)
         assert (got.gram is None) == (rows.shape[1] < rows.shape[2])
     assert watcher.take(layer.weight) is None, "sums start anew"
 
@@ -127,10 +127,10 @@ def test_autocast(kind: str, n: int) -> None:
     (y.float().square().mean() * 2.0**16).backward()  # and a loss that is scaled
     got = taken(watcher, layer.weight)
     want = expected(layer.weight, patches(layer, x))
-    assert got.decay is not None
-    assert got.decay.dtype is torch.float32
-    torch.testing.assert_close(got.energy, want["energy"], rtol=1e-5, atol=0)
-    error = (got.decay - want["decay"]).norm() / want["decay"].norm()
+    assert got.wxx is not None
+    assert got.wxx.dtype is torch.float32
+    torch.testing.assert_close(got.mean_square, want["mean_square"], rtol=1e-5, atol=0)
+    error = (got.wxx - want["wxx"]).norm() / want["wxx"].norm()
     assert error < 0.01
 
 
@@ -141,10 +141,10 @@ def test_narrow_models_sum_in_float32(dtype: torch.dtype) -> None:
     x = 8 + torch.rand(3000, 8).to(dtype)  # float16 can't hold the sum
     layer(x).float().mean().backward()
     got, want = taken(watcher, layer.weight), expected(layer.weight.double(), x.double()[None])
-    assert got.decay is not None
-    assert got.decay.dtype is torch.float32
-    torch.testing.assert_close(got.energy, want["energy"].float(), rtol=1e-4, atol=0)
-    assert (got.decay - want["decay"]).norm() < 0.02 * want["decay"].norm()
+    assert got.wxx is not None
+    assert got.wxx.dtype is torch.float32
+    torch.testing.assert_close(got.mean_square, want["mean_square"].float(), rtol=1e-4, atol=0)
+    assert (got.wxx - want["wxx"]).norm() < 0.02 * want["wxx"].norm()
 
 
 def test_layers_that_follow_may_work_in_place() -> None:

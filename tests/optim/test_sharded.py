@@ -63,7 +63,7 @@ def test_rounds_have_every_parameter_once_and_no_owner_too_much(given, limit):
             assert sum(mine) <= limit or len(mine) == 1
 
 
-def test_what_is_not_entrywise_is_not_shown_slices():
+def test_what_is_not_elementwise_is_not_shown_slices():
     params = [nn.Parameter(torch.ones(4, 5))]
     nested = Nested([{"params": params, "stack": delta_momentum()}])
     with pytest.raises(TypeError, match="delta_momentum does not work entry by entry"):

@@ -22,7 +22,7 @@ from nestopt import levels
 from nestopt.core import Level, chain, nest, parallel, registry
 from nestopt.core.memories import Window
 from nestopt.optim import Nested
-from nestopt.optim.lanes import pieces
+from nestopt.optim.execute import flat
 from nestopt.optim.plan import RESTLESS
 from nestopt.testing import check_optimizer
 
@@ -37,7 +37,7 @@ ANY = [*MATRICES, (4,), (1,), (), (0,), (0, 2), (20, 16)]
 def torch_table() -> dict[str, Any]:
     """The entries of torch's table that have our names, with every choice of arguments torch tests them with."""
     options = common_optimizers._get_optim_inputs_including_global_cliquey_kwargs
-    # `differentiable` is refused (test_named); none asks for `capturable` on this device
+    # `differentiable` is refused (test_torch_named); none asks for `capturable` on this device
     return {
         info.name: (info, options("cpu", torch.float32, info, skip=("differentiable",)))
         for info in common_optimizers.optim_db
@@ -141,7 +141,7 @@ def test_the_table_is_whole() -> None:
 @pytest.mark.parametrize("key", INPUTS)
 def test_equals_torch(key: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop of torch up to rounding, its fused kernels to the bit, in parameters and state."""
-    monkeypatch.setattr(pieces, "SMALL", 64)  # some are packed, some are not
+    monkeypatch.setattr(flat, "SMALL", 64)  # some are packed, some are not
     name, kwargs = INPUTS[key]
     shapes = MATRICES if name == "Muon" else ANY
     theirs = getattr(torch.optim, name)(made(shapes, dtype), **copy.deepcopy(kwargs))
@@ -340,7 +340,7 @@ def test_members_that_come_and_go_step_as_if_alone(case: str) -> None:
 @pytest.mark.parametrize("small", [0, 1 << 16], ids=["large", "small"])
 @drawless
 def test_memory_format_may_change_on_the_way(case: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "SMALL", small)
+    monkeypatch.setattr(flat, "SMALL", small)
     shapes = MATRICES if "uon" in case else [(4, 3, 2, 2), (4, 3, 2, 2), (5, 2, 3, 3), (6, 5)]
     plain, turning = CASES[case](made(shapes, torch.float64)), CASES[case](made(shapes, torch.float64))
     for t, turn in enumerate([None, "there", None, "back", None]):

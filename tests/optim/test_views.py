@@ -19,7 +19,7 @@ LEVELS: list[Level] = [
     shampoo(),
     m3(slow_period=2, dtype="float64"),
     chain(delta_momentum(), muon(dtype="float64")),
-    chain(momentum(0.9), adam()),  # entrywise: a view makes no difference
+    chain(momentum(0.9), adam()),  # elementwise: a view makes no difference
 ]
 STEPS = 5
 

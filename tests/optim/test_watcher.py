@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nestopt.core.compose import chain, parallel
-from nestopt.core.inputs import Inputs, Wants, wants_of
+from nestopt.core.inputs import InputRequest, LayerInputs, request_of
 from nestopt.core.level import Level
 from nestopt.core.part import FieldError
 from nestopt.levels import momentum
@@ -32,7 +32,7 @@ def test_checkpointing_counts_once(reentrant: bool, n: int, level: Level) -> Non
     watcher = watch(blocks, level)
     batches = [torch.randn(n, 8, dtype=torch.float64) for _ in range(2)]
 
-    def run(again: bool) -> list[Inputs]:
+    def run(again: bool) -> list[LayerInputs]:
         for x in batches:
             x = x.clone().requires_grad_()
             for block in blocks:
@@ -41,7 +41,7 @@ def test_checkpointing_counts_once(reentrant: bool, n: int, level: Level) -> Non
         return [taken(watcher, p) for p in blocks.parameters() if p.ndim > 1]
 
     for plain, recomputed in zip(run(False), run(True), strict=True):
-        for key in ("decay", "energy", "gram", "keys", "surprise"):
+        for key in ("wxx", "mean_square", "gram", "rows", "grad"):
             a, b = getattr(plain, key), getattr(recomputed, key)
             assert (a is None) == (b is None)
             if a is not None:
@@ -230,15 +230,15 @@ def test_a_parameter_of_no_model_is_unseen() -> None:
     assert not model._forward_hooks
 
 
-def test_wants_of_a_stack() -> None:
-    assert wants_of(momentum()) is None
-    assert wants_of(Dgd(delta=0.0)) is None
-    assert wants_of(chain(momentum(), Dgd(solver="exact"))) == Wants(gram=True)
-    assert wants_of(parallel(Dgd(), Dgd(solver="exact"), Ggd())) == Wants(gram=True)
+def test_request_of_a_stack() -> None:
+    assert request_of(momentum()) is None
+    assert request_of(Dgd(delta=0.0)) is None
+    assert request_of(chain(momentum(), Dgd(solver="exact"))) == InputRequest(gram=True)
+    assert request_of(parallel(Dgd(), Dgd(solver="exact"), Ggd())) == InputRequest(gram=True)
     with pytest.raises(ValueError, match="normalize_inputs"):
-        wants_of(parallel(Dgd(), Dgd(normalize_inputs=True)))
+        request_of(parallel(Dgd(), Dgd(normalize_inputs=True)))
     with pytest.raises(FieldError, match=r"chain: period=4 is not allowed around dgd.*parameter group"):
-        wants_of(chain(momentum(), Dgd(), period=4))
+        request_of(chain(momentum(), Dgd(), period=4))
 
 
 def test_float16_needs_to_know_the_scale() -> None:
@@ -275,7 +275,7 @@ def test_compiled_models_give_the_same_sums(level: Level, backend: str) -> None:
                 run(x).square().mean().backward()
             found.append([taken(watcher, p) for p in model.parameters() if p.ndim > 1])
         for eager, quick in zip(*found, strict=True):
-            for key in ("decay", "energy", "surprise"):
+            for key in ("wxx", "mean_square", "grad"):
                 torch.testing.assert_close(getattr(quick, key), getattr(eager, key), rtol=1e-10, atol=1e-10)
     with torch.no_grad():
         compiled(x)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nestopt.core.inputs import Inputs
+from nestopt.core.inputs import LayerInputs
 from nestopt.core.level import Level
 from nestopt.core.objectives import Objective
 from nestopt.levels.gradient.dgd import Dgd
@@ -20,7 +20,7 @@ def watch(model: nn.Module, level: Level | None = None, **kwargs: Any) -> Watche
     return Watcher(model, dict.fromkeys(model.parameters(), level or Dgd()), **kwargs)
 
 
-def taken(watcher: Watcher, param: Tensor) -> Inputs:
+def taken(watcher: Watcher, param: Tensor) -> LayerInputs:
     inputs = watcher.take(param)
     assert inputs is not None
     return inputs
@@ -62,14 +62,14 @@ def expected(weight: Tensor, rows: Tensor, normalize: bool = False) -> dict[str,
     energy = rows.square().sum(-1).mean(-1)
     ones = (1,) * (weight.ndim - 1)
     each = energy.repeat_interleave(len(weight) // groups).reshape(-1, *ones) if groups > 1 else energy[0]
-    return {"decay": decay.reshape(weight.shape), "energy": each, "gram": gram if groups > 1 else gram[0]}
+    return {"wxx": decay.reshape(weight.shape), "mean_square": each, "gram": gram if groups > 1 else gram[0]}
 
 
-def agrees(got: Inputs, want: dict[str, Tensor], tolerance: float = 1e-12) -> None:
-    for key in ("decay", "energy"):
+def agrees(got: LayerInputs, want: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    for key in ("wxx", "mean_square"):
         torch.testing.assert_close(getattr(got, key), want[key], rtol=tolerance, atol=tolerance)
-    if got.keys is not None:
-        torch.testing.assert_close(got.keys.mT @ got.keys, want["gram"], rtol=tolerance, atol=tolerance)
+    if got.rows is not None:
+        torch.testing.assert_close(got.rows.mT @ got.rows, want["gram"], rtol=tolerance, atol=tolerance)
     if got.gram is not None:
         torch.testing.assert_close(got.gram, want["gram"], rtol=tolerance, atol=tolerance)
 

@@ -176,7 +176,7 @@ def own_step(config: Config, sharing: Sharing, rank: int) -> Callable[[], object
         for group in nested.param_groups:
             own = [masters[name] for name, _ in _named(group)]
             tables = [_table(group, sharing, r) for r in range(sharing.world)]
-            if nested.level(group).is_entrywise:
+            if nested.level(group).is_elementwise:
                 made.append(Flat(nested, group, own, tables[rank]))
             else:
                 made.append(Owned(nested, group, own, tables, owner, torch.distributed.group.WORLD, 0))
@@ -235,7 +235,7 @@ def test_a_process_sends_what_is_planned(processes: Callable[[int, int], None], 
     owner = parts.owners(sharing.world)
     sent = 0
     for group in nested.param_groups:
-        if not nested.level(group).is_entrywise:
+        if not nested.level(group).is_elementwise:
             own = [_sliced(param.detach(), sharing, rank) for _, param in _named(group)]
             tables = [_table(group, sharing, r) for r in range(sharing.world)]
             unit = Owned(nested, group, own, tables, owner, torch.distributed.group.WORLD, 0)

@@ -22,7 +22,7 @@ def large(request: pytest.FixtureRequest) -> tuple[Parts, Simulation]:
 
 
 def check(parts: Parts, found: Simulation, world: int) -> None:
-    matrices = {name for group in parts.groups if not group.level.is_entrywise for name in group.shapes}
+    matrices = {name for group in parts.groups if not group.level.is_elementwise for name in group.shapes}
     owned = [name for rank in found.ranks for name in rank.owned]
     assert sorted(owned) == sorted(matrices)  # each once
     assert not matrices & set(found.without)
@@ -34,7 +34,7 @@ def check(parts: Parts, found: Simulation, world: int) -> None:
     )
     assert sum(rank.sent for rank in found.ranks) == 3 * (4 * whole - own_slices)
     for group in parts.groups:
-        if not group.level.is_entrywise:
+        if not group.level.is_elementwise:
             for name, shape in group.shapes.items():
                 alone = layout(group.level, torch.empty(shape, device="meta"), group.view)
                 kept = [rank.shapes[name] for rank in found.ranks if name in rank.shapes]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from nestopt.core.level import Level
-from nestopt.core.part import FieldError, Number
+from nestopt.core.part import FieldError, Gate, Number
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, store
 from nestopt.levels.gradient import fused
+from nestopt.levels.gradient.fused import Memories, Numbers, Tensors
 from nestopt.levels.gradient.scratch import scratch_like
 
 
@@ -33,9 +33,9 @@ class Adam(Level):
     """
 
     batched: ClassVar[bool] = True
-    entrywise: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"exp_avg": "l2 to g", "exp_avg_sq": "l2 to g²", "max_exp_avg_sq": "max"}
-    follows: ClassVar[dict[str, str]] = {"max_exp_avg_sq": "exp_avg_sq"}
+    depends_on: ClassVar[dict[str, str]] = {"max_exp_avg_sq": "exp_avg_sq"}
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -71,42 +71,13 @@ class Adam(Level):
         return m / (h.clamp_min(torch.finfo(h.dtype).tiny).sqrt() + self.eps), new
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
-        if self.eps == 0 or not fused.takes(grad, *state.values()):
-            plain, new = Adam.step(self, grad, state, signal)
-            return store(state, new, plain)
-        # the kernel steps a parameter: one of zeros, at a rate of -1, arrives at the direction
-        direction = scratch_like(grad).zero_()
-        self._kernel(direction, grad, state, signal, -1.0, 0.0)
-        return direction
-
-    def descend_(
-        self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float | Tensor, decay: float = 0.0
-    ) -> None:
-        if self.eps == 0 or not fused.takes(param, grad, *state.values()):
-            Level.descend_(self, param, grad, state, signal, lr, decay)
-        else:
-            self._kernel(param, grad, state, signal, lr, decay + self._own_decay)
-
-    @property
-    def _own_decay(self) -> float:
-        return 0.0
-
-    def _kernel(
-        self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float | Tensor, decay: float
-    ) -> None:
-        fused.adam(
-            [param],
-            [grad],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
-            [state["max_exp_avg_sq"]] if self.amsgrad else [],
-            float(signal.step) if self.bias_correction else math.inf,
-            lr=lr,
-            betas=self.betas,
-            eps=self.eps,
-            weight_decay=decay,
-            decoupled=True,
-        )
+        if fused.available(grad) and fused.reads(grad, state.values()):
+            # the kernel steps a parameter: one of zeros, at a rate of -1, arrives at the direction, whatever its decay
+            direction, memories = scratch_like(grad).zero_(), {key: [leaf] for key, leaf in state.items()}
+            if _step(self, [direction], [grad], memories, int(signal.step), Numbers(-1.0)):
+                return direction
+        plain, new = Adam.step(self, grad, state, signal)
+        return store(state, new, plain)
 
 
 class AdamW(Adam):
@@ -133,16 +104,6 @@ class AdamW(Adam):
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
         return self._decayed(super().step_(grad, state, signal), signal)
 
-    def descend_(
-        self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float | Tensor, decay: float = 0.0
-    ) -> None:
-        run = super().descend_ if isinstance(self.weight_decay, int | float) else partial(Level.descend_, self)
-        run(param, grad, state, signal, lr, decay)
-
-    @property
-    def _own_decay(self) -> float:
-        return self.weight_decay  # type: ignore[return-value]
-
     def _decayed(self, direction: Tensor, signal: Signal) -> Tensor:
         if isinstance(self.weight_decay, int | float) and self.weight_decay == 0:
             return direction
@@ -152,3 +113,38 @@ class AdamW(Adam):
                 "use adam"
             )
         return direction + self.weight_decay * signal.param  # type: ignore[operator]
+
+
+def _step(
+    level: Adam, params: Tensors, grads: Tensors, memories: Memories, step: int | Tensors, numbers: Numbers
+) -> bool:
+    """Step Adam or AdamW by torch's kernel, as `fused.Kernel`s do."""
+    lr, decay, coupled, maximize = numbers
+    own: Number = level.weight_decay if isinstance(level, AdamW) else 0.0
+    # the kernel adds its decay to the gradient or takes it off the parameter, and has no answer to 0 / (0 + 0)
+    if level.eps == 0 or isinstance(own, Tensor | Gate) or isinstance(decay, Tensor) or (coupled and own + decay):
+        return False
+    if isinstance(step, int):
+        step = [torch.full((), step, dtype=torch.float32, device=params[0].device)] * len(params)
+    if not level.bias_correction:
+        step = [torch.full_like(count, math.inf) for count in step]
+    kernel = torch._fused_adam_ if coupled else torch._fused_adamw_
+    kernel(  # type: ignore[call-overload]
+        params,
+        grads,
+        memories["exp_avg"],
+        memories["exp_avg_sq"],
+        memories["max_exp_avg_sq"] if level.amsgrad else [],
+        step,
+        lr=lr,
+        beta1=level.betas[0],
+        beta2=level.betas[1],
+        weight_decay=coupled or own + decay,
+        eps=level.eps,
+        amsgrad=level.amsgrad,
+        maximize=maximize,
+    )
+    return True
+
+
+fused.KERNELS |= {Adam: _step, AdamW: _step}

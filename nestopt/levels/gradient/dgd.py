@@ -13,7 +13,7 @@ from torch.func import grad as gradient_of
 from nestopt.core.associative import Gd
 from nestopt.core.clock import advance, advance_, start
 from nestopt.core.device import number_like
-from nestopt.core.inputs import INPUTS, Inputs, Wants
+from nestopt.core.inputs import INPUTS, InputRequest, LayerInputs
 from nestopt.core.level import Level
 from nestopt.core.objectives import L2, Dot, Objective
 from nestopt.core.order import Node
@@ -39,7 +39,7 @@ class _OnLayers(Level):
         raise ValueError(f"{self.label} can't run on tokens: it needs a layer's inputs; use it on gradients")
 
     def rate(self, signal: Signal) -> float | Tensor:
-        """The optimizer's learning rate, which the step depends on."""
+        """Return the optimizer's learning rate, which the step depends on."""
         if signal.lr is None:
             raise ValueError(
                 f"{self.label} needs a learning rate and the weight of a layer: it runs in an optimizer, "
@@ -92,15 +92,15 @@ class Dgd(_OnLayers):
         self.check_choice("solver", ("explicit", "exact"))
 
     @property
-    def wants(self) -> Wants | None:
-        """What is to be summed over a layer's inputs; nothing where δ = 0."""
+    def wants(self) -> InputRequest | None:
+        """Ask for sums over a layer's inputs; for none where δ = 0."""
         if isinstance(self.delta, int | float) and self.delta == 0:
             return None
-        return Wants(normalize=self.normalize_inputs, gram=self.solver == "exact")
+        return InputRequest(normalize=self.normalize_inputs, gram=self.solver == "exact")
 
     @property
-    def damping(self) -> Number:
-        return self.of.damping
+    def steady_gain(self) -> Number:
+        return self.of.steady_gain
 
     def init(self, param: Tensor) -> State:
         return {"of": start(self.of, param)}
@@ -116,13 +116,13 @@ class Dgd(_OnLayers):
         if self.wants is None:
             return direction
         strength, inputs = self.rate(signal) * self.delta, signal.inputs  # type: ignore[operator]
-        if inputs is None or inputs.decay is None or inputs.energy is None:
+        if inputs is None or inputs.wxx is None or inputs.mean_square is None:
             return direction
-        total = torch.add(direction, self.delta * inputs.decay.reshape(direction.shape))  # type: ignore[operator]
+        total = torch.add(direction, self.delta * inputs.wxx.reshape(direction.shape))  # type: ignore[operator]
         if self.solver == "exact":
             return _divide(total, inputs, strength)
-        energy = inputs.energy
-        return total / (1 + strength * (energy.reshape(-1, *(1,) * (total.ndim - 1)) if energy.ndim else energy))
+        square = inputs.mean_square
+        return total / (1 + strength * (square.reshape(-1, *(1,) * (total.ndim - 1)) if square.ndim else square))
 
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
         inner = nodes_within(self.of, f"{name}.of", period, after)
@@ -130,9 +130,9 @@ class Dgd(_OnLayers):
         return [*inner, Node(name, period, needs, memory="none", objective="", rule=self.label)]
 
 
-def _divide(total: Tensor, inputs: Inputs, strength: float | Tensor) -> Tensor:
-    """total (I + strength · XᵀX/n)⁻¹, by Woodbury's identity where there are fewer rows than columns."""
-    square = inputs.gram if inputs.gram is not None else inputs.keys
+def _divide(total: Tensor, inputs: LayerInputs, strength: float | Tensor) -> Tensor:
+    """Return total (I + strength · XᵀX/n)⁻¹, by Woodbury's identity where there are fewer rows than columns."""
+    square = inputs.gram if inputs.gram is not None else inputs.rows
     if square is None:
         raise ValueError("solver='exact' needs the Gram matrix of the layer's inputs, which were summed without it")
     groups = len(square) if square.ndim == 3 else 1
@@ -145,7 +145,7 @@ def _divide(total: Tensor, inputs: Inputs, strength: float | Tensor) -> Tensor:
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """right (I + matrix)⁻¹ for a positive semi-definite matrix."""
+    """Return right (I + matrix)⁻¹ for a positive semi-definite matrix."""
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     # it is positive definite unless it is not finite, and then the result is not, either: no need to wait and ask
     factor, _ = torch.linalg.cholesky_ex(matrix + eye)
@@ -191,16 +191,16 @@ class Ggd(_OnLayers):
             self.check_choice("value", tuple(_VALUES))
 
     @property
-    def wants(self) -> Wants | None:
-        """What is to be summed over a layer's inputs; nothing where the gradient says it all."""
+    def wants(self) -> InputRequest | None:
+        """Ask for sums over a layer's inputs; for none where the gradient says it all."""
         if self.value == "surprise" and type(self.objective) is Dot:
             return None
         if self.value == "surprise" and type(self.objective) is L2:
-            return Wants()
-        return Wants(decay=False, surprise=self.errors, scale_free=self.value in ("sign", "normalized"))
+            return InputRequest()
+        return InputRequest(wxx=False, grad=self.errors, scale_free=self.value in ("sign", "normalized"))
 
     def errors(self, y: Tensor, surprise: Tensor) -> Tensor:
-        """∇_y ℓ(y, v) of outputs and local surprises `[..., out]`, by row."""
+        """Return ∇_y ℓ(y, v) of outputs and local surprises `[..., out]`, by row."""
         value = self.value if callable(self.value) else _VALUES[self.value]
         v = value(surprise)
         return gradient_of(lambda y: self.objective(y, v))(y)
@@ -209,10 +209,10 @@ class Ggd(_OnLayers):
         lr, inputs, wants = self.rate(signal), signal.inputs, self.wants
         direction = grad
         if inputs is not None and wants is not None:
-            if wants.surprise is not None and inputs.surprise is not None:
-                direction = inputs.surprise.reshape(grad.shape)
-            elif inputs.decay is not None:
-                direction = grad + inputs.decay.reshape(grad.shape)
+            if wants.grad is not None and inputs.grad is not None:
+                direction = inputs.grad.reshape(grad.shape)
+            elif inputs.wxx is not None:
+                direction = grad + inputs.wxx.reshape(grad.shape)
         if isinstance(self.retention, Keep) or signal.param is None:
             return direction, state
         # the optimizer takes off lr·u: at lr = 0 nothing moves, and nothing fades

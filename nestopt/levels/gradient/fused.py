@@ -1,27 +1,58 @@
-"""torch's own fused kernels: one pass over memory for a whole step of Adam or of momentum."""
+"""torch's own fused kernels: one pass over memory for the whole update of a level."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-
-def available(device: str, dtype: torch.dtype) -> bool:
-    """Whether torch has the kernels for tensors of `dtype` on a device of this type; meta tensors are like CUDA's."""
-    return device in ("cpu", "cuda", "meta") and dtype in (torch.float32, torch.float64)
+from nestopt.core.level import Level
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether the kernels take these tensors as they are: they read contiguous memory, whatever the strides say."""
-    first = tensors[0]
-    return (
-        available(first.device.type, first.dtype)
-        and all(map(Tensor.is_contiguous, tensors))
-        and {tensor.dtype for tensor in tensors} == {first.dtype}
-    )
+class Numbers(NamedTuple):
+    """What a kernel is told of the group.
+
+    Attributes:
+        lr: a number, or a tensor without dimensions, on an accelerator in float32.
+        decay, coupled: weight decay that is taken off the parameter, or added to the gradient.
+        maximize: ascend.
+    """
+
+    lr: float | Tensor
+    decay: float | Tensor = 0.0
+    coupled: float = 0.0
+    maximize: bool = False
+
+
+Tensors = Sequence[Tensor]
+Memories = Mapping[str, Tensors]
+"""By key of the state, of each parameter."""
+Kernel = Callable[[Any, Tensors, Tensors, Memories, int | Tensors, Numbers], bool]
+"""Steps parameters and their memories in place, as the level and `nestopt.optim.execute.update.update` do.
+
+Called with the level, parameters, gradients and memories (of one device and dtype, contiguous), the count of all (or of
+each, as a float32 tensor beside it), and numbers; False, and nothing has changed, where it does not take these numbers.
+"""
+
+KERNELS: dict[type[Level], Kernel] = {}
+"""By the class of the level, and not of any that is derived from it, which may do something else."""
+
+
+def kernel_of(level: Level, like: Tensor) -> Kernel | None:
+    """Return torch's kernel for the whole update of `level` on tensors of such a dtype and device, if there is one."""
+    return KERNELS.get(type(level)) if level.period == 1 and available(like) else None
+
+
+def available(like: Tensor) -> bool:
+    """Whether torch has the kernels for tensors of this dtype and device; those without data count as a GPU's."""
+    return like.device.type in ("cpu", "cuda", "meta") and like.dtype in (torch.float32, torch.float64)
+
+
+def reads(like: Tensor, others: Iterable[Tensor]) -> bool:
+    """Whether the kernels can read these tensors: they take for granted that all are contiguous and of one dtype."""
+    return like.is_contiguous() and all(other.dtype == like.dtype and other.is_contiguous() for other in others)
 
 
 _meta = torch.library.Library("aten", "IMPL", "Meta")
@@ -30,92 +61,3 @@ for _kernel in ("_fused_adam_", "_fused_adamw_", "_fused_sgd_"):
         # where torch has none: a step on tensors without data writes nothing
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{_name}", "Meta"):
             _meta.impl(_name, lambda *args, **kwargs: None)
-
-
-@functools.lru_cache(maxsize=64)
-def _on_cpu(step: float) -> Tensor:
-    return torch.tensor(step, dtype=torch.float32)
-
-
-def _counts(step: float | Sequence[Tensor], params: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return the step counts as the kernels read them: float32, on the device, and they don't look whether it is so."""
-    if not isinstance(step, int | float):
-        return step
-    device = params[0].device
-    count = _on_cpu(step) if device.type == "cpu" else torch.full((), step, dtype=torch.float32, device=device)
-    return [count] * len(params)
-
-
-def _rate(lr: float | Tensor) -> float | Tensor:
-    """Return a learning rate as the kernels read it: on an accelerator in float32."""
-    return lr.to(torch.float32) if isinstance(lr, Tensor) and lr.device.type != "cpu" else lr
-
-
-def adam(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    step: float | Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float = 0.0,
-    decoupled: bool = False,
-    maximize: bool = False,
-) -> None:
-    """A step of Adam on every parameter and its memories, in place. AMSGrad where `max_exp_avg_sqs` is not empty.
-
-    `step` counts from 1, for all or, as float32 tensors beside them, for each; `float("inf")` leaves out the bias
-    correction. Weight decay is added to the gradient, or
-    taken off the parameter if `decoupled`.
-    """
-    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
-    kernel(  # type: ignore[call-overload]
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        max_exp_avg_sqs,
-        _counts(step, params),
-        lr=_rate(lr),
-        beta1=betas[0],
-        beta2=betas[1],
-        weight_decay=weight_decay,
-        eps=eps,
-        amsgrad=bool(max_exp_avg_sqs),
-        maximize=maximize,
-    )
-
-
-def sgd(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    momentum: float,
-    dampening: float = 0.0,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
-    first: bool = False,
-) -> None:
-    """A step of momentum on every parameter and its memory, in place; plain descent where `momenta` is empty.
-
-    Weight decay is added to the gradient. `first`: the memory is set to the gradient, whatever `dampening`.
-    """
-    torch._fused_sgd_(  # type: ignore[call-overload]
-        params,
-        grads,
-        momenta,
-        weight_decay=weight_decay,
-        momentum=momentum,
-        lr=_rate(lr),
-        dampening=dampening,
-        nesterov=nesterov,
-        maximize=maximize,
-        is_first_step=first,
-    )

@@ -13,8 +13,8 @@ from nestopt.core.order import Node
 from nestopt.core.part import FieldError
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State
-from nestopt.levels.gradient.muon import DTYPES, Muon, Scale, check_iteration
-from nestopt.levels.gradient.newton_schulz import QUINTIC, Form, newton_schulz
+from nestopt.levels.gradient.muon import DTYPES, Muon, Scale, check_iteration, orthogonal
+from nestopt.levels.gradient.newton_schulz import QUINTIC, Form
 from nestopt.levels.gradient.within import check_whole, refuse_unused
 
 MATRIX = (-2, -1)
@@ -114,9 +114,9 @@ class M3(Level):
             v = (beta2 * state["exp_avg_sq"]).addcmul(grad, grad, value=1 - beta2)
             total = _choose(first, lambda: beta3 * slow["momentum"], slow["momentum"]) + (1 - beta3) * grad
             complete, due = total, signal.step % self.slow_period == 0
-        read = _choose(due, lambda: self._orthogonal(complete).to(slow["read"].dtype), slow["read"])
+        read = _choose(due, lambda: orthogonal(self, complete).to(slow["read"].dtype), slow["read"])
         new = {"momentum": m, "exp_avg_sq": v, "slow": {"momentum": total, "read": read}}
-        return self._direction(self._orthogonal(m), read, v), new
+        return self._direction(orthogonal(self, m), read, v), new
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
         if isinstance(signal.step, Tensor):
@@ -126,7 +126,7 @@ class M3(Level):
         first = (signal.step - 1) % self.slow_period == 0
         if self.mode == "paper":
             if first and signal.step > 1:
-                read.copy_(self._orthogonal(total, detached=True))
+                read.copy_(orthogonal(self, total, detached=True))
             m.add_(grad, alpha=beta1)
             v.addcmul_(grad, grad, value=beta2)
             total.add_(grad, alpha=beta3)
@@ -137,15 +137,11 @@ class M3(Level):
                 total.mul_(beta3)
             total.add_(grad, alpha=1 - beta3)
             if signal.step % self.slow_period == 0:
-                read.copy_(self._orthogonal(total, detached=True))
-        return self._direction_(self._orthogonal(m, detached=True), read, v)
-
-    def _orthogonal(self, memory: Tensor, *, detached: bool = False) -> Tensor:
-        dtype = DTYPES.get(self.dtype or "")
-        return newton_schulz(memory, self.steps, self.coefficients, dtype=dtype, form=self.form, detached=detached)
+                read.copy_(orthogonal(self, total, detached=True))
+        return self._direction_(orthogonal(self, m, detached=True), read, v)
 
     def _direction(self, fast: Tensor, slow: Tensor, v: Tensor) -> Tensor:
-        """u of what the memories read and V."""
+        """Return u of what the memories read and V."""
         tiny, fast = torch.finfo(v.dtype).tiny, fast.to(v.dtype)
         u, c = fast + self.alpha * slow.to(v.dtype), self._factor(v)
         if self.mode == "ema":
@@ -157,7 +153,7 @@ class M3(Level):
         return c * u
 
     def _direction_(self, fast: Tensor, slow: Tensor, v: Tensor) -> Tensor:
-        """`_direction`, written over `fast`, with one more tensor of its size."""
+        """Do as `_direction`, written over `fast`, with one more tensor of its size."""
         tiny, u, c = torch.finfo(v.dtype).tiny, fast.to(v.dtype), self._factor(v)
         norm = _norm(u)
         u.add_(slow, alpha=self.alpha)
@@ -168,7 +164,7 @@ class M3(Level):
         return u.mul_(c)
 
     def _factor(self, like: Tensor) -> float | Tensor:
-        """c of a matrix like this."""
+        """Return c of a matrix like this."""
         return Muon(scale=self.scale).factor(*like.shape[-2:]) if self.mode == "ema" else 1.0
 
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
@@ -182,7 +178,7 @@ class M3(Level):
 
 
 def _choose(now: bool | Tensor, new: Callable[[], Tensor], old: Tensor) -> Tensor:
-    """`new` where it is time, else `old`; a step that is an int does not calculate what it does not need."""
+    """Return `new()` where it is time, else `old`; a step that is an int does not calculate what it does not need."""
     if isinstance(now, Tensor):
         return torch.where(now, new(), old)
     return new() if now else old

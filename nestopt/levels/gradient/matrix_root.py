@@ -11,7 +11,7 @@ from nestopt.core.device import by_contract
 
 
 def inverse_root(gram: Tensor, order: int, eps: float = 1e-6) -> Tensor:
-    r"""$(A + \epsilon\,\lambda_{\max} I)^{-1/p}$ by eigendecomposition.
+    r"""Return $(A + \epsilon\,\lambda_{\max} I)^{-1/p}$ by eigendecomposition.
 
     Negative eigenvalues (rounding) count as 0. A matrix of zeros has the identity as its root. On a GPU the
     decomposition waits for the device, as `torch.linalg.eigh` checks there that it converged.

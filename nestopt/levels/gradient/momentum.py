@@ -18,6 +18,7 @@ from nestopt.core.part import Gate, Number
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State
 from nestopt.levels.gradient import fused
+from nestopt.levels.gradient.fused import Memories, Numbers, Tensors
 from nestopt.levels.gradient.within import nodes_of_momentum
 
 
@@ -38,7 +39,7 @@ class Momentum(Level):
     """
 
     batched: ClassVar[bool] = True
-    entrywise: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"momentum": "dot"}
 
     beta: Number = 0.9
@@ -51,7 +52,7 @@ class Momentum(Level):
         self.check("beta", 0.0)
 
     @property
-    def damping(self) -> Number:
+    def steady_gain(self) -> Number:
         return _less(self.beta) / _less(self.dampening)
 
     def init(self, param: Tensor) -> State:
@@ -78,34 +79,41 @@ class Momentum(Level):
             m.mul_(beta).add_(grad, alpha=1 - dampening)
         return torch.add(grad, m, alpha=beta) if self.nesterov else m
 
-    def descend_(
-        self, param: Tensor, grad: Tensor, state: State, signal: Signal, lr: float | Tensor, decay: float = 0.0
-    ) -> None:
-        beta, dampening = self.beta, self.dampening
-        numbers = not isinstance(beta, Tensor | Gate) and not isinstance(dampening, Tensor | Gate)
-        if decay or not numbers or not fused.takes(param, grad, state["momentum"]):
-            super().descend_(param, grad, state, signal, lr, decay)
-            return
-        first = self.undamped_start and bool(signal.step == 1)
-        fused.sgd(
-            [param],
-            [grad],
-            [state["momentum"]],
-            lr=lr,
-            momentum=beta,  # type: ignore[arg-type]
-            dampening=dampening,  # type: ignore[arg-type]
-            nesterov=self.nesterov,
-            first=first,
-        )
+
+def _step(
+    level: Gd | Momentum, params: Tensors, grads: Tensors, memories: Memories, step: int | Tensors, numbers: Numbers
+) -> bool:
+    """Step by torch's kernel, as `fused.Kernel`s do."""
+    lr, decay, coupled, maximize = numbers
+    own = level if isinstance(level, Momentum) else Momentum(0.0)
+    on_device = not isinstance(step, int)  # and whether a step is the first must be known on the host
+    if decay or isinstance(own.beta, Tensor) or isinstance(own.dampening, Tensor) or (own.undamped_start and on_device):
+        return False
+    torch._fused_sgd_(  # type: ignore[call-overload]
+        params,
+        grads,
+        memories.get("momentum", []),
+        weight_decay=coupled,
+        momentum=own.beta,
+        lr=lr,
+        dampening=own.dampening,
+        nesterov=own.nesterov,
+        maximize=maximize,
+        is_first_step=own.undamped_start and step == 1,
+    )
+    return True
+
+
+fused.KERNELS |= {Gd: _step, Momentum: _step}
 
 
 def _less(number: Number) -> float | Tensor:
-    """1 - number, of a gate its initial value."""
+    """Return 1 - number, of a gate its initial value."""
     return 1 - (number.init if isinstance(number, Gate) else number)
 
 
 def _add(a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
-    """a + scale · b, rounded once where it can be."""
+    """Return a + scale · b, rounded once where it can be."""
     return a + scale * b if isinstance(scale, Tensor) else torch.add(a, b, alpha=scale)
 
 
@@ -134,7 +142,7 @@ class DeltaMomentum(Level):
     beta: Number = 0.9
     zeta: Number = 1.0
     normalize: Literal["clip", "unit"] | None = "clip"
-    elementwise: bool = False
+    elementwise: bool = False  # type: ignore[misc]  # what a class says of itself is read from the class
     P: Level = dataclasses.field(default_factory=Gd)
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -35,6 +35,12 @@ def check_iteration(part: Part) -> None:
     part.check_choice("form", get_args(Form))
 
 
+def orthogonal(part: Any, x: Tensor, eps: float = 1e-7, *, detached: bool = False) -> Tensor:
+    """Iterate on `x` as the fields of a part say, which `check_iteration` has checked."""
+    dtype = DTYPES.get(part.dtype or "")
+    return newton_schulz(x, part.steps, part.coefficients, eps, dtype, form=part.form, detached=detached)
+
+
 class NewtonSchulzOutput(Output):
     """A matrix memory read with its singular values brought near 1 (NL eq. 43-44, 52).
 
@@ -53,8 +59,7 @@ class NewtonSchulzOutput(Output):
         check_iteration(self)
 
     def __call__(self, read: Tensor) -> Tensor:
-        dtype = DTYPES.get(self.dtype or "")
-        return newton_schulz(read, self.steps, self.coefficients, dtype=dtype, form=self.form).to(read.dtype)
+        return orthogonal(self, read).to(read.dtype)
 
 
 class NewtonSchulz(Level):
@@ -84,15 +89,10 @@ class NewtonSchulz(Level):
         check_iteration(self)
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
-        return self._orthogonal(grad), state
+        return orthogonal(self, grad).to(grad.dtype), state
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
-        return self._orthogonal(grad, detached=True)
-
-    def _orthogonal(self, x: Tensor, *, detached: bool = False) -> Tensor:
-        dtype = DTYPES.get(self.dtype or "")
-        found = newton_schulz(x, self.steps, self.coefficients, dtype=dtype, form=self.form, detached=detached)
-        return found.to(x.dtype)
+        return orthogonal(self, grad, detached=True).to(grad.dtype)
 
 
 class Muon(Level):
@@ -136,21 +136,17 @@ class Muon(Level):
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         m = torch.lerp(state["momentum"], grad, 1 - self.beta)  # type: ignore[operator]
         seen = torch.lerp(grad, m, self.beta) if self.nesterov else m  # type: ignore[arg-type]
-        return self._orthogonal(seen), {"momentum": m}
+        return orthogonal(self, seen, self.eps).to(m.dtype) * self.factor(*m.shape[-2:]), {"momentum": m}
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
         if isinstance(self.beta, Tensor):
             return super().step_(grad, state, signal)
         m = state["momentum"].lerp_(grad, 1 - self.beta)  # type: ignore[operator]
-        return self._orthogonal(torch.lerp(grad, m, self.beta) if self.nesterov else m, detached=True)  # type: ignore[arg-type]
-
-    def _orthogonal(self, x: Tensor, *, detached: bool = False) -> Tensor:
-        dtype = DTYPES.get(self.dtype or "")
-        found = newton_schulz(x, self.steps, self.coefficients, self.eps, dtype, form=self.form, detached=detached)
-        return found.to(x.dtype) * self.factor(*x.shape[-2:])
+        seen = torch.lerp(grad, m, self.beta) if self.nesterov else m  # type: ignore[arg-type]
+        return orthogonal(self, seen, self.eps, detached=True).to(m.dtype) * self.factor(*m.shape[-2:])
 
     def factor(self, out: int, into: int) -> float:
-        """c for a matrix `[out, into]`."""
+        """Return c for a matrix `[out, into]`."""
         if self.scale == "match_rms_adamw":
             return 0.2 * math.sqrt(max(out, into))
         if self.scale == "spectral_unclamped":

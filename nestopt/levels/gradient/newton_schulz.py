@@ -56,14 +56,14 @@ def _native_bfloat16(device: str) -> bool:
 
 
 def work_dtype(x: Tensor) -> torch.dtype:
-    """The dtype to iterate in: bfloat16 where the hardware multiplies in it, else float32; float64 for float64."""
+    """Return the dtype to iterate in: bfloat16 where hardware multiplies in it, else float32; float64 for float64."""
     if x.dtype == torch.float64:
         return torch.float64
     return torch.bfloat16 if _multiplies_bfloat16(x.device.type) else torch.float32
 
 
 def schedule(coefficients: Coefficients, steps: int) -> list[Triple]:
-    """The (a, b, c) of every step, for a set by name or one triple for all; a set's last goes on for ever."""
+    """Return the (a, b, c) of every step, for a set by name or one triple for all; a set's last goes on for ever."""
     if not isinstance(coefficients, str):
         a, b, c = coefficients
         return [(a, b, c)] * steps
@@ -85,7 +85,7 @@ def newton_schulz(
     form: Form = "auto",
     detached: bool = False,
 ) -> Tensor:
-    r"""$X \leftarrow aX + b(XX^\top)X + c(XX^\top)^2X$ from $X / \lVert X\rVert_F$ (NL eq. 43-44).
+    r"""Iterate $X \leftarrow aX + b(XX^\top)X + c(XX^\top)^2X$ from $X / \lVert X\rVert_F$ (NL eq. 43-44).
 
     Args:
         x: `[..., m, n]`; each matrix on its own. The iteration runs on the short side.
@@ -148,14 +148,14 @@ def _gram(x: Tensor, triples: list[Triple], square: Product) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor, add: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
-    """left @ right, or beta · add + alpha · left @ right."""
+    """Return left @ right, or beta · add + alpha · left @ right."""
     if add is None:
         return left @ right
     return (torch.addmm if left.ndim == 2 else torch.baddbmm)(add, left, right, beta=beta, alpha=alpha)
 
 
 def _by_strips(left: Tensor, right: Tensor, add: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
-    """`_product` where that is symmetric: the lower triangle, strip by strip, and its mirror image."""
+    """Do as `_product` where that is symmetric: the lower triangle, strip by strip, and its mirror image."""
     m = len(left)
     out, high = left.new_empty(m, m), -(-m // STRIPS)
     for top in range(0, m, high):

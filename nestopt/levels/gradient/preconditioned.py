@@ -58,7 +58,7 @@ class PreconditionedMomentum(Level):
     """
 
     batched: ClassVar[bool] = True
-    entrywise: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"momentum": "dot"}
 
     beta: Number = 0.9
@@ -84,7 +84,7 @@ class PreconditionedMomentum(Level):
         return m.mul_(self.beta).add_(value)  # type: ignore[arg-type]  # a tensor: gates are bound by now
 
     def key(self, grad: Tensor) -> Tensor:
-        """What P is shown of a gradient: all of it."""
+        """Return what P is shown of a gradient: all of it."""
         return grad
 
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
@@ -110,7 +110,7 @@ class FeatureMomentum(PreconditionedMomentum):
     """
 
     batched: ClassVar[bool] = False  # the last dimension of a stack of scalars is no tensor's
-    entrywise: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = False
 
     P: Level = dataclasses.field(default_factory=Gd)
     features: Features = dataclasses.field(default_factory=SignedPower)

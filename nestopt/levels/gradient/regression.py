@@ -14,7 +14,7 @@ from nestopt.core.tree import State
 
 
 class RegressionOptimum(Level):
-    r"""The entrywise memory m that best answers every gradient so far with a target P (NL eq. 101-105).
+    r"""The elementwise memory m that best answers every gradient so far with a target P (NL eq. 101-105).
 
     $$u = \arg\min_m \sum_i w_i\lVert m\odot g_i - P\rVert^2 + \lambda\lVert m\rVert^2 = \frac{P\, s_1}{s_2 + \lambda},
       \qquad s_1 \leftarrow \beta_1 s_1 + (1-\beta_1) g, \quad s_2 \leftarrow \beta_2 s_2 + (1-\beta_2) g^2$$
@@ -35,7 +35,7 @@ class RegressionOptimum(Level):
     """
 
     batched: ClassVar[bool] = True
-    entrywise: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"exp_avg": "l2 to P", "exp_avg_sq": "l2 to P"}
 
     betas: tuple[float, float] = (0.9, 0.999)

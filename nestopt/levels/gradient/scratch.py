@@ -23,7 +23,7 @@ _own = _Own()
 
 
 def scratch_like(tensor: Tensor) -> Tensor:
-    """A tensor of the shape and dtype of `tensor`, its numbers arbitrary; valid until the next call on this thread.
+    """Return a tensor like `tensor`, its numbers arbitrary; valid until the next call on this thread.
 
     So a direction kept here is to be read before another level's step (see `Level.step_`).
 

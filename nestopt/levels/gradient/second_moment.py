@@ -39,7 +39,7 @@ class SecondMoment(Level):
     """
 
     batched: ClassVar[bool] = True
-    entrywise: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"exp_avg_sq": "l2 to g²"}
 
     beta2: float = 0.999
@@ -79,7 +79,7 @@ class SecondMoment(Level):
 
     @property
     def _weights(self) -> tuple[float, float]:
-        """Of the memory, and of a new square."""
+        """Return the weights of the memory, and of a new square."""
         return (self.beta2, 1 - self.beta2) if self.mode == "ema" else (1.0, 1.0)
 
     @property

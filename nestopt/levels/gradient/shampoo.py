@@ -46,7 +46,7 @@ class MatrixPreconditioner(Level):
 
     @abstractmethod
     def sides(self) -> Sequence[Side]:
-        """The sides that are preconditioned, where `max_size` allows."""
+        """Return the sides that are preconditioned, where `max_size` allows."""
 
     def init(self, param: Tensor) -> State:
         state: State = {"momentum": torch.zeros_like(param)} if self.beta else {}
@@ -90,7 +90,7 @@ class MatrixPreconditioner(Level):
 
     @property
     def _weights(self) -> tuple[float, float]:
-        """Of what a Gram matrix holds, and of a new product."""
+        """Return the weights of what a Gram matrix holds, and of a new product."""
         return (self.beta2, 1 - self.beta2) if self.mode == "ema" else (1.0, 1.0)
 
     def _root(self, gram: Tensor, state: State, side: Side, signal: Signal) -> Tensor:
@@ -119,7 +119,7 @@ class MatrixPreconditioner(Level):
 
 
 def _kept(state: State) -> list[Side]:
-    """The sides that a state has a preconditioner for."""
+    """Return the sides that a state has a preconditioner for."""
     sides: tuple[Side, ...] = ("left", "right")
     return [side for side in sides if side in state and state[side]["gram"].shape[-1]]
 

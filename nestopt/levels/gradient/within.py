@@ -14,13 +14,13 @@ from nestopt.core.tree import leaves
 
 
 def nodes_within(level: Level, name: str, period: int, after: tuple[str, ...]) -> list[Node]:
-    """The memories of a level inside another; none for one that remembers nothing."""
+    """Return the memories of a level inside another; none for one that remembers nothing."""
     remembers = any(leaves(start(level, torch.zeros(2, 2))))
     return level.nodes(name, period, after) if remembers else []
 
 
 def nodes_of_momentum(level: Level, P: Level, name: str, period: int, after: tuple[str, ...]) -> list[Node]:
-    """The memories of a `level` that sums what `P` makes of gradients: those of P, and then its own."""
+    """Return the memories of a `level` that sums what `P` makes of gradients: those of P, and then its own."""
     every = period * level.period
     inner = nodes_within(P, f"{name}.P", every, after)
     own = f"{name}.momentum" if inner else name

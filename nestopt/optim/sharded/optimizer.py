@@ -11,15 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nestopt.core.inputs import INPUTS, Inputs
+from nestopt.core.inputs import INPUTS, LayerInputs
 from nestopt.core.level import Level
 from nestopt.optim.checkpoint import merged_group, plain_groups
 from nestopt.optim.checks import names
 from nestopt.optim.inputs import Watcher
 from nestopt.optim.optimizer import Nested, warn_unseen
-from nestopt.optim.sharded.inputs import total_inputs
 from nestopt.optim.sharded.owners import owners, step_cost
-from nestopt.optim.sharded.saved import Misfit, Own, Saved, StateKeys, Stretch
+from nestopt.optim.sharded.saved import Misfit, Saved, SavedState, StateKeys, Stretch
 from nestopt.optim.sharded.slices import Slice
 from nestopt.optim.sharded.units import Flat, Group, Owned, Unit, Whole
 
@@ -56,9 +55,9 @@ class Sharded(Optimizer):
     """
 
     def __init__(self, nested: Nested) -> None:
-        if nested.ways.on_nonfinite != "ignore" or nested.ways.capturable or nested.ways.metrics:
+        if nested.options.on_nonfinite != "ignore" or nested.options.capturable or nested.options.metrics:
             raise ValueError(
-                f"{nested.ways} is not for several processes, which would each decide for themselves; "
+                f"{nested.options} is not for several processes, which would each decide for themselves; "
                 "leave out on_nonfinite, capturable and metrics"
             )
         self.nested = nested
@@ -104,7 +103,7 @@ class Sharded(Optimizer):
             unit: Unit
             if some.table is None:
                 unit = Whole(self.nested, group, self.names[some.group], some.tensors, seed)
-            elif self.level(group).is_entrywise:
+            elif self.level(group).is_elementwise:
                 unit = Flat(self.nested, group, some.tensors, some.table)
             else:
                 own = [table[i] or () for table in tables]
@@ -117,7 +116,7 @@ class Sharded(Optimizer):
         for i, some in enumerate(lying):
             group = self.param_groups[some.group]
             level = self.level(group)
-            if some.table is None or level.is_entrywise:
+            if some.table is None or level.is_elementwise:
                 continue
             for piece in (piece for table in tables for piece in table[i] or ()):
                 if piece.name not in costs:
@@ -172,14 +171,14 @@ class Sharded(Optimizer):
             found[id(unit)] = unit, lying
         return list(found.values())
 
-    def _inputs(self, unit: Unit, group: Group) -> dict[str, Inputs | None]:
-        level, watcher, shapes = self.level(group), self.nested._watcher, unit.shapes()
+    def _inputs(self, unit: Unit, group: Group) -> dict[str, LayerInputs | None]:
+        level, watcher, shapes = self.level(group), self.nested.watcher, unit.shapes()
         if INPUTS not in level.needs:
             return {}
-        found: dict[str, Inputs | None] = dict.fromkeys(shapes)
+        found: dict[str, LayerInputs | None] = dict.fromkeys(shapes)
         if isinstance(watcher, Watcher):
             for name in sorted(shapes):
-                found[name] = total_inputs(watcher, self.models[name], torch.Size(shapes[name]), self._comm)
+                found[name] = watcher.take_total(self.models[name], torch.Size(shapes[name]), self._comm)
         unseen = [name for name, inputs in found.items() if inputs is None and len(shapes[name]) > 1]
         if unseen and not self._warned:
             self._warned = True
@@ -193,11 +192,11 @@ class Sharded(Optimizer):
 
     def forget_inputs(self) -> None:
         """Forget what layers were shown since the last step (of groups with a period, nothing)."""
-        if self.nested._watcher is not None:
+        if self.nested.watcher is not None:
             for own, group in zip(self.names, self.param_groups, strict=True):
                 if group.get("period", 1) == 1:
                     for name in own:
-                        self.nested._watcher.take(self.models[name])
+                        self.nested.watcher.take(self.models[name])
 
     def explain(self) -> Any:
         """As `Nested.explain`."""
@@ -271,7 +270,7 @@ class Sharded(Optimizer):
         Raises:
             Misfit: it is of another optimizer, stage or number of processes.
         """
-        own = Own({name: Stretch(**item) for name, item in state_dict["nest"].items()})
+        own = SavedState({name: Stretch(**item) for name, item in state_dict["nest"].items()})
         self._load_states(own, state_dict["param_groups"])
 
 

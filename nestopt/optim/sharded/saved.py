@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nestopt.optim.lanes import STEP
+from nestopt.optim.execute.update import STEP
 from nestopt.optim.sharded.slices import Slice, held
 
 WEIGHTS, STATE = "model.", "optimizer."
@@ -52,7 +52,7 @@ class Saved(Protocol):
         """Some numbers `[size]` of its flattened form."""
 
 
-class Own:
+class SavedState:
     """What one process has kept, as it lies there.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nestopt.core.gates import bind
-from nestopt.core.inputs import INPUTS, Inputs
+from nestopt.core.inputs import INPUTS, LayerInputs
 from nestopt.core.level import Level
 from nestopt.optim.checkpoint import checked_state
 from nestopt.optim.optimizer import Nested
@@ -38,13 +38,13 @@ LIMIT = 1 << 26
 """Numbers that an owner is sent in a round, about."""
 
 
-class Shown:
+class KnownInputs:
     """What layers were shown, for an optimizer whose parameters stand for the model's."""
 
-    def __init__(self, inputs: dict[Any, Inputs | None]) -> None:
+    def __init__(self, inputs: dict[Any, LayerInputs | None]) -> None:
         self.inputs = inputs
 
-    def take(self, param: Tensor) -> Inputs | None:
+    def take(self, param: Tensor) -> LayerInputs | None:
         return self.inputs.get(param)
 
     def unseen(self) -> list[str]:
@@ -70,7 +70,7 @@ class Unit(ABC):
         self.tensors, self.table = list(tensors), list(table)
 
     @abstractmethod
-    def step(self, grads: Sequence[Tensor | None], group: Group, inputs: Mapping[str, Inputs | None]) -> None:
+    def step(self, grads: Sequence[Tensor | None], group: Group, inputs: Mapping[str, LayerInputs | None]) -> None:
         """One step, with the gradients of `tensors`, the settings of `group`, and what layers were shown, by name."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -111,11 +111,11 @@ class Whole(Unit):
         self.names = list(names)
         self._nested = _inner(nested, group, names, tensors, seed)
 
-    def step(self, grads: Sequence[Tensor | None], group: Group, inputs: Mapping[str, Inputs | None]) -> None:
+    def step(self, grads: Sequence[Tensor | None], group: Group, inputs: Mapping[str, LayerInputs | None]) -> None:
         _settings(self._nested, group)
         if INPUTS in self._nested.level(group).needs:
             own = zip(self.names, self.tensors, strict=True)
-            self._nested._watcher = Shown({tensor: inputs.get(name) for name, tensor in own})
+            self._nested.watcher = KnownInputs({tensor: inputs.get(name) for name, tensor in own})
         for tensor, grad in zip(self.tensors, grads, strict=True):
             tensor.grad = grad
         self._nested.step()
@@ -141,7 +141,7 @@ class Flat(Unit):
 
     def __init__(self, nested: Nested, group: Group, tensors: Sequence[Tensor], table: Sequence[Slice]) -> None:
         level = nested.level(group)
-        if not level.is_entrywise:
+        if not level.is_elementwise:
             raise TypeError(f"{level.label} does not work entry by entry, and can't be shown slices of parameters")
         super().__init__(tensors, table)
         self._full = [i for i, tensor in enumerate(tensors) if tensor.numel()]
@@ -152,7 +152,7 @@ class Flat(Unit):
         settings = {key: value for key, value in group.items() if key != "view"}
         self._nested = _inner(nested, settings, names, list(self._params.values()), 0)
 
-    def step(self, grads: Sequence[Tensor | None], group: Group, inputs: Mapping[str, Inputs | None]) -> None:
+    def step(self, grads: Sequence[Tensor | None], group: Group, inputs: Mapping[str, LayerInputs | None]) -> None:
         _settings(self._nested, {key: value for key, value in group.items() if key != "view"})
         for i, param in self._params.items():
             param.grad = grads[i]
@@ -209,7 +209,7 @@ class Owned(Unit):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
-    def step(self, grads: Sequence[Tensor | None], group: Group, inputs: Mapping[str, Inputs | None]) -> None:
+    def step(self, grads: Sequence[Tensor | None], group: Group, inputs: Mapping[str, LayerInputs | None]) -> None:
         grads = list(grads)
         known = [torch.zeros_like(t) if g is None else g.to(t.dtype) for g, t in zip(grads, self.tensors, strict=True)]
         without = {
@@ -271,14 +271,14 @@ class _Round:
         grads: dict[str, Tensor],
         values: dict[str, Tensor],
         group: Group,
-        inputs: Mapping[str, Inputs | None],
+        inputs: Mapping[str, LayerInputs | None],
         without: set[str],
         like: Tensor,
     ) -> Pending:
         """Step what has come, which is used up, and send it back."""
         _settings(self.nested, group)
         if INPUTS in self.nested.level(group).needs:
-            self.nested._watcher = Shown({param: inputs.get(name) for name, param in self.work.items()})
+            self.nested.watcher = KnownInputs({param: inputs.get(name) for name, param in self.work.items()})
         for name, param in self.work.items():
             param.data, grad = values.pop(name), grads.pop(name)
             param.grad = None if name in without else grad
@@ -350,7 +350,7 @@ def _put(nested: Nested, param: Tensor, found: dict[str, Tensor], like: Tensor, 
     if not found:
         nested.state.pop(param, None)
         return
-    view = None if level.is_entrywise else group.get("view")
+    view = None if level.is_elementwise else group.get("view")
     try:
         nested.state[param] = checked_state(nested, found, like, level, name, view)
     except ValueError as error:

@@ -34,11 +34,11 @@ class Group:
 
     @property
     def view(self) -> Split | None:
-        return None if self.level.is_entrywise else self.settings.get("view")
+        return None if self.level.is_elementwise else self.settings.get("view")
 
     def costs(self) -> dict[str, float]:
         """What a step of each tensor costs its owner; nothing where tensors need not be whole."""
-        if self.level.is_entrywise:
+        if self.level.is_elementwise:
             return {}
         return {name: step_cost(self.level, shape, self.view) for name, shape in self.shapes.items()}
 
@@ -86,7 +86,7 @@ class Parts:
         total = Stepped()
         for i, group in enumerate(self.groups):
             settings, shapes = group.settings, group.shapes
-            if sharing.spreads_states and group.level.is_entrywise:
+            if sharing.spreads_states and group.level.is_elementwise:
                 settings = {key: value for key, value in settings.items() if key != "view"}
                 shapes = {name: torch.Size([sharing.part(s.numel(), rank)]) for name, s in shapes.items()}
             elif sharing.spreads_states:

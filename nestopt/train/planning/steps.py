@@ -15,7 +15,7 @@ from nestopt.core.gates import bind
 from nestopt.core.level import Level
 from nestopt.models.cost import Cost, Live
 from nestopt.optim import Nested
-from nestopt.optim.lanes import STEP
+from nestopt.optim.execute.update import STEP
 
 CYCLE = 1 << 16
 """Steps that are looked through for those that cost more than others; clocks of nests are shorter."""

@@ -130,11 +130,11 @@ def test_around_a_matrix_level_on_a_convolution() -> None:
     inputs, grad, weight = watcher.take(conv.weight), conv.weight.grad, conv.weight.detach()
     assert inputs is not None
     assert grad is not None
-    assert inputs.decay is not None
+    assert inputs.wxx is not None
     flat = grad.flatten(1)
     got, _ = advance(level, flat, start(level, flat), Signal(1, weight.flatten(1), lr=lr, inputs=inputs))
     plain, _ = advance(muon(dtype="float64"), flat, start(level.of, flat), Signal(1))
-    want = (plain.reshape(grad.shape) + inputs.decay) / (1 + lr * inputs.energy)
+    want = (plain.reshape(grad.shape) + inputs.wxx) / (1 + lr * inputs.mean_square)
     torch.testing.assert_close(got, want.flatten(1), rtol=1e-12, atol=1e-12)
 
 

@@ -74,9 +74,11 @@ def test_degenerate_ggd_is_what_is_known() -> None:
     assert g is not None
     signal = Signal(1, layer.weight.detach(), lr=0.2, inputs=inputs)
     assert inputs is not None
-    assert inputs.energy is not None
+    assert inputs.mean_square is not None
     delta, _ = advance(dgd(), g, start(dgd(), g), signal)
-    torch.testing.assert_close(advance(ggd(), g, {}, signal)[0], delta * (1 + 0.2 * inputs.energy), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        advance(ggd(), g, {}, signal)[0], delta * (1 + 0.2 * inputs.mean_square), rtol=1e-12, atol=0
+    )
     assert torch.equal(advance(ggd(Dot()), g, {}, signal)[0], g)
     unseen = Signal(1, layer.weight.detach(), lr=0.2)
     assert torch.equal(advance(ggd(Cubic()), g, {}, unseen)[0], g)

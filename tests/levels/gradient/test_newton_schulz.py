@@ -98,3 +98,17 @@ def test_gradients_and_vmap(form: kernel.Form) -> None:
 def test_zeros_stay_zeros() -> None:
     for form in ("standard", "gram"):
         assert not newton_schulz(torch.zeros(3, 7), form=form).any()  # type: ignore[arg-type]
+
+
+def test_polar_express_has_the_numbers_of_its_paper_made_safe_for_rounding() -> None:
+    """Amsel et al. 2025, listing 1: x is divided by 1.01 before each step but the last; written here by hand."""
+    first, second = schedule("polar_express", 2)
+    assert first == pytest.approx(
+        (8.28721201814563 / 1.01, -23.595886519098837 / 1.030301, 17.300387312530933 / 1.0510100501)
+    )
+    assert second == (4.107059111542203, -2.9478499167379106, 0.5448431082926601)
+    at = 0.3 / 1.01
+    want = 8.28721201814563 * at - 23.595886519098837 * at**3 + 17.300387312530933 * at**5
+    want = 4.107059111542203 * want - 2.9478499167379106 * want**3 + 0.5448431082926601 * want**5
+    x = torch.diag(torch.tensor([0.3, (1 - 0.09) ** 0.5], dtype=torch.float64))  # of Frobenius norm 1
+    assert float(newton_schulz(x, 2, "polar_express")[0, 0]) == pytest.approx(want, rel=1e-12)

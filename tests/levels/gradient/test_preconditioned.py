@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nestopt.core import AssociativeMemory, Level, chain
+from nestopt.core import AssociativeMemory, Level, Signal, advance, chain, start
 from nestopt.core.features import Elu, Identity, Polynomial
 from nestopt.core.memories import Vector
 from nestopt.core.objectives import Dot
@@ -19,6 +20,7 @@ from nestopt.core.retentions import Decay
 from nestopt.levels import (
     adam,
     delta_momentum,
+    dgd,
     feature_momentum,
     gd,
     momentum,
@@ -135,9 +137,9 @@ def test_delta_momentum_that_forgets_nothing_is_preconditioned_momentum() -> Non
 
 def test_delta_momentum_is_never_elementwise() -> None:
     """Its diagonal form, too, divides by the length of the whole gradient."""
-    assert not delta_momentum(elementwise=True).is_entrywise
-    assert preconditioned_momentum().is_entrywise
-    assert not preconditioned_momentum(P=newton_schulz()).is_entrywise
+    assert not delta_momentum(elementwise=True).is_elementwise
+    assert preconditioned_momentum().is_elementwise
+    assert not preconditioned_momentum(P=newton_schulz()).is_elementwise
 
 
 def test_the_preconditioner_keeps_its_own_clock() -> None:
@@ -170,3 +172,15 @@ def test_wrong_values_say_what_is_allowed(make, words) -> None:
         make()
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("level", [momentum(0.8), momentum(0.8, 0.3), momentum(0.8, 0.8), momentum(0.8, nesterov=True)])
+@pytest.mark.parametrize("wrap", [lambda level: level, lambda level: dgd(of=level, delta=0.0)], ids=["", "dgd"])
+def test_steady_gain_makes_all_that_comes_of_a_gradient_one_step(level: Level, wrap: Any) -> None:
+    stack = wrap(level)
+    grad, total = torch.tensor([2.0, -1.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    state = start(stack, grad)
+    for t in range(1, 200):
+        direction, state = advance(stack, grad if t == 1 else torch.zeros_like(grad), state, Signal(t, grad, 0.1))
+        total = total + direction
+    torch.testing.assert_close(stack.steady_gain * total, grad, rtol=1e-12, atol=0)

@@ -96,10 +96,10 @@ def test_its_state_is_one_number_a_parameter() -> None:
     assert bytes_per_parameter(second_moment(of=momentum()), 5, 3) == 8
 
 
-def test_it_is_entrywise_where_what_it_scales_is() -> None:
-    assert second_moment().is_entrywise
-    assert second_moment(of=adam()).is_entrywise
-    assert not second_moment(of=newton_schulz()).is_entrywise
+def test_it_is_elementwise_where_what_it_scales_is() -> None:
+    assert second_moment().is_elementwise
+    assert second_moment(of=adam()).is_elementwise
+    assert not second_moment(of=newton_schulz()).is_elementwise
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from nestopt.optim.roles import EMBEDDINGS, head_of
+from nestopt.optim.routing.roles import EMBEDDINGS, head_of
 
 _LISTS = (nn.ModuleList, nn.Sequential)
 
 
 def layers(model: nn.Module) -> dict[str, int]:
-    """The layer of each parameter by name, tied ones once: 0 before the blocks, 1 … n in them, n + 1 after.
+    """Number the layer of each parameter by name, tied ones once: 0 before the blocks, 1 … n in them, n + 1 after.
 
     Blocks are what a list (`ModuleList` or `Sequential`) outside of other blocks repeats: its items of the class that
     is most frequent in it. Blocks of several classes are counted on (an encoder's, then a decoder's), but for classes
@@ -46,7 +46,7 @@ def layers(model: nn.Module) -> dict[str, int]:
 
 
 def _repeated(module: nn.Module) -> Iterator[nn.Module]:
-    """What lists repeat, in the order of definition; a list that does nothing but repeat is looked into instead."""
+    """Yield what lists repeat, in the order of definition; a list that only repeats is looked into instead."""
     children = _children(module)
     counts = Counter(type(child) for child in children if not _repeats_only(child))
     kind, number = counts.most_common(1)[0] if counts and isinstance(module, _LISTS) else (None, 0)
@@ -64,12 +64,12 @@ def _repeats_only(module: nn.Module) -> bool:
 
 
 def _children(module: nn.Module) -> list[nn.Module]:
-    """Those that have parameters."""
+    """Return the children that have parameters."""
     return [child for child in module.children() if next(child.parameters(), None) is not None]
 
 
 def _ids(numbered: Iterable[tuple[int, nn.Module]]) -> dict[int, int]:
-    """The number of the first module that holds it, of each parameter by id."""
+    """Return, by the id of each parameter, the number of the first module that holds it."""
     found: dict[int, int] = {}
     for number, module in numbered:
         for param in module.parameters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from typing import Any
@@ -153,3 +154,48 @@ def test_skipped_steps_are_counted() -> None:
         optimizer.step()
     assert optimizer.metrics()["skipped"] == 2
     torch.testing.assert_close(param.detach(), torch.full((2,), 0.8))
+
+
+@pytest.mark.parametrize("cls", [M3, DeltaMomentum, Shampoo, DGD])
+def test_defaults_are_those_of_the_level(cls: Any) -> None:
+    own, made = inspect.signature(cls).parameters, cls.made_of()
+    for name, field in cls.fields.items():
+        want = "gd" if field == "of" else getattr(made, field)
+        assert own[name].default == want, name
+
+
+@pytest.mark.parametrize("cls", [M3, DeltaMomentum, DeepMomentum, Shampoo, DGD])
+def test_every_argument_is_explained(cls: Any) -> None:
+    words = inspect.getdoc(cls) or ""
+    for name in inspect.signature(cls).parameters:
+        assert words.count(f"\n    {name}: ") == 1, name
+    assert "\nRaises:\n" in words
+
+
+def test_a_class_of_ones_own_may_be_derived() -> None:
+    class Slower(M3):
+        """M3 with a slower slow memory."""
+
+        def __init__(self, params: Any, **more: Any) -> None:
+            super().__init__(params, period=32, **more)
+
+    optimizer = Slower(tensors(), alpha=0.1)
+    assert optimizer.level(optimizer.param_groups[0]) == levels.m3(alpha=0.1, slow_period=32)
+
+
+def test_a_group_with_a_period_keeps_its_inputs_through_zero_grad() -> None:
+    """Its gradients' sum goes on, and what belongs to them with it."""
+    model, x, wanted = layer()
+    twin = copy.deepcopy(model)
+    for each, forget in ((model, True), (twin, False)):
+        optimizer = Nested([{"params": [each.weight], "period": 2}], levels.dgd(), lr=0.1)
+        optimizer.watch(each)
+        for scale in (1.0, 3.0):
+            (each(x * scale) - wanted).square().mean().backward()
+            optimizer.step()
+            if forget:
+                optimizer.zero_grad()
+            else:
+                each.weight.grad = None
+    assert not torch.equal(model.weight, layer()[0].weight)
+    assert torch.equal(model.weight, twin.weight)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
@@ -18,57 +20,64 @@ from nestopt.levels.gradient.newton_schulz import QUINTIC
 from nestopt.levels.gradient.shampoo import Shampoo as ShampooLevel
 from nestopt.levels.presets import DeepMomentum as DeepMomentumLevel
 from nestopt.optim.inputs import Scale
-from nestopt.optim.optimizer import Nested, OnNonfinite, Ways
+from nestopt.optim.optimizer import Nested, OnNonfinite
+
+COMMON = {
+    "params": "named or in groups.",
+    "lr": "step size. Default 1e-3.",
+    "weight_decay": "decoupled, of the parameters. Default 0.",
+    "maximize": "ascend instead.",
+    "on_nonfinite": "as in `Nested`.",
+    "model": "whose linear and convolution layers to watch; a parameter whose inputs are not seen takes plain steps,\n"
+    "        and is named in a warning.",
+    "loss_scale": "as in `Nested.watch`.",
+}
+"""What arguments mean that are no fields of a level."""
 
 
 class OfLevel(Nested):
     """An optimizer whose groups hold the fields of one level, so that a group may have its own, and a schedule change
-    them.
+    them. What a class does not say of its arguments, its level does.
+
+    Attributes:
+        made_of: the level.
+        fields: the field that an argument of `__init__` is, by its name.
     """
 
     made_of: ClassVar[type[Level]]
+    fields: ClassVar[dict[str, str]]
 
-    def _make(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor,
-        weight_decay: float,
-        maximize: bool,
-        on_nonfinite: OnNonfinite,
-        **fields: Any,
-    ) -> None:
-        self._own = tuple(fields)
-        defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, **fields}
-        self._start(params, defaults, Ways(on_nonfinite=on_nonfinite))
+    def __init_subclass__(cls, of: type[Level] | None = None, **called: str) -> None:
+        super().__init_subclass__()
+        if of is None:  # a user's own, which is derived from one of these
+            return
+        names = list(inspect.signature(cls.__init__).parameters)[1:]
+        cls.made_of, cls.fields = of, {name: called.get(name, name) for name in names if name not in COMMON}
+        told = _arguments(of) | COMMON | _arguments(cls)
+        words = [f"    {name}: {told[name if name in told else called[name]]}" for name in names]
+        matrices = ", or a parameter that is not a matrix" if "matrix" in of.requires else ""
+        head = inspect.cleandoc(cls.__doc__ or "").partition("\n\nArgs:")[0]
+        raises = f"Raises:\n    ValueError: a value out of range{matrices}."
+        cls.__doc__ = "\n".join([head, "", "Args:", *words, "", raises])
 
     def level(self, group: dict[str, Any]) -> Level:
-        return self.made_of(**{key: group[key] for key in self._own})
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_own": self._own}
+        return self.made_of(**{field: group[field] for field in self.fields.values()})
 
 
-class M3(OfLevel):
+def _arguments(cls: type) -> dict[str, str]:
+    """Return what the docstring of a class says of each argument."""
+    section = inspect.cleandoc(cls.__doc__ or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+    found = re.findall(r"^ {4}(\w[\w, ]*): (.*(?:\n {5}.*)*)", section, re.MULTILINE)
+    return {name: text for names, text in found for name in names.split(", ")}
+
+
+class M3(OfLevel, of=M3Level, period="slow_period"):
     """Multi-scale momentum Muon: the level `m3`, decoupled weight decay. Matrices only.
 
     Args:
-        params: matrices, named or in groups.
         lr: of directions as long as Muon's. Default 1e-3.
-        betas: β1, β2, β3 of the fast memory, the second moment and the slow memory. Default (0.95, 0.999, 0.9).
-        alpha: weight of the slow memory. Default 0.5.
         period: steps between two reads of the slow memory. Default 16.
-        steps, coefficients: of Newton-Schulz. Default 5 and Jordan's quintic.
-        eps: added to the root of the second moment. Default 1e-8.
-        mode: `"ema"` (default) or `"paper"`, Algorithm 1 as printed.
-        weight_decay: decoupled. Default 0.
-        maximize: ascend instead.
-        on_nonfinite: as in `Nested`.
-
-    Raises:
-        ValueError: a value out of range, or a parameter that is not a matrix.
     """
-
-    made_of: ClassVar[type[Level]] = M3Level
 
     def __init__(
         self,
@@ -86,28 +95,16 @@ class M3(OfLevel):
         maximize: bool = False,
         on_nonfinite: OnNonfinite = "ignore",
     ) -> None:
-        own = {"betas": betas, "alpha": alpha, "slow_period": period, "steps": steps, "eps": eps, "mode": mode}
-        self._make(params, lr, weight_decay, maximize, on_nonfinite, **own, coefficients=coefficients)
+        given = {self.fields.get(key, key): value for key, value in locals().items()}
+        self._start_with(given)
 
 
-class DeltaMomentum(OfLevel):
+class DeltaMomentum(OfLevel, of=DeltaMomentumLevel):
     """Momentum by the delta rule: the level `delta_momentum`, decoupled weight decay.
 
     Args:
-        params: named or in groups.
         lr: of a sum of gradients, as SGD's with momentum. Default 1e-3.
-        beta: decay. Default 0.9.
-        zeta: strength of the forgetting. Default 1.
-        normalize: `"clip"` (default), `"unit"` or None; see the level.
-        weight_decay: decoupled. Default 0.
-        maximize: ascend instead.
-        on_nonfinite: as in `Nested`.
-
-    Raises:
-        ValueError: a value out of range.
     """
-
-    made_of: ClassVar[type[Level]] = DeltaMomentumLevel
 
     def __init__(
         self,
@@ -121,30 +118,20 @@ class DeltaMomentum(OfLevel):
         maximize: bool = False,
         on_nonfinite: OnNonfinite = "ignore",
     ) -> None:
-        own = {"beta": beta, "zeta": zeta, "normalize": normalize}
-        self._make(params, lr, weight_decay, maximize, on_nonfinite, **own)
+        self._start_with(locals())
 
 
-class DeepMomentum(OfLevel):
+class DeepMomentum(OfLevel, of=DeepMomentumLevel):
     """Deep momentum (DMGD): the level `deep_momentum`, an MLP per tensor as the memory of its gradients.
 
     Args:
-        params: named or in groups.
         lr: of directions about as long as the gradient. Default 1e-3.
         hidden: width of the MLP. Default min(rows, columns) of the tensor.
         activation: of the MLP. Default `"silu"`.
         rule: the level by which the MLP learns, or a spec of one. Default `adam(betas=(0.9, 0.99))`.
         step_size: of that rule. Default 0.02.
         keep: the share of the MLP's weights that a step keeps. Default 0.999.
-        weight_decay: decoupled, of the parameters. Default 0.
-        maximize: ascend instead.
-        on_nonfinite: as in `Nested`.
-
-    Raises:
-        ValueError: a value out of range.
     """
-
-    made_of: ClassVar[type[Level]] = DeepMomentumLevel
 
     def __init__(
         self,
@@ -161,8 +148,7 @@ class DeepMomentum(OfLevel):
         on_nonfinite: OnNonfinite = "ignore",
     ) -> None:
         rule = DeepMomentumLevel().rule if rule is None else build("level", rule, "rule")
-        own = {"hidden": hidden, "activation": activation, "rule": rule, "step_size": step_size, "keep": keep}
-        self._make(params, lr, weight_decay, maximize, on_nonfinite, **own)
+        self._start_with(locals())
 
     def level(self, group: dict[str, Any]) -> Level:
         return DeepMomentumLevel(
@@ -173,27 +159,8 @@ class DeepMomentum(OfLevel):
         )
 
 
-class Shampoo(OfLevel):
-    """Shampoo: the level `shampoo`, decoupled weight decay. Matrices only.
-
-    Args:
-        params: matrices, named or in groups.
-        lr: step size. Default 1e-3.
-        beta: decay of the average of gradients; 0 keeps none. Default 0.9.
-        beta2: decay of the preconditioners for `mode="ema"`. Default 0.999.
-        eps: relative to the largest eigenvalue, added to the diagonal. Default 1e-6.
-        mode: `"sum"` (default) or `"ema"`.
-        root_every: steps between two calculations of the roots. Default 10.
-        max_size: a longer side is left alone. Default 8192.
-        weight_decay: decoupled. Default 0.
-        maximize: ascend instead.
-        on_nonfinite: as in `Nested`.
-
-    Raises:
-        ValueError: a value out of range, or a parameter that is not a matrix.
-    """
-
-    made_of: ClassVar[type[Level]] = ShampooLevel
+class Shampoo(OfLevel, of=ShampooLevel):
+    """Shampoo: the level `shampoo`, decoupled weight decay. Matrices only."""
 
     def __init__(
         self,
@@ -210,32 +177,15 @@ class Shampoo(OfLevel):
         maximize: bool = False,
         on_nonfinite: OnNonfinite = "ignore",
     ) -> None:
-        own = {"beta": beta, "beta2": beta2, "eps": eps, "mode": mode, "root_every": root_every, "max_size": max_size}
-        self._make(params, lr, weight_decay, maximize, on_nonfinite, **own)
+        self._start_with(locals())
 
 
-class DGD(OfLevel):
+class DGD(OfLevel, of=Dgd):
     """Delta gradient descent: the level `dgd`, told what the layers of `model` are shown.
 
     Args:
-        params: named or in groups.
-        lr: step size. Default 1e-3.
-        model: whose linear and convolution layers to watch; a parameter whose inputs are not seen takes plain steps,
-            and is named in a warning.
         of: the level whose direction is changed, or a spec of one. Default `"gd"`.
-        delta: strength of the decay. Default 1.
-        solver: `"explicit"` (default) or `"exact"`.
-        normalize_inputs: use x/‖x‖. Default False.
-        weight_decay: decoupled. Default 0.
-        maximize: ascend instead.
-        on_nonfinite: as in `Nested`.
-        loss_scale: as in `Nested.watch`.
-
-    Raises:
-        ValueError: a value out of range.
     """
-
-    made_of: ClassVar[type[Level]] = Dgd
 
     def __init__(
         self,
@@ -252,11 +202,10 @@ class DGD(OfLevel):
         on_nonfinite: OnNonfinite = "ignore",
         loss_scale: Scale | None = None,
     ) -> None:
-        own = {"of": build("level", of, "of"), "delta": delta, "solver": solver, "normalize_inputs": normalize_inputs}
-        self._make(params, lr, weight_decay, maximize, on_nonfinite, **own)
+        of = build("level", of, "of")
+        self._start_with({key: value for key, value in locals().items() if key not in ("model", "loss_scale")})
         if model is not None:
             self.watch(model, loss_scale)
 
     def level(self, group: dict[str, Any]) -> Level:
-        of = build("level", group["of"], "of")
-        return Dgd(of, group["delta"], group["solver"], group["normalize_inputs"])
+        return super().level({**group, "of": build("level", group["of"], "of")})

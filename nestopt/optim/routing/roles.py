@@ -33,7 +33,7 @@ class Role:
 
 
 def roles(model: nn.Module) -> dict[str, Role]:
-    """The role of each parameter by name, tied ones once. The type of the module that holds it decides, not names."""
+    """Return the role of each parameter by name, tied ones once. The type of its module decides, not names."""
     head, why_head = head_of(model)
     periods = _periods(model)
     found: dict[int, Role] = {}
@@ -49,7 +49,9 @@ def roles(model: nn.Module) -> dict[str, Role]:
                 role = Role(False, why_head)
             else:
                 role = _matrix(module, name, param)
-            role = dataclasses.replace(role, period=periods.get(id(param), 1), layer=_watched(module, name))
+            # the weight of a layer that is called as a layer (that of MultiheadAttention never is)
+            called = name == "weight" and multiplies(module) and not isinstance(module, NonDynamicallyQuantizableLinear)
+            role = dataclasses.replace(role, period=periods.get(id(param), 1), layer=called)
             before = found.get(id(param))
             if before is not None:  # a tied weight is what its least ordinary use is
                 usual = role if before.hidden and not role.hidden else before
@@ -70,13 +72,8 @@ def _matrix(module: nn.Module, name: str, param: Tensor) -> Role:
     return Role(True, "a hidden matrix")
 
 
-def _watched(module: nn.Module, name: str) -> bool:
-    """Whether this is the weight of a layer that is called as a layer (that of MultiheadAttention never is)."""
-    return name == "weight" and multiplies(module) and not isinstance(module, NonDynamicallyQuantizableLinear)
-
-
 def head_of(model: nn.Module) -> tuple[nn.Module | None, str]:
-    """The output layer, and why: as the model says it (Hugging Face's method), else its last linear layer."""
+    """Return the output layer, and why: as the model says it (Hugging Face's method), else its last linear layer."""
     for module in model.modules():  # the model may be wrapped, or be a part of another
         says = getattr(module, "get_output_embeddings", None)
         layer = says() if callable(says) else None
@@ -99,7 +96,7 @@ def _periods(model: nn.Module) -> dict[int, int]:
 
 
 def unnamed(params: Iterator[tuple[str, Tensor]]) -> dict[str, Role]:
-    """Roles where there is no model to look at: by the number of dimensions alone."""
+    """Return roles where there is no model to look at, by the number of dimensions alone."""
     return {
         name: Role(param.ndim == 2, f"{param.ndim}-dimensional (no model was given to tell its role)")
         for name, param in params

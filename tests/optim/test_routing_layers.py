@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nestopt.config import ConfigError
 from nestopt.models import HopeLM
 from nestopt.optim import Nested, optimizer
-from nestopt.optim.depth import layers
+from nestopt.optim.routing.layers import layers
 
 
 def rates(built: Nested) -> dict[str, float]:

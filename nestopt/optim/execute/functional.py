@@ -12,6 +12,7 @@ from nestopt.core.clock import advance
 from nestopt.core.gates import bind
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State
+from nestopt.optim.execute.update import update
 from nestopt.optim.views import begin, matrix_view, work_dtype
 
 
@@ -24,7 +25,7 @@ def functional_step(
     lr: float | Tensor = 1e-3,
     weight_decay: float | Tensor = 0.0,
 ) -> tuple[dict[str, Tensor], State]:
-    r"""One step of `Nested` as a pure function: nothing is changed in place, and autograd passes through all of it.
+    r"""Take one step of `Nested` as a pure function: autograd passes through all of it, and nothing changes in place.
 
     $$W \leftarrow (1 - \mathrm{lr}\cdot\lambda)\,W - \mathrm{lr}\cdot u, \qquad u = \mathrm{stack}(g)$$
 
@@ -68,6 +69,5 @@ def functional_step(
         tree = levels[name] if name in levels else begin(level, param.detach())
         seen = matrix_view(grad.to(param.dtype), level)
         direction, new_levels[name] = advance(level, seen, tree, Signal(step, matrix_view(param, level), lr))
-        moved = param * (1 - lr * weight_decay) - lr * direction.reshape(param.shape)
-        new_params[name] = moved.to(params[name].dtype)
+        new_params[name] = update(param, direction.reshape(param.shape), lr, weight_decay).to(params[name].dtype)
     return new_params, {"step": step, "levels": new_levels}

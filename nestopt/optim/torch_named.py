@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,20 +15,24 @@ from nestopt.levels.gradient.momentum import Momentum
 from nestopt.levels.gradient.muon import Muon as MuonLevel
 from nestopt.levels.gradient.muon import Scale
 from nestopt.levels.gradient.newton_schulz import QUINTIC, Form
-from nestopt.optim.optimizer import Nested, Ways
+from nestopt.optim.optimizer import Nested
 from nestopt.optim.views import work_dtype
 
 
-def _refuse_differentiable(optimizer: type[Nested], differentiable: bool) -> None:
-    if differentiable:
-        name = optimizer.__name__
-        raise ValueError(
-            f"nestopt.optim.{name}: differentiable=True is not allowed, as its steps are in place; "
-            "to differentiate through steps use nestopt.optim.functional_step"
-        )
+class AsTorch(Nested):
+    """An optimizer with the constructor of torch's of the same name."""
+
+    def _start_with(self, given: Mapping[str, Any], **more: Any) -> None:
+        if given.get("differentiable"):
+            raise ValueError(
+                f"nestopt.optim.{type(self).__name__}: differentiable=True is not allowed, as its steps are in place; "
+                "to differentiate through steps use nestopt.optim.functional_step"
+            )
+        unused = ("foreach", "fused", "differentiable")  # the kernels are torch's where it has one
+        super()._start_with({key: value for key, value in given.items() if key not in unused}, **more)
 
 
-class SGD(Nested):
+class SGD(AsTorch):
     """`torch.optim.SGD`: the level `momentum` (or `gd`), coupled weight decay. Arguments, defaults and results as
     there; `foreach` and `fused` change nothing: it is torch's fused kernel where there is one.
 
@@ -56,16 +60,7 @@ class SGD(Nested):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
         if momentum < 0:
             raise ValueError(f"momentum={momentum!r} is not allowed; give a number, 0 or more")
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-        }
-        _refuse_differentiable(SGD, differentiable)
-        self._start(params, defaults)
+        self._start_with(locals())
 
     def level(self, group: dict[str, Any]) -> Level:
         if group["momentum"] == 0:
@@ -81,7 +76,7 @@ class SGD(Nested):
         return True
 
 
-class Adam(Nested):
+class Adam(AsTorch):
     """`torch.optim.Adam`: the level `adam`, coupled weight decay unless `decoupled_weight_decay`. Arguments, defaults
     and results as there; `foreach` and `fused` change nothing: it is torch's fused kernel where there is one.
 
@@ -105,17 +100,7 @@ class Adam(Nested):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
-        _refuse_differentiable(type(self), differentiable)
-        self._start(params, defaults, Ways(capturable=capturable))
+        self._start_with(locals())
 
     def level(self, group: dict[str, Any]) -> Level:
         return AdamLevel(tuple(group["betas"]), group["eps"], amsgrad=group["amsgrad"])
@@ -147,21 +132,10 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            decoupled_weight_decay=True,
-        )
+        self._start_with(locals(), decoupled_weight_decay=True)
 
 
-class Muon(Nested):
+class Muon(AsTorch):
     """`torch.optim.Muon`: the level `muon`, decoupled weight decay. Arguments and defaults as there. Matrices only.
 
     Newton-Schulz runs in the form of fewest FLOPs, and in bfloat16 where the hardware multiplies in it, else in
@@ -188,19 +162,7 @@ class Muon(Nested):
         *,
         ns_form: Form = "auto",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_coefficients": ns_coefficients,
-            "eps": eps,
-            "ns_steps": ns_steps,
-            "adjust_lr_fn": adjust_lr_fn,
-            "ns_form": ns_form,
-            "maximize": False,
-        }
-        self._start(params, defaults)
+        self._start_with(locals(), maximize=False)
 
     def level(self, group: dict[str, Any]) -> Level:
         return MuonLevel(

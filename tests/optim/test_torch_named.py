@@ -131,7 +131,7 @@ def test_muon(flags: dict[str, Any], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Muon"])
 def test_defaults_one_tensor_at_a_time(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nestopt.optim.lanes.pieces, "SMALL", 0)
+    monkeypatch.setattr(nestopt.optim.execute.flat, "SMALL", 0)
     check(name, MATRICES if name == "Muon" else ANY, dtype)
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from nestopt.config.schema import GroupConfig, OptimizerConfig
 from nestopt.core.inputs import INPUTS
 from nestopt.core.level import Level
 from nestopt.core.part import nearest
-from nestopt.optim.roles import Role
+from nestopt.optim.routing.roles import Role
 
 log = logging.getLogger("nestopt")
 
@@ -49,16 +48,11 @@ class Place:
     view: tuple[int, int] = WHOLE
     scale: float = 1.0
 
-    @property
-    def order(self) -> tuple[Any, ...]:
-        """Of its parameter group among the others: those of the exceptions come last."""
-        return self.exception, self.kind, self.period, self.view, self.scale
-
 
 def place(
     name: str, param: Tensor, role: Role, settings: OptimizerConfig, chosen: Chooser | None, layer: int, top: int
 ) -> Place:
-    """Where one parameter goes, which is in layer `layer` of 0 … `top`."""
+    """Say where one parameter goes, which is in layer `layer` of 0 … `top`."""
     found = _routed(name, param, role, settings, chosen)
     own_view = own_rate = None
     for number, group in enumerate(settings.groups, start=1):
@@ -81,7 +75,7 @@ def place(
 
 def _seen_as_matrix(level: Level, param: Tensor) -> bool:
     """Whether `level` does with the entries of `param` anything but one by one."""
-    return param.ndim > 1 and not level.is_entrywise
+    return param.ndim > 1 and not level.is_elementwise
 
 
 def _excepted(found: Place, group: GroupConfig, number: int, role: Role) -> Place:

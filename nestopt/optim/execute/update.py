@@ -1,0 +1,196 @@
+"""What an update of a parameter is, and the executor that makes one tensor after another, which defines all others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from itertools import repeat
+from operator import is_, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestopt.core.clock import advance_, due
+from nestopt.core.inputs import LayerInputs
+from nestopt.core.level import Level
+from nestopt.core.signal import Note, Signal
+from nestopt.core.tree import State, leaves
+from nestopt.levels.gradient.fused import Numbers
+from nestopt.optim.views import Split, advance_stack_, back, matrix_view, work_dtype
+
+STEP, SUM = "step", "group_sum"
+"""The optimizer's own state keys: how often it has seen a gradient, and what a group with a period has summed."""
+
+
+def update(
+    param: Tensor, direction: Tensor, lr: float | Tensor, decay: float | Tensor = 0.0, *, out: Tensor | None = None
+) -> Tensor:
+    """Return `(1 - lr · decay) param - lr · direction`; written over `param` if that is given as `out`."""
+    if isinstance(decay, Tensor) or decay:
+        if out is not None and direction.untyped_storage().data_ptr() == out.untyped_storage().data_ptr():
+            direction = direction.clone()  # a level may return the parameter itself
+        param = torch.mul(param, 1 - lr * decay, out=out)
+    if out is None or (isinstance(lr, Tensor) and lr.device.type != "cpu"):
+        return torch.sub(param, lr * direction, out=out)  # has derivatives, and waits for no device
+    return torch.add(param, direction, alpha=-float(lr), out=out)  # rounded once
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateSettings:
+    """How the gradients of one group reach its level, and the directions its parameters.
+
+    Attributes:
+        lr: a number, or a tensor without dimensions.
+        decay: decoupled weight decay.
+        coupled: weight decay that is added to the gradient.
+        maximize: ascend.
+        period: of the group.
+    """
+
+    lr: float | Tensor
+    decay: float = 0.0
+    coupled: float = 0.0
+    maximize: bool = False
+    period: int = 1
+
+    def numbers(self) -> Numbers:
+        """Return what torch's kernels are told; they read a learning rate on an accelerator in float32."""
+        lr = self.lr.to(torch.float32) if isinstance(self.lr, Tensor) and self.lr.device.type != "cpu" else self.lr
+        return Numbers(lr, self.decay, self.coupled, self.maximize)
+
+    def gradient(self, grad: Tensor, param: Tensor) -> Tensor:
+        """Return what the level is shown; `grad` stays as it is."""
+        if self.maximize:
+            grad = -grad
+        return grad.add(param, alpha=self.coupled) if self.coupled else grad
+
+
+@dataclasses.dataclass
+class Slot:
+    """One parameter of an executor.
+
+    Attributes:
+        param: the parameter.
+        state: as the optimizer keeps it: by flat keys, its step count included.
+        tree: the same tensors as the level made them.
+        view: as which matrices the level sees the parameter.
+        place: its place among the parameters of its group.
+    """
+
+    param: Tensor
+    state: dict[str, Any]
+    tree: State
+    view: Split | None = None
+    place: int = 0
+
+    def keep(self, leaves_by_path: dict[str, Tensor]) -> None:
+        """Keep the state in these tensors from now on; they hold its numbers already."""
+        self.state.update(leaves_by_path)
+        self.tree = placed(self.tree, self.state)
+
+
+def placed(tree: State, leaves_by_path: dict[str, Any], prefix: str = "") -> State:
+    """Return `tree` with other leaves, given by their dotted paths."""
+    found: State = {}
+    for key, value in tree.items():
+        path = prefix + key
+        found[key] = placed(value, leaves_by_path, f"{path}.") if isinstance(value, dict) else leaves_by_path[path]
+    return found
+
+
+class Executor:
+    """Steps parameters together. Subclasses gather tensors to be faster; this one goes from tensor to tensor.
+
+    Args:
+        level: what they run. Its numbers may change from step to step; what it is made of may not.
+        slots: with equal step counts, on one device, in one dtype.
+
+    Attributes:
+        inputs: gives what the layer of a parameter was shown; asked when that parameter's level acts.
+        note: gives where the level of a parameter reports. Subclasses know neither.
+    """
+
+    inputs: Callable[[Tensor], LayerInputs | None] | None = None
+    note: Callable[[Tensor], Note] | None = None
+
+    def __init__(self, level: Level, slots: Sequence[Slot]) -> None:
+        self.slots = list(slots)
+        self.params = [slot.param for slot in slots]
+        self.states = [slot.state for slot in slots]
+        self.places = [slot.place for slot in slots]
+        self.dtype = work_dtype(self.params[0])
+        self.count: Tensor = slots[0].state[STEP].clone()  # one for all, since they count alike
+        for state in self.states:
+            state[STEP] = self.count
+        self.note_leaves()
+
+    def note_leaves(self) -> None:
+        """Take down how parameters and states lie, to see when someone else moves or replaces one."""
+        trees = [dict(leaves(slot.tree)) for slot in self.slots]
+        self.leaves = {path: [tree[path] for tree in trees] for path in trees[0]}
+        self.layout = list(map(Tensor.numel, self.params)), list(map(Tensor.stride, self.params))
+
+    def intact(self) -> bool:
+        """Whether parameters and states still lie as this executor knows them."""
+        if self.layout != (list(map(Tensor.numel, self.params)), list(map(Tensor.stride, self.params))):
+            return False
+        try:
+            return all(map(is_, map(itemgetter(STEP), self.states), repeat(self.count))) and all(
+                all(map(is_, map(itemgetter(path), self.states), own)) for path, own in self.leaves.items()
+            )
+        except KeyError:
+            return False
+
+    def leave(self) -> None:
+        """Give every parameter a step count of its own again."""
+        for state in self.states:
+            if state.get(STEP) is self.count:
+                state[STEP] = self.count.clone()
+
+    def step(self, level: Level, grads: Sequence[Tensor], settings: UpdateSettings) -> None:
+        """Step every parameter once, by `level` with its numbers as they are now."""
+        self.count += 1
+        step = int(self.count)
+        if settings.period == 1:
+            self.move(level, grads, settings, step)
+            return
+        for state, param in zip(self.states, self.params, strict=True):
+            if SUM not in state:
+                state[SUM] = torch.zeros_like(param, dtype=self.dtype)
+        sums: list[Tensor] = [state[SUM] for state in self.states]
+        torch._foreach_add_(sums, [grad.to(self.dtype) for grad in grads])
+        if due(step, settings.period):
+            self.move(level, sums, settings, step // settings.period)
+            torch._foreach_zero_(sums)
+
+    def move(self, level: Level, grads: Sequence[Tensor], settings: UpdateSettings, step: int) -> None:
+        """Write the gradients into the memories, and update the parameters."""
+        grown = False
+        for slot, grad in zip(self.slots, grads, strict=True):
+            param, view = slot.param, slot.view
+            wide = param.to(self.dtype)  # a narrow parameter is stepped in the wide dtype and rounded once
+            shown = matrix_view(settings.gradient(grad.to(self.dtype), wide), level, view)
+            inputs = self.inputs(param) if self.inputs else None
+            note = self.note(param) if self.note else None
+            signal = Signal(step, matrix_view(wide, level, view), settings.lr, inputs, note)
+            run = advance_ if view is None else advance_stack_
+            direction = run(level, shown, slot.tree, signal)
+            if direction.shape != shown.shape:
+                raise wrong_shape(level, direction, shown)
+            changed = {path: leaf for path, leaf in leaves(slot.tree) if slot.state[path] is not leaf}
+            slot.state.update(changed)
+            grown = grown or bool(changed)
+            update(wide, back(direction.to(self.dtype), wide, view), settings.lr, settings.decay, out=wide)
+            if wide is not param:
+                param.copy_(wide)
+        if grown:
+            self.note_leaves()
+
+
+def wrong_shape(level: Level, direction: Tensor, grad: Tensor) -> ValueError:
+    """Return the error to raise where what a level has returned is no direction for `grad`."""
+    return ValueError(
+        f"{level.label}: step returned a direction of shape {tuple(direction.shape)} for a gradient of shape "
+        f"{tuple(grad.shape)}; they must be the same"
+    )

@@ -1,0 +1,1 @@
+"""Which level gets which parameter, seen how, and at which rate."""

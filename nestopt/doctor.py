@@ -12,8 +12,9 @@ import torch
 from nestopt._version import VERSION
 from nestopt.core.registry import registry
 
-NEEDED = ("torch", "numpy", "pluggy", "pydantic", "pyyaml", "safetensors", "tqdm", "matplotlib")
+NEEDED = ("torch", "numpy", "pluggy", "pydantic", "pyyaml")
 OPTIONAL = {
+    **dict.fromkeys(("matplotlib", "safetensors", "tqdm"), "training and plots: pip install 'nestopt[train]'"),
     "datasets": "documents, such as FineWeb-Edu: pip install 'nestopt[data]'",
     "deepspeed": "train.engine=deepspeed: pip install 'nestopt[deepspeed]'",
     "transformers": "Hugging Face models: pip install 'nestopt[hf]'",

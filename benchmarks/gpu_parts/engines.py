@@ -20,9 +20,10 @@ from benchmarks.gpu_parts.setting import Row, Setting, attempts, error_of, gener
 from benchmarks.rows import Missing
 from nestopt.config import Config
 from nestopt.optim import optimizer as make_optimizer
-from nestopt.train import engines, launch
+from nestopt.train import engines
+from nestopt.train.checkpoints.shards import ShardReader
+from nestopt.train.engines import launch
 from nestopt.train.objective import Objective
-from nestopt.train.parts import Parts
 from nestopt.train.run import build_model
 
 ENGINES: dict[str, dict[str, Any]] = {
@@ -133,7 +134,7 @@ def _resumed(setting: Setting, name: str, dtype: str) -> Row:
     for seed in (1, 2):
         again = Run(setting, _config(setting, dtype, seed))
         begun = time.perf_counter()
-        with Parts(folder) as parts:
+        with ShardReader(folder) as parts:
             again.engine.kept.load(parts)
             assert parts.meta["step"] == SAVED
         loaded_s = time.perf_counter() - begun

@@ -1,9 +1,8 @@
-"""YAML text to plain data and back, and files that are whole or not there."""
+"""YAML text to plain data and back. PyYAML is imported with this file, so this file is imported where it is used."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +76,3 @@ def dump(data: Any) -> str:
     """Plain data as YAML, keys in their order."""
     text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
     return text.removesuffix("...\n")  # PyYAML's end of a document that is one plain value
-
-
-def write(text: str, path: str | os.PathLike[str]) -> None:
-    """Replace the file at `path` at once: a process that dies here leaves it as it was. Makes its folder."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}~", dir=target.parent) as folder:
-        new = Path(folder, "new")
-        with open(new, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, target)

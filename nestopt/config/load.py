@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nestopt.config.errors import ConfigError
-from nestopt.config.io import dump, read, write
+from nestopt.config.files import write
 from nestopt.config.overrides import apply
 from nestopt.config.schema import Config
 from nestopt.config.spec import build, to_spec
@@ -63,6 +63,8 @@ def save(what: Config | Level, path: str | os.PathLike[str]) -> None:
 
     The file is replaced at once; its folder is made if need be. Raises ConfigError for a level that is not registered.
     """
+    from nestopt.config.io import dump
+
     write(what.to_yaml() if isinstance(what, Config) else dump(to_spec(what)), path)
 
 
@@ -80,6 +82,8 @@ def _complete(data: Any) -> Any:
 
 
 def _read(path: Path) -> Any:
+    from nestopt.config.io import read
+
     try:
         return read(path)
     except FileNotFoundError:

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 from nestopt.config.errors import ConfigError, join, show
-from nestopt.config.io import parse
 from nestopt.config.sizes import named
 from nestopt.config.spec import field_default, field_hints, kind_of, kind_of_items, to_spec
 from nestopt.core import Part, UnknownName, registry
@@ -78,6 +77,8 @@ def _split(override: str) -> tuple[list[Key], Any]:
     if not _PATH.fullmatch(name):
         raise ConfigError.refuse("", override, f"{name!r} is not a key; write it like optimizer.stack[0].period")
     keys: list[Key] = [int(step[1]) if step[1] else step[0] for step in _STEP.finditer(name)]
+    from nestopt.config.io import parse
+
     try:
         return keys, parse(text)
     except ConfigError as error:

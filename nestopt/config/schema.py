@@ -19,16 +19,15 @@ from pydantic import (
 from typing_extensions import Self
 
 from nestopt.config.errors import ConfigError, join, translate
-from nestopt.config.io import dump
 from nestopt.config.sizes import named
 from nestopt.config.spec import build, to_spec
 from nestopt.config.values import Bool, Finite, Whole, no_bool
-from nestopt.core import Dataset, Level
+from nestopt.core import Level, Part
 from nestopt.core.precision import Precision
 
 _written = PlainSerializer(to_spec, return_type=Any)
 LevelSpec = Annotated[Level, BeforeValidator(lambda spec: build("level", spec)), _written]
-DatasetSpec = Annotated[Dataset, BeforeValidator(lambda spec: build("dataset", spec)), _written]
+DatasetSpec = Annotated[Part, BeforeValidator(lambda spec: build("dataset", spec)), _written]
 
 
 def _spec(default: object) -> Any:
@@ -310,6 +309,8 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """`to_data` as YAML text."""
+        from nestopt.config.io import dump
+
         return dump(self.to_data())
 
 

@@ -19,7 +19,7 @@ from nestopt.config.errors import ConfigError, join, show
 from nestopt.config.values import convert, number
 from nestopt.core import Gate, Heads, Level, Part, UnknownName, chain, registry
 from nestopt.core.part import FieldError, is_subclass
-from nestopt.core.registry import KINDS
+from nestopt.core.registry import KINDS, base_of
 
 Spec = str | dict[str, Any]
 """A part as plain data: a name, or a mapping with the part's kind as first key."""
@@ -48,7 +48,7 @@ def build(kind: str, spec: object, path: str = "") -> Part:
     >>> build("level", {"level": "momentum", "beta": 0.5, "period": 16})
     Momentum(period=16, beta=0.5, dampening=0.0, nesterov=False, undamped_start=False)
     """
-    base, _ = KINDS[kind]
+    base = base_of(kind)
     if isinstance(spec, Part):
         if isinstance(spec, base):
             return spec
@@ -70,7 +70,7 @@ def _how(kind: str) -> str:
 
 
 def _class(kind: str, name: object, path: str) -> type[Part]:
-    base, _ = KINDS[kind]
+    base = base_of(kind)
     if isinstance(name, type):
         if is_subclass(name, base):
             return name
@@ -162,9 +162,7 @@ def kind_of(hint: Any) -> str | None:
     """The kind of part that a field with this type holds, or None."""
     hint, _ = _without_none(hint)
     hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    if not is_subclass(hint, Part):
-        return None
-    return next((kind for kind, (base, _) in KINDS.items() if issubclass(hint, base)), None)
+    return hint.kind if is_subclass(hint, Part) and hint.kind in KINDS else None
 
 
 def kind_of_items(hint: Any) -> str | None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import inspect
 import os
+import pkgutil
 import warnings
 
 import pluggy
 
 from nestopt.core import hookspecs
-from nestopt.core.dataset import Dataset
 from nestopt.core.features import Features
 from nestopt.core.level import Level
 from nestopt.core.memories import Memory
@@ -20,16 +21,23 @@ from nestopt.core.outputs import Output
 from nestopt.core.part import Part, is_subclass, nearest
 from nestopt.core.retentions import Retention
 
-KINDS: dict[str, tuple[type[Part], str]] = {
+KINDS: dict[str, tuple[type[Part] | str, str]] = {
     "level": (Level, "nestopt_register_levels"),
     "memory": (Memory, "nestopt_register_memories"),
     "objective": (Objective, "nestopt_register_objectives"),
     "retention": (Retention, "nestopt_register_retentions"),
     "features": (Features, "nestopt_register_features"),
     "output": (Output, "nestopt_register_outputs"),
-    "dataset": (Dataset, "nestopt_register_datasets"),
+    "dataset": ("nestopt.train.data:Dataset", "nestopt_register_datasets"),
 }
-"""Each kind of part: its base class, and the hook that registers it."""
+"""Each kind of part: its base class (or where that is, if it loads when it is used), and the hook that registers it."""
+
+
+def base_of(kind: str) -> type[Part]:
+    """Return the class that all parts of a kind derive from."""
+    base, _ = KINDS[kind]
+    return pkgutil.resolve_name(base) if isinstance(base, str) else base
+
 
 BUILTIN = "nestopt"
 DISABLE = "NESTOPT_DISABLE_PLUGINS"
@@ -88,7 +96,7 @@ class Registry:
     # -- filling it ------------------------------------------------------------------------------------------------
 
     def add_builtin(self, plugin: object) -> None:
-        """Take a module of nestopt's own, by the hooks that any plugin uses."""
+        """Take a module of nestopt's own, or its name, by the hooks that any plugin uses."""
         self._builtin.append(plugin)
         self._reset()
 
@@ -119,9 +127,10 @@ class Registry:
         if self._loaded:
             return
         self._loaded = True
-        for module in self._builtin:
+        for given in self._builtin:
+            module = importlib.import_module(given) if isinstance(given, str) else given
             entry = self._take(
-                module, BUILTIN if module is self._builtin[0] else _module_of(module), source=_module_of(module)
+                module, BUILTIN if given is self._builtin[0] else _module_of(module), source=_module_of(module)
             )
             if entry.error:
                 raise RuntimeError(f"nestopt's own {entry.source}: {entry.error}")
@@ -171,7 +180,7 @@ class Registry:
         return entry
 
     def _registrar(self, kind: str, owner: str) -> hookspecs.Register:
-        base, hook = KINDS[kind]
+        base, hook = base_of(kind), KINDS[kind][1]
 
         def register(name: str, cls: type) -> None:
             if not is_subclass(cls, base):

@@ -25,7 +25,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nestopt.core.associative import AssociativeMemory
 from nestopt.core.level import Level
@@ -36,6 +35,10 @@ from nestopt.evidence.report import ForgettingReport, Line, Look, Mean
 from nestopt.models import HopeLM
 from nestopt.nn import clone
 from nestopt.nn.hope import HopeBlock, Learn
+from nestopt.train.errors import extra
+
+with extra("train"):
+    from tqdm import tqdm
 
 TIMES = (0, 1, 10, 100)
 """How much new text is read before each measurement, in documents."""

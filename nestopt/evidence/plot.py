@@ -6,11 +6,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
+from nestopt.config.files import replacing
 from nestopt.evidence.report import ForgettingReport, Mean
-from nestopt.train.checkpoint import replacing
+from nestopt.train.errors import extra
+
+with extra("train"):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = ("#c1440e", "#4c72b0")
 """Of the line that learns, and of the one whose mixers alone do."""

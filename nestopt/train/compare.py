@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 from nestopt import models
 from nestopt.config import Config, ModelConfig
+from nestopt.config.files import replacing
 from nestopt.core.memories import Mlp, Window
 from nestopt.levels.cms import Cms
 from nestopt.levels.tokens import Attention, WindowAttention
-from nestopt.train.checkpoint import replacing
+from nestopt.train.errors import extra
 from nestopt.train.loop import Result, train
-from nestopt.train.metrics import read
+from nestopt.train.report.metrics import read
+
+with extra("train"):
+    from matplotlib.figure import Figure
 
 TOKENS, SECONDS = "Transformer, equal tokens", "Transformer, equal seconds"
 

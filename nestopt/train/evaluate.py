@@ -5,30 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestopt.models import HopeLM
-
-STRETCHES = 16
-"""The held-out text is so many stretches, evenly spread, so that it is not all from the first few files."""
-
-
-def held_out_text(held_out: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
-    """`size` bytes of the held-out text in a few long stretches (all of it, if it is no longer)."""
-    if len(held_out) <= size:
-        return held_out
-    length, over = divmod(size, STRETCHES)
-    gap = (len(held_out) - size) / max(1, STRETCHES - 1)
-    pieces, position = [], 0.0
-    for i in range(STRETCHES):
-        n = length + (i < over)
-        pieces.append(held_out[round(position) : round(position) + n])
-        position += n + gap
-    return np.concatenate(pieces)
 
 
 @torch.no_grad()

@@ -14,23 +14,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nestopt.config import Config
 from nestopt.core.device import upload
 from nestopt.nn.hope import Learn
 from nestopt.optim import optimizer as make_optimizer
-from nestopt.optim.sharded.saved import Stretch
-from nestopt.train import engines, sources
+from nestopt.optim.sharded.saved import TensorSlice
+from nestopt.train import engines
+from nestopt.train.checkpoints.shards import ShardReader
+from nestopt.train.data import sources
+from nestopt.train.data.source import Batch, HeldOut, merged
+from nestopt.train.errors import extra
 from nestopt.train.evaluate import bits_per_byte, documents_bits, stream_bits_per_byte
-from nestopt.train.metrics import MetricsLog
 from nestopt.train.objective import Objective
-from nestopt.train.parts import Parts
-from nestopt.train.randomness import random_state, restore_random_state
-from nestopt.train.report import Report
+from nestopt.train.report.metrics import MetricsLog
+from nestopt.train.report.report import Report
+from nestopt.train.rng import random_state, restore_random_state
 from nestopt.train.run import Run, build_model
 from nestopt.train.schedule import factor
-from nestopt.train.source import Batch, HeldOut, merged
+
+with extra("train"):
+    from tqdm import tqdm
 
 RANDOM = "random."
 
@@ -253,13 +257,13 @@ class _Training:
         meta = {"step": self.step, "elapsed": self.elapsed, "losses": losses, "data": data}
         self.engine.kept.save(self.run.path, meta, self._own)
 
-    def _own(self) -> Iterator[tuple[str, Stretch]]:
+    def _own(self) -> Iterator[tuple[str, TensorSlice]]:
         """What a checkpoint has of this process besides the model and its optimizer."""
         for name, state in random_state().items():
-            yield f"{RANDOM}{self.engine.rank}.{name}", Stretch(state)
+            yield f"{RANDOM}{self.engine.rank}.{name}", TensorSlice(state)
 
     def _load(self) -> None:
-        with Parts(self.run.path) as parts:
+        with ShardReader(self.run.path) as parts:
             self.engine.kept.load(parts)
             meta = parts.meta
             # more processes than there were: those begin as the first one goes on

@@ -16,8 +16,6 @@ from nestopt.core.part import nearest
 from nestopt.core.precision import Precision, refusal
 from nestopt.models import HopeLM
 from nestopt.optim.sharded.saved import WEIGHTS
-from nestopt.train import checkpoint
-from nestopt.train.parts import Parts, load_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +73,12 @@ class Run:
 
     def save_model(self, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Write `model.safetensors`: weights by name, readable by any safetensors reader."""
+        from nestopt.train.checkpoints import file as checkpoint
+
         checkpoint.save(self.model_file, weights, meta)
 
     def load_model(self, device: torch.device | str = "cpu", precision: Precision | None = None) -> HopeLM:
-        """The trained model; while the run has not ended, that of its checkpoint.
+        """Load the trained model; while the run has not ended, that of its checkpoint.
 
         Args:
             device: where it is to be.
@@ -88,6 +88,9 @@ class Run:
             CheckpointError: there is neither, or it can't be read.
             ConfigError: a precision that the device lacks.
         """
+        from nestopt.train.checkpoints import file as checkpoint
+        from nestopt.train.checkpoints.shards import ShardReader, load_weights
+
         config = self.config()
         if precision is not None:
             config.model.precision = precision
@@ -97,7 +100,7 @@ class Run:
             weights, _ = checkpoint.load(self.model_file)
             model.load_state_dict(weights)
         else:
-            with Parts(self.path) as parts:
+            with ShardReader(self.path) as parts:
                 load_weights(model, parts, WEIGHTS)
         return model.to(device).eval()
 

@@ -17,7 +17,7 @@ from nestopt.levels import m3, muon
 from nestopt.optim.sharded import units
 from nestopt.train import engines
 from nestopt.train.loop import _Training, train
-from nestopt.train.metrics import read
+from nestopt.train.report.metrics import read
 from nestopt.train.run import Run
 
 
@@ -142,7 +142,7 @@ def iterations(spec: Any, steps: int = 6, **train: Any) -> dict[str, Any]:
     return {"muon": int(found[0]), "m3": int(found[1])}
 
 
-# -- nestopt.train.deepspeed.initialize --------------------------------------------------------------------------------
+# -- nestopt.train.deepspeed.initialize ----------------------------------------------------------------------------
 
 
 def initialized(

@@ -10,7 +10,7 @@ import pytest
 
 import nestopt
 from nestopt import cli
-from nestopt.train import metrics
+from nestopt.train.report import metrics
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -25,7 +25,7 @@ from nestopt.optim.lanes.compiled import CompiledLane
 from nestopt.optim.lanes.fused import FusedLane
 from nestopt.optim.lanes.pieces import PiecesLane
 from nestopt.optim.lanes.stacks import StackLane
-from nestopt.train.checkpoint import load, save
+from nestopt.train.checkpoints.file import load, save
 
 F64 = torch.float64
 Make = Callable[[Level, Sequence[Member]], Lane]

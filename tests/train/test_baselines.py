@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nestopt.train import baselines as module
-from nestopt.train.baselines import baselines, ngram_counts, trigram_bits, unigram_bits, witten_bell
+from nestopt.train.report import baselines as module
+from nestopt.train.report.baselines import baselines, ngram_counts, trigram_bits, unigram_bits, witten_bell
 
 few_bytes = st.binary(max_size=60) | st.lists(st.sampled_from(b"ab\n\xff"), max_size=120).map(bytes)
 

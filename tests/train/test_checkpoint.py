@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from nestopt.train.checkpoint import VERSION, CheckpointError, load, replacing, save
+from nestopt.config.files import replacing
+from nestopt.train.checkpoints.file import VERSION, load, save
+from nestopt.train.errors import CheckpointError
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64,
@@ -210,7 +212,7 @@ def test_replacing_leaves_the_files_of_others_alone(tmp_path: Path) -> None:
 
 WRITER = """
 import os, sys, torch
-from nestopt.train import checkpoint
+from nestopt.train.checkpoints import file as checkpoint
 def save(step):
     checkpoint.save(sys.argv[1], {"w": torch.full((4_000_000,), float(step))}, {"step": step})
 """

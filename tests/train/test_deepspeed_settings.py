@@ -11,7 +11,7 @@ import nestopt
 from nestopt.cli import main
 from nestopt.config import Config, ConfigError
 from nestopt.optim.sharded.optimizer import Sharded
-from nestopt.train.deepspeed_settings import checked, merged, read, stage_of
+from nestopt.train.engines.deepspeed_settings import checked, merged, read, stage_of
 
 
 def config(given, **train):
@@ -108,7 +108,7 @@ def test_they_need_their_engine():
 
 
 def test_what_levels_can_t_be_stepped_under_is_refused():
-    from nestopt.train.deepspeed import _check_levels
+    from nestopt.train.engines.deepspeed import _check_levels
 
     model = torch.nn.Linear(4, 4)
     muon = Sharded(nestopt.optimizer(model, ["ggd", "momentum"], rest="adamw"))

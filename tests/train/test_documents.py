@@ -15,10 +15,10 @@ import torch
 import nestopt
 import nestopt.config
 from nestopt.config import Config, ConfigError, build
-from nestopt.train.datasets import Documents, FinewebEdu
-from nestopt.train.source import merged
-from nestopt.train.sources import documents, make
-from nestopt.train.text import CorpusError
+from nestopt.train.data.builtin import Documents, FinewebEdu
+from nestopt.train.data.source import merged
+from nestopt.train.data.sources import documents, make
+from nestopt.train.errors import CorpusError
 from tests.train.parquet import GROUP, ROWS, SHARDS, text_of, write_shards
 
 pytest.importorskip("datasets")

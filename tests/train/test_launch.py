@@ -7,7 +7,8 @@ import os
 import pytest
 
 from nestopt.config import Config, ConfigError
-from nestopt.train import engines, launch
+from nestopt.train import engines
+from nestopt.train.engines import launch
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

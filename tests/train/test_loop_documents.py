@@ -11,11 +11,11 @@ import torch
 from nestopt.cli import main
 from nestopt.config import Config
 from nestopt.train import loop
+from nestopt.train.data.codec import Bytes, text_of_tokens
+from nestopt.train.data.sources import make
 from nestopt.train.evaluate import documents_bits
 from nestopt.train.loop import train
-from nestopt.train.metrics import read
-from nestopt.train.sources import make
-from nestopt.train.text_of_tokens import Bytes, text_of_tokens
+from nestopt.train.report.metrics import read
 from tests.train.parquet import write_shards
 
 pytest.importorskip("datasets")

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nestopt.train.metrics import MetricsLog, read
+from nestopt.train.report.metrics import MetricsLog, read
 
 strings = st.text(max_size=10).filter(lambda text: text not in ("nan", "inf", "-inf"))
 values = st.none() | st.booleans() | st.integers() | st.floats() | strings

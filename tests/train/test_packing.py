@@ -14,12 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nestopt.core.dataset import CorpusError
-from nestopt.train.checkpoint import CheckpointError
-from nestopt.train.documents import PackedDocuments
-from nestopt.train.order import Order, is_held_out, permutation
-from nestopt.train.packing import Packed, Place, Row
-from nestopt.train.source import Batch, Source, merged
+from nestopt.train.data.documents import PackedDocuments
+from nestopt.train.data.order import Order, is_held_out, permutation
+from nestopt.train.data.packing import Packed, Place, Row
+from nestopt.train.data.source import Batch, Source, merged
+from nestopt.train.errors import CheckpointError, CorpusError
 from tests.train.words import END, Words
 
 

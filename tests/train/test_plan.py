@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nestopt.cli import main
 from nestopt.config import Config, ConfigError
 from nestopt.models.cost import Cost, cost_of, state_bytes, step_cost
-from nestopt.train.plan import Machine, choice, plan, table, with_periods
+from nestopt.train.planning.periods import Machine, choice, plan, table, with_periods
 
 
 def small(**model: object) -> Config:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from nestopt.train.plots import loss_plot
+from nestopt.train.report.plots import loss_plot
 
 
 def run_of(steps: int) -> list[dict]:
@@ -103,7 +103,7 @@ def test_nothing_to_draw_is_an_error_and_leaves_the_old_picture(tmp_path: Path) 
 
 def test_the_users_matplotlib_is_left_alone(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom nestopt.train.plots import loss_plot\n"
+        "import sys\nfrom nestopt.train.report.plots import loss_plot\n"
         "loss_plot([{'step': 1, 'eval/bits_per_byte': 2.0}], sys.argv[1], {})\n"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

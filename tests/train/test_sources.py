@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from nestopt.config import Config, ConfigError
-from nestopt.core import DocumentDataset, DocumentSet
-from nestopt.train.evaluate import held_out_text
-from nestopt.train.source import merged
-from nestopt.train.sources import documents, make
-from nestopt.train.text import CorpusError, from_path, windows
+from nestopt.train.data import DocumentDataset, DocumentSet
+from nestopt.train.data.source import merged
+from nestopt.train.data.sources import documents, make
+from nestopt.train.data.text import from_path, held_out_text, windows
+from nestopt.train.errors import CorpusError
 from tests.train.words import Words
 
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nestopt.train.text import CorpusError, from_path, standard_library, windows
+from nestopt.train.data.text import from_path, standard_library, windows
+from nestopt.train.errors import CorpusError
 
 
 def write_files(root: Path, count: int, size: int = 300) -> dict[str, bytes]:

@@ -13,9 +13,9 @@ from nestopt.core.memories import Window
 from nestopt.core.tree import leaves
 from nestopt.levels import cms, deltanet, self_modifying, window_attention
 from nestopt.models import HopeLM
-from nestopt.train import checkpoint
-from nestopt.train.checkpoint import CheckpointError
-from nestopt.train.writing import PIECE, Writer
+from nestopt.train.checkpoints import file as checkpoint
+from nestopt.train.errors import CheckpointError
+from nestopt.train.generation import PIECE, Writer
 
 TEXT = bytes(range(32, 127)) * 3
 
@@ -45,7 +45,7 @@ def test_it_goes_on_as_the_model_does() -> None:
 def test_long_documents_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, pieces = Writer(make()), Writer(make())
     whole.read(TEXT)
-    monkeypatch.setattr("nestopt.train.writing.PIECE", 7)
+    monkeypatch.setattr("nestopt.train.generation.PIECE", 7)
     pieces.read(TEXT)
     assert PIECE > 7
     torch.testing.assert_close(dict(leaves(pieces.state)), dict(leaves(whole.state)), rtol=1e-4, atol=1e-5)

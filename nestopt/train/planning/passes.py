@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from tqdm import tqdm
 
 from nestopt.config import ModelConfig
 from nestopt.core.tree import State, leaves
@@ -20,6 +19,10 @@ from nestopt.models.build import build_model
 from nestopt.models.cost import Cost, Live
 from nestopt.models.hope import HopeLM
 from nestopt.nn.hope import Learn, writes
+from nestopt.train.errors import extra
+
+with extra("train"):
+    from tqdm import tqdm
 
 FEW, MORE = 2, 3
 """Of blocks, and of segments: what more of them take is, from the first of these numbers on, in proportion."""

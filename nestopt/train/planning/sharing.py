@@ -8,7 +8,7 @@ from typing import Literal, cast, get_args
 import torch
 
 from nestopt.config import Config, ConfigError
-from nestopt.train.deepspeed_settings import stage_of
+from nestopt.train.engines.deepspeed_settings import stage_of
 
 Engine = Literal["single", "ddp", "fsdp2", "deepspeed"]
 

@@ -8,16 +8,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nestopt.core.dataset import CorpusError
 from nestopt.core.part import nearest
-from nestopt.train.tokens import EXTRA, Vocabulary
+from nestopt.train.data.tokenizer import EXTRA, Vocabulary
+from nestopt.train.errors import CorpusError
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
 
 class Shards:
-    """A `nestopt.core.DocumentSet` of shards.
+    """A `nestopt.train.data.DocumentSet` of shards.
 
     Its blocks are the row groups of Parquet files, each of which is read without the ones before it; of other formats,
     the files.
@@ -29,7 +29,7 @@ class Shards:
         split: on the hub, which split.
         column: with the text.
         tokens: of the text.
-        shuffle, held_out: as of a `nestopt.core.DocumentSet`.
+        shuffle, held_out: as of a `nestopt.train.data.DocumentSet`.
 
     Raises:
         CorpusError: the extra is not installed, nothing is there, or it has no such column of text.

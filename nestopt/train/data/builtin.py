@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from nestopt.core.dataset import Dataset, DocumentDataset
 from nestopt.core.hookspecs import Register, hookimpl
-from nestopt.train.shards import Shards
-from nestopt.train.text import Corpus, from_path, standard_library
-from nestopt.train.tokens import Vocabulary
+from nestopt.train.data.dataset import Dataset, DocumentDataset
+from nestopt.train.data.parquet import Shards
+from nestopt.train.data.text import Corpus, from_path, standard_library
+from nestopt.train.data.tokenizer import Vocabulary
 
 
 class Stdlib(Dataset):

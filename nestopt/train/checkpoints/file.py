@@ -1,27 +1,22 @@
 """Checkpoints: one safetensors file with JSON in its header, written whole or not at all, read without pickle."""
 
-import glob
 import json
 import os
-import shutil
-import stat
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from nestopt.config.files import replacing
+from nestopt.train.errors import CheckpointError, extra
+
+with extra("train"):
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
 
 FORMAT = "nestopt-checkpoint"
 VERSION = 1
-
-
-class CheckpointError(RuntimeError):
-    """A file cannot be read as a checkpoint; the message names the file and the reason."""
 
 
 def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -63,43 +58,6 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> tu
         raise CheckpointError(f"{path}: there is no such checkpoint") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read, it is cut short, damaged or no checkpoint ({error})") from error
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Replace a file at once: write to the path that this gives, and when the block ends that file becomes ``path``.
-
-    If the block raises, or the process dies, ``path`` is as it was. What a killed process leaves behind is a hidden
-    folder beside ``path``, removed by the next writer; so one process at a time may write to a path.
-    """
-    target = Path(path)
-    # "~" ends the name, so that writing "a" does not clear away what another process is writing to "a.b".
-    for leftover in target.parent.glob(f".{glob.escape(target.name)}~*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    # A folder, since a library may make temporary files of its own beside the file that it writes (safetensors does).
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}~", suffix=".tmp", dir=target.parent))
-    try:
-        temporary = folder / "new"
-        temporary.touch()
-        mode = stat.S_IMODE(temporary.stat().st_mode)
-        yield temporary
-        temporary.chmod(mode)  # what the user's umask asks for; safetensors lets only the owner read
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a folder
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _plain(name: str, tensor: Tensor, storages: set[int]) -> Tensor:

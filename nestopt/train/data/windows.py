@@ -9,14 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nestopt.core.dataset import Text
-from nestopt.train.evaluate import held_out_text
-from nestopt.train.source import Batch, HeldOut
-from nestopt.train.text import windows
+from nestopt.train.data.dataset import Text
+from nestopt.train.data.source import Batch, HeldOut
+from nestopt.train.data.text import held_out_text, windows
 
 
 class Windows:
-    """A `Source` of windows of a byte corpus (`nestopt.train.text.windows`).
+    """A `Source` of windows of a byte corpus (`nestopt.train.data.text.windows`).
 
     Args:
         text: its training and held-out bytes.

@@ -1,4 +1,4 @@
-"""How parameters lie in DeepSpeed's optimizers, read off their own tables (0.19)."""
+"""Read where parameters lie in DeepSpeed's optimizers off their own tables (0.19)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from nestopt.optim.sharded.optimizer import Lying, Sharded
+from nestopt.optim.sharded.optimizer import Placement, Sharded
 from nestopt.optim.sharded.slices import Slice
 
 
-def lying(engine: Any, optimizer: Sharded) -> tuple[list[Lying], Any]:
-    """How the parameters of `optimizer` lie in an engine that was initialized with it, and in which group of processes.
+def placements(engine: Any, optimizer: Sharded) -> tuple[list[Placement], Any]:
+    """Return where an engine keeps the parameters of the `optimizer` it was made with, and its group of processes.
 
     Raises:
         RuntimeError: DeepSpeed keeps them in a way that is not known here.
@@ -28,11 +28,11 @@ def lying(engine: Any, optimizer: Sharded) -> tuple[list[Lying], Any]:
     if theirs is optimizer or getattr(theirs, "optimizer", None) is optimizer:
         # whole, and in float32: the model's own parameters, or copies that took their place in the groups
         groups = enumerate(optimizer.param_groups)
-        return [Lying(i, group["params"], group["params"]) for i, group in groups], engine.seq_data_parallel_group
+        return [Placement(i, group["params"], group["params"]) for i, group in groups], engine.seq_data_parallel_group
     raise RuntimeError(f"DeepSpeed made a {type(theirs).__name__}, and where that keeps parameters is not known")
 
 
-def _stage3(theirs: Any, names: Mapping[int, str]) -> list[Lying]:
+def _stage3(theirs: Any, names: Mapping[int, str]) -> list[Placement]:
     found = []
     for i, (params, flat) in enumerate(zip(theirs.fp16_groups, theirs.fp32_partitioned_groups_flat, strict=True)):
         rank, offset, table = dist.get_rank(theirs.dp_process_group), 0, []
@@ -42,11 +42,11 @@ def _stage3(theirs: Any, names: Mapping[int, str]) -> list[Lying]:
             size = min(part, param.ds_numel - start)
             table.append(Slice(names[id(param)], tuple(param.ds_shape), start, size, 0, offset))
             offset += part
-        found.append(Lying(theirs.sub_group_to_group_id[i], [flat], [flat.detach()], table))
+        found.append(Placement(theirs.sub_group_to_group_id[i], [flat], [flat.detach()], table))
     return found
 
 
-def _stage12(theirs: Any, names: Mapping[int, str]) -> list[Lying]:
+def _stage12(theirs: Any, names: Mapping[int, str]) -> list[Placement]:
     found = []
     for i, flat in enumerate(theirs.single_partition_of_fp32_groups):
         # not `_hp_mapping`, which is wrong where round_robin_gradients is on
@@ -67,11 +67,11 @@ def _stage12(theirs: Any, names: Mapping[int, str]) -> list[Lying]:
                     low - first if size else 0,
                 )
             )
-        found.append(Lying(i, [flat], [flat.detach()], table))
+        found.append(Placement(i, [flat], [flat.detach()], table))
     return found
 
 
-def _bf16(theirs: Any, names: Mapping[int, str]) -> list[Lying]:
+def _bf16(theirs: Any, names: Mapping[int, str]) -> list[Placement]:
     found = []
     for i, flat in enumerate(theirs.fp32_groups_flat_partition):
         table = []
@@ -84,7 +84,7 @@ def _bf16(theirs: Any, names: Mapping[int, str]) -> list[Lying]:
             table.append(
                 Slice(names[id(param)], tuple(param.shape), int(here.start), int(here.numel), 0, int(there.start))
             )
-        found.append(Lying(i, [flat], [flat.detach()], table))
+        found.append(Placement(i, [flat], [flat.detach()], table))
     return found
 
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from nestopt.config import Config, ConfigError, ModelConfig
 from nestopt.core.memories import Mlp
@@ -17,7 +16,11 @@ from nestopt.levels.cms import Cms
 from nestopt.models.build import build_model
 from nestopt.models.cost import Cost, state_bytes, step_cost
 from nestopt.nn.hope import Learn
+from nestopt.train.errors import extra
 from nestopt.train.run import check_precision
+
+with extra("train"):
+    from tqdm import tqdm
 
 
 @dataclasses.dataclass(frozen=True)

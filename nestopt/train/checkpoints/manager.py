@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from nestopt.optim.sharded.optimizer import Sharded
-from nestopt.optim.sharded.saved import WEIGHTS, Misfit, Stretch
-from nestopt.train.checkpoint import CheckpointError
-from nestopt.train.parts import Parts, Writer
+from nestopt.optim.sharded.saved import WEIGHTS, CheckpointMismatch, TensorSlice
+from nestopt.train.checkpoints.shards import ShardReader, ShardWriter
+from nestopt.train.errors import CheckpointError
 
 GROUPS = "groups"
 """Where in a checkpoint's meta the settings of the parameter groups are."""
 
 
-class Kept:
+class CheckpointManager:
     """A model and its optimizer under an engine.
 
     Args:
@@ -48,12 +48,15 @@ class Kept:
         self._numbers: dict[Path, int] = {}
 
     @property
-    def parts(self) -> int:
+    def shards(self) -> int:
         """How many files a checkpoint has: the first so many processes write one each."""
         return self.world if self.cut or any(unit.divided for unit in self.optimizer.units()) else 1
 
     def save(
-        self, folder: Path, meta: dict[str, Any], items: Callable[[], Iterator[tuple[str, Stretch]]] = lambda: iter(())
+        self,
+        folder: Path,
+        meta: dict[str, Any],
+        items: Callable[[], Iterator[tuple[str, TensorSlice]]] = lambda: iter(()),
     ) -> None:
         """Write the checkpoint of a folder, in place of the one that it has. All processes must call it.
 
@@ -65,9 +68,9 @@ class Kept:
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
         self.wait()
-        writer = Writer(folder, self.rank, self.parts, self.wait, self._number(folder))
+        writer = ShardWriter(folder, self.rank, self.shards, self.wait, self._number(folder))
 
-        def everything() -> Iterator[tuple[str, Stretch]]:
+        def everything() -> Iterator[tuple[str, TensorSlice]]:
             yield from self.weights()
             yield from self.optimizer.states()
             yield from items()
@@ -78,12 +81,12 @@ class Kept:
     def _number(self, folder: Path) -> int:
         """Of the last save there; counted, not looked up, since another process may be ahead with the next."""
         if folder not in self._numbers:
-            number = Parts.number_in(folder)
+            number = ShardReader.number_in(folder)
             self.wait()
             self._numbers[folder] = number
         return self._numbers[folder]
 
-    def load(self, parts: Parts) -> None:
+    def load(self, parts: ShardReader) -> None:
         """Put back what was saved, by any engine with any number of processes.
 
         Raises:
@@ -99,7 +102,7 @@ class Kept:
             raise CheckpointError(f"{parts.path}: the checkpoint is of another model: {strange[0]} is not here")
         try:
             self.optimizer.load(parts, parts.meta[GROUPS])
-        except Misfit as error:
+        except CheckpointMismatch as error:
             raise CheckpointError(f"{parts.path}: the checkpoint is of another optimizer: {error}") from error
         for name, tensor in self._others():
             with _gathered(tensor, write=True) as whole, torch.no_grad():
@@ -107,13 +110,13 @@ class Kept:
         self.spread()
         self.wait()
 
-    def weights(self) -> Iterator[tuple[str, Stretch]]:
+    def weights(self) -> Iterator[tuple[str, TensorSlice]]:
         """What this process keeps of weights, in float32 where the model's are less, and buffers."""
         yield from self.optimizer.weights()
         for name, tensor in self._others():
             with _gathered(tensor) as whole:
                 if self.rank == 0:
-                    yield WEIGHTS + name, Stretch(whole.detach())
+                    yield WEIGHTS + name, TensorSlice(whole.detach())
 
     def whole_weights(self, folder: Path) -> dict[str, Tensor] | None:
         """All weights and buffers by the names of `state_dict`, in the first process. All must call it.
@@ -121,7 +124,7 @@ class Kept:
         Args:
             folder: where parts of them may lie for a while.
         """
-        if self.parts == 1:
+        if self.shards == 1:
             if self.rank:
                 return None
             found = {name.removeprefix(WEIGHTS): item.values for name, item in self.weights()}
@@ -130,10 +133,10 @@ class Kept:
         if self.rank == 0:
             place.mkdir(exist_ok=True)
         self.wait()
-        Writer(place, self.rank, self.parts, self.wait).save(self.weights(), {})
+        ShardWriter(place, self.rank, self.shards, self.wait).save(self.weights(), {})
         if self.rank:
             return None
-        with Parts(place) as parts:
+        with ShardReader(place) as parts:
             found = {name.removeprefix(WEIGHTS): parts.whole(name) for name in parts.keys()}  # noqa: SIM118
         shutil.rmtree(place)
         return self._with_ties(found)

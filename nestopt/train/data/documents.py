@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from nestopt.core.dataset import CorpusError, DocumentSet
-from nestopt.train.checkpoint import CheckpointError
-from nestopt.train.order import Order
-from nestopt.train.packing import Packed, Place, Row, held_out
-from nestopt.train.source import Batch, HeldOut
+from nestopt.train.data.dataset import DocumentSet
+from nestopt.train.data.order import Order
+from nestopt.train.data.packing import Packed, Place, Row, held_out
+from nestopt.train.data.source import Batch, HeldOut
+from nestopt.train.errors import CheckpointError, CorpusError
 
 Found = list[Packed] | CorpusError
 """What a worker makes of a step: its rows, or why there are none."""

@@ -10,10 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nestopt.core.part import Part
-
-
-class CorpusError(ValueError):
-    """A corpus cannot be made: nothing at the path, no text in it, or too little of it."""
+from nestopt.train.errors import CorpusError
 
 
 class Text(Protocol):

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from nestopt.optim.sharded.saved import Stretch
-from nestopt.train import checkpoint
-from nestopt.train.checkpoint import CheckpointError
+from nestopt.config.files import replacing
+from nestopt.optim.sharded.saved import TensorSlice
+from nestopt.train.checkpoints import file as checkpoint
+from nestopt.train.errors import CheckpointError, extra
+
+with extra("train"):
+    from safetensors import safe_open
 
 INDEX = "checkpoint.json"
 """What names the parts that belong together: the checkpoint is what this says, and nothing else."""
@@ -24,7 +27,7 @@ INDEX = "checkpoint.json"
 FORMAT, VERSION = "nestopt-parts", 1
 
 
-class Parts:
+class ShardReader:
     """The checkpoint of a folder, to be read by tensor or stretch of one, whoever wrote it.
 
     Args:
@@ -67,7 +70,7 @@ class Parts:
                 raise CheckpointError(f"{path}: {key} has another shape than in the other parts")
             self._where.setdefault(key, []).append((start, math.prod(shape), i))
 
-    def __enter__(self) -> Parts:
+    def __enter__(self) -> ShardReader:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -133,7 +136,7 @@ class Parts:
         return key
 
 
-class Writer:
+class ShardWriter:
     """Writes the checkpoints of a folder, one after another; at any moment the folder has all of one.
 
     Each process writes its part to a file of its own. Once all have, the first process replaces `checkpoint.json`,
@@ -152,12 +155,12 @@ class Writer:
     ) -> None:
         self.folder, self.rank, self.parts, self.wait, self.number = Path(folder), rank, parts, wait, number
 
-    def save(self, items: Iterable[tuple[str, Stretch]], meta: dict[str, Any]) -> None:
+    def save(self, items: Iterable[tuple[str, TensorSlice]], meta: dict[str, Any]) -> None:
         """Write one more. All processes must call it.
 
         Args:
             items: what this process has, by name; not looked at by those that write no part.
-            meta: as for `nestopt.train.checkpoint.save`; that of the first process counts.
+            meta: as for `nestopt.train.checkpoints.file.save`; that of the first process counts.
         """
         self.number += 1
         names = [f"checkpoint-{self.number}-part-{i + 1}-of-{self.parts}.safetensors" for i in range(self.parts)]
@@ -172,7 +175,7 @@ class Writer:
         if self.rank == 0:
             checkpoint.check_json(meta, "meta")
             content = {"format": FORMAT, "version": VERSION, "number": self.number, "files": names, "meta": meta}
-            with checkpoint.replacing(self.folder / INDEX) as path:
+            with replacing(self.folder / INDEX) as path:
                 path.write_text(json.dumps(content, indent=1), encoding="utf-8")
             for old in self.folder.glob("checkpoint-*.safetensors"):
                 if old.name not in names:
@@ -205,7 +208,7 @@ def _opened(path: Path) -> Any:
         raise CheckpointError(f"{path}: cannot be read, it is cut short or damaged ({error})") from error
 
 
-def load_weights(model: torch.nn.Module, saved: Parts, prefix: str) -> None:
+def load_weights(model: torch.nn.Module, saved: ShardReader, prefix: str) -> None:
     """Put whole weights and buffers into a model, tied ones once.
 
     Raises:

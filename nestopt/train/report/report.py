@@ -10,13 +10,13 @@ import torch
 from nestopt.config import Config
 from nestopt.models import HopeLM
 from nestopt.optim.sharded.optimizer import Sharded
-from nestopt.train.baselines import baselines
-from nestopt.train.metrics import read
-from nestopt.train.plots import loss_plot
+from nestopt.train.data.source import HeldOut, Source
+from nestopt.train.data.windows import Windows
+from nestopt.train.report.baselines import baselines
+from nestopt.train.report.metrics import read
+from nestopt.train.report.plots import loss_plot
 from nestopt.train.run import Run
 from nestopt.train.sampling import check_drawn, choose
-from nestopt.train.source import HeldOut, Source
-from nestopt.train.windows import Windows
 
 PROMPT = "def "
 """What samples go on from."""

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nestopt.core.dataset import CorpusError
 from nestopt.core.part import nearest
+from nestopt.train.errors import CorpusError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

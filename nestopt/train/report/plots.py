@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from nestopt.train.checkpoint import replacing
+from nestopt.config.files import replacing
+from nestopt.train.errors import extra
+
+with extra("train"):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Floats = npt.NDArray[np.float64]
 
@@ -34,7 +37,7 @@ def loss_plot(
     infinite leaves a gap, and the first such step is marked.
 
     Args:
-        records: as `nestopt.train.metrics.read` gives them; those with ``"step"`` and either key are drawn.
+        records: as `nestopt.train.report.metrics.read` gives them; those with ``"step"`` and either key are drawn.
         path: the picture; its suffix says which kind (``.png``, ``.svg``, ``.pdf``).
         references: bits per byte by name, drawn as labelled horizontal lines.
         title: above the picture.

@@ -15,9 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nestopt.core.dataset import CorpusError
-
-__all__ = ["Corpus", "CorpusError", "from_path", "standard_library", "windows"]
+from nestopt.train.errors import CorpusError
 
 logger = logging.getLogger(__name__)
 
@@ -197,3 +195,21 @@ def _split_bytes(name: str, texts: list[bytes]) -> Corpus:
 
 def _array(text: bytes) -> npt.NDArray[np.uint8]:
     return np.frombuffer(text, dtype=np.uint8).copy()  # a copy can be written to, which torch.from_numpy asks for
+
+
+STRETCHES = 16
+"""The held-out text is so many stretches, evenly spread, so that it is not all from the first few files."""
+
+
+def held_out_text(held_out: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
+    """`size` bytes of the held-out text in a few long stretches (all of it, if it is no longer)."""
+    if len(held_out) <= size:
+        return held_out
+    length, over = divmod(size, STRETCHES)
+    gap = (len(held_out) - size) / max(1, STRETCHES - 1)
+    pieces, position = [], 0.0
+    for i in range(STRETCHES):
+        n = length + (i < over)
+        pieces.append(held_out[round(position) : round(position) + n])
+        position += n + gap
+    return np.concatenate(pieces)

@@ -14,10 +14,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from nestopt.optim.sharded.optimizer import Lying, Sharded
+from nestopt.optim.sharded.optimizer import Placement, Sharded
 from nestopt.optim.sharded.slices import Slice
-from nestopt.train.calls import users
-from nestopt.train.engines import LOW, Ddp
+from nestopt.train.engines.ddp import Ddp
+from nestopt.train.engines.engine import LOW
+from nestopt.train.engines.fsdp_methods import users
 
 
 class Fsdp2(Ddp):
@@ -49,9 +50,9 @@ class Fsdp2(Ddp):
     def _wrapped(self, objective: nn.Module) -> nn.Module:
         return objective
 
-    def _lying(self) -> list[Lying]:
+    def _placements(self) -> list[Placement]:
         self._masters = []
-        return lying(self.optimizer)
+        return placements(self.optimizer)
 
     @contextlib.contextmanager
     def _together(self, last: bool) -> Iterator[None]:
@@ -62,8 +63,8 @@ class Fsdp2(Ddp):
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def lying(optimizer: Sharded) -> list[Lying]:
-    """How DTensors lie.
+def placements(optimizer: Sharded) -> list[Placement]:
+    """Return where the DTensors of an optimizer lie.
 
     Raises:
         ValueError: a parameter is no DTensor, or is not cut by rows over one dimension of processes.
@@ -74,7 +75,7 @@ def lying(optimizer: Sharded) -> list[Lying]:
         for j, (name, param) in enumerate(zip(optimizer.names[i], group["params"], strict=True)):
             table.append(_slice(name, param, j))
             tensors.append(param.detach().to_local())
-        found.append(Lying(i, group["params"], tensors, table))
+        found.append(Placement(i, group["params"], tensors, table))
     return found
 
 

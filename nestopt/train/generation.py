@@ -8,14 +8,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nestopt.core.tree import State, leaves, nested
 from nestopt.models import HopeLM
 from nestopt.nn.hope import Learn
-from nestopt.train import checkpoint
-from nestopt.train.checkpoint import CheckpointError
+from nestopt.train.checkpoints import file as checkpoint
+from nestopt.train.errors import CheckpointError, extra
 from nestopt.train.sampling import check_drawn
+
+with extra("train"):
+    from tqdm import tqdm
 
 PIECE = 1024
 """Tokens of a document that are read at a time."""

@@ -1,30 +1,45 @@
-"""From a configuration to the source of its data."""
+"""Make the source of the data that a configuration names."""
 
 from __future__ import annotations
 
 from nestopt.config import Config, ConfigError
-from nestopt.core.dataset import DocumentDataset, DocumentSet
-from nestopt.train.datasets import Files
-from nestopt.train.documents import PackedDocuments
-from nestopt.train.source import Source
-from nestopt.train.windows import Windows
+from nestopt.train.data.builtin import Files
+from nestopt.train.data.dataset import Dataset, DocumentDataset, DocumentSet
+from nestopt.train.data.documents import PackedDocuments
+from nestopt.train.data.source import Source
+from nestopt.train.data.windows import Windows
+
+
+def dataset_of(config: Config) -> Dataset:
+    """Return the dataset that a configuration names: `data.path` goes before `data.dataset`.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    data = config.data
+    if data.path:
+        return Files(data.path)
+    if not isinstance(data.dataset, Dataset):
+        raise ConfigError.refuse("data.dataset", None, "give a dataset, or data.path")
+    return data.dataset
 
 
 def documents(config: Config) -> DocumentSet | None:
-    """The documents that a configuration names, or None where it names text as bytes.
+    """Return the documents that a configuration names, or None where it names text as bytes.
 
     What is found at their start, such as where in each shard what is, takes requests of a hub: one process can ask, and
     pickle the answer for the others.
 
     Raises:
+        ConfigError: it names neither.
         CorpusError: they can't be read.
     """
-    dataset = None if config.data.path else config.data.dataset
+    dataset = dataset_of(config)
     return dataset.documents() if isinstance(dataset, DocumentDataset) else None
 
 
 def make(config: Config, rank: int = 0, world: int = 1, given: DocumentSet | None = None) -> Source:
-    """The data that the section `data` of a configuration describes, for the process `rank` of `world`.
+    """Make the source that the section `data` of a configuration describes, for the process `rank` of `world`.
 
     Args:
         config: of the run.
@@ -36,9 +51,7 @@ def make(config: Config, rank: int = 0, world: int = 1, given: DocumentSet | Non
         CorpusError: the data can't be read.
     """
     data = config.data
-    dataset = Files(data.path) if data.path else data.dataset
-    if dataset is None:
-        raise ConfigError.refuse("data.dataset", None, "give a dataset, or data.path")
+    dataset = dataset_of(config)
     if data.batch % world:
         raise ConfigError.refuse("data.batch", data.batch, f"give a multiple of {world}, the number of processes")
     rows = data.batch // world

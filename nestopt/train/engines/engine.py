@@ -1,24 +1,19 @@
-"""How the work of a step is shared: one process, or several."""
+"""Train in one process: what every engine does, and what the others override."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from nestopt.config import Config, ConfigError
-from nestopt.core.device import by_contract
-from nestopt.nn import CMS
 from nestopt.optim import Nested
-from nestopt.optim.sharded.optimizer import Lying, Sharded
-from nestopt.train import launch
-from nestopt.train.kept import Kept
+from nestopt.optim.sharded.optimizer import Placement, Sharded
+from nestopt.train.checkpoints.manager import CheckpointManager
 from nestopt.train.run import check_precision
 
 log = logging.getLogger("nestopt")
@@ -43,7 +38,7 @@ class Engine:
     cut: bool = False
     comm: Any = None
     optimizer: Sharded
-    kept: Kept
+    kept: CheckpointManager
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -70,11 +65,11 @@ class Engine:
         nested.tell_loss_scale(1 / self.config.train.accumulate)
         self.optimizer = Sharded(nested)
         self.model = self._wrapped(objective)
-        self.optimizer.attach(self._lying(), self.comm)
+        self.optimizer.attach(self._placements(), self.comm)
         self._keep()
 
     def _keep(self) -> None:
-        self.kept = Kept(
+        self.kept = CheckpointManager(
             self.lm,
             self.optimizer,
             rank=self.rank,
@@ -87,7 +82,7 @@ class Engine:
     def _wrapped(self, objective: nn.Module) -> nn.Module:
         return objective
 
-    def _lying(self) -> list[Lying]:
+    def _placements(self) -> list[Placement]:
         """Parameters as they are; in float32 copies, where the model is in less."""
         self._masters: list[tuple[Tensor, Tensor]] = []
         for group in self.optimizer.param_groups:
@@ -95,7 +90,7 @@ class Engine:
                 if param.dtype in LOW:
                     group["params"][i] = master = nn.Parameter(param.detach().float())
                     self._masters.append((param, master))
-        return [Lying(i, group["params"], group["params"]) for i, group in enumerate(self.optimizer.param_groups)]
+        return [Placement(i, group["params"], group["params"]) for i, group in enumerate(self.optimizer.param_groups)]
 
     def update(self, batches: Sequence[tuple[Any, ...]]) -> tuple[Tensor, Tensor]:
         """Gradients of the mean loss over batches, clipping, and the optimizer's step.
@@ -170,107 +165,6 @@ class Engine:
 
     def close(self) -> None:
         """Leave the group of processes."""
-
-
-class Ddp(Engine):
-    """Each process has the whole model and a slice of the batch; gradients are averaged (DistributedDataParallel)."""
-
-    name: ClassVar[str] = "ddp"
-
-    def __init__(self, config: Config) -> None:
-        launch.hush()
-        launch.prepare()
-        if launch.processes() == 1 and "RANK" not in os.environ:
-            log.warning(
-                "train.engine=%s runs in one process; torchrun --nproc-per-node N -m nestopt train … starts several",
-                self.name,
-            )
-            launch.alone()
-        super().__init__(config)
-        self._begun = not dist.is_initialized()  # else the caller's group of processes is used, and left as it is
-        self._initialise()
-        self.rank, self.world, self.comm = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
-        if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(self.device)
-        shares = self.world * config.train.accumulate
-        if config.data.batch % shares:
-            self.close()
-            what = f"{self.world} processes"
-            if config.train.accumulate > 1:
-                what += f" times train.accumulate={config.train.accumulate}"
-            raise ConfigError.refuse("data.batch", config.data.batch, f"give a multiple of the {what}")
-
-    def _initialise(self) -> None:
-        if self._begun:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-
-    def _wrapped(self, objective: nn.Module) -> nn.Module:
-        # a batch without a write does not reach what says how far a write goes
-        writes = any(isinstance(module, CMS) and module.learns for module in objective.modules())
-        return nn.parallel.DistributedDataParallel(objective, find_unused_parameters=writes)
-
-    @contextlib.contextmanager
-    def _together(self, last: bool) -> Iterator[None]:
-        # gradients that are added up in float32 copies are averaged before they go there
-        with contextlib.nullcontext() if last or self._masters else self.model.no_sync():  # type: ignore[operator]
-            yield
-
-    def total(self, value: Tensor) -> Tensor:
-        dist.all_reduce(value)
-        return value
-
-    def any(self, flag: bool) -> bool:
-        seen = torch.full((), float(flag), device=self.device)
-        dist.all_reduce(seen, dist.ReduceOp.MAX)
-        with by_contract("agree"):
-            return bool(seen)
-
-    def agreed(self, seconds: float) -> float:
-        with by_contract("agree"):
-            return float(self.mean(torch.full((), seconds, dtype=torch.float64, device=self.device)))
-
-    def gathered(self, value: Any) -> list[Any]:
-        found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, value)
-        return found
-
-    def wait(self) -> None:
-        dist.barrier()
-
-    def close(self) -> None:
-        if self._begun:
-            dist.barrier()
-            dist.destroy_process_group()
-
-
-def make(config: Config) -> Engine:
-    """The engine that `train.engine` names."""
-    if config.train.engine == "single" and launch.processes() > 1:
-        raise ConfigError.refuse(
-            "train.engine", "single", f"{launch.processes()} processes were started; give ddp, fsdp2 or deepspeed"
-        )
-    return _ENGINES[config.train.engine]()(config)
-
-
-def _fsdp2() -> type[Engine]:
-    from nestopt.train.fsdp import Fsdp2
-
-    return Fsdp2
-
-
-def _deepspeed() -> type[Engine]:
-    from nestopt.train.deepspeed import DeepSpeed
-
-    return DeepSpeed
-
-
-_ENGINES: dict[str, Callable[[], type[Engine]]] = {
-    "single": lambda: Engine,
-    "ddp": lambda: Ddp,
-    "fsdp2": _fsdp2,
-    "deepspeed": _deepspeed,
-}
 
 
 def _device(name: str) -> torch.device:

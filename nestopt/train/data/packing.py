@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nestopt.core.dataset import CorpusError, DocumentSet
-from nestopt.train.order import Order, Piece, is_held_out
+from nestopt.train.data.dataset import DocumentSet
+from nestopt.train.data.order import Order, Piece, is_held_out
+from nestopt.train.errors import CorpusError
 
 
 @dataclasses.dataclass(frozen=True)

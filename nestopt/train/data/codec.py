@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from nestopt.config import Config
-from nestopt.core.dataset import DocumentDataset, TextCodec
+from nestopt.train.data.dataset import DocumentDataset, TextCodec
+from nestopt.train.data.sources import dataset_of
 
 
 class Coded(Protocol):
@@ -72,5 +73,5 @@ def text_of_tokens(config: Config) -> Coded:
     Raises:
         CorpusError: its tokenizer can't be had.
     """
-    dataset = None if config.data.path else config.data.dataset
+    dataset = dataset_of(config)
     return Tokenized(dataset.tokens()) if isinstance(dataset, DocumentDataset) else Bytes()

@@ -43,6 +43,7 @@ def token_memories(module: nn.Module) -> tuple[list[Memory], list[str]]:
     found: list[Memory] = []
     by_name: dict[str, None] = {}
     holders: list[str] = []
+    empty: list[str] = []
     for path, inner in module.named_modules():
         if any(path.startswith(f"{holder}.") or not holder for holder in holders):
             continue
@@ -55,6 +56,7 @@ def token_memories(module: nn.Module) -> tuple[list[Memory], list[str]]:
                 continue  # a static continuum learns as weights do; a wrapper's level is its inner module's
             else:
                 memories = stacks.memories(level, name, "tokens", _sizes(inner, level, name))
+                empty += stacks.keeps_nothing(level, name, memories)
         elif isinstance(inner, nn.MultiheadAttention):
             memories = [_attention(name)]
         elif isinstance(inner, RECURRENT):
@@ -71,6 +73,7 @@ def token_memories(module: nn.Module) -> tuple[list[Memory], list[str]]:
             "at."
             for cls in by_name
         ),
+        *dict.fromkeys(empty),
         *_precisions(module),
     ]
 

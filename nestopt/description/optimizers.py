@@ -138,10 +138,7 @@ def _learned(optimizer: Optimizer, level: Level, family: Family) -> list[Memory]
         if family.period > 1:
             itemsize = (summed if summed is not None else torch.empty((), dtype=dtype)).element_size()
             parts.append({family.name: stacks.Size(0, param.numel() * itemsize)})
-    found = stacks.memories(level, family.name, "gradients", stacks.add(parts), family.period)
-    if len(found) == 1 and found[0].memory == "none" and not found[0].state:
-        return []  # plain descent remembers nothing
-    return found
+    return stacks.memories(level, family.name, "gradients", stacks.add(parts), family.period)
 
 
 # -- any other ---------------------------------------------------------------------------------------------------------

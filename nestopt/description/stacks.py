@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -61,12 +62,30 @@ def _bracketed(level: Level) -> str:
 
 
 def memories(level: Level, name: str, context: Context, sizes: Sizes | None, period: int = 1) -> list[Memory]:
-    """The memories of `level` as `name`; `sizes` (of `measure`) is None where no shape is known."""
+    """List the memories of `level` as `name`; those that keep nothing are none.
+
+    Args:
+        level: on its own, or of a layer or optimizer.
+        name: of what it returns, the begin of each name.
+        context: what it is shown.
+        sizes: of `measure`; None where no shape is known.
+        period: of what it is in.
+    """
     nodes = level.nodes(name, period)
     owned = {} if sizes is None else _owned(sizes, nodes)
     growing = {node.name for node in nodes if node.rule == "append"} if _unbounded(level) else set()
+    needs: dict[str, tuple[str, ...]] = {}  # of what keeps nothing
+    empty = [node for node in nodes if node.memory == "none"]
+    if empty:
+        kept = owned or _owned(measure(level, name, begin(level, (2, 2), context)), nodes)
+        needs = {node.name: node.after for node in empty if not kept.get(node.name, Size()).bytes}
     found = []
     for node in nodes:
+        if node.name in needs:
+            continue
+        if node in empty:  # but for the sum of its clock
+            node = dataclasses.replace(node, memory="sum")
+        node = dataclasses.replace(node, after=_through(node.after, needs))
         size, grows = owned.get(node.name, Size()), node.name in growing
         known = sizes is not None and not grows
         found.append(
@@ -79,6 +98,22 @@ def memories(level: Level, name: str, context: Context, sizes: Sizes | None, per
             )
         )
     return found
+
+
+def _through(after: tuple[str, ...], needs: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Return `after` with what the names in `needs` need in their place."""
+    found = (_through(needs[name], needs) if name in needs else (name,) for name in after)
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(found)))
+
+
+def keeps_nothing(level: Level, name: str, found: Sequence[Memory]) -> list[str]:
+    """Say which levels within `level` are not among the memories `found` of it: one note, or none."""
+    listed = {memory.name for memory in found}
+    rules = dict.fromkeys(node.rule for node in level.nodes(name) if node.name not in listed)
+    if not rules:
+        return []
+    does, whose, place = ("keeps", "its", "is") if len(rules) == 1 else ("keep", "their", "are")
+    return [f"{' and '.join(rules)} {does} no memory of {whose} own, and {place} on no level."]
 
 
 def begin(level: Level, shape: Sequence[int], context: Context, dtype: torch.dtype | None = None) -> State:

@@ -18,7 +18,7 @@ from nestopt.core.level import Level
 from nestopt.core.memories import Memory
 from nestopt.core.objectives import Objective
 from nestopt.core.outputs import Output
-from nestopt.core.part import Part, is_subclass, nearest
+from nestopt.core.part import Part, is_subclass, label_by, nearest
 from nestopt.core.retentions import Retention
 
 KINDS: dict[str, tuple[type[Part] | str, str]] = {
@@ -246,3 +246,4 @@ def _module_of(plugin: object) -> str:
 
 registry = Registry()
 """The registry that nestopt uses."""
+label_by(registry.name_of)

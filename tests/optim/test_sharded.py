@@ -227,3 +227,28 @@ def test_inputs_are_summed_over_a_group_s_period():
             for a, b in zip(one.parameters(), other.parameters(), strict=True):
                 assert torch.equal(a, b)
     assert sharded.param_groups[0]["steps_taken"] == 4
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["nested", "sharded"])
+def test_forgetting_gradients_leaves_the_inputs_of_a_period(shared):
+    """Two steps of a period, with `zero_grad` between, are one step on the gradients and inputs of both batches."""
+    torch.manual_seed(1)
+    batches = [torch.randn(2, 3) for _ in range(4)]
+    slow, once = model(), model()
+    optimizer = nestopt.optimizer(
+        slow, "dgd", lr=0.1, groups=[{"match": "weight", "period": 2}, {"match": "bias", "lr": 0.0}]
+    )
+    twin = nestopt.optimizer(once, "dgd", lr=0.1, groups=[{"match": "bias", "lr": 0.0}])
+    if shared:
+        optimizer = Sharded(optimizer)
+        optimizer.attach([Placement(i, g["params"], g["params"]) for i, g in enumerate(optimizer.param_groups)])
+    for i, x in enumerate(batches):
+        optimizer.zero_grad()
+        slow(x).square().sum().backward()
+        optimizer.step()
+        once(x).square().sum().backward()
+        if i % 2:
+            twin.step()
+            twin.zero_grad()
+    for a, b in zip(slow.parameters(), once.parameters(), strict=True):
+        torch.testing.assert_close(a, b)

@@ -21,7 +21,7 @@ import tomllib
 ROOT = Path(__file__).parent.parent
 
 TESTS = ["core", "config", "levels", "optim", "kernels", "nn", "ops", "plugins", "test_cli.py"]
-TESTS += ["train/test_checkpoint.py", "train/test_plots.py"]
+TESTS += ["train/checkpoints/test_file.py", "train/report/test_plots.py"]
 LEFT_OUT = ["deep_memory", "deep_memory_tokens", "matrix_memories", "self_modifying*", "stability"]
 """Of ops: these take half of the time, on closed forms beside their twins, which the layers of nn run as well."""
 

@@ -30,8 +30,9 @@ from nestopt.core.associative import AssociativeMemory
 from nestopt.core.level import Level
 from nestopt.core.memories import Window
 from nestopt.core.tree import State, leaves
+from nestopt.evidence.measures import Line, Look, Mean
 from nestopt.evidence.reading import score
-from nestopt.evidence.report import ForgettingReport, Line, Look, Mean
+from nestopt.evidence.report import ForgettingReport
 from nestopt.models import HopeLM
 from nestopt.nn import clone
 from nestopt.nn.hope import HopeBlock, Learn

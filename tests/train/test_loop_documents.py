@@ -16,7 +16,7 @@ from nestopt.train.data.sources import make
 from nestopt.train.evaluate import documents_bits
 from nestopt.train.loop import train
 from nestopt.train.report.metrics import read
-from tests.train.parquet import write_shards
+from tests.train.data.parquet import write_shards
 
 pytest.importorskip("datasets")
 pytest.importorskip("tokenizers")

@@ -19,7 +19,7 @@ from nestopt.train.data.builtin import Documents, FinewebEdu
 from nestopt.train.data.source import merged
 from nestopt.train.data.sources import documents, make
 from nestopt.train.errors import CorpusError
-from tests.train.parquet import GROUP, ROWS, SHARDS, text_of, write_shards
+from tests.train.data.parquet import GROUP, ROWS, SHARDS, text_of, write_shards
 
 pytest.importorskip("datasets")
 tokenizers = pytest.importorskip("tokenizers")

@@ -16,7 +16,7 @@ from nestopt.train.data.source import merged
 from nestopt.train.data.sources import documents, make
 from nestopt.train.data.text import from_path, held_out_text, windows
 from nestopt.train.errors import CorpusError
-from tests.train.words import Words
+from tests.train.data.words import Words
 
 
 class Made(DocumentDataset):

@@ -19,7 +19,7 @@ from nestopt.train.data.order import Order, is_held_out, permutation
 from nestopt.train.data.packing import Packed, Place, Row
 from nestopt.train.data.source import Batch, Source, merged
 from nestopt.train.errors import CheckpointError, CorpusError
-from tests.train.words import END, Words
+from tests.train.data.words import END, Words
 
 
 def make(documents: Words | None = None, **options: Any) -> PackedDocuments:

@@ -259,7 +259,7 @@ PRINTED = {
 @pytest.mark.parametrize("name", PRINTED)
 def test_the_docs_show_what_is_printed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     command, part = PRINTED[name]
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     page = (root / "docs" / "scale.md").read_text(encoding="utf-8")
     assert f"nestopt plan {command}\n" in page
     args = [str(root / word) if word.endswith(".yaml") else word for word in command.split()]

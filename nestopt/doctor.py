@@ -22,7 +22,7 @@ OPTIONAL = {
 
 
 def report() -> tuple[str, bool]:
-    """The findings as text, and whether nothing that nestopt needs is missing."""
+    """Return the findings as text, and whether nothing that nestopt needs is missing."""
     own = VERSION if _version("nestopt") else f"{VERSION} (a checkout that is not installed)"
     lines, healthy = [f"nestopt {own}, Python {platform.python_version()}, {platform.platform()}"], True
     compiler = shutil.which("g++") or shutil.which("clang++")

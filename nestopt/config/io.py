@@ -51,7 +51,7 @@ _Dumper.add_representer(str, _text)
 
 
 def parse(text: str, source: str = "") -> Any:
-    """The data that YAML `text` holds. Raises ConfigError with `source` and the line where it is not YAML."""
+    """Return the data that YAML `text` holds. Raises ConfigError with `source` and the line where it is not YAML."""
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
@@ -64,7 +64,7 @@ def parse(text: str, source: str = "") -> Any:
 
 
 def read(path: str | os.PathLike[str]) -> Any:
-    """The data in a YAML file. Raises ConfigError where that is not YAML, OSError where it can't be read."""
+    """Return the data in a YAML file. Raises ConfigError where that is not YAML, OSError where it can't be read."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -73,6 +73,6 @@ def read(path: str | os.PathLike[str]) -> Any:
 
 
 def dump(data: Any) -> str:
-    """Plain data as YAML, keys in their order."""
+    """Return plain data as YAML, keys in their order."""
     text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
     return text.removesuffix("...\n")  # PyYAML's end of a document that is one plain value

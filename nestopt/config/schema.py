@@ -31,7 +31,7 @@ DatasetSpec = Annotated[Part, BeforeValidator(lambda spec: build("dataset", spec
 
 
 def _spec(default: object) -> Any:
-    """A default written as a spec. It is built when a section is made, so that importing this needs no registry."""
+    """Return a default as a spec: it is built when a section is made, and importing this needs no registry."""
     return default
 
 
@@ -153,7 +153,7 @@ class RestConfig(Section):
 
 
 def _rest(spec: object) -> object:
-    """A bare level stands for a section with that stack."""
+    """Make a section of a bare level, which stands for one with that stack."""
     if isinstance(spec, RestConfig) or (isinstance(spec, Mapping) and "level" not in spec):
         return spec
     return RestConfig(stack=build("level", spec))
@@ -285,7 +285,7 @@ class Config(Section):
 
     @classmethod
     def from_data(cls, data: object, source: str = "") -> Config:
-        """The configuration that `data` (nested mappings, as from YAML) describes; None is the default one.
+        """Return the configuration that `data` (nested mappings, as from YAML) describes; None is the default one.
 
         Args:
             data: what is not given has its default.
@@ -304,11 +304,11 @@ class Config(Section):
             raise error.under("", source) from None
 
     def to_data(self) -> dict[str, Any]:
-        """Every key, as plain data: `from_data` makes an equal configuration of it."""
+        """Return every key, as plain data: `from_data` makes an equal configuration of it."""
         return self.model_dump()
 
     def to_yaml(self) -> str:
-        """`to_data` as YAML text."""
+        """Return `to_data` as YAML text."""
         from nestopt.config.io import dump
 
         return dump(self.to_data())

@@ -204,7 +204,7 @@ class Registry:
     # -- looking up ------------------------------------------------------------------------------------------------
 
     def get(self, kind: str, name: str) -> type[Part]:
-        """The class registered as `name`. Raises UnknownName, with the nearest name there is."""
+        """Return the class registered as `name`. Raises UnknownName, with the nearest name there is."""
         self._load()
         known = self._classes[kind]
         if name not in known:
@@ -216,22 +216,22 @@ class Registry:
         return known[name][0]
 
     def names(self, kind: str) -> list[str]:
-        """All names of a kind, sorted."""
+        """Return all names of a kind, sorted."""
         self._load()
         return sorted(self._classes[kind])
 
     def name_of(self, cls: type) -> str | None:
-        """The name that `cls` is registered under, or None."""
+        """Return the name that `cls` is registered under, or None."""
         self._load()
         return self._names.get(cls)
 
     def owner(self, kind: str, name: str) -> str:
-        """Which plugin registered `name`."""
+        """Return which plugin registered `name`."""
         self.get(kind, name)
         return self._classes[kind][name][1]
 
     def plugins(self) -> list[Plugin]:
-        """Every plugin found, those that were skipped or switched off too."""
+        """Return every plugin found, those that were skipped or switched off too."""
         self._load()
         return list(self._plugins.values())
 

@@ -20,7 +20,7 @@ def describe(
     shape: Sequence[int] | None = None,
     context: Context = "gradients",
 ) -> Description:
-    """The memories of a thing, sorted into levels by how often they learn (NL Def. 2).
+    """Describe a thing: its memories, sorted into levels by how often they learn (NL Def. 2).
 
     * of a level, or a stack of them: its memories;
     * of an optimizer, nestopt's or any other: what it keeps of the gradients, and the weights that it moves;

@@ -30,7 +30,7 @@ OUTSIDE, OTHER = "outside the module", "other"
 
 
 def level_of(module: nn.Module) -> Level | None:
-    """The level that a layer of nestopt's, or one like it, runs on tokens."""
+    """Return the level that a layer of nestopt's, or one like it, runs on tokens."""
     level = getattr(module, "level", None)
     return level if isinstance(level, Level) else None
 
@@ -39,7 +39,7 @@ def level_of(module: nn.Module) -> Level | None:
 
 
 def token_memories(module: nn.Module) -> tuple[list[Memory], list[str]]:
-    """Every memory that is updated as tokens pass, by its path, and notes."""
+    """Return every memory that is updated as tokens pass, by its path, and notes."""
     found: list[Memory] = []
     by_name: dict[str, None] = {}
     holders: list[str] = []
@@ -79,7 +79,7 @@ def token_memories(module: nn.Module) -> tuple[list[Memory], list[str]]:
 
 
 def _precisions(module: nn.Module) -> list[str]:
-    """What is said of products of memories that are not made in float32."""
+    """Return what is said of products of memories that are not made in float32."""
     found: dict[str, list[str]] = {}
     for path, inner in module.named_modules():
         if isinstance(inner, SequenceMemory | CMS | Stacked):
@@ -106,7 +106,7 @@ def _wraps(module: nn.Module, level: Level) -> bool:
 
 
 def _continuum(module: CMS, name: str) -> list[Memory]:
-    """The levels of a continuum in context, which writes at its periods."""
+    """Return the levels of a continuum in context, which writes at its periods."""
     level, state = module.level, module.init_state(1)
     objective = "the model's loss" if module.taught else "l2"
     found = []
@@ -138,7 +138,7 @@ def _recurrent(module: nn.Module, name: str) -> Memory:
 
 
 def _sizes(module: nn.Module, level: Level, name: str) -> stacks.Sizes | None:
-    """Of the memories of one sequence, where the module says how many heads of which size it has."""
+    """Measure the memories of one sequence, where the module says how many heads of which size it has."""
     width, heads = getattr(module, "dim_head", None), getattr(module, "heads", None)
     if not (isinstance(width, int) and isinstance(heads, int)):
         return None
@@ -151,7 +151,7 @@ def _sizes(module: nn.Module, level: Level, name: str) -> stacks.Sizes | None:
 
 
 def kinds_of_weights(module: nn.Module) -> dict[Tensor, str]:
-    """The kind of every parameter, tied ones once, in the order of the module."""
+    """Return the kind of every parameter, tied ones once, in the order of the module."""
     found: dict[Tensor, str] = {}
     for param, kind in _walk(module, ""):
         found.setdefault(param, kind)
@@ -167,7 +167,7 @@ def _walk(module: nn.Module, above: str) -> Iterator[tuple[Tensor, str]]:
 
 
 def _holder(module: nn.Module) -> str:
-    """The kind of all weights within a module that is a memory of tokens as a whole."""
+    """Return the kind of all weights within a module that is a memory of tokens as a whole."""
     level = level_of(module)
     if level is not None and not _wraps(module, level):
         return "cms" if isinstance(level, Cms) else f"{level.label} layers"
@@ -183,7 +183,7 @@ def _kind(module: nn.Module) -> str:
 
 
 def weights(kinds: dict[Tensor, str], families: Sequence[Family]) -> list[Memory]:
-    """One memory per kind of weights and per family of the optimizer that trains them; those of none are fixed."""
+    """Return a memory for each kind of weights and family of the optimizer that trains them; others are fixed."""
     owner = {param: family for family in families for param in family.params}
     parts: dict[tuple[str, str], list[Tensor]] = {}
     for param in dict.fromkeys([*kinds, *owner]):

@@ -41,7 +41,7 @@ Sizes = dict[str, Size]
 
 
 def words(level: Level) -> str:
-    """A level in a few words: `"momentum → muon"`, `"adam + (momentum every 16)"`."""
+    """Return a level in a few words: `"momentum → muon"`, `"adam + (momentum every 16)"`."""
     if isinstance(level, Chain | Parallel):
         joint = " → " if isinstance(level, Chain) else " + "
         said = joint.join(
@@ -117,7 +117,7 @@ def keeps_nothing(level: Level, name: str, found: Sequence[Memory]) -> list[str]
 
 
 def begin(level: Level, shape: Sequence[int], context: Context, dtype: torch.dtype | None = None) -> State:
-    """The state that `level` starts with for a tensor of `shape` (on tokens `(D_v, D_k)`), on the meta device."""
+    """Start the state of `level` for a tensor of `shape` (on tokens `(D_v, D_k)`), on the meta device."""
     like = torch.empty(tuple(shape), dtype=dtype, device="meta")
     if context == "tokens":
         dim_v, dim_k = shape
@@ -126,7 +126,7 @@ def begin(level: Level, shape: Sequence[int], context: Context, dtype: torch.dty
 
 
 def measure(level: Level, name: str, state: Mapping[str, Any]) -> Sizes:
-    """How much of `state` belongs to which of the memories that `level.nodes(name)` lists."""
+    """Return how much of `state` belongs to which of the memories that `level.nodes(name)` lists."""
     own = {key: value for key, value in state.items() if key not in (SUM, READ)}
     clock = [state[key] for key in (SUM, READ) if isinstance(state.get(key), Tensor)]
     if isinstance(level, Chain | Parallel | Cms):
@@ -166,14 +166,14 @@ def _associative(level: AssociativeMemory, name: str, state: State) -> Sizes:
 
 
 def _unbounded(level: Level) -> bool:
-    """Whether a memory that keeps pairs as they are has no bound on how many."""
+    """Return whether a memory that keeps pairs as they are has no bound on how many."""
     if isinstance(level, AssociativeMemory) and type(level.memory).append is not Store.append:
         return getattr(level.memory, "size", None) is None
     return any(_unbounded(part) for _, part in level.parts() if isinstance(part, Level))
 
 
 def _owned(sizes: Sizes, nodes: Sequence[Node]) -> Sizes:
-    """Sizes under names of nodes: what is under no node's name belongs to the nearest one above, else to the first."""
+    """Return sizes by node: what is under no node's name belongs to the nearest one above, else to the first."""
     names, owned = {node.name for node in nodes}, []
     for name, size in sizes.items():
         owner = name
@@ -184,7 +184,7 @@ def _owned(sizes: Sizes, nodes: Sequence[Node]) -> Sizes:
 
 
 def add(parts: Iterable[Sizes]) -> Sizes:
-    """Sums by name."""
+    """Return sums by name."""
     found: Sizes = {}
     for part in parts:
         for name, size in part.items():

@@ -132,7 +132,7 @@ class _Reader:
         )
 
     def _kept(self, documents: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """Bits per token `[n]` of each document, by the stream that has read it and by one that has not."""
+        """Return bits per token `[n]` of each document, by the stream that has read it and by one that has not."""
         own, _ = self._score(documents, clone(state), "mixer")
         other, _ = self._score(documents.roll(-1, 0), clone(state), "mixer")
         return own.mean(1), other.mean(1).roll(1, 0)
@@ -147,7 +147,7 @@ class _Reader:
 
 
 def documents_in(text: Tensor, size: int, count: int = 8, times: int = TIMES[-1]) -> tuple[Tensor, Tensor]:
-    """Documents and new text from all over a text, for `forgetting`; none of them overlap.
+    """Return documents and new text from all over a text, for `forgetting`; none of them overlap.
 
     The text is cut into `count` sections. A section's first bytes are a document, and its last are new text.
 

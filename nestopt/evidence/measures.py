@@ -22,7 +22,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: Tensor) -> Mean:
-        """Of one number per document `[n]`, n >= 2."""
+        """Return the mean of one number per document `[n]`, n >= 2."""
         values = values.double()
         return cls(float(values.mean()), float(values.std() / math.sqrt(len(values))))
 

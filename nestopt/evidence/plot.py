@@ -56,5 +56,5 @@ def _curve(axes: Axes, positions: Sequence[float], curve: Sequence[Mean], colour
 
 
 def _undated(path: str | os.PathLike[str]) -> dict[str, None] | None:
-    """An SVG of the same numbers is the same file, whenever it is drawn."""
+    """Leave out an SVG's date: of the same numbers it is the same file, whenever it is drawn."""
     return {"Date": None} if Path(path).suffix == ".svg" else None

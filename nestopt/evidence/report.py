@@ -32,7 +32,7 @@ class ForgettingReport:
     mixer: Line
 
     def table(self) -> str:
-        """The report as text."""
+        """Return the report as text."""
         lines = (self.learning, self.mixer)
         looks: list[tuple[str, list[object]]] = [
             ("first look", [line.first.whole for line in lines]),
@@ -56,14 +56,14 @@ class ForgettingReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as JSON takes it; numbers that are not finite are None."""
+        """Return plain data, as JSON takes it; numbers that are not finite are None."""
         found = _plain(dataclasses.asdict(self))
         assert isinstance(found, dict)
         return found
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ForgettingReport:
-        """The report that `to_dict` gave."""
+        """Return the report that `to_dict` gave."""
         return cls(
             data["documents"],
             data["size"],

@@ -26,7 +26,7 @@ def initialize(
     config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> tuple[Any, Sharded, Any, Any]:
-    """`deepspeed.initialize` with levels for the optimizer: what it returns, engine, optimizer, loader and scheduler.
+    """Call `deepspeed.initialize` with levels for the optimizer: returns engine, optimizer, loader and scheduler.
 
     Levels do at every stage what they do in one process: those that need whole matrices (muon, shampoo, dgd …) are
     shown them by the process that owns each, elementwise ones (adam, momentum …) step the slices where they lie. The
@@ -76,7 +76,7 @@ def load(engine: Any, folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _whole_shapes(model: nn.Module) -> Iterator[dict[int, nn.Parameter]]:
-    """For a model that `zero.Init` has cut up: tensors without data, of the true shapes, in its parameters' place."""
+    """Put tensors without data, of the true shapes, in the place of parameters that `zero.Init` has cut up."""
     real: dict[int, nn.Parameter] = {}
     stand_ins: dict[int, nn.Parameter] = {}
     places = []

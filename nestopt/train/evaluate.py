@@ -23,7 +23,7 @@ def bits_per_byte(
     world: int = 1,
     total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> float:
-    """Mean bits that `model` needs for each byte of `text` but the first.
+    """Return the mean bits that `model` needs for each byte of `text` but the first.
 
     The text is read in windows of `window` bytes that overlap by a quarter: each byte is predicted from at least a
     quarter of a window before it (but at the start), and counted once.
@@ -75,7 +75,7 @@ def documents_bits(
     world: int = 1,
     total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> float:
-    """Mean bits that `model` needs for each token of documents but the first of each, read in windows of their own.
+    """Return the mean bits that `model` needs for each token of documents but their first, in windows of their own.
 
     Args:
         model: its state begins anew with each window, and in it with each document.
@@ -121,7 +121,7 @@ def stream_bits_per_byte(
     world: int = 1,
     total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> float:
-    """Mean bits that `model` needs for each byte of `text` but the first, read with its state from end to end.
+    """Return the mean bits that `model` needs for each byte of `text` but the first, read with its state throughout.
 
     The text is cut into `streams` stretches of one length, side by side in a batch: each byte is predicted from all of
     its stretch before it, and counted once. Memory does not grow with the text, if the model's state does not.

@@ -173,14 +173,14 @@ class _Training:
         return True
 
     def _seconds_since(self, begin: float) -> float:
-        """Time on this process's clock; where time limits the run, on the mean of all, so that they act alike."""
+        """Return this process's time; where time limits the run, the mean of all processes', so that they act alike."""
         elapsed = time.monotonic() - begin
         if self.config.train.seconds is None:
             return elapsed
         return self.engine.agreed(elapsed)
 
     def _progress(self) -> float:
-        """How much of the run is over, from 0 to 1."""
+        """Return how much of the run is over, from 0 to 1."""
         settings = self.config.train
         share = self.step / settings.steps
         return share if settings.seconds is None else max(share, self.elapsed / settings.seconds)
@@ -195,7 +195,7 @@ class _Training:
         return self.engine.update(self._batches(self.source.batch()))
 
     def _batches(self, batch: Batch) -> list[tuple[Tensor | None, ...]]:
-        """What the objective is called with, `train.accumulate` times."""
+        """Return what the objective is called with, `train.accumulate` times."""
         count = self.config.train.accumulate
         tokens = upload(batch.tokens, self.engine.device).chunk(count)
         if batch.starts is None:
@@ -232,7 +232,7 @@ class _Training:
                 bar.write(f"step {self.step}: held out {score:.3f} bits per byte")
 
     def _sample(self) -> None:
-        """Text of the model's own, written by the first process; where weights are cut up, all must ask for it."""
+        """Let the first process write text of the model's own; where weights are cut up, all must ask for it."""
         if self.engine.rank == 0 or self.engine.cut:
             self.report.sample(self.lm, self.step, self.config, write=self.engine.rank == 0)
 
@@ -258,7 +258,7 @@ class _Training:
         self.engine.kept.save(self.run.path, meta, self._own)
 
     def _own(self) -> Iterator[tuple[str, TensorSlice]]:
-        """What a checkpoint has of this process besides the model and its optimizer."""
+        """Yield what a checkpoint has of this process besides the model and its optimizer."""
         for name, state in random_state().items():
             yield f"{RANDOM}{self.engine.rank}.{name}", TensorSlice(state)
 
@@ -281,7 +281,7 @@ class _Training:
 
 
 def _shared(run: Run | None) -> Run:
-    """The first process's run folder, in every process."""
+    """Return the first process's run folder, in every process."""
     path = [str(run.path) if run else None]
     torch.distributed.broadcast_object_list(path, src=0)
     return Run(Path(str(path[0])))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def random_state() -> dict[str, Tensor]:
-    """torch's generators, as tensors."""
+    """Return torch's generators, as tensors."""
     found = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         found |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}

@@ -28,7 +28,7 @@ class Run:
 
     @classmethod
     def create(cls, config: Config) -> Run:
-        """A new folder under `train.out`, numbered on from what is there, with the config in it."""
+        """Make a new folder under `train.out`, numbered on from what is there, with the config in it."""
         root = Path(config.train.out)
         root.mkdir(parents=True, exist_ok=True)
         numbers = [int(found[1]) for child in root.iterdir() if (found := re.fullmatch(r"(\d+)", child.name))]
@@ -45,7 +45,7 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """An existing run folder. Raises ConfigError if it is none."""
+        """Open an existing run folder. Raises ConfigError if it is none."""
         run = cls(Path(path))
         if not run.config_file.is_file():
             parent = run.path.parent
@@ -66,7 +66,7 @@ class Run:
         return self.path / "model.safetensors"
 
     def config(self) -> Config:
-        """The configuration the run was started with."""
+        """Return the configuration the run was started with."""
         config = load(self.config_file)
         assert isinstance(config, Config)
         return config
@@ -116,7 +116,7 @@ def check_precision(config: Config, device: torch.device, how: str = "model.prec
 
 
 def build_model(config: Config) -> HopeLM:
-    """The model of a configuration, in its dtype, at its seed's initial weights."""
+    """Build the model of a configuration, in its dtype, at its seed's initial weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         model = models.build_model(config.model)

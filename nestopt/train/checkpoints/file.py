@@ -61,7 +61,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> tu
 
 
 def _plain(name: str, tensor: Tensor, storages: set[int]) -> Tensor:
-    """The tensor as safetensors takes it: on the CPU, contiguous, and in memory of its own (noted in ``storages``)."""
+    """Return a tensor as safetensors takes it: on the CPU, contiguous, in memory of its own (noted in ``storages``)."""
     if name == "__metadata__":
         raise ValueError("a tensor cannot be named '__metadata__': the safetensors format keeps that name for itself")
     tensor = tensor.detach()
@@ -96,7 +96,7 @@ def check_json(value: Any, name: str) -> None:
 
 
 def read_header(path: str | os.PathLike[str], header: Mapping[str, str]) -> dict[str, Any]:
-    """The meta in a file's header. Raises CheckpointError where it is none of ours, or of a newer version."""
+    """Return the meta in a file's header. Raises CheckpointError where it is none of ours, or of a newer version."""
     if header.get("format") != FORMAT:
         raise CheckpointError(f"{path}: is a safetensors file, but no checkpoint of nestopt")
     try:

@@ -79,7 +79,7 @@ class CheckpointManager:
         self._numbers[folder] = writer.number
 
     def _number(self, folder: Path) -> int:
-        """Of the last save there; counted, not looked up, since another process may be ahead with the next."""
+        """Return the number of the last save there: counted, for another process may be ahead with the next."""
         if folder not in self._numbers:
             number = ShardReader.number_in(folder)
             self.wait()
@@ -111,7 +111,7 @@ class CheckpointManager:
         self.wait()
 
     def weights(self) -> Iterator[tuple[str, TensorSlice]]:
-        """What this process keeps of weights, in float32 where the model's are less, and buffers."""
+        """Yield what this process keeps of weights, in float32 where the model's are less, and buffers."""
         yield from self.optimizer.weights()
         for name, tensor in self._others():
             with _gathered(tensor) as whole:
@@ -119,7 +119,7 @@ class CheckpointManager:
                     yield WEIGHTS + name, TensorSlice(whole.detach())
 
     def whole_weights(self, folder: Path) -> dict[str, Tensor] | None:
-        """All weights and buffers by the names of `state_dict`, in the first process. All must call it.
+        """Return all weights and buffers by the names of `state_dict`, in the first process. All must call it.
 
         Args:
             folder: where parts of them may lie for a while.
@@ -142,7 +142,7 @@ class CheckpointManager:
         return self._with_ties(found)
 
     def _with_ties(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A weight under each of its names."""
+        """Return a weight under each of its names."""
         names: dict[int, str] = {id(param): name for name, param in self.lm.named_parameters()}
         ties = {
             name: names[id(param)]
@@ -152,7 +152,7 @@ class CheckpointManager:
         return {**found, **{name: found[first] for name, first in ties.items()}}
 
     def _others(self) -> Iterator[tuple[str, Tensor]]:
-        """Buffers, and parameters that are not optimized."""
+        """Yield buffers, and parameters that are not optimized."""
         kept = self.lm.state_dict().keys()
         for name, tensor in [*self.lm.named_parameters(), *self.lm.named_buffers()]:
             if name in kept and name not in self.optimizer.models:
@@ -161,7 +161,7 @@ class CheckpointManager:
 
 @contextlib.contextmanager
 def _gathered(tensor: Tensor, write: bool = False) -> Iterator[Tensor]:
-    """A tensor whole: that which DeepSpeed or FSDP2 has cut up, put together for a while."""
+    """Put a tensor together for a while, where DeepSpeed or FSDP2 has cut it up."""
     if hasattr(tensor, "ds_shape"):
         from deepspeed.zero import GatheredParameters
 

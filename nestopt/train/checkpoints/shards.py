@@ -55,7 +55,7 @@ class ShardReader:
 
     @staticmethod
     def number_in(folder: Path) -> int:
-        """Of the last save in a folder; 0 if there was none."""
+        """Return the number of the last save in a folder; 0 if there was none."""
         return _index(folder / INDEX)[0] if (folder / INDEX).exists() else 0
 
     def _note(self, i: int, path: Path, file: Any) -> None:
@@ -77,15 +77,15 @@ class ShardReader:
         self._close.close()
 
     def keys(self) -> Iterable[str]:
-        """The names of all tensors."""
+        """Return the names of all tensors."""
         return self._where.keys()
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Of a whole tensor."""
+        """Return the shape of a whole tensor."""
         return self._shapes[self._known(key)]
 
     def whole(self, key: str) -> Tensor:
-        """A whole tensor, on the CPU."""
+        """Return a whole tensor, on the CPU."""
         shape = self.shape(key)
         start, size, i = self._where[key][0]
         if start == 0 and size == math.prod(shape):
@@ -93,7 +93,7 @@ class ShardReader:
         return self.stretch(key, 0, math.prod(shape)).view(shape)
 
     def stretch(self, key: str, start: int, size: int) -> Tensor:
-        """The numbers from `start` on, `[size]`, of a tensor's flattened form; only the parts that hold them are read.
+        """Return `[size]` numbers of a flattened tensor, from `start` on; only the shards that hold them are read.
 
         Raises:
             CheckpointError: the parts lack some of them.
@@ -116,7 +116,7 @@ class ShardReader:
         return out
 
     def _numbers(self, i: int, key: str, start: int, size: int) -> Tensor:
-        """Numbers of what file `i` has under this name, of a matrix only the rows that hold them."""
+        """Return numbers of what file `i` has under this name, of a matrix only the rows that hold them."""
         view = self._open[i].get_slice(key)
         shape = view.get_shape()
         if not shape:

@@ -15,13 +15,13 @@ class Coded(Protocol):
     """Text and tokens of one model."""
 
     def encode(self, text: bytes) -> Sequence[int]:
-        """Text, given in UTF-8, as tokens; nothing is none."""
+        """Return text, given in UTF-8, as tokens; nothing is none."""
 
     def add(self, token: int) -> str:
-        """What text one more token adds."""
+        """Return what text one more token adds."""
 
     def end(self) -> str:
-        """What is left when no more come."""
+        """Return what is left when no more come."""
 
 
 class Bytes:
@@ -68,7 +68,7 @@ class Tokenized:
 
 
 def text_of_tokens(config: Config) -> Coded:
-    """That of a run of this configuration.
+    """Return the codec of a run of this configuration.
 
     Raises:
         CorpusError: its tokenizer can't be had.

@@ -33,11 +33,11 @@ class TextCodec(Protocol):
         ...
 
     def encode_prompt(self, text: str) -> Sequence[int]:
-        """The begin of a document as tokens, with what marks it and no end."""
+        """Return the begin of a document as tokens, with what marks it and no end."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Tokens as text, without marks."""
+        """Return tokens as text, without marks."""
         ...
 
 
@@ -66,11 +66,11 @@ class DocumentSet(TextCodec, Protocol):
         ...
 
     def texts(self, block: int) -> Iterator[str]:
-        """The documents of a block, 0 … blocks - 1, in their order."""
+        """Return the documents of a block, 0 … blocks - 1, in their order."""
         ...
 
     def encode(self, text: str) -> Sequence[int]:
-        """A document as tokens, one or more, with what marks its begin and its end."""
+        """Return a document as tokens, one or more, with what marks its begin and its end."""
         ...
 
 
@@ -90,9 +90,9 @@ class DocumentDataset(Dataset):
     def documents(self) -> DocumentSet: ...
 
     def tokens(self) -> TextCodec:
-        """Its tokens, where no documents are asked for."""
+        """Return its tokens, where no documents are asked for."""
         return self.documents()
 
     def load(self) -> NoReturn:
-        """Raises CorpusError: there are no bytes."""
+        """Raise CorpusError: there are no bytes."""
         raise CorpusError(f"{self.label} is a dataset of documents and tokens; text as bytes is needed here")

@@ -49,12 +49,12 @@ class Order:
         return -(-SPREAD * self.rows // self.blocks) if self.blocks < SPREAD * self.rows else 1
 
     def pieces(self, epoch: int, row: int) -> list[Piece]:
-        """What a row reads in an epoch."""
+        """Return what a row reads in an epoch."""
         dealt = permutation(f"{self.seed}:{epoch}", self.blocks * self.parts)[row :: self.rows]
         return [Piece(*divmod(int(number), self.parts), self.parts) for number in dealt]
 
     def documents(self, epoch: int, piece: Piece, group: int, texts: Iterable[str]) -> Iterator[list[str]]:
-        """The documents of a piece in the order in which they are read, from its group `group` on, group by group.
+        """Yield the documents of a piece in the order of reading, from its group `group` on, group by group.
 
         Args:
             epoch: in which they are read.
@@ -71,7 +71,7 @@ class Order:
 
 
 def permutation(key: str, count: int) -> npt.NDArray[np.int64]:
-    """The numbers from 0 to count - 1, sorted by a hash of theirs that `key` decides: the same everywhere, for ever."""
+    """Sort the numbers from 0 to count - 1 by a hash of theirs that `key` decides: the same everywhere, for ever."""
     first = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
     # splitmix64, whose arithmetic is modulo 2**64
     x = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(first)
@@ -81,6 +81,6 @@ def permutation(key: str, count: int) -> npt.NDArray[np.int64]:
 
 
 def is_held_out(text: str, one_in: int) -> bool:
-    """Whether a document is held out: one in so many, by a hash of its text. Copies of a document are on one side."""
+    """Return whether a document is held out: one in so many, by a hash of its text, so that copies are on one side."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") % one_in == 0

@@ -66,7 +66,7 @@ class Row:
         self._token = 0
 
     def take(self, count: int) -> Packed:
-        """The next `count` tokens, two or more. The last of them is the first that is taken the next time."""
+        """Return the next `count` tokens, two or more. The last of them is the first that is taken the next time."""
         tokens, starts, filled = np.empty(count, dtype=np.int64), np.zeros(count, dtype=np.bool_), 0
         while filled < count:
             if self._token == len(self._now):
@@ -82,7 +82,7 @@ class Row:
         return Packed(self.row, tokens, starts, dataclasses.asdict(self.place))
 
     def _from(self, place: Place) -> Iterator[tuple[Place, npt.NDArray[np.int64]]]:
-        """The documents from a place on, each with the place of its first token to be read."""
+        """Yield the documents from a place on, each with the place of its first token to be read."""
         while True:
             found = False
             pieces = self.order.pieces(place.epoch, self.row)
@@ -110,7 +110,7 @@ class Row:
 
 
 def held_out(documents: DocumentSet, most: int) -> tuple[list[str], int]:
-    """Whole held-out documents of at most so many bytes (or one, if it is longer), and how many bytes they have.
+    """Return whole held-out documents of at most so many bytes (or one, if it is longer), and their number of bytes.
 
     Blocks are read in an order that depends on nothing but their number, and no more of them than are needed.
 

@@ -60,21 +60,21 @@ class Source(Protocol):
         ...
 
     def batch(self) -> Batch:
-        """The next step's."""
+        """Return the next step's."""
         ...
 
     def held_out(self, most: int) -> HeldOut:
-        """Held-out text of at most so many bytes."""
+        """Return held-out text of at most so many bytes."""
         ...
 
     def encode(self, text: str) -> Sequence[int]:
-        """Text as tokens, such as a prompt: what begins a document before it, and nothing behind it."""
+        """Return text as tokens, such as a prompt: what begins a document before it, and nothing behind it."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> str: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this process's rows are, after the batches that were given out: nested dicts of numbers and text."""
+        """Return where this process's rows are after the batches given out: nested dicts of numbers and text."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -87,7 +87,7 @@ class Source(Protocol):
 
 
 def merged(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The states of all processes' sources as one, which any number of processes can go on from.
+    """Return the states of all processes' sources as one, which any number of processes can go on from.
 
     Raises:
         ValueError: for none, or for states of different data or steps.

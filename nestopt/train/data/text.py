@@ -43,7 +43,7 @@ class Corpus:
 
 
 def standard_library() -> Corpus:
-    """The Python source text of the running interpreter's standard library, without its tests, split by file.
+    """Return the Python source text of the running interpreter's standard library, without its tests, split by file.
 
     Raises:
         CorpusError: if the interpreter has no source files (a zipped or frozen Python).
@@ -61,7 +61,7 @@ def standard_library() -> Corpus:
 
 
 def from_path(path: str | os.PathLike[str]) -> Corpus:
-    """A corpus from a file or a folder of one's own.
+    """Return a corpus from a file or a folder of one's own.
 
     A file is taken as the bytes that it is. Of a folder, every regular file below it counts that is neither hidden nor
     in a hidden folder, and is UTF-8 text (links to files are followed, links to folders are not).
@@ -102,7 +102,7 @@ def from_path(path: str | os.PathLike[str]) -> Corpus:
 def windows(
     tokens: Tensor, step: int, *, batch: int, length: int, seed: int, rank: int = 0, world: int = 1
 ) -> torch.LongTensor:
-    """Training windows for one step: uniformly random stretches of ``length + 1`` consecutive tokens.
+    """Draw training windows for one step: uniformly random stretches of ``length + 1`` consecutive tokens.
 
     A pure function of its arguments. The batch is drawn as one for all ranks and sliced, so that any number of ranks
     sees the same data, and a run resumes without a state of its data.
@@ -142,7 +142,7 @@ def windows(
 
 
 def _files(root: Path, skip: Callable[[str], bool]) -> Iterator[Path]:
-    """Regular files below ``root``, without the files and folders whose name is to be skipped."""
+    """Yield regular files below ``root``, without the files and folders whose name is to be skipped."""
     for folder, subfolders, names in os.walk(root, onerror=_raise):
         subfolders[:] = [name for name in subfolders if not skip(name)]  # os.walk goes into those that are left
         yield from (path for name in names if not skip(name) and (path := Path(folder, name)).is_file())
@@ -202,7 +202,7 @@ STRETCHES = 16
 
 
 def held_out_text(held_out: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
-    """`size` bytes of the held-out text in a few long stretches (all of it, if it is no longer)."""
+    """Return `size` bytes of the held-out text in a few long stretches (all of it, if it is no longer)."""
     if len(held_out) <= size:
         return held_out
     length, over = divmod(size, STRETCHES)

@@ -36,15 +36,15 @@ class Vocabulary:
         self.behind = [] if end is None else [self._number("end", end)]
 
     def encode(self, text: str) -> Sequence[int]:
-        """A whole document."""
+        """Return a whole document."""
         return [*self.before, *self._loaded.encode(text, add_special_tokens=False).ids, *self.behind]
 
     def encode_prompt(self, text: str) -> Sequence[int]:
-        """A document of which only the begin is there."""
+        """Return a document of which only the begin is there."""
         return [*self.before, *self._loaded.encode(text, add_special_tokens=False).ids]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text, without the tokens that are marks."""
+        """Return text, without the tokens that are marks."""
         return self._loaded.decode(list(tokens), skip_special_tokens=True)
 
     @functools.cached_property

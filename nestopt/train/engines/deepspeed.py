@@ -20,7 +20,7 @@ from nestopt.train.engines.fsdp_methods import run_hooks_around, users, weights_
 
 
 def import_deepspeed(device: str = "auto") -> Any:
-    """DeepSpeed, without what it does unasked at its start.
+    """Import DeepSpeed, without what it does unasked at its start.
 
     Raises:
         ConfigError: it is not installed.
@@ -163,7 +163,7 @@ class DeepSpeed(Ddp):
             raise
 
     def _check_dtype(self) -> None:
-        """Any: DeepSpeed scales losses."""
+        """Allow any: DeepSpeed scales losses."""
 
     def _initialise(self) -> None:
         import_deepspeed(self.device.type)

@@ -32,7 +32,7 @@ _REFUSED: dict[str, str] = {
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON of a file.
+    """Return the JSON of a file.
 
     Raises:
         ConfigError: there is no such file, or it is no JSON object; says where.
@@ -53,7 +53,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def checked(given: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """A copy of `given` with what DeepSpeed would set by itself, and must be otherwise, set.
+    """Return a copy of `given` with what DeepSpeed would set by itself, and must be otherwise, set.
 
     Raises:
         ConfigError: for what can't be; `key` is what `given` is called.
@@ -79,13 +79,13 @@ def checked(given: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def stage_of(settings: Mapping[str, Any]) -> int:
-    """The ZeRO stage that they ask for."""
+    """Return the ZeRO stage that they ask for."""
     stage = _at(settings, "zero_optimization.stage")
     return 0 if stage in (None, AUTO) else int(stage)
 
 
 def merged(config: Config, world: int) -> dict[str, Any]:
-    """The settings of a run: its JSON, and what its config says.
+    """Return the settings of a run: its JSON, and what its config says.
 
     Raises:
         ConfigError: both say something, and not the same; says what to change.
@@ -112,7 +112,7 @@ def merged(config: Config, world: int) -> dict[str, Any]:
 
 
 def _ours(config: Config, batch: int, world: int, stage: int) -> Iterator[tuple[str, Any, str]]:
-    """What the config says: where in the JSON, its value, and by which key."""
+    """Yield what the config says: where in the JSON, its value, and by which key."""
     train = config.train
     yield "train_batch_size", batch, "data.batch"
     yield "gradient_accumulation_steps", train.accumulate, "train.accumulate"

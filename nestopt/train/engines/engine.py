@@ -83,7 +83,7 @@ class Engine:
         return objective
 
     def _placements(self) -> list[Placement]:
-        """Parameters as they are; in float32 copies, where the model is in less."""
+        """Return where parameters are: as the model has them, or in float32 copies, where it has less."""
         self._masters: list[tuple[Tensor, Tensor]] = []
         for group in self.optimizer.param_groups:
             for i, param in enumerate(group["params"]):
@@ -93,7 +93,7 @@ class Engine:
         return [Placement(i, group["params"], group["params"]) for i, group in enumerate(self.optimizer.param_groups)]
 
     def update(self, batches: Sequence[tuple[Any, ...]]) -> tuple[Tensor, Tensor]:
-        """Gradients of the mean loss over batches, clipping, and the optimizer's step.
+        """Take the gradients of the mean loss over batches, clip them, and step the optimizer.
 
         Args:
             batches: what the objective is called with, each.
@@ -124,7 +124,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _together(self, last: bool) -> Iterator[None]:
-        """Around one of several batches of a step: gradients are averaged over processes with the last."""
+        """Run one of several batches of a step within this: gradients are averaged over processes with the last."""
         yield
 
     def _clip(self) -> Tensor:
@@ -142,26 +142,26 @@ class Engine:
     # -- processes -------------------------------------------------------------------------------------------------
 
     def total(self, value: Tensor) -> Tensor:
-        """The sum of `value` over processes."""
+        """Return the sum of `value` over processes."""
         return value
 
     def mean(self, value: Tensor) -> Tensor:
         return self.total(value.detach().clone()) / self.world
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set in any process: all of them get the same answer."""
+        """Return whether `flag` is set in any process: all of them get the same answer."""
         return flag
 
     def agreed(self, seconds: float) -> float:
-        """The mean of a time over processes, the same in all."""
+        """Return the mean of a time over processes, the same in all."""
         return seconds
 
     def gathered(self, value: Any) -> list[Any]:
-        """What each process has given, in all of them; plain values."""
+        """Return what each process has given, in all of them; plain values."""
         return [value]
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
 
     def close(self) -> None:
         """Leave the group of processes."""

@@ -20,7 +20,7 @@ METHODS: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 def users(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
-    """The modules of `METHODS` in a model, inner ones first, each with its methods."""
+    """Yield the modules of `METHODS` in a model, inner ones first, each with its methods."""
     found = [
         (module, methods) for module in model.modules() for kind, methods in METHODS.items() if isinstance(module, kind)
     ]
@@ -28,7 +28,7 @@ def users(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
 
 
 def weights_used(module: nn.Module) -> list[nn.Parameter]:
-    """Weights of modules within a module of `METHODS` that it uses itself, without calling these."""
+    """Return weights of modules within a module of `METHODS` that it uses itself, without calling these."""
     if isinstance(module, CMS):
         return list(module.levels.parameters())
     if isinstance(module, SequenceMemory):

@@ -13,7 +13,7 @@ _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "S
 
 
 def processes() -> int:
-    """How many processes were started together: 1 outside any launcher."""
+    """Return how many processes were started together: 1 outside any launcher."""
     return int(os.environ.get("WORLD_SIZE") or _slurm().get("WORLD_SIZE", "1"))
 
 
@@ -58,7 +58,7 @@ def alone() -> None:
 
 
 def _slurm() -> dict[str, str]:
-    """What SLURM says of a step of several tasks; nothing in an allocation's own shell."""
+    """Return what SLURM says of a step of several tasks; nothing in an allocation's own shell."""
     if "SLURM_STEP_ID" not in os.environ or not all(name in os.environ for name in _SLURM.values()):
         return {}
     return {name: os.environ[theirs] for name, theirs in _SLURM.items()}

@@ -40,7 +40,7 @@ class Machine:
 
     @classmethod
     def measured(cls, section: ModelConfig, batch: int, window: int, *, repeat: int = 3) -> Machine:
-        """By the least squares of relative errors over small models of the same width, none of which is planned."""
+        """Measure this one: least squares of relative errors over small models as wide, none of which is planned."""
         costs, seconds = [], []
         for model, size, length in _PROBES:
             probe = section.model_copy(update={"blocks": 1, "mlp": with_periods(section, model), "segment": 0})
@@ -66,7 +66,7 @@ _PROBES: list[tuple[tuple[int, ...] | None, int, int]] = [
 
 
 def _nonnegative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The least squares of a x = b with x >= 0: of so few unknowns, the best over all subsets."""
+    """Return the least squares of a x = b with x >= 0: of so few unknowns, the best over all subsets."""
     best, least = np.zeros(a.shape[1]), np.inf
     for mask in range(1, 1 << a.shape[1]):
         chosen = [i for i in range(a.shape[1]) if mask >> i & 1]
@@ -79,7 +79,7 @@ def _nonnegative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def with_periods(section: ModelConfig, periods: tuple[int, ...] | None) -> Cms:
-    """The section's continuum with these periods, in context; None is one static MLP.
+    """Return the section's continuum with these periods, in context; None is one static MLP.
 
     All have as many weights as the section's own: the levels share its hidden units.
     """
@@ -97,7 +97,7 @@ def with_periods(section: ModelConfig, periods: tuple[int, ...] | None) -> Cms:
 
 
 def step_seconds(section: ModelConfig, batch: int, window: int, *, learn: Learn = True, repeat: int = 5) -> float:
-    """The least time of a forward and backward pass, after one that is not counted."""
+    """Return the least time of a forward and backward pass, after one that is not counted."""
     model = build_model(section)
     tokens = torch.randint(section.vocab, (batch, window))
     best = float("inf")
@@ -143,7 +143,7 @@ PERIODS: tuple[tuple[int, ...] | None, ...] = (
 
 
 def choice(text: str) -> tuple[int, ...] | None:
-    """Periods as they are typed: `16,64`; `static` is None.
+    """Return periods as they are typed: `16,64`; `static` is None.
 
     Raises:
         ConfigError: for anything else.
@@ -167,7 +167,7 @@ def plan(
     check: bool = False,
     quiet: bool = True,
 ) -> list[Row]:
-    """The cost of a training step for each choice of levels and periods of the config's model.
+    """Plan the cost of a training step for each choice of levels and periods of the config's model.
 
     Args:
         config: its model, batch and window are planned for.
@@ -194,7 +194,7 @@ def plan(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The plan as text; slowdowns are against its first row."""
+    """Return the plan as text; slowdowns are against its first row."""
     head = ["levels", "periods", "GFLOP", "GB moved", "state/sequence", "step", "slowdown"]
     checked = any(row.measured is not None for row in rows)
     lines = [head + (["measured", "error"] if checked else [])]

@@ -13,7 +13,7 @@ _PIECE = 1 << 24  # bytes counted at a time, which bounds the memory for the cod
 
 
 def baselines(train: Bytes, held_out: Bytes) -> dict[str, float]:
-    """Bits per byte on ``held_out`` of three models that need no training worth the name.
+    """Return bits per byte on ``held_out`` of three models that need no training worth the name.
 
     Args:
         train: ``[N]`` bytes to count in.
@@ -35,13 +35,13 @@ def baselines(train: Bytes, held_out: Bytes) -> dict[str, float]:
 
 
 def unigram_bits(train: Bytes, held_out: Bytes) -> float:
-    """Bits per byte of the byte frequencies with add-one smoothing, p(b) = (c(b) + 1) / (N + 256)."""
+    """Return bits per byte of the byte frequencies with add-one smoothing, p(b) = (c(b) + 1) / (N + 256)."""
     bits = -np.log2((np.bincount(train, minlength=256) + 1) / (len(train) + 256))
     return float(np.bincount(held_out, minlength=256) @ bits / len(held_out))
 
 
 def trigram_bits(train: Bytes, held_out: Bytes) -> float:
-    """Bits per byte of the next byte given the two before it, by `witten_bell` smoothing.
+    """Return bits per byte of the next byte given the two before it, by `witten_bell` smoothing.
 
     The first byte is predicted with no context, and the second with one byte of it.
     """
@@ -57,12 +57,12 @@ def trigram_bits(train: Bytes, held_out: Bytes) -> float:
 
 
 def gzip_bits(text: Bytes) -> float:
-    """Bits per byte of ``text`` compressed by ``gzip -9``, which sees no training text."""
+    """Return bits per byte of ``text`` compressed by ``gzip -9``, which sees no training text."""
     return 8 * len(gzip.compress(text.tobytes(), compresslevel=9, mtime=0)) / len(text)
 
 
 def ngram_counts(text: Bytes, order: int) -> Counts:
-    """How often each run of ``order`` bytes occurs in ``text``.
+    """Return how often each run of ``order`` bytes occurs in ``text``.
 
     Returns:
         ``[256**order]``; the place of bytes b1 … bn is the number with these base-256 digits, b1 the highest.
@@ -76,7 +76,7 @@ def ngram_counts(text: Bytes, order: int) -> Counts:
 
 
 def witten_bell(tables: Sequence[Counts], grams: Counts) -> npt.NDArray[np.float64]:
-    """Probability of the last byte of each n-gram given the bytes before it, interpolated with all shorter contexts.
+    """Return the probability of each n-gram's last byte given those before it, interpolated with all shorter contexts.
 
     With c(h, b) the count of byte b after context h, c(h) its sum over b, T(h) the number of different bytes seen
     after h, and h' the context without its first byte::

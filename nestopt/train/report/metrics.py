@@ -66,7 +66,7 @@ class MetricsLog:
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a file that `MetricsLog` wrote, without a last line that a crash cut short.
+    """Return the records of a file that `MetricsLog` wrote, without a last line that a crash cut short.
 
     Raises:
         FileNotFoundError: if there is no file.

@@ -80,7 +80,7 @@ def _series(records: Iterable[Mapping[str, Any]], key: str) -> tuple[Floats, Flo
 
 
 def _smooth(values: Floats, width: int) -> Floats:
-    """Centred mean over the finite ones of ``width`` values (fewer at the ends); NaN where there are none."""
+    """Return the centred mean over the finite of ``width`` values (fewer at the ends); NaN where there are none."""
     finite = np.isfinite(values)
     before, after = width // 2, width - width // 2
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
@@ -101,7 +101,7 @@ def _label(name: str, values: Floats) -> str:
 def _height(
     train: tuple[Floats, Floats], smooth: Floats, held_out: tuple[Floats, Floats], references: Iterable[float]
 ) -> tuple[float, float]:
-    """Limits of the y axis: all that is drawn, but for the steep fall at the start and single outliers."""
+    """Return limits of the y axis: all that is drawn, but for the steep fall at the start and single outliers."""
     steps = np.concatenate([train[0], held_out[0]])
     settled = _SETTLED * steps.max()
     shown = [*smooth[train[0] >= settled], *held_out[1][held_out[0] >= settled], *references]
@@ -115,7 +115,7 @@ def _height(
 
 
 def _draw_references(axes: Axes, references: Mapping[str, float]) -> None:
-    """Dashed lines, labelled at their right end, outside the axes; labels of near lines are moved apart."""
+    """Draw dashed lines, labelled at their right end, outside the axes; labels of near lines are moved apart."""
     low, high = axes.get_ylim()
     apart = 0.045 * (high - low)  # the height of a label
     place = -math.inf

@@ -49,7 +49,7 @@ class Report:
             print(text, flush=True)
 
     def begin(self, optimizer: Sharded, config: Config) -> None:
-        """What is about to run."""
+        """Say what is about to run."""
         bytes_ = len(self.source.training) if isinstance(self.source, Windows) else None
         text = "documents to train on" if bytes_ is None else f"{bytes_:,} bytes to train on"
         stacks = ", ".join(dict.fromkeys(optimizer.level(group).label for group in optimizer.param_groups))
@@ -93,7 +93,7 @@ class Report:
         self.say(f"stopped at step {step}; the checkpoint is saved. Go on with: nestopt train --resume {self.run.path}")
 
     def end(self, score: float, seconds: float) -> None:
-        """The picture and the table."""
+        """Draw the picture and print the table."""
         self.plot()
         rows = {**self.baselines, "this model": score}
         width = max(map(len, rows))

@@ -74,16 +74,17 @@ def memories(level: Level, name: str, context: Context, sizes: Sizes | None, per
     nodes = level.nodes(name, period)
     owned = {} if sizes is None else _owned(sizes, nodes)
     growing = {node.name for node in nodes if node.rule == "append"} if _unbounded(level) else set()
-    needs: dict[str, tuple[str, ...]] = {}  # of what keeps nothing
-    empty = [node for node in nodes if node.memory == "none"]
-    if empty:
-        kept = owned or _owned(measure(level, name, begin(level, (2, 2), context)), nodes)
-        needs = {node.name: node.after for node in empty if not kept.get(node.name, Size()).bytes}
+    kept = _owned(measure(level, name, begin(level, (2, 2), context)), nodes)
+    needs = {  # of what keeps nothing, here and of any matrix
+        node.name: node.after
+        for node in nodes
+        if node.name not in growing and not any(sizes.get(node.name, Size()).bytes for sizes in (kept, owned))
+    }
     found = []
     for node in nodes:
         if node.name in needs:
             continue
-        if node in empty:  # but for the sum of its clock
+        if node.memory == "none":  # but for the sum of its clock
             node = dataclasses.replace(node, memory="sum")
         node = dataclasses.replace(node, after=_through(node.after, needs))
         size, grows = owned.get(node.name, Size()), node.name in growing

@@ -231,6 +231,8 @@ class Nest(Level):
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
         every = period * self.period
         inner = self.inner.nodes(f"{name}.inner", every, after)
+        if not any(leaves(start(self.inner, torch.zeros(2, 2)))):
+            return inner  # which has no start to be learned
         needs = tuple(node.name for node in inner)
         outer = self.outer.nodes(f"{name}.outer", every, needs)
         learned = Node(

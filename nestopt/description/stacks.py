@@ -74,12 +74,12 @@ def memories(level: Level, name: str, context: Context, sizes: Sizes | None, per
     nodes = level.nodes(name, period)
     owned = {} if sizes is None else _owned(sizes, nodes)
     growing = {node.name for node in nodes if node.rule == "append"} if _unbounded(level) else set()
-    kept = _owned(measure(level, name, begin(level, (2, 2), context)), nodes)
-    needs = {  # of what keeps nothing, here and of any matrix
-        node.name: node.after
-        for node in nodes
-        if node.name not in growing and not any(sizes.get(node.name, Size()).bytes for sizes in (kept, owned))
-    }
+    needs: dict[str, tuple[str, ...]] = {}  # of what keeps nothing
+    if any(node.memory == "none" for node in nodes):
+        kept = owned or _owned(measure(level, name, begin(level, (2, 2), context)), nodes)
+        needs = {
+            node.name: node.after for node in nodes if node.memory == "none" and not kept.get(node.name, Size()).bytes
+        }
     found = []
     for node in nodes:
         if node.name in needs:

@@ -28,6 +28,8 @@ from nestopt.levels import (
     titans,
 )
 
+COMPOSED = ("chain", "parallel", "nest")
+
 
 def names(description: Description) -> list[list[str]]:
     return [[memory.name for memory in level] for level in description.levels]
@@ -63,6 +65,24 @@ def test_the_sum_of_a_clock_is_a_memory() -> None:
             (memory,) = describe(stack, shape=shape).memories
             assert (memory.name, memory.memory, memory.frequency) == (name, "sum", "every 4 steps")
             assert memory.state in ((None,) if shape is None else (24, 48))  # with what was last read, or without
+
+
+def test_a_nest_around_what_keeps_nothing_learns_no_start() -> None:
+    assert describe(nest(momentum(period=4), gd())).levels == ()
+    assert names(describe(nest(momentum(period=4), momentum()))) == [["nest.start"], ["nest.outer"], ["nest.inner"]]
+
+
+@pytest.mark.parametrize("name", [name for name in nestopt.registry.names("level") if name not in COMPOSED])
+def test_every_level_that_runs_on_a_context_is_described(name: str) -> None:
+    level = nestopt.build("level", name)
+    for context in ("gradients", "tokens"):
+        if context == "tokens" and "inputs" in level.needs:
+            with pytest.raises(ValueError, match="can't run on tokens"):
+                describe(level, context=context)
+            continue
+        found = describe(level, context=context)
+        assert found.memories or name in ("gd", "dgd", "ggd", "newton_schulz")
+        assert bool(found.notes) == (not found.memories)
 
 
 def test_a_layer_whose_level_keeps_nothing_says_so() -> None:

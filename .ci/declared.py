@@ -20,7 +20,7 @@ import tomllib
 
 ROOT = Path(__file__).parent.parent
 
-TESTS = ["core", "config", "levels", "optim", "kernels", "nn", "ops", "plugins", "test_cli.py"]
+TESTS = ["core", "config", "levels", "optim", "kernels", "nn", "ops", "plugins", "test_cli.py", "test_import.py"]
 TESTS += ["train/checkpoints/test_file.py", "train/report/test_plots.py"]
 LEFT_OUT = ["deep_memory", "deep_memory_tokens", "matrix_memories", "self_modifying*", "stability"]
 """Of ops: these take half of the time, on closed forms beside their twins, which the layers of nn run as well."""

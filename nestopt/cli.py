@@ -216,7 +216,7 @@ def _train(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     import torch
 
-    from nestopt.train.data.codec import text_of_tokens
+    from nestopt.train.data.codec import codec_of
     from nestopt.train.generation import Writer
     from nestopt.train.run import Run
     from nestopt.train.sampling import choose
@@ -227,7 +227,7 @@ def _generate(args: argparse.Namespace) -> int:
     if prompt is None:
         prompt = "" if args.prompt_file or args.from_state else "def "
     generator = torch.Generator().manual_seed(args.seed)
-    text = text_of_tokens(run.config())
+    text = codec_of(run.config())
 
     def next_token(logits: torch.Tensor) -> torch.Tensor:
         chosen = choose(

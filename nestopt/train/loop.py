@@ -131,7 +131,7 @@ class _Training:
             return Result(self.run, self.step, self.elapsed, None, {}, False)
         report.say(f"measuring on {self.held_out.bytes:,} held-out bytes …")
         score = self._evaluate(self.held_out)
-        weights = self.engine.kept.whole_weights(self.run.path)
+        weights = self.engine.checkpoints.whole_weights(self.run.path)
         self._sample()
         if log:
             assert weights is not None
@@ -255,7 +255,7 @@ class _Training:
         losses = [float(loss) for loss in self.losses]
         data = merged(self.engine.gathered(self.source.state_dict()))
         meta = {"step": self.step, "elapsed": self.elapsed, "losses": losses, "data": data}
-        self.engine.kept.save(self.run.path, meta, self._own)
+        self.engine.checkpoints.save(self.run.path, meta, self._own)
 
     def _own(self) -> Iterator[tuple[str, TensorSlice]]:
         """Yield what a checkpoint has of this process besides the model and its optimizer."""
@@ -264,7 +264,7 @@ class _Training:
 
     def _load(self) -> None:
         with ShardReader(self.run.path) as parts:
-            self.engine.kept.load(parts)
+            self.engine.checkpoints.load(parts)
             meta = parts.meta
             # more processes than there were: those begin as the first one goes on
             mine = f"{RANDOM}{self.engine.rank}."

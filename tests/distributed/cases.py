@@ -35,7 +35,7 @@ def resumed(config: dict[str, Any], folders: list[str], out: str) -> list[list[f
         engine = engines.make(settled)
         training = _Training(settled, engine, Run(Path(folder)), True)
         copy = Path(out) / str(i)
-        engine.kept.save(copy, {"step": training.step, "elapsed": 0.0, "losses": []}, training._own)
+        engine.checkpoints.save(copy, {"step": training.step, "elapsed": 0.0, "losses": []}, training._own)
         losses = []
         while training.step < settled.train.steps:
             loss, _ = training._update()

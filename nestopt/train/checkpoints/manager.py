@@ -1,4 +1,4 @@
-"""What is kept of a model and its optimizer, wherever they lie: into a checkpoint's parts, and back."""
+"""Save and load a model and its optimizer, however their numbers are spread over processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GROUPS = "groups"
 
 
 class CheckpointManager:
-    """A model and its optimizer under an engine.
+    """Saves and loads a model and its optimizer under an engine.
 
     Args:
         lm: the model, whose names count.

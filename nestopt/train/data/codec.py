@@ -11,7 +11,7 @@ from nestopt.train.data.dataset import DocumentDataset, TextCodec
 from nestopt.train.data.sources import dataset_of
 
 
-class Coded(Protocol):
+class StreamCodec(Protocol):
     """Text and tokens of one model."""
 
     def encode(self, text: bytes) -> Sequence[int]:
@@ -67,7 +67,7 @@ class Tokenized:
         return self.tokens.decode(self._all)[len(self._shown) :]
 
 
-def text_of_tokens(config: Config) -> Coded:
+def codec_of(config: Config) -> StreamCodec:
     """Return the codec of a run of this configuration.
 
     Raises:

@@ -171,7 +171,7 @@ class DeepSpeed(Ddp):
     def attach(self, objective: nn.Module, lm: nn.Module, nested: Nested) -> None:
         self.lm = lm
         engine, self.optimizer, *_ = initialized(lm, objective, nested, self.settings_given)
-        self.model, self.kept, self.cut = engine, engine.nestopt, engine.nestopt.cut
+        self.model, self.checkpoints, self.cut = engine, engine.nestopt, engine.nestopt.cut
 
     def update(self, batches: Sequence[tuple[Any, ...]]) -> tuple[Tensor, Tensor]:
         engine: Any = self.model

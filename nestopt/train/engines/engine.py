@@ -29,7 +29,7 @@ class Engine:
         device: where the model is.
         cut: whether weights are in pieces, so that all processes must call the model together.
         optimizer: whose groups a schedule changes.
-        kept: what checkpoints are made of.
+        checkpoints: saves and loads the model and its optimizer.
     """
 
     name: ClassVar[str] = "single"
@@ -38,7 +38,7 @@ class Engine:
     cut: bool = False
     comm: Any = None
     optimizer: Sharded
-    kept: CheckpointManager
+    checkpoints: CheckpointManager
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -66,10 +66,7 @@ class Engine:
         self.optimizer = Sharded(nested)
         self.model = self._wrapped(objective)
         self.optimizer.attach(self._placements(), self.comm)
-        self._keep()
-
-    def _keep(self) -> None:
-        self.kept = CheckpointManager(
+        self.checkpoints = CheckpointManager(
             self.lm,
             self.optimizer,
             rank=self.rank,

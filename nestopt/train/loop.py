@@ -104,13 +104,12 @@ class _Training:
         engine.attach(Objective(self.lm, learn), self.lm, nested)
         self.lm.lockstep = engine.cut
         self.optimizer = engine.optimizer
-        if run is not None:
+        if run is None:
+            made = str(Run.create(config).path) if engine.rank == 0 else None
+            self.run = Run(Path(engine.gathered(made)[0]))
+        else:
             self.run = run
             self._load()
-        elif engine.rank == 0:
-            self.run = Run.create(config)
-        if engine.world > 1 and run is None:
-            self.run = _shared(self.run if engine.rank == 0 else None)
         self.report = Report(self.run, self.source, self.held_out, size, quiet=self.quiet)
 
     def run_to_the_end(self) -> Result:
@@ -278,13 +277,6 @@ class _Training:
         self.source.load_state_dict(meta["data"])
         self.losses = [torch.tensor(loss, device=self.engine.device) for loss in meta["losses"]]
         restore_random_state(random)
-
-
-def _shared(run: Run | None) -> Run:
-    """Return the first process's run folder, in every process."""
-    path = [str(run.path) if run else None]
-    torch.distributed.broadcast_object_list(path, src=0)
-    return Run(Path(str(path[0])))
 
 
 @contextmanager

@@ -20,17 +20,19 @@ import tomllib
 
 ROOT = Path(__file__).parent.parent
 
-TESTS = ["core", "config", "levels", "optim", "kernels", "nn", "ops", "plugins", "test_cli.py"]
-TESTS += ["train/test_checkpoint.py", "train/test_plots.py"]
+TESTS = ["core", "config", "levels", "optim", "kernels", "nn", "ops", "plugins", "test_cli.py", "test_import.py"]
+TESTS += ["train/checkpoints/test_file.py", "train/report/test_plots.py"]
 LEFT_OUT = ["deep_memory", "deep_memory_tokens", "matrix_memories", "self_modifying*", "stability"]
 """Of ops: these take half of the time, on closed forms beside their twins, which the layers of nn run as well."""
 
 
 def declared() -> tuple[list[str], list[str]]:
-    """The Pythons of the classifiers, oldest first, and what the package and its tests need."""
+    """The Pythons of the classifiers, oldest first, and what the package, its training and its tests need."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     found = (re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", line) for line in project["classifiers"])
-    return [match[1] for match in found if match], [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    extras = project["optional-dependencies"]
+    needs = [*project["dependencies"], *extras["train"], *extras["test"]]
+    return [match[1] for match in found if match], [need for need in needs if not need.startswith("nestopt[")]
 
 
 def oldest(needs: list[str], given: list[str]) -> list[str]:

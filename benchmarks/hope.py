@@ -27,7 +27,8 @@ from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.models import build_model
 from nestopt.optim import optimizer
 from nestopt.train.compare import parameters, transformer_like
-from nestopt.train.evaluate import held_out_text, stream_bits_per_byte
+from nestopt.train.data.text import held_out_text
+from nestopt.train.evaluate import stream_bits_per_byte
 from nestopt.train.loop import train
 
 TRANSFORMER, WHOLE = "Transformer", "Hope"

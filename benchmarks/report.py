@@ -14,7 +14,7 @@ from matplotlib.ticker import NullFormatter
 
 from benchmarks.cells import grid, number
 from benchmarks.timing import Timing, ratio
-from nestopt.train.checkpoint import replacing
+from nestopt.config.files import replacing
 
 
 @dataclasses.dataclass

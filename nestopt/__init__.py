@@ -19,11 +19,10 @@ from nestopt.core import (
     parallel,
     registry,
 )
-from nestopt.train import datasets
 
 # before anything that looks a name up
 registry.add_builtin(levels)
-registry.add_builtin(datasets)
+registry.add_builtin("nestopt.train.data.builtin")
 
 from nestopt import core, models, nn, ops, optim
 from nestopt.api import describe, layer, model, optimizer

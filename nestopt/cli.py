@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from nestopt.config import Config, ConfigError, load
-from nestopt.config.io import write
+from nestopt.config.files import write
 from nestopt.config.load import default
 from nestopt.config.overrides import apply
 from nestopt.core.part import nearest
@@ -22,8 +22,7 @@ EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `nestopt`. Returns the exit status: 0; 2 where something given can't be used; 130 for an interrupted run."""
-    from nestopt.train.checkpoint import CheckpointError
-    from nestopt.train.text import CorpusError
+    from nestopt.train.errors import CheckpointError, CorpusError, MissingExtra
 
     parser = _parser()
     args, more = parser.parse_known_args(argv)
@@ -38,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         registry.block(option.removeprefix("no:"))
     try:
         return int(args.run(args))
-    except (ConfigError, CorpusError, CheckpointError) as error:
+    except (ConfigError, CorpusError, CheckpointError, MissingExtra) as error:
         print(f"nestopt: {error}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
@@ -192,7 +191,7 @@ def _train(args: argparse.Namespace) -> int:
 
     given = list(args.given)
     if args.deepspeed:
-        from nestopt.train.deepspeed_settings import read
+        from nestopt.train.engines.deepspeed_settings import read
 
         given += ["train.engine=deepspeed", f"train.deepspeed={json.dumps(read(args.deepspeed))}"]
     if args.resume:
@@ -217,10 +216,10 @@ def _train(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     import torch
 
+    from nestopt.train.data.codec import codec_of
+    from nestopt.train.generation import Writer
     from nestopt.train.run import Run
     from nestopt.train.sampling import choose
-    from nestopt.train.text_of_tokens import text_of_tokens
-    from nestopt.train.writing import Writer
 
     run = Run.open(args.path)
     writer = Writer(run.load_model(precision=args.precision), learn=True if args.learn else "mixer")
@@ -228,7 +227,7 @@ def _generate(args: argparse.Namespace) -> int:
     if prompt is None:
         prompt = "" if args.prompt_file or args.from_state else "def "
     generator = torch.Generator().manual_seed(args.seed)
-    text = text_of_tokens(run.config())
+    text = codec_of(run.config())
 
     def next_token(logits: torch.Tensor) -> torch.Tensor:
         chosen = choose(
@@ -264,15 +263,14 @@ def _forgetting(args: argparse.Namespace) -> int:
     import torch
 
     from nestopt.evidence import documents_in, forgetting
-    from nestopt.train.datasets import Files
+    from nestopt.train.data.sources import dataset_of
     from nestopt.train.run import Run
 
     run = Run.open(args.path)
     config = run.config()
-    path = args.data or config.data.path
-    dataset = Files(path) if path else config.data.dataset
-    assert dataset is not None
-    corpus = dataset.load()
+    if args.data:
+        config.data.path = args.data
+    corpus = dataset_of(config).load()
     text = torch.from_numpy(corpus.held_out).long()
     size = args.bytes or min(512, max(2, len(text) // (args.documents + 101)))
     try:
@@ -340,7 +338,7 @@ _SCALE = ("gpus", "engine", "zero", "memory", "rates", "tflops", "bandwidth", "l
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from nestopt.train import plan
+    from nestopt.train.planning import periods as plan
 
     config = _config(args.given)
     asked = {name: getattr(args, name) for name in _SCALE if getattr(args, name) not in (None, False)}

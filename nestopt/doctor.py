@@ -12,8 +12,9 @@ import torch
 from nestopt._version import VERSION
 from nestopt.core.registry import registry
 
-NEEDED = ("torch", "numpy", "pluggy", "pydantic", "pyyaml", "safetensors", "tqdm", "matplotlib")
+NEEDED = ("torch", "numpy", "pluggy", "pydantic", "pyyaml")
 OPTIONAL = {
+    **dict.fromkeys(("matplotlib", "safetensors", "tqdm"), "training and plots: pip install 'nestopt[train]'"),
     "datasets": "documents, such as FineWeb-Edu: pip install 'nestopt[data]'",
     "deepspeed": "train.engine=deepspeed: pip install 'nestopt[deepspeed]'",
     "transformers": "Hugging Face models: pip install 'nestopt[hf]'",
@@ -21,7 +22,7 @@ OPTIONAL = {
 
 
 def report() -> tuple[str, bool]:
-    """The findings as text, and whether nothing that nestopt needs is missing."""
+    """Return the findings as text, and whether nothing that nestopt needs is missing."""
     own = VERSION if _version("nestopt") else f"{VERSION} (a checkout that is not installed)"
     lines, healthy = [f"nestopt {own}, Python {platform.python_version()}, {platform.platform()}"], True
     compiler = shutil.which("g++") or shutil.which("clang++")

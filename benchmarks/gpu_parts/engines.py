@@ -20,9 +20,10 @@ from benchmarks.gpu_parts.setting import Row, Setting, attempts, error_of, gener
 from benchmarks.rows import Missing
 from nestopt.config import Config
 from nestopt.optim import optimizer as make_optimizer
-from nestopt.train import engines, launch
+from nestopt.train import engines
+from nestopt.train.checkpoints.shards import ShardReader
+from nestopt.train.engines import launch
 from nestopt.train.objective import Objective
-from nestopt.train.parts import Parts
 from nestopt.train.run import build_model
 
 ENGINES: dict[str, dict[str, Any]] = {
@@ -111,7 +112,7 @@ class Run:
 
     def weights(self, folder: Path) -> dict[str, Tensor]:
         """All of them, whole, apart from the model's own."""
-        found = self.engine.kept.whole_weights(folder)
+        found = self.engine.checkpoints.whole_weights(folder)
         assert found is not None
         return {name: weight.detach().cpu().clone() for name, weight in found.items()}
 
@@ -124,7 +125,7 @@ def _resumed(setting: Setting, name: str, dtype: str) -> Row:
     whole = Run(setting, _config(setting, dtype))
     whole.steps(0, SAVED)
     begun = time.perf_counter()
-    whole.engine.kept.save(folder, {"step": SAVED})
+    whole.engine.checkpoints.save(folder, {"step": SAVED})
     saved_s = time.perf_counter() - begun
     whole.steps(SAVED, STEPS)
     wanted, losses, step_s = whole.weights(folder), whole.losses, whole.step_s
@@ -133,8 +134,8 @@ def _resumed(setting: Setting, name: str, dtype: str) -> Row:
     for seed in (1, 2):
         again = Run(setting, _config(setting, dtype, seed))
         begun = time.perf_counter()
-        with Parts(folder) as parts:
-            again.engine.kept.load(parts)
+        with ShardReader(folder) as parts:
+            again.engine.checkpoints.load(parts)
             assert parts.meta["step"] == SAVED
         loaded_s = time.perf_counter() - begun
         again.steps(SAVED, STEPS)

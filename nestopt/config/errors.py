@@ -41,7 +41,7 @@ class ConfigError(ValueError):
 
     @classmethod
     def of(cls, errors: Sequence[ConfigError], source: str = "") -> ConfigError:
-        """One error that lists `errors`."""
+        """Return one error that lists `errors`."""
         first = errors[0]
         if len(errors) == 1:
             return cls(first.problem, first.path, first.value, source or first.source)
@@ -49,12 +49,12 @@ class ConfigError(ValueError):
 
     @classmethod
     def refuse(cls, path: str, value: object, allowed: str) -> ConfigError:
-        """`path: value is not allowed; allowed`."""
+        """Return `path: value is not allowed; allowed`."""
         return cls(f"{show(value)} is not allowed; {allowed}", path, value)
 
     @classmethod
     def unknown_key(cls, path: str, key: object, value: object, owner: str, allowed: Iterable[str]) -> ConfigError:
-        """For a key that `owner`, at `path`, does not have."""
+        """Refuse a key that `owner`, at `path`, does not have."""
         allowed = sorted(allowed)
         hint = nearest(str(key), allowed)
         return cls.refuse(
@@ -62,7 +62,7 @@ class ConfigError(ValueError):
         )
 
     def under(self, path: str, source: str = "") -> ConfigError:
-        """The same, of a configuration that stands at `path` of a larger one."""
+        """Return this error for a configuration that stands at `path` of a larger one."""
         return ConfigError.of([ConfigError(e.problem, join(path, e.path), e.value) for e in self.errors], source)
 
     def __str__(self) -> str:
@@ -73,12 +73,12 @@ class ConfigError(ValueError):
 
 
 def show(value: object) -> str:
-    """`value` for a message: its repr, cut where it is long."""
+    """Return `value` for a message: its repr, cut where it is long."""
     return _short.repr(value)
 
 
 def join(path: str, *keys: object) -> str:
-    """The path of a key (or, an int, of an item) under `path`."""
+    """Return the path of a key (or, an int, of an item) under `path`."""
     for key in keys:
         if isinstance(key, int) and not isinstance(key, bool):
             path += f"[{key}]"
@@ -88,7 +88,7 @@ def join(path: str, *keys: object) -> str:
 
 
 def translate(details: Iterable[Any], path: str, value: object) -> ConfigError:
-    """Pydantic's findings (`ValidationError.errors()`) on `value`, which stands at `path`, in our words."""
+    """Translate pydantic's findings (`ValidationError.errors()`) on `value`, which stands at `path`."""
     found: dict[str, ConfigError] = {}
     for item in details:
         where = _walk(item["loc"], value)
@@ -106,7 +106,7 @@ def translate(details: Iterable[Any], path: str, value: object) -> ConfigError:
 
 
 def _walk(loc: tuple[int | str, ...], value: Any) -> list[int | str]:
-    """The steps of `loc` that are keys or indices in `value`; the others are pydantic's names for branches."""
+    """Return the steps of `loc` that are keys or indices in `value`; the others are pydantic's names for branches."""
     where: list[int | str] = []
     for step in loc:
         inside = (
@@ -139,7 +139,7 @@ _WORDS = {
 
 
 def _allowed(kind: str, context: Mapping[str, Any], message: str, given: object) -> str:
-    """What is allowed where pydantic found an error of type `kind`."""
+    """Return what is allowed where pydantic found an error of type `kind`."""
     if kind in _WORDS:
         return _WORDS[kind]
     if kind == "value_error":

@@ -1,9 +1,8 @@
-"""YAML text to plain data and back, and files that are whole or not there."""
+"""YAML text to plain data and back. PyYAML is imported with this file, so this file is imported where it is used."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ _Dumper.add_representer(str, _text)
 
 
 def parse(text: str, source: str = "") -> Any:
-    """The data that YAML `text` holds. Raises ConfigError with `source` and the line where it is not YAML."""
+    """Return the data that YAML `text` holds. Raises ConfigError with `source` and the line where it is not YAML."""
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
@@ -65,7 +64,7 @@ def parse(text: str, source: str = "") -> Any:
 
 
 def read(path: str | os.PathLike[str]) -> Any:
-    """The data in a YAML file. Raises ConfigError where that is not YAML, OSError where it can't be read."""
+    """Return the data in a YAML file. Raises ConfigError where that is not YAML, OSError where it can't be read."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -74,19 +73,6 @@ def read(path: str | os.PathLike[str]) -> Any:
 
 
 def dump(data: Any) -> str:
-    """Plain data as YAML, keys in their order."""
+    """Return plain data as YAML, keys in their order."""
     text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
     return text.removesuffix("...\n")  # PyYAML's end of a document that is one plain value
-
-
-def write(text: str, path: str | os.PathLike[str]) -> None:
-    """Replace the file at `path` at once: a process that dies here leaves it as it was. Makes its folder."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}~", dir=target.parent) as folder:
-        new = Path(folder, "new")
-        with open(new, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, target)

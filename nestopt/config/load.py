@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nestopt.config.errors import ConfigError
-from nestopt.config.io import dump, read, write
+from nestopt.config.files import write
 from nestopt.config.overrides import apply
 from nestopt.config.schema import Config
 from nestopt.config.spec import build, to_spec
@@ -18,7 +18,7 @@ from nestopt.core.part import nearest
 
 
 def load(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable[str] = ()) -> Config | Level:
-    """A configuration, or a stack on its own, from a YAML file or a mapping.
+    """Load a configuration, or a stack on its own, from a YAML file or a mapping.
 
     Args:
         source: the path of a YAML file, or what one holds. A name, a list or a mapping with the key `level` is a stack;
@@ -47,7 +47,7 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable
 
 
 def default(overrides: Iterable[str] = ()) -> Config:
-    """The configuration of the run that `nestopt train` starts when it is given none.
+    """Return the configuration of the run that `nestopt train` starts when it is given none.
 
     Args:
         overrides: as of `load`.
@@ -63,16 +63,18 @@ def save(what: Config | Level, path: str | os.PathLike[str]) -> None:
 
     The file is replaced at once; its folder is made if need be. Raises ConfigError for a level that is not registered.
     """
+    from nestopt.config.io import dump
+
     write(what.to_yaml() if isinstance(what, Config) else dump(to_spec(what)), path)
 
 
 def names_file(spec: object) -> bool:
-    """Whether a spec is the path of a file: a path object, or a string that ends in `.yaml` or `.yml`."""
+    """Return whether a spec is the path of a file: a path object, or a string that ends in `.yaml` or `.yml`."""
     return isinstance(spec, os.PathLike) or (isinstance(spec, str) and Path(spec).suffix in (".yaml", ".yml"))
 
 
 def _complete(data: Any) -> Any:
-    """`data` with every default written out; those of an empty configuration where it is not valid (yet)."""
+    """Return `data` with every default written out; those of an empty configuration where it is not valid (yet)."""
     try:
         return Config.from_data(data).to_data()
     except ConfigError:
@@ -80,6 +82,8 @@ def _complete(data: Any) -> Any:
 
 
 def _read(path: Path) -> Any:
+    from nestopt.config.io import read
+
     try:
         return read(path)
     except FileNotFoundError:

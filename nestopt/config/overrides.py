@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 from nestopt.config.errors import ConfigError, join, show
-from nestopt.config.io import parse
 from nestopt.config.sizes import named
 from nestopt.config.spec import field_default, field_hints, kind_of, kind_of_items, to_spec
 from nestopt.core import Part, UnknownName, registry
@@ -44,7 +43,7 @@ class _Place:
 
 
 def apply(data: Any, overrides: Iterable[str], complete: Complete | None = None) -> Any:
-    """`data` with the `overrides`, such as `optimizer.stack[0].period=4`, in order. `data` itself is not changed.
+    """Return `data` with the `overrides`, such as `optimizer.stack[0].period=4`, in order; `data` is not changed.
 
     Values are YAML. A part that is written as a bare name becomes a mapping where a key of it is set
     (`optimizer.stack.beta=0.5` on `stack: momentum`), and a list of levels a chain; a part that is not written at all
@@ -78,6 +77,8 @@ def _split(override: str) -> tuple[list[Key], Any]:
     if not _PATH.fullmatch(name):
         raise ConfigError.refuse("", override, f"{name!r} is not a key; write it like optimizer.stack[0].period")
     keys: list[Key] = [int(step[1]) if step[1] else step[0] for step in _STEP.finditer(name)]
+    from nestopt.config.io import parse
+
     try:
         return keys, parse(text)
     except ConfigError as error:
@@ -85,7 +86,7 @@ def _split(override: str) -> tuple[list[Key], Any]:
 
 
 def _put(value: Any, place: _Place, keys: list[Key], new: Any, complete: Callable[[], Any] | None) -> Any:
-    """`value`, which stands at `place`, with `new` at the `keys` below it."""
+    """Return `value`, which stands at `place`, with `new` at the `keys` below it."""
     if not keys:
         return new
     key, *rest = keys
@@ -112,7 +113,7 @@ def _put(value: Any, place: _Place, keys: list[Key], new: Any, complete: Callabl
 
 
 def _open(value: Any, place: _Place, key: Key) -> Any:
-    """`value` in the form that has keys, where it is written in a shorter one."""
+    """Return `value` in the form that has keys, where it is written in a shorter one."""
     if place.keys[-1:] == ("rest",) and place.kind and key in _REST:
         section = isinstance(value, dict) and "level" not in value
         return value if section else {"stack": value}
@@ -128,7 +129,7 @@ def _open(value: Any, place: _Place, key: Key) -> Any:
 
 
 def _class(value: dict[str, Any], place: _Place) -> type[Part] | None:
-    """The class of the part that the mapping `value` describes."""
+    """Return the class of the part that the mapping `value` describes."""
     name = value.get(place.kind) if place.kind else None
     try:
         return registry.get(place.kind, name) if place.kind and isinstance(name, str) else None
@@ -144,7 +145,7 @@ def _below(place: _Place, key: str, cls: type[Part] | None) -> _Place:
 
 
 def _default(place: _Place, cls: type[Part] | None, complete: Callable[[], Any] | None) -> Any:
-    """What stands at `place` where nothing is written."""
+    """Return what stands at `place` where nothing is written."""
     if cls is not None:
         default = field_default(cls, str(place.keys[-1])) if place.keys[-1] in field_hints(cls) else None
         return to_spec(default) if isinstance(default, Part) else {}

@@ -19,20 +19,19 @@ from pydantic import (
 from typing_extensions import Self
 
 from nestopt.config.errors import ConfigError, join, translate
-from nestopt.config.io import dump
 from nestopt.config.sizes import named
 from nestopt.config.spec import build, to_spec
 from nestopt.config.values import Bool, Finite, Whole, no_bool
-from nestopt.core import Dataset, Level
+from nestopt.core import Level, Part
 from nestopt.core.precision import Precision
 
 _written = PlainSerializer(to_spec, return_type=Any)
 LevelSpec = Annotated[Level, BeforeValidator(lambda spec: build("level", spec)), _written]
-DatasetSpec = Annotated[Dataset, BeforeValidator(lambda spec: build("dataset", spec)), _written]
+DatasetSpec = Annotated[Part, BeforeValidator(lambda spec: build("dataset", spec)), _written]
 
 
 def _spec(default: object) -> Any:
-    """A default written as a spec. It is built when a section is made, so that importing this needs no registry."""
+    """Return a default as a spec: it is built when a section is made, and importing this needs no registry."""
     return default
 
 
@@ -154,7 +153,7 @@ class RestConfig(Section):
 
 
 def _rest(spec: object) -> object:
-    """A bare level stands for a section with that stack."""
+    """Make a section of a bare level, which stands for one with that stack."""
     if isinstance(spec, RestConfig) or (isinstance(spec, Mapping) and "level" not in spec):
         return spec
     return RestConfig(stack=build("level", spec))
@@ -286,7 +285,7 @@ class Config(Section):
 
     @classmethod
     def from_data(cls, data: object, source: str = "") -> Config:
-        """The configuration that `data` (nested mappings, as from YAML) describes; None is the default one.
+        """Return the configuration that `data` (nested mappings, as from YAML) describes; None is the default one.
 
         Args:
             data: what is not given has its default.
@@ -305,11 +304,13 @@ class Config(Section):
             raise error.under("", source) from None
 
     def to_data(self) -> dict[str, Any]:
-        """Every key, as plain data: `from_data` makes an equal configuration of it."""
+        """Return every key, as plain data: `from_data` makes an equal configuration of it."""
         return self.model_dump()
 
     def to_yaml(self) -> str:
-        """`to_data` as YAML text."""
+        """Return `to_data` as YAML text."""
+        from nestopt.config.io import dump
+
         return dump(self.to_data())
 
 

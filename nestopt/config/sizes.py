@@ -35,7 +35,7 @@ NAMES: tuple[str, ...] = tuple(f"{kind}-{size}" for kind in _MIXERS for size in 
 
 
 def named(name: str) -> dict[str, Any]:
-    """The model section of a size by its name, as plain data: `named("hope-340m")`.
+    """Return the model section of a size by its name, as plain data: `named("hope-340m")`.
 
     All have a vocabulary of 32,000 tokens, tied to the head, and 24 blocks; parameters are within 2 % of the name. The
     width of the MLPs makes up for what a mixer takes more or less than another's. Hope's continuum has two of them,

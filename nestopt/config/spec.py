@@ -19,7 +19,7 @@ from nestopt.config.errors import ConfigError, join, show
 from nestopt.config.values import convert, number
 from nestopt.core import Gate, Heads, Level, Part, UnknownName, chain, registry
 from nestopt.core.part import FieldError, is_subclass
-from nestopt.core.registry import KINDS
+from nestopt.core.registry import KINDS, base_of
 
 Spec = str | dict[str, Any]
 """A part as plain data: a name, or a mapping with the part's kind as first key."""
@@ -33,7 +33,7 @@ def build(kind: Literal["level"], spec: object, path: str = "") -> Level: ...
 @overload
 def build(kind: str, spec: object, path: str = "") -> Part: ...
 def build(kind: str, spec: object, path: str = "") -> Part:
-    """The part that `spec` describes.
+    """Build the part that `spec` describes.
 
     Args:
         kind: `level`, `memory`, `objective`, `retention`, `features`, `output` or `dataset`.
@@ -48,7 +48,7 @@ def build(kind: str, spec: object, path: str = "") -> Part:
     >>> build("level", {"level": "momentum", "beta": 0.5, "period": 16})
     Momentum(period=16, beta=0.5, dampening=0.0, nesterov=False, undamped_start=False)
     """
-    base, _ = KINDS[kind]
+    base = base_of(kind)
     if isinstance(spec, Part):
         if isinstance(spec, base):
             return spec
@@ -70,7 +70,7 @@ def _how(kind: str) -> str:
 
 
 def _class(kind: str, name: object, path: str) -> type[Part]:
-    base, _ = KINDS[kind]
+    base = base_of(kind)
     if isinstance(name, type):
         if is_subclass(name, base):
             return name
@@ -115,7 +115,7 @@ def _make(cls: type[Part], fields: dict[str, Any], path: str) -> Part:
 
 
 def _field(hint: Any, value: object, path: str) -> Any:
-    """`value` as a field with this type hint."""
+    """Return `value` as a field with this type hint."""
     whole, (hint, optional) = hint, _without_none(hint)
     if value is None and optional:
         return None
@@ -147,28 +147,26 @@ def _check_names(value: Mapping[Any, Any], path: str) -> None:
 
 @functools.cache
 def field_hints(cls: type[Part]) -> dict[str, Any]:
-    """The fields that a spec of `cls` may give, with their types."""
+    """Return the fields that a spec of `cls` may give, with their types."""
     hints = get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
 
 
 def field_default(cls: type[Part], name: str) -> Any:
-    """What a field is where nothing is given; `dataclasses.MISSING` where something must be."""
+    """Return what a field is where nothing is given; `dataclasses.MISSING` where something must be."""
     field = next(field for field in dataclasses.fields(cls) if field.name == name)  # type: ignore[arg-type]
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
 def kind_of(hint: Any) -> str | None:
-    """The kind of part that a field with this type holds, or None."""
+    """Return the kind of part that a field with this type holds, or None."""
     hint, _ = _without_none(hint)
     hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    if not is_subclass(hint, Part):
-        return None
-    return next((kind for kind, (base, _) in KINDS.items() if issubclass(hint, base)), None)
+    return hint.kind if is_subclass(hint, Part) and hint.kind in KINDS else None
 
 
 def kind_of_items(hint: Any) -> str | None:
-    """The kind of part that a dict, list or tuple of parts holds, or None."""
+    """Return the kind of part that a dict, list or tuple of parts holds, or None."""
     args = [arg for arg in get_args(hint) if arg is not ...]
     return kind_of(args[-1]) if args and get_origin(hint) in (dict, list, tuple) else None
 
@@ -188,7 +186,7 @@ def _label(cls: type[Part]) -> str:
 
 
 def to_spec(part: Part) -> Spec:
-    """`part` as plain data, the inverse of `build`: its name, or a mapping with the fields that differ from defaults.
+    """Write `part` as plain data, which `build` reads: its name, or a mapping with what differs from defaults.
 
     Raises:
         ConfigError: where the class of a part is not registered, or a field holds what plain data can't (a tensor).

@@ -38,7 +38,7 @@ _LEAVES: dict[Any, Any] = {bool: Bool, int: Whole, float: Real}
 
 
 def careful(hint: Any) -> Any:
-    """`hint` with every bool, int, float and fixed tuple in it validated as this module says."""
+    """Return `hint` with every bool, int, float and fixed tuple in it validated as this module says."""
     if hint in _LEAVES:
         return _LEAVES[hint]
     origin, args = get_origin(hint), get_args(hint)
@@ -74,7 +74,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 
 
 def convert(hint: Any, value: object, path: str) -> Any:
-    """`value` as the type `hint`. Raises ConfigError at `path`, or at the item of it that is wrong."""
+    """Return `value` as the type `hint`. Raises ConfigError at `path`, or at the item of it that is wrong."""
     try:
         return _adapter(hint).validate_python(value)
     except ValidationError as error:
@@ -82,7 +82,7 @@ def convert(hint: Any, value: object, path: str) -> Any:
 
 
 def number(value: object, path: str) -> Number:
-    """A constant, a tensor, a `Gate`, or one written as `{gate: 0.9}` or `{gate: {init: 0.5, low: 0, high: 2}}`.
+    """Read a constant, a tensor, a `Gate`, or one written as `{gate: 0.9}` or `{gate: {init: 0.5, low: 0, high: 2}}`.
 
     A constant per head is `{heads: 0.97}` or `{heads: {init: 0.97, ratio: 0.5}}`.
     """

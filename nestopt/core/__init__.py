@@ -1,9 +1,11 @@
 """What a level is: parts, composition, clocks, the order of levels, the generic machine and the registry."""
 
+import importlib
+from typing import Any
+
 from nestopt.core.associative import AssociativeMemory, Gd
 from nestopt.core.clock import advance, start
 from nestopt.core.compose import Chain, Nest, Parallel, chain, nest, parallel
-from nestopt.core.dataset import Dataset, DocumentDataset, DocumentSet
 from nestopt.core.features import Features
 from nestopt.core.gates import bind, gates_of
 from nestopt.core.hookspecs import hookimpl
@@ -24,9 +26,6 @@ __all__ = [
     "Accepted",
     "AssociativeMemory",
     "Chain",
-    "Dataset",
-    "DocumentDataset",
-    "DocumentSet",
     "Features",
     "Gate",
     "Gd",
@@ -61,3 +60,13 @@ __all__ = [
     "scan",
     "start",
 ]
+
+
+_DATASETS = ("Dataset", "DocumentDataset", "DocumentSet")
+"""Of `nestopt.train.data`; found here too, where plugins had them from. They load when they are asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _DATASETS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("nestopt.train.data"), name)

@@ -13,7 +13,7 @@ from torch import Tensor
 from nestopt.core.clock import advance, advance_, due, start
 from nestopt.core.level import Level
 from nestopt.core.order import Node
-from nestopt.core.part import FieldError
+from nestopt.core.part import FieldError, snake_case
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, leaves, nested, tree_map
 
@@ -87,7 +87,7 @@ class _Many(Level):
     levels: dict[str, Level]
 
     def __post_init__(self) -> None:
-        self.levels = _Levels(_named(self.levels, self.label))
+        self.levels = _Levels(_named(self.levels, snake_case(type(self).__name__)))
         super().__post_init__()
 
     def init(self, param: Tensor) -> State:
@@ -293,6 +293,8 @@ class Nest(Level):
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
         every = period * self.period
         inner = self.inner.nodes(f"{name}.inner", every, after)
+        if not any(leaves(start(self.inner, torch.zeros(2, 2)))):
+            return inner  # which has no start to be learned
         needs = tuple(node.name for node in inner)
         outer = self.outer.nodes(f"{name}.outer", every, needs)
         learned = Node(

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,18 @@ EXCEPTIONS = {
 
 _present: contextvars.ContextVar[str | None] = contextvars.ContextVar("nestopt_exception", default=None)
 _refusing: contextvars.ContextVar[bool] = contextvars.ContextVar("nestopt_refusing", default=False)
+
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """Let compilers take what `function` returns for a constant, as `torch.compiler.assume_constant_result` does.
+
+    That one imports the compiler, a second of work, in every program that decorates a function with it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class WaitError(RuntimeError):

@@ -59,7 +59,7 @@ def nestopt_register_outputs(register: Register) -> None:
 
 @hookspec
 def nestopt_register_datasets(register: Register) -> None:
-    """Register subclasses of `nestopt.core.Dataset`."""
+    """Register subclasses of `nestopt.train.data.Dataset`."""
 
 
 @hookspec

@@ -30,27 +30,34 @@ class Node:
 def ordered(nodes: Sequence[Node]) -> list[list[Node]]:
     """Sort memories into levels, slowest first. Memories of which neither comes before the other share a level.
 
-    Within one frequency, a memory is as deep as the longest chain of memories that it needs first; the one that is
-    needed is the faster. Raises ValueError when memories of one frequency need each other in a circle, or a name is
-    given twice.
+    Within one frequency, the memory that is needed is the faster, whether directly or by way of others, of whatever
+    frequency: a memory is as deep as the longest chain of those of its own frequency that it needs first.
+
+    Raises:
+        ValueError: memories need each other in a circle, or a name is given twice.
     """
     by_name = {node.name: node for node in nodes}
     if len(by_name) != len(nodes):
         twice = sorted({node.name for node in nodes if sum(other.name == node.name for other in nodes) > 1})
         raise ValueError(f"memories must have names of their own; given twice: {twice}")
-    depth: dict[str, int] = {}
+    depths: dict[str, dict[int, int]] = {}
 
-    def visit(node: Node, path: tuple[str, ...]) -> int:
+    def visit(node: Node, path: tuple[str, ...]) -> dict[int, int]:
+        """Return, for each period, the longest chain of memories with it that ends here."""
         if node.name in path:
             raise ValueError(
                 f"memories that need each other in a circle have no order: {' -> '.join((*path, node.name))}"
             )
-        if node.name not in depth:
-            same = [by_name[name] for name in node.after if name in by_name and by_name[name].period == node.period]
-            depth[node.name] = 1 + max((visit(other, (*path, node.name)) for other in same), default=-1)
-        return depth[node.name]
+        if node.name not in depths:
+            longest: dict[int, int] = {}
+            for name in node.after:
+                if name in by_name:
+                    for period, depth in visit(by_name[name], (*path, node.name)).items():
+                        longest[period] = max(depth, longest.get(period, 0))
+            depths[node.name] = {**longest, node.period: longest.get(node.period, 0) + 1}
+        return depths[node.name]
 
     groups: dict[tuple[int, int], list[Node]] = {}
     for node in nodes:
-        groups.setdefault((-node.period, -visit(node, ())), []).append(node)
+        groups.setdefault((-node.period, -visit(node, ())[node.period]), []).append(node)
     return [groups[key] for key in sorted(groups)]

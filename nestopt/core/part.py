@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 from abc import ABCMeta
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, TypeGuard, TypeVar, get_origin, get_type_hints
 
 from torch import Tensor
@@ -176,8 +176,8 @@ class Part(metaclass=_PartType):
 
     @property
     def label(self) -> str:
-        """The name of this part's class, as in configs."""
-        return snake_case(type(self).__name__)
+        """The name that this part's class is registered under; of one that is not, the class's own, in snake case."""
+        return _registered(type(self)) or snake_case(type(self).__name__)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -215,6 +215,19 @@ class Part(metaclass=_PartType):
         if value not in allowed:
             hint = nearest(value, [a for a in allowed if isinstance(a, str)]) if isinstance(value, str) else ""
             raise FieldError(self.label, key, value, f"is not allowed; give one of {allowed}.{hint}")
+
+
+def _none_is(cls: type) -> None:
+    """Return no name: there is no registry yet."""
+
+
+_registered: Callable[[type], str | None] = _none_is
+
+
+def label_by(name_of: Callable[[type], str | None]) -> None:
+    """Let parts have the labels that `name_of` gives their classes, where it gives one: a registry's names."""
+    global _registered  # noqa: PLW0603  # the registry knows parts, so parts can't import it
+    _registered = name_of
 
 
 _HINTS: dict[type, dict[str, type[Part]]] = {}

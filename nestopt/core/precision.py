@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from nestopt.core.device import constant_in_graphs
 from nestopt.core.part import nearest
 
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -74,7 +75,7 @@ def refusal(precision: Precision, device: torch.device, dtype: torch.dtype) -> s
     return f"{device} ({name}) has a compute capability of {major}.{minor}, and it takes {LEAST_CAPABILITY}.0 or more"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def _cuda(index: int | None) -> tuple[str, int, int]:
     """The name and the compute capability of a CUDA device."""
     return torch.cuda.get_device_name(index), *torch.cuda.get_device_capability(index)

@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import inspect
 import os
+import pkgutil
 import warnings
 from typing import Any
 
 import pluggy
 
 from nestopt.core import hookspecs
-from nestopt.core.dataset import Dataset
 from nestopt.core.features import Features
 from nestopt.core.level import Level
 from nestopt.core.memories import Memory
 from nestopt.core.objectives import Objective
 from nestopt.core.outputs import Output
-from nestopt.core.part import is_subclass, nearest
+from nestopt.core.part import Part, is_subclass, label_by, nearest
 from nestopt.core.retentions import Retention
 from nestopt.core.token_form import TokenForm
 
-KINDS: dict[str, tuple[type, str]] = {
+KINDS: dict[str, tuple[type | str, str]] = {
     "level": (Level, "nestopt_register_levels"),
     "memory": (Memory, "nestopt_register_memories"),
     "objective": (Objective, "nestopt_register_objectives"),
     "retention": (Retention, "nestopt_register_retentions"),
     "features": (Features, "nestopt_register_features"),
     "output": (Output, "nestopt_register_outputs"),
-    "dataset": (Dataset, "nestopt_register_datasets"),
+    "dataset": ("nestopt.train.data:Dataset", "nestopt_register_datasets"),
     "token_form": (TokenForm, "nestopt_register_token_forms"),
 }
-"""Each kind of part: its base class, and the hook that registers it."""
+"""Each kind of part: its base class (or where that is, if it loads when it is used), and the hook that registers it."""
+
+
+def base_of(kind: str) -> type[Part]:
+    """Return the class that all parts of a kind derive from."""
+    base, _ = KINDS[kind]
+    return pkgutil.resolve_name(base) if isinstance(base, str) else base
+
 
 BUILTIN = "nestopt"
 DISABLE = "NESTOPT_DISABLE_PLUGINS"
@@ -91,7 +99,7 @@ class Registry:
     # -- filling it ------------------------------------------------------------------------------------------------
 
     def add_builtin(self, plugin: object) -> None:
-        """Take a module of nestopt's own, by the hooks that any plugin uses."""
+        """Take a module of nestopt's own, or its name, by the hooks that any plugin uses."""
         self._builtin.append(plugin)
         self._reset()
 
@@ -122,9 +130,10 @@ class Registry:
         if self._loaded:
             return
         self._loaded = True
-        for module in self._builtin:
+        for given in self._builtin:
+            module = importlib.import_module(given) if isinstance(given, str) else given
             entry = self._take(
-                module, BUILTIN if module is self._builtin[0] else _module_of(module), source=_module_of(module)
+                module, BUILTIN if given is self._builtin[0] else _module_of(module), source=_module_of(module)
             )
             if entry.error:
                 raise RuntimeError(f"nestopt's own {entry.source}: {entry.error}")
@@ -174,7 +183,7 @@ class Registry:
         return entry
 
     def _registrar(self, kind: str, owner: str) -> hookspecs.Register:
-        base, hook = KINDS[kind]
+        base, hook = base_of(kind), KINDS[kind][1]
 
         def register(name: str, cls: Any) -> None:
             if not is_subclass(cls, base):
@@ -198,7 +207,7 @@ class Registry:
     # -- looking up ------------------------------------------------------------------------------------------------
 
     def get(self, kind: str, name: str) -> Any:
-        """The class registered as `name`. Raises UnknownName, with the nearest name there is."""
+        """Return the class registered as `name`. Raises UnknownName, with the nearest name there is."""
         self._load()
         known = self._classes[kind]
         if name not in known:
@@ -210,22 +219,22 @@ class Registry:
         return known[name][0]
 
     def names(self, kind: str) -> list[str]:
-        """All names of a kind, sorted."""
+        """Return all names of a kind, sorted."""
         self._load()
         return sorted(self._classes[kind])
 
     def name_of(self, cls: type) -> str | None:
-        """The name that `cls` is registered under, or None."""
+        """Return the name that `cls` is registered under, or None."""
         self._load()
         return self._names.get(cls)
 
     def owner(self, kind: str, name: str) -> str:
-        """Which plugin registered `name`."""
+        """Return which plugin registered `name`."""
         self.get(kind, name)
         return self._classes[kind][name][1]
 
     def plugins(self) -> list[Plugin]:
-        """Every plugin found, those that were skipped or switched off too."""
+        """Return every plugin found, those that were skipped or switched off too."""
         self._load()
         return list(self._plugins.values())
 
@@ -240,3 +249,4 @@ def _module_of(plugin: object) -> str:
 
 registry = Registry()
 """The registry that nestopt uses."""
+label_by(registry.name_of)

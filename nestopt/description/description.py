@@ -59,11 +59,11 @@ class Description:
         return [memory for memory in self.memories if memory.context == context and memory.memory != WEIGHTS]
 
     def rows(self) -> list[list[Row]]:
-        """The levels with repeated memories taken together (`"blocks.*.mixer × 12"`)."""
+        """Return the levels with repeated memories taken together (`"blocks.*.mixer × 12"`)."""
         return [collapse(level) for level in self.levels]
 
     def summary(self) -> str:
-        """The totals in one line."""
+        """Return the totals in one line."""
         parts = [f"{many(len(self.memories), 'memory')} on {many(len(self.levels), 'level')}"]
         if self.weights:
             parts.append(f"{count(self.weights)} weights ({size(self.weight_bytes)})")
@@ -82,15 +82,15 @@ class Description:
         return table.render(self.title, self.rows(), [self.summary(), *self.notes])
 
     def to_data(self) -> list[dict[str, Any]]:
-        """One plain dict per memory, slowest level first; `"level"` counts from 1."""
+        """Return one plain dict per memory, slowest level first; `"level"` counts from 1."""
         return [{"level": i, **memory.to_data()} for i, level in enumerate(self.levels, 1) for memory in level]
 
     def to_mermaid(self) -> str:
-        """A Mermaid flowchart, slow levels on top; an arrow leads from a memory to one that it needs first."""
+        """Return a Mermaid flowchart, slow levels on top; an arrow leads from a memory to one that it needs first."""
         return mermaid.render(self.rows())
 
     def to_svg(self) -> str:
-        """A picture that stands alone, fast levels on top, legible on light and dark pages."""
+        """Return a picture that stands alone, fast levels on top, legible on light and dark pages."""
         return svg.render(self.title, self.rows(), [self.summary(), *self.notes])
 
     def _repr_svg_(self) -> str:

@@ -20,7 +20,7 @@ def describe(
     shape: Sequence[int] | None = None,
     context: Context = "gradients",
 ) -> Description:
-    """The memories of a thing, sorted into levels by how often they learn (NL Def. 2).
+    """Describe a thing: its memories, sorted into levels by how often they learn (NL Def. 2).
 
     * of a level, or a stack of them: its memories;
     * of an optimizer, nestopt's or any other: what it keeps of the gradients, and the weights that it moves;
@@ -68,7 +68,8 @@ def _level(level: Level, shape: Sequence[int] | None, context: Context) -> Descr
     if shape is not None and context == "tokens" and len(shape) != 2:
         raise ValueError(f"describe: shape={tuple(shape)} is not allowed on tokens; give (D_v, D_k)")
     sizes = None if shape is None else stacks.measure(level, level.label, stacks.begin(level, shape, context))
-    return Description.of(stacks.words(level), stacks.memories(level, level.label, context, sizes))
+    found = stacks.memories(level, level.label, context, sizes)
+    return Description.of(stacks.words(level), found, stacks.keeps_nothing(level, level.label, found))
 
 
 def _optimizer(optimizer: Optimizer) -> Description:

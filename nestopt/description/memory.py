@@ -55,7 +55,7 @@ class Memory:
 
     @classmethod
     def from_node(cls, node: Node, context: Context, **more: Any) -> Memory:
-        """Of a core node, which counts its period in steps of `context`."""
+        """Make the memory of a core node, which counts its period in steps of `context`."""
         return cls(
             name=node.name,
             context=context,
@@ -69,7 +69,7 @@ class Memory:
 
 
 def in_levels(memories: Sequence[Memory]) -> list[list[Memory]]:
-    """Levels, slowest first: what is fixed, then what learns from step to step, then from token to token.
+    """Return levels, slowest first: what is fixed, then what learns from step to step, then from token to token.
 
     Within a context the order is that of NL Def. 2. A sequence passes between two optimizer steps, so tokens are the
     faster context. Raises ValueError for a name given twice.

@@ -13,7 +13,7 @@ PLAIN = " .,:_-+=·×→²…()[]/"
 
 
 def render(levels: Sequence[Sequence[Row]]) -> str:
-    """Levels given slowest first as subgraphs from the top down."""
+    """Draw levels, given slowest first, as subgraphs from the top down."""
     lines, number = ["flowchart TB"], 0
     firsts = []
     for i, level in enumerate(levels):
@@ -38,7 +38,7 @@ def _label(row: Row) -> str:
 
 
 def escape(text: str) -> str:
-    """What Mermaid, Markdown or HTML would read as more than text becomes an entity."""
+    """Write as entities what Mermaid, Markdown or HTML would read as more than text."""
     return "".join(char if char.isalnum() or char in PLAIN else _entity(char) for char in text)
 
 

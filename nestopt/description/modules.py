@@ -30,7 +30,7 @@ OUTSIDE, OTHER = "outside the module", "other"
 
 
 def level_of(module: nn.Module) -> Level | None:
-    """The level that a layer of nestopt's, or one like it, runs on tokens."""
+    """Return the level that a layer of nestopt's, or one like it, runs on tokens."""
     level = getattr(module, "level", None)
     return level if isinstance(level, Level) else None
 
@@ -39,10 +39,11 @@ def level_of(module: nn.Module) -> Level | None:
 
 
 def token_memories(module: nn.Module) -> tuple[list[Memory], list[str]]:
-    """Every memory that is updated as tokens pass, by its path, and notes."""
+    """Return every memory that is updated as tokens pass, by its path, and notes."""
     found: list[Memory] = []
     by_name: dict[str, None] = {}
     holders: list[str] = []
+    empty: list[str] = []
     for path, inner in module.named_modules():
         if any(path.startswith(f"{holder}.") or not holder for holder in holders):
             continue
@@ -55,6 +56,7 @@ def token_memories(module: nn.Module) -> tuple[list[Memory], list[str]]:
                 continue  # a static continuum learns as weights do; a wrapper's level is its inner module's
             else:
                 memories = stacks.memories(level, name, "tokens", _sizes(inner, level, name))
+                empty += stacks.keeps_nothing(level, name, memories)
         elif isinstance(inner, nn.MultiheadAttention):
             memories = [_attention(name)]
         elif isinstance(inner, RECURRENT):
@@ -71,6 +73,7 @@ def token_memories(module: nn.Module) -> tuple[list[Memory], list[str]]:
             "at."
             for cls in by_name
         ),
+        *dict.fromkeys(empty),
         *_forms(module),
         *_precisions(module),
     ]
@@ -87,7 +90,7 @@ def _forms(module: nn.Module) -> list[str]:
 
 
 def _precisions(module: nn.Module) -> list[str]:
-    """What is said of products of memories that are not made in float32."""
+    """Return what is said of products of memories that are not made in float32."""
     found: dict[str, list[str]] = {}
     for path, inner in module.named_modules():
         if isinstance(inner, SequenceMemory | CMS | Stacked):
@@ -114,7 +117,7 @@ def _wraps(module: nn.Module, level: Level) -> bool:
 
 
 def _continuum(module: CMS, name: str) -> list[Memory]:
-    """The levels of a continuum in context, which writes at its periods."""
+    """Return the levels of a continuum in context, which writes at its periods."""
     level, state = module.level, module.init_state(1)
     objective = "the model's loss" if module.taught else "l2"
     found = []
@@ -146,7 +149,7 @@ def _recurrent(module: nn.Module, name: str) -> Memory:
 
 
 def _sizes(module: nn.Module, level: Level, name: str) -> stacks.Sizes | None:
-    """Of the memories of one sequence, where the module says how many heads of which size it has."""
+    """Measure the memories of one sequence, where the module says how many heads of which size it has."""
     width, heads = getattr(module, "dim_head", None), getattr(module, "heads", None)
     if not (isinstance(width, int) and isinstance(heads, int)):
         return None
@@ -159,7 +162,7 @@ def _sizes(module: nn.Module, level: Level, name: str) -> stacks.Sizes | None:
 
 
 def kinds_of_weights(module: nn.Module) -> dict[Tensor, str]:
-    """The kind of every parameter, tied ones once, in the order of the module."""
+    """Return the kind of every parameter, tied ones once, in the order of the module."""
     found: dict[Tensor, str] = {}
     for param, kind in _walk(module, ""):
         found.setdefault(param, kind)
@@ -175,7 +178,7 @@ def _walk(module: nn.Module, above: str) -> Iterator[tuple[Tensor, str]]:
 
 
 def _holder(module: nn.Module) -> str:
-    """The kind of all weights within a module that is a memory of tokens as a whole."""
+    """Return the kind of all weights within a module that is a memory of tokens as a whole."""
     level = level_of(module)
     if level is not None and not _wraps(module, level):
         return "cms" if isinstance(level, Cms) else f"{level.label} layers"
@@ -191,7 +194,7 @@ def _kind(module: nn.Module) -> str:
 
 
 def weights(kinds: dict[Tensor, str], families: Sequence[Family]) -> list[Memory]:
-    """One memory per kind of weights and per family of the optimizer that trains them; those of none are fixed."""
+    """Return a memory for each kind of weights and family of the optimizer that trains them; others are fixed."""
     owner = {param: family for family in families for param in family.params}
     parts: dict[tuple[str, str], list[Tensor]] = {}
     for param in dict.fromkeys([*kinds, *owner]):

@@ -70,7 +70,7 @@ class Family:
 
 
 def families(optimizer: Optimizer, taken: Collection[str] = ()) -> tuple[list[Family], list[str]]:
-    """The families of an optimizer, named apart from `taken`, and notes."""
+    """Return the families of an optimizer, named apart from `taken`, and notes."""
     kinds: dict[Any, list[dict[str, Any]]] = {}
     for group in optimizer.param_groups:
         kinds.setdefault(_kind(optimizer, group), []).append(group)
@@ -94,7 +94,7 @@ def families(optimizer: Optimizer, taken: Collection[str] = ()) -> tuple[list[Fa
 
 
 def level_of(optimizer: Optimizer, group: Mapping[str, Any]) -> Level | None:
-    """The level that a group runs, if the optimizer is one that runs levels."""
+    """Return the level that a group runs, if the optimizer is one that runs levels."""
     make = getattr(optimizer, "level", None)
     level = make(group) if callable(make) else group.get("stack")
     return level if isinstance(level, Level) else None
@@ -106,7 +106,7 @@ def _period(group: Mapping[str, Any]) -> int:
 
 
 def _kind(optimizer: Optimizer, group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What makes two groups one family."""
+    """Return what makes two groups one family."""
     level, period = level_of(optimizer, group), _period(group)
     if level is None:
         return (period, tuple(sorted(_probe(optimizer, group) or {})))
@@ -138,17 +138,14 @@ def _learned(optimizer: Optimizer, level: Level, family: Family) -> list[Memory]
         if family.period > 1:
             itemsize = (summed if summed is not None else torch.empty((), dtype=dtype)).element_size()
             parts.append({family.name: stacks.Size(0, param.numel() * itemsize)})
-    found = stacks.memories(level, family.name, "gradients", stacks.add(parts), family.period)
-    if len(found) == 1 and found[0].memory == "none" and not found[0].state:
-        return []  # plain descent remembers nothing
-    return found
+    return stacks.memories(level, family.name, "gradients", stacks.add(parts), family.period)
 
 
 # -- any other ---------------------------------------------------------------------------------------------------------
 
 
 def _kept(optimizer: Optimizer, group: Mapping[str, Any], family: Family) -> tuple[list[Memory], list[str]]:
-    """One memory per state tensor: as it is, or as it will be after a first step."""
+    """Return one memory per state tensor: as it is, or as it will be after a first step."""
     label, ours = type(optimizer).__name__, _is_torchs(optimizer)
     will = _probe(optimizer, group)
     states = [_tensors(optimizer.state.get(param, {})) for param in family.params]
@@ -174,7 +171,7 @@ def _kept(optimizer: Optimizer, group: Mapping[str, Any], family: Family) -> tup
 def _size(
     state: Mapping[str, list[Tensor]], key: str, will: Mapping[str, list[Tensor]] | None, param: Tensor
 ) -> tuple[int | None, int | None]:
-    """Numbers and bytes of one parameter's state tensor; None where only a step would tell."""
+    """Return numbers and bytes of one parameter's state tensor; None where only a step would tell."""
     if state:
         tensors = state.get(key, [])
         return sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
@@ -188,7 +185,7 @@ PROBE = torch.Size((2, 3))
 
 
 def _probe(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, list[Tensor]] | None:
-    """What an optimizer of this class and settings keeps of one matrix, found by taking a step. None if that fails."""
+    """Take a step of an optimizer like this, and return what it keeps of one matrix; None if that fails."""
     if not _is_torchs(optimizer) and torch.distributed.is_available() and torch.distributed.is_initialized():
         return None  # its step may wait for processes that are not described now
     cls = type(optimizer)
@@ -206,7 +203,7 @@ def _probe(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, list[Ten
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, list[Tensor]]:
-    """The tensors of one parameter's state by key; lists of tensors count as one memory."""
+    """Return the tensors of one parameter's state by key; lists of tensors count as one memory."""
     found = {}
     for key, value in state.items():
         tensors = [item for item in (value if isinstance(value, Sequence) else [value]) if isinstance(item, Tensor)]

@@ -30,7 +30,7 @@ class Row:
 
 
 def collapse(level: Sequence[Memory]) -> list[Row]:
-    """Rows of one level, in the order of their first memories."""
+    """Return rows of one level, in the order of their first memories."""
     alike: dict[tuple[object, ...], list[Memory]] = {}
     for memory in level:
         pattern = INDEX.sub("*", memory.name)
@@ -57,7 +57,7 @@ def _row(memories: list[Memory]) -> Row:
 
 
 def total(numbers: Iterable[int | None]) -> int | None:
-    """The sum, or None if any is not known."""
+    """Return the sum, or None if any is not known."""
     result = 0
     for number in numbers:
         if number is None:
@@ -67,7 +67,7 @@ def total(numbers: Iterable[int | None]) -> int | None:
 
 
 def edges(levels: Sequence[Sequence[Row]]) -> list[tuple[int, int]]:
-    """Which row needs which, as (needing, needed) positions in the flat list of rows. Each pair once."""
+    """Return which row needs which, as (needing, needed) positions in the flat list of rows. Each pair once."""
     rows = [row for level in levels for row in level]
     place = {name: i for i, row in enumerate(rows) for name in row.names}
     found = [(i, place[need]) for i, row in enumerate(rows) for need in row.memory.needs if need in place]
@@ -75,7 +75,7 @@ def edges(levels: Sequence[Sequence[Row]]) -> list[tuple[int, int]]:
 
 
 def direct(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Those of `pairs` that no way over other pairs implies: what a picture must show."""
+    """Return those of `pairs` that no way over other pairs implies: what a picture must show."""
     needs: dict[int, set[int]] = {}
     for needing, other in pairs:
         needs.setdefault(needing, set()).add(other)

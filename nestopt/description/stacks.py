@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ Sizes = dict[str, Size]
 
 
 def words(level: Level) -> str:
-    """A level in a few words: `"momentum → muon"`, `"adam + (momentum every 16)"`."""
+    """Return a level in a few words: `"momentum → muon"`, `"adam + (momentum every 16)"`."""
     if isinstance(level, Chain | Parallel):
         joint = " → " if isinstance(level, Chain) else " + "
         said = joint.join(
@@ -61,12 +62,31 @@ def _bracketed(level: Level) -> str:
 
 
 def memories(level: Level, name: str, context: Context, sizes: Sizes | None, period: int = 1) -> list[Memory]:
-    """The memories of `level` as `name`; `sizes` (of `measure`) is None where no shape is known."""
+    """List the memories of `level` as `name`; those that keep nothing are none.
+
+    Args:
+        level: on its own, or of a layer or optimizer.
+        name: of what it returns, the begin of each name.
+        context: what it is shown.
+        sizes: of `measure`; None where no shape is known.
+        period: of what it is in.
+    """
     nodes = level.nodes(name, period)
     owned = {} if sizes is None else _owned(sizes, nodes)
     growing = {node.name for node in nodes if node.rule == "append"} if _unbounded(level) else set()
+    needs: dict[str, tuple[str, ...]] = {}  # of what keeps nothing
+    if any(node.memory == "none" for node in nodes):
+        kept = owned or _owned(measure(level, name, begin(level, (2, 2), context)), nodes)
+        needs = {
+            node.name: node.after for node in nodes if node.memory == "none" and not kept.get(node.name, Size()).bytes
+        }
     found = []
     for node in nodes:
+        if node.name in needs:
+            continue
+        if node.memory == "none":  # but for the sum of its clock
+            node = dataclasses.replace(node, memory="sum")
+        node = dataclasses.replace(node, after=_through(node.after, needs))
         size, grows = owned.get(node.name, Size()), node.name in growing
         known = sizes is not None and not grows
         found.append(
@@ -81,8 +101,24 @@ def memories(level: Level, name: str, context: Context, sizes: Sizes | None, per
     return found
 
 
+def _through(after: tuple[str, ...], needs: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Return `after` with what the names in `needs` need in their place."""
+    found = (_through(needs[name], needs) if name in needs else (name,) for name in after)
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(found)))
+
+
+def keeps_nothing(level: Level, name: str, found: Sequence[Memory]) -> list[str]:
+    """Say which levels within `level` are not among the memories `found` of it: one note, or none."""
+    listed = {memory.name for memory in found}
+    rules = dict.fromkeys(node.rule for node in level.nodes(name) if node.name not in listed)
+    if not rules:
+        return []
+    does, whose, place = ("keeps", "its", "is") if len(rules) == 1 else ("keep", "their", "are")
+    return [f"{' and '.join(rules)} {does} no memory of {whose} own, and {place} on no level."]
+
+
 def begin(level: Level, shape: Sequence[int], context: Context, dtype: torch.dtype | None = None) -> State:
-    """The state that `level` starts with for a tensor of `shape` (on tokens `(D_v, D_k)`), on the meta device."""
+    """Start the state of `level` for a tensor of `shape` (on tokens `(D_v, D_k)`), on the meta device."""
     like = torch.empty(tuple(shape), dtype=dtype, device="meta")
     if context == "tokens":
         dim_v, dim_k = shape
@@ -91,7 +127,7 @@ def begin(level: Level, shape: Sequence[int], context: Context, dtype: torch.dty
 
 
 def measure(level: Level, name: str, state: Mapping[str, Any]) -> Sizes:
-    """How much of `state` belongs to which of the memories that `level.nodes(name)` lists."""
+    """Return how much of `state` belongs to which of the memories that `level.nodes(name)` lists."""
     own = {key: value for key, value in state.items() if key not in (SUM, READ)}
     clock = [state[key] for key in (SUM, READ) if isinstance(state.get(key), Tensor)]
     if isinstance(level, Chain | Parallel | Cms):
@@ -131,14 +167,14 @@ def _associative(level: AssociativeMemory, name: str, state: State) -> Sizes:
 
 
 def _unbounded(level: Level) -> bool:
-    """Whether a memory that keeps pairs as they are has no bound on how many."""
+    """Return whether a memory that keeps pairs as they are has no bound on how many."""
     if isinstance(level, AssociativeMemory) and type(level.memory).append is not Store.append:
         return getattr(level.memory, "size", None) is None
     return any(_unbounded(part) for _, part in level.parts() if isinstance(part, Level))
 
 
 def _owned(sizes: Sizes, nodes: Sequence[Node]) -> Sizes:
-    """Sizes under names of nodes: what is under no node's name belongs to the nearest one above, else to the first."""
+    """Return sizes by node: what is under no node's name belongs to the nearest one above, else to the first."""
     names, owned = {node.name for node in nodes}, []
     for name, size in sizes.items():
         owner = name
@@ -149,7 +185,7 @@ def _owned(sizes: Sizes, nodes: Sequence[Node]) -> Sizes:
 
 
 def add(parts: Iterable[Sizes]) -> Sizes:
-    """Sums by name."""
+    """Return sums by name."""
     found: Sizes = {}
     for part in parts:
         for name, size in part.items():

@@ -50,7 +50,7 @@ class Box:
 
 
 def render(title: str, levels: Sequence[Sequence[Row]], footer: Sequence[str]) -> str:
-    """Levels given slowest first, drawn from the bottom up; `footer` lines stand below."""
+    """Draw levels, given slowest first, from the bottom up; `footer` lines stand below."""
     columns = min(PER_LINE, max([2, *map(len, levels)]))
     inner = columns * BOX_WIDTH + (columns - 1) * GAP_X
     total = 2 * MARGIN + GUTTER + inner
@@ -83,7 +83,7 @@ def render(title: str, levels: Sequence[Sequence[Row]], footer: Sequence[str]) -
 def _place(
     levels: Sequence[Sequence[Row]], inner: int, top: float
 ) -> tuple[list[list[Box]], list[tuple[float, str]], float]:
-    """Boxes by level (in the order given), the middle and the frequency of each band, and where the bands end."""
+    """Return boxes by level, in the order given, the middle and the frequency of each band, and where the bands end."""
     placed: list[list[Box]] = []
     bands, y = [], top
     for level in reversed(levels):
@@ -152,11 +152,11 @@ class Lanes:
         self.taken: dict[tuple[float, float], int] = {}
 
     def between(self, upper: float, lower: float) -> list[float]:
-        """Upper edges of the lines strictly between two, from the top down."""
+        """Return upper edges of the lines strictly between two, from the top down."""
         return sorted(y for y in self.lines if upper < y < lower)
 
     def take(self, y: float, x: float) -> tuple[float, float]:
-        """The free way through the line at `y` that is nearest to `x`, and the lower edge of that line."""
+        """Return the free way through the line at `y` that is nearest to `x`, and the lower edge of that line."""
         boxes = self.lines[y]
         ways = [boxes[0].x - GAP_X / 2, *(box.x + BOX_WIDTH + GAP_X / 2 for box in boxes)]
         way = min(ways, key=lambda at: abs(at - x))
@@ -190,7 +190,7 @@ def _text(x: float, y: float, text: str, kind: str, end: bool = False) -> str:
 
 
 def _escape(text: str) -> str:
-    """Fit for XML: control characters have no place in it at all."""
+    """Escape text for XML, in which control characters have no place at all."""
     return escape("".join(char if char.isprintable() or char == "\n" else "�" for char in text))
 
 

@@ -16,7 +16,7 @@ SHRINKABLE = {"name": 24, "objective": 10, "rule": 10, "memory": 8}
 
 
 def render(title: str, levels: Sequence[Sequence[Row]], footer: Sequence[str]) -> str:
-    """At most `COLUMNS` wide, unless names that can not be cut any shorter need more."""
+    """Write levels as a table, at most `COLUMNS` wide, unless names that can not be cut any shorter need more."""
     lines = [_cells(i, row, first=row is level[0]) for i, level in enumerate(levels, 1) for row in level]
     keep = [head for head in HEADS if head not in RIGHT or any(line[head] for line in lines)]
     widths = _widths(keep, lines)

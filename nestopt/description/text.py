@@ -6,12 +6,12 @@ import unicodedata
 
 
 def count(number: int | None) -> str:
-    """With separators for thousands; empty for None."""
+    """Write a number with separators for thousands; None as nothing."""
     return "" if number is None else f"{number:,}"
 
 
 def size(number: int | None) -> str:
-    """Bytes in decimal units: `"49.4 kB"`."""
+    """Return bytes in decimal units: `"49.4 kB"`."""
     if number is None:
         return ""
     if number < 1000:
@@ -24,21 +24,21 @@ def size(number: int | None) -> str:
 
 
 def many(number: int, noun: str) -> str:
-    """`"1 level"`, `"2 levels"`, `"2 memories"`."""
+    """Return `"1 level"`, `"2 levels"`, `"2 memories"`."""
     if number == 1:
         return f"1 {noun}"
     return f"{number:,} {noun[:-1]}ies" if noun.endswith("y") else f"{number:,} {noun}s"
 
 
 def width(text: str) -> int:
-    """Columns that `text` takes in a fixed-width font: wide characters take two, combining marks none."""
+    """Return columns that `text` takes in a fixed-width font: wide characters take two, combining marks none."""
     return sum(
         0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
     )
 
 
 def shorten(text: str, columns: int) -> str:
-    """`text` in at most so many columns, by leaving out its middle."""
+    """Return `text` in at most so many columns, by leaving out its middle."""
     if width(text) <= columns:
         return text
     for kept in range(len(text) - 1, 0, -1):

@@ -25,17 +25,21 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nestopt.core.associative import AssociativeMemory
 from nestopt.core.level import Level
 from nestopt.core.memories import Window
 from nestopt.core.tree import State, leaves
+from nestopt.evidence.measures import Line, Look, Mean
 from nestopt.evidence.reading import score
-from nestopt.evidence.report import ForgettingReport, Line, Look, Mean
+from nestopt.evidence.report import ForgettingReport
 from nestopt.models import HopeLM
 from nestopt.nn import clone
 from nestopt.nn.hope import HopeBlock, Learn
+from nestopt.train.errors import extra
+
+with extra("train"):
+    from tqdm import tqdm
 
 TIMES = (0, 1, 10, 100)
 """How much new text is read before each measurement, in documents."""
@@ -128,7 +132,7 @@ class _Reader:
         )
 
     def _kept(self, documents: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """Bits per token `[n]` of each document, by the stream that has read it and by one that has not."""
+        """Return bits per token `[n]` of each document, by the stream that has read it and by one that has not."""
         own, _ = self._score(documents, clone(state), "mixer")
         other, _ = self._score(documents.roll(-1, 0), clone(state), "mixer")
         return own.mean(1), other.mean(1).roll(1, 0)
@@ -143,7 +147,7 @@ class _Reader:
 
 
 def documents_in(text: Tensor, size: int, count: int = 8, times: int = TIMES[-1]) -> tuple[Tensor, Tensor]:
-    """Documents and new text from all over a text, for `forgetting`; none of them overlap.
+    """Return documents and new text from all over a text, for `forgetting`; none of them overlap.
 
     The text is cut into `count` sections. A section's first bytes are a document, and its last are new text.
 

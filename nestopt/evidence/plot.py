@@ -6,29 +6,38 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from nestopt.config.files import replacing
+from nestopt.evidence.measures import Line, Mean
+from nestopt.train.errors import extra
 
-from nestopt.evidence.report import ForgettingReport, Mean
-from nestopt.train.checkpoint import replacing
+with extra("train"):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = ("#c1440e", "#4c72b0")
 """Of the line that learns, and of the one whose mixers alone do."""
 
 
-def plot(report: ForgettingReport, path: str | os.PathLike[str]) -> None:
-    """Left, bits per byte over the document, read twice; right, what is still gained after new text."""
+def plot(
+    learning: Line, mixer: Line, positions: Sequence[float], times: Sequence[int], path: str | os.PathLike[str]
+) -> None:
+    """Draw, left, bits per byte over the document, read twice; right, what is still gained after new text.
+
+    Args:
+        learning, mixer, positions, times: of a `ForgettingReport`.
+        path: of the picture, replaced at once; its suffix says which kind.
+    """
     figure = Figure(figsize=(9, 3.8), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
-    for line, colour, name in zip((report.learning, report.mixer), COLOURS, ("learning", "mixers only"), strict=True):
+    for line, colour, name in zip((learning, mixer), COLOURS, ("learning", "mixers only"), strict=True):
         for look, style, which in ((line.first, "-", "first look"), (line.second, "--", "second look")):
-            _curve(left, report.positions, look.curve, colour, style, f"{name}, {which}")
-        places = range(len(report.times))
+            _curve(left, positions, look.curve, colour, style, f"{name}, {which}")
+        places = range(len(times))
         means, errors = zip(*((gain.mean, gain.error) for gain in line.gain), strict=True)
         right.errorbar(places, means, errors, fmt="o-", color=colour, markersize=4, capsize=3, label=name)
     left.set(xlabel="position in the document, bytes", ylabel="bits per byte")
     right.axhline(0, color="#888888", linewidth=0.8)
-    right.set_xticks(range(len(report.times)), [f"{times:,} x" for times in report.times])
+    right.set_xticks(range(len(times)), [f"{count:,} x" for count in times])
     right.set(xlabel="new text since, in documents", ylabel="gain on what was read, bits per byte")
     for axes in (left, right):
         axes.grid(axis="y", color="#888888", alpha=0.25, linewidth=0.8)
@@ -47,5 +56,5 @@ def _curve(axes: Axes, positions: Sequence[float], curve: Sequence[Mean], colour
 
 
 def _undated(path: str | os.PathLike[str]) -> dict[str, None] | None:
-    """An SVG of the same numbers is the same file, whenever it is drawn."""
+    """Leave out an SVG's date: of the same numbers it is the same file, whenever it is drawn."""
     return {"Date": None} if Path(path).suffix == ".svg" else None

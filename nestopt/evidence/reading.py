@@ -19,7 +19,7 @@ from nestopt.nn.hope import Learn
 def read(
     model: HopeLM, pieces: Iterable[Tensor], state: Mapping[str, Any] | None = None, *, learn: Learn = True
 ) -> State | None:
-    """The state after reading `pieces` one after another, without predictions and without a graph.
+    """Return the state after reading `pieces` one after another, without predictions and without a graph.
 
     What is held at a time is one piece and the state. Where each piece ends changes nothing.
 
@@ -48,7 +48,7 @@ def score(
     piece: int = 128,
     tick: Callable[[int], object] = lambda n: None,
 ) -> tuple[Tensor, State]:
-    """The bits that `model` needs for each token but the first of `[B, n]`, and the state after the last.
+    """Return the bits that `model` needs for each token but the first of `[B, n]`, and the state after the last.
 
     Args:
         model: who reads.

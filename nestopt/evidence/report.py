@@ -8,67 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Mean:
-    """A mean over documents.
-
-    Attributes:
-        mean: the mean.
-        error: its standard error, s / √n with s the sample standard deviation.
-    """
-
-    mean: float
-    error: float
-
-    @classmethod
-    def of(cls, values: Tensor) -> Mean:
-        """Of one number per document `[n]`, n >= 2."""
-        values = values.double()
-        return cls(float(values.mean()), float(values.std() / math.sqrt(len(values))))
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.error:.3f}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Look:
-    """One reading of the documents, in bits per byte.
-
-    Attributes:
-        whole: of all of each document.
-        curve: over the position in it, one for each of the report's positions.
-    """
-
-    whole: Mean
-    curve: tuple[Mean, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """One line of reading: each document, then new text; in bits per byte.
-
-    Attributes:
-        first: reading each document from a new state.
-        second: reading it again, right after.
-        again: what the second look gains, first - second, document by document.
-        seen: of the document that was read, after each amount of new text.
-        unseen: of the same documents, by a line that has read another one in its place.
-        gain: unseen - seen, document by document: what is still known of a document that was read.
-        new: of the new text.
-        speed: tokens of it per second, all documents' lines together.
-    """
-
-    first: Look
-    second: Look
-    again: Mean
-    seen: tuple[Mean, ...]
-    unseen: tuple[Mean, ...]
-    gain: tuple[Mean, ...]
-    new: float
-    speed: float
+from nestopt.evidence.measures import Line, Look, Mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +32,7 @@ class ForgettingReport:
     mixer: Line
 
     def table(self) -> str:
-        """The report as text."""
+        """Return the report as text."""
         lines = (self.learning, self.mixer)
         looks: list[tuple[str, list[object]]] = [
             ("first look", [line.first.whole for line in lines]),
@@ -116,14 +56,14 @@ class ForgettingReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as JSON takes it; numbers that are not finite are None."""
+        """Return plain data, as JSON takes it; numbers that are not finite are None."""
         found = _plain(dataclasses.asdict(self))
         assert isinstance(found, dict)
         return found
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ForgettingReport:
-        """The report that `to_dict` gave."""
+        """Return the report that `to_dict` gave."""
         return cls(
             data["documents"],
             data["size"],
@@ -137,7 +77,7 @@ class ForgettingReport:
         """Draw it; the suffix of `path` says which kind of picture (`.png`, `.svg`, `.pdf`). Replaces it at once."""
         from nestopt.evidence.plot import plot
 
-        plot(self, path)
+        plot(self.learning, self.mixer, self.positions, self.times, path)
 
 
 def _rows(corner: str, rows: Sequence[tuple[str, list[object]]]) -> list[str]:

@@ -15,7 +15,7 @@ from nestopt.kernels.functions import batched, may_write, plus_product
 
 
 def causal_conv(seen: Tensor, weight: Tensor) -> Tensor:
-    r"""$y_t = x_t + \\sum_i w_i \\odot x_{t-i}$: weights `[.., width, D]`, the oldest token's first, of tokens
+    r"""$y_t = x_t + \sum_i w_i \odot x_{t-i}$: weights `[.., width, D]`, the oldest token's first, of tokens
     `[.., B, width - 1 + T, D]` to `[.., B, T, D]`.
     """
     return _CausalConv.apply(seen, weight)

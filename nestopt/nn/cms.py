@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nestopt.core.device import no_autocast, numbers_in
 from nestopt.core.memories import Memory, Theta
+from nestopt.core.periodic import Periodic
 from nestopt.core.precision import Precision, check_precision, check_products, products_in
 from nestopt.core.token_batch import check_mask
 from nestopt.core.token_state import fitted, shapes_of
@@ -23,7 +24,7 @@ from nestopt.levels.continuum.write import Writer
 from nestopt.nn.rows import Rows
 
 
-class Block(nn.Module):
+class Block(Periodic, nn.Module):
     r"""One memory of a CMS with its weights as parameters, $x \leftarrow x + M(\mathrm{rms\_norm}(x))$.
 
     Beside them, of independent levels, `share`; of one that learns in context, `rate`, as its logarithm; of one with a

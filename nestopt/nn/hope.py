@@ -79,7 +79,7 @@ class HopeBlock(nn.Module):
     def mixed(
         self, x: Tensor, state: Mapping[str, Any], *, mask: Tensor | None = None, learn: Learn = True
     ) -> tuple[Tensor, State]:
-        r"""The first half: $x + \mathrm{mixer}(\\mathrm{norm}(x))$, and the mixer's state."""
+        r"""The first half: $x + \mathrm{mixer}(\mathrm{norm}(x))$, and the mixer's state."""
         y, mixer = self.mixer(self.norm(x), state, mask=mask, learn=writes(learn, "mixer"))
         return x + y, mixer
 

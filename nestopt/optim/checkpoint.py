@@ -154,7 +154,7 @@ def checked_state(
     if missing or surplus:
         raise ValueError(
             f"{path}: does not belong to {level.label}: missing {sorted(missing)}, unknown {sorted(surplus)}; "
-            "the checkpoint was saved with another stack"
+            "the checkpoint was saved with another stack, or before a level in it had its present name"
         )
     for key, want in expected.items():
         have = found[key]

@@ -1,1 +1,1 @@
-"""Training: text, the loop, checkpoints, the run folder, and the engines that share the work among processes."""
+"""The wing that trains: its loop, engines, data, checkpoints, plans and reports. Loads when it is used."""

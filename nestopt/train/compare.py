@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 from nestopt import models
 from nestopt.config import Config, ModelConfig
+from nestopt.config.files import replacing
 from nestopt.core.memories import Mlp, Window
 from nestopt.levels.continuum.level import Cms
 from nestopt.levels.presets import Attention, WindowAttention
-from nestopt.train.checkpoint import replacing
+from nestopt.train.errors import extra
 from nestopt.train.loop import Result, train
-from nestopt.train.metrics import read
+from nestopt.train.report.metrics import read
+
+with extra("train"):
+    from matplotlib.figure import Figure
 
 TOKENS, SECONDS = "Transformer, equal tokens", "Transformer, equal seconds"
 
@@ -38,7 +41,7 @@ class Row:
 
 
 def transformer_like(config: Config) -> Config:
-    """`config` with a Transformer in its model's place, whose MLPs are as wide as it takes for as many parameters.
+    """Return `config` with a Transformer of as many parameters, by the width of its MLPs, in its model's place.
 
     Where held-out text is read in streams, its attention is to the last `data.window` tokens, as long as it was
     trained on: it reads streams, too.
@@ -58,7 +61,7 @@ def transformer_like(config: Config) -> Config:
 
 
 def parameters(section: ModelConfig) -> int:
-    """How many numbers the model has that `section` describes."""
+    """Return how many numbers the model has that `section` describes."""
     with torch.device("meta"):
         return sum(p.numel() for p in models.build_model(section).parameters())
 
@@ -104,7 +107,7 @@ _NEVER = 10**9
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The comparison as text."""
+    """Return the comparison as text."""
     width = max(len(row.name) for row in rows)
     lines = [f"{'':<{width}}  parameters  steps  seconds  bits per byte"]
     for row in rows:
@@ -118,7 +121,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def comparison_plot(rows: Sequence[Row], path: Path) -> None:
-    """Held-out bits per byte of all runs, over tokens and over seconds."""
+    """Draw held-out bits per byte of all runs, over tokens and over seconds."""
     figure = Figure(figsize=(9, 3.8), dpi=150, layout="constrained")
     for axes, key, label in zip(figure.subplots(1, 2, sharey=True), ("step", "seconds"), _LABELS, strict=True):
         for row, colour in zip(rows, _COLOURS, strict=False):

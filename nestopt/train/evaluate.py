@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestopt.models import HopeLM
 
-STRETCHES = 16
-"""The held-out text is so many stretches, evenly spread, so that it is not all from the first few files."""
+
+@contextlib.contextmanager
+def _measured(model: nn.Module, text: Tensor, unit: str) -> Iterator[Tensor]:
+    """Have `model` evaluate within this, without gradients; gives a sum to count nats in, on the text's device."""
+    if len(text) < 2:
+        raise ValueError(f"held-out text of {len(text)} {unit} can't be measured; give two or more")
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield torch.zeros((), dtype=torch.float64, device=text.device)
+    finally:
+        model.train(training)
 
 
-def held_out_text(held_out: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
-    """`size` bytes of the held-out text in a few long stretches (all of it, if it is no longer)."""
-    if len(held_out) <= size:
-        return held_out
-    length, over = divmod(size, STRETCHES)
-    gap = (len(held_out) - size) / max(1, STRETCHES - 1)
-    pieces, position = [], 0.0
-    for i in range(STRETCHES):
-        n = length + (i < over)
-        pieces.append(held_out[round(position) : round(position) + n])
-        position += n + gap
-    return np.concatenate(pieces)
+def _dealt(windows: Sequence[int], full: int, batch: int, rank: int, world: int) -> Iterator[tuple[list[int], bool]]:
+    """Yield groups of a process's windows, and whether each counts; of those from `full` on, each is alone.
+
+    Every process has as many: where weights are cut up, all must call the model together.
+    """
+    groups = [list(windows[i : min(i + batch, full)]) for i in range(0, full, batch)] + [[s] for s in windows[full:]]
+    for i in range(-(-len(groups) // world)):
+        place = rank + i * world
+        yield groups[place if place < len(groups) else 0], place < len(groups)
 
 
-@torch.no_grad()
 def bits_per_byte(
     model: nn.Module,
     text: Tensor,
@@ -42,7 +48,7 @@ def bits_per_byte(
     world: int = 1,
     total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> float:
-    """Mean bits that `model` needs for each byte of `text` but the first.
+    """Return the mean bits that `model` needs for each byte of `text` but the first.
 
     The text is read in windows of `window` bytes that overlap by a quarter: each byte is predicted from at least a
     quarter of a window before it (but at the start), and counted once.
@@ -58,31 +64,19 @@ def bits_per_byte(
     Raises:
         ValueError: a text of fewer than two bytes.
     """
-    if len(text) < 2:
-        raise ValueError(f"held-out text of {len(text)} bytes can't be measured; give two or more")
-    training = model.training
-    model.eval()
-    nats = torch.zeros((), dtype=torch.float64, device=text.device)
     known = window // 4  # what a window reads again, and does not score again
-    starts = list(range(0, max(1, len(text) - 1 - known), window - known))
-    full = [s for s in starts if s + window + 1 <= len(text)]
-    groups = [full[i : i + batch] for i in range(0, len(full), batch)] + [[s] for s in starts if s not in set(full)]
-    # every process makes as many calls: where weights are cut up, all must make them together
-    mine = [*groups[rank::world], *groups[:1]][: -(-len(groups) // world)]
-    for i, group in enumerate(mine):
-        pieces = torch.stack([text[s : s + window + 1] for s in group]).long()
-        logits, _ = model(pieces[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), pieces[:, 1:].flatten(), reduction="none")
-        loss = loss.view(len(group), -1)
-        if rank + i * world >= len(groups):
-            continue
-        for start, row in zip(group, loss, strict=True):
-            nats += row[(0 if start == 0 else known) :].sum(dtype=torch.float64)
-    model.train(training)
+    starts = range(0, max(1, len(text) - 1 - known), window - known)
+    full = sum(start + window + 1 <= len(text) for start in starts)
+    with _measured(model, text, "bytes") as nats:
+        for group, counts in _dealt(starts, full, batch, rank, world):
+            pieces = torch.stack([text[s : s + window + 1] for s in group]).long()
+            logits, _ = model(pieces[:, :-1])
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), pieces[:, 1:].flatten(), reduction="none")
+            for start, row in zip(group, loss.view(len(group), -1), strict=True):
+                nats += row[(0 if start == 0 else known) :].sum(dtype=torch.float64) * counts
     return float(total(nats)) / (len(text) - 1) / math.log(2)
 
 
-@torch.no_grad()
 def documents_bits(
     model: HopeLM,
     tokens: Tensor,
@@ -94,7 +88,7 @@ def documents_bits(
     world: int = 1,
     total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> float:
-    """Mean bits that `model` needs for each token of documents but the first of each, read in windows of their own.
+    """Return the mean bits that `model` needs for each token of documents but their first, in windows of their own.
 
     Args:
         model: its state begins anew with each window, and in it with each document.
@@ -107,28 +101,18 @@ def documents_bits(
     Raises:
         ValueError: fewer than two tokens.
     """
-    if len(tokens) < 2:
-        raise ValueError(f"held-out text of {len(tokens)} tokens can't be measured; give two or more")
-    training = model.training
-    model.eval()
-    firsts = list(range(0, len(tokens) - 1, window))
-    full = [first for first in firsts if first + window < len(tokens)]
-    groups = [full[i : i + batch] for i in range(0, len(full), batch)]
-    groups += [firsts[-1:]] if len(full) < len(firsts) else []
-    nats = torch.zeros((), dtype=torch.float64, device=tokens.device)
-    mine = [*groups[rank::world], *groups[:1]][: -(-len(groups) // world)]  # as many calls in every process
-    for i, group in enumerate(mine):
-        parts = [slice(first, min(first + window + 1, len(tokens))) for first in group]
-        rows = torch.stack([tokens[part] for part in parts]).long()
-        begun = torch.stack([starts[part] for part in parts])
-        loss, _ = model.loss(rows, starts=begun, reduction="sum")
-        nats += loss * (rank + i * world < len(groups))
-    model.train(training)
+    firsts = range(0, len(tokens) - 1, window)
+    with _measured(model, tokens, "tokens") as nats:
+        for group, counts in _dealt(firsts, (len(tokens) - 1) // window, batch, rank, world):
+            parts = [slice(first, first + window + 1) for first in group]
+            rows = torch.stack([tokens[part] for part in parts]).long()
+            begun = torch.stack([starts[part] for part in parts])
+            loss, _ = model.loss(rows, starts=begun, reduction="sum")
+            nats += loss * counts
     counted = len(tokens) - 1 - int(starts[1:].sum())
     return float(total(nats)) / max(1, counted) / math.log(2)
 
 
-@torch.no_grad()
 def stream_bits_per_byte(
     model: nn.Module,
     text: Tensor,
@@ -140,7 +124,7 @@ def stream_bits_per_byte(
     world: int = 1,
     total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> float:
-    """Mean bits that `model` needs for each byte of `text` but the first, read with its state from end to end.
+    """Return the mean bits that `model` needs for each byte of `text` but the first, read with its state throughout.
 
     The text is cut into `streams` stretches of one length, side by side in a batch: each byte is predicted from all of
     its stretch before it, and counted once. Memory does not grow with the text, if the model's state does not.
@@ -157,25 +141,21 @@ def stream_bits_per_byte(
     Raises:
         ValueError: a text of fewer than two bytes.
     """
-    if len(text) < 2:
-        raise ValueError(f"held-out text of {len(text)} bytes can't be measured; give two or more")
-    training = model.training
-    model.eval()
-    wanted = len(text) - 1
-    length = -(-wanted // min(streams, wanted))
-    rows = -(-wanted // length)
-    # the last stretch is filled up; what is read there comes after all that counts
-    filled = F.pad(text.long(), (0, rows * length - wanted))
-    counted = (torch.arange(rows * length, device=text.device) < wanted).view(rows, length)
-    own = torch.arange(rows, device=text.device)[rank::world]
-    if not len(own):  # it makes the others' calls: where weights are cut up, all must make them together
-        own, counted = own.new_zeros(1), torch.zeros_like(counted)
-    inputs, targets, counted = filled[:-1].view(rows, length)[own], filled[1:].view(rows, length)[own], counted[own]
-    nats, state = torch.zeros((), dtype=torch.float64, device=text.device), None
-    for first in range(0, length, piece):
-        part = slice(first, first + piece)
-        logits, state = model(inputs[:, part], state, learn=learn)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets[:, part].flatten(), reduction="none")
-        nats += (loss * counted[:, part].flatten()).sum(dtype=torch.float64)
-    model.train(training)
+    with _measured(model, text, "bytes") as nats:
+        wanted = len(text) - 1
+        length = -(-wanted // min(streams, wanted))
+        rows = -(-wanted // length)
+        # the last stretch is filled up; what is read there comes after all that counts
+        filled = F.pad(text.long(), (0, rows * length - wanted))
+        counted = (torch.arange(rows * length, device=text.device) < wanted).view(rows, length)
+        own = torch.arange(rows, device=text.device)[rank::world]
+        if not len(own):  # it makes the others' calls: where weights are cut up, all must make them together
+            own, counted = own.new_zeros(1), torch.zeros_like(counted)
+        inputs, targets, counted = filled[:-1].view(rows, length)[own], filled[1:].view(rows, length)[own], counted[own]
+        state = None
+        for first in range(0, length, piece):
+            part = slice(first, first + piece)
+            logits, state = model(inputs[:, part], state, learn=learn)
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets[:, part].flatten(), reduction="none")
+            nats += (loss * counted[:, part].flatten()).sum(dtype=torch.float64)
     return float(total(nats)) / wanted / math.log(2)

@@ -14,23 +14,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nestopt.config import Config
 from nestopt.core.device import upload
 from nestopt.nn.hope import Learn
 from nestopt.optim import optimizer as make_optimizer
-from nestopt.optim.sharded.saved import Stretch
-from nestopt.train import engines, sources
+from nestopt.optim.sharded.saved import TensorSlice
+from nestopt.train import engines
+from nestopt.train.checkpoints.shards import ShardReader
+from nestopt.train.data import sources
+from nestopt.train.data.source import Batch, HeldOut, merged
+from nestopt.train.errors import extra
 from nestopt.train.evaluate import bits_per_byte, documents_bits, stream_bits_per_byte
-from nestopt.train.metrics import MetricsLog
 from nestopt.train.objective import Objective
-from nestopt.train.parts import Parts
-from nestopt.train.randomness import random_state, restore_random_state
-from nestopt.train.report import Report
+from nestopt.train.report.metrics import MetricsLog
+from nestopt.train.report.report import Report
+from nestopt.train.rng import random_state, restore_random_state
 from nestopt.train.run import Run, build_model
 from nestopt.train.schedule import factor
-from nestopt.train.source import Batch, HeldOut, merged
+
+with extra("train"):
+    from tqdm import tqdm
 
 RANDOM = "random."
 
@@ -100,13 +104,12 @@ class _Training:
         engine.attach(Objective(self.lm, learn), self.lm, nested)
         self.lm.lockstep = engine.cut
         self.optimizer = engine.optimizer
-        if run is not None:
+        if run is None:
+            made = str(Run.create(config).path) if engine.rank == 0 else None
+            self.run = Run(Path(engine.gathered(made)[0]))
+        else:
             self.run = run
             self._load()
-        elif engine.rank == 0:
-            self.run = Run.create(config)
-        if engine.world > 1 and run is None:
-            self.run = _shared(self.run if engine.rank == 0 else None)
         self.report = Report(self.run, self.source, self.held_out, size, quiet=self.quiet)
 
     def run_to_the_end(self) -> Result:
@@ -127,7 +130,7 @@ class _Training:
             return Result(self.run, self.step, self.elapsed, None, {}, False)
         report.say(f"measuring on {self.held_out.bytes:,} held-out bytes …")
         score = self._evaluate(self.held_out)
-        weights = self.engine.kept.whole_weights(self.run.path)
+        weights = self.engine.checkpoints.whole_weights(self.run.path)
         self._sample()
         if log:
             assert weights is not None
@@ -169,14 +172,14 @@ class _Training:
         return True
 
     def _seconds_since(self, begin: float) -> float:
-        """Time on this process's clock; where time limits the run, on the mean of all, so that they act alike."""
+        """Return this process's time; where time limits the run, the mean of all processes', so that they act alike."""
         elapsed = time.monotonic() - begin
         if self.config.train.seconds is None:
             return elapsed
         return self.engine.agreed(elapsed)
 
     def _progress(self) -> float:
-        """How much of the run is over, from 0 to 1."""
+        """Return how much of the run is over, from 0 to 1."""
         settings = self.config.train
         share = self.step / settings.steps
         return share if settings.seconds is None else max(share, self.elapsed / settings.seconds)
@@ -191,7 +194,7 @@ class _Training:
         return self.engine.update(self._batches(self.source.batch()))
 
     def _batches(self, batch: Batch) -> list[tuple[Tensor | None, ...]]:
-        """What the objective is called with, `train.accumulate` times."""
+        """Return what the objective is called with, `train.accumulate` times."""
         count = self.config.train.accumulate
         tokens = upload(batch.tokens, self.engine.device).chunk(count)
         if batch.starts is None:
@@ -228,7 +231,7 @@ class _Training:
                 bar.write(f"step {self.step}: held out {score:.3f} bits per byte")
 
     def _sample(self) -> None:
-        """Text of the model's own, written by the first process; where weights are cut up, all must ask for it."""
+        """Let the first process write text of the model's own; where weights are cut up, all must ask for it."""
         if self.engine.rank == 0 or self.engine.cut:
             self.report.sample(self.lm, self.step, self.config, write=self.engine.rank == 0)
 
@@ -251,16 +254,16 @@ class _Training:
         losses = [float(loss) for loss in self.losses]
         data = merged(self.engine.gathered(self.source.state_dict()))
         meta = {"step": self.step, "elapsed": self.elapsed, "losses": losses, "data": data}
-        self.engine.kept.save(self.run.path, meta, self._own)
+        self.engine.checkpoints.save(self.run.path, meta, self._own)
 
-    def _own(self) -> Iterator[tuple[str, Stretch]]:
-        """What a checkpoint has of this process besides the model and its optimizer."""
+    def _own(self) -> Iterator[tuple[str, TensorSlice]]:
+        """Yield what a checkpoint has of this process besides the model and its optimizer."""
         for name, state in random_state().items():
-            yield f"{RANDOM}{self.engine.rank}.{name}", Stretch(state)
+            yield f"{RANDOM}{self.engine.rank}.{name}", TensorSlice(state)
 
     def _load(self) -> None:
-        with Parts(self.run.path) as parts:
-            self.engine.kept.load(parts)
+        with ShardReader(self.run.path) as parts:
+            self.engine.checkpoints.load(parts)
             meta = parts.meta
             # more processes than there were: those begin as the first one goes on
             mine = f"{RANDOM}{self.engine.rank}."
@@ -274,13 +277,6 @@ class _Training:
         self.source.load_state_dict(meta["data"])
         self.losses = [torch.tensor(loss, device=self.engine.device) for loss in meta["losses"]]
         restore_random_state(random)
-
-
-def _shared(run: Run | None) -> Run:
-    """The first process's run folder, in every process."""
-    path = [str(run.path) if run else None]
-    torch.distributed.broadcast_object_list(path, src=0)
-    return Run(Path(str(path[0])))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ class Objective(nn.Module):
         self.lm, self.learn = lm, learn
 
     def forward(self, tokens: Tensor, starts: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-        """Tokens `[B, T + 1]` to the mean loss, in nats, of all but the first.
+        """Return the mean loss, in nats, of all tokens `[B, T + 1]` but the first.
 
         Args:
             tokens: of windows.

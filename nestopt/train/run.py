@@ -16,8 +16,6 @@ from nestopt.core.part import nearest
 from nestopt.core.precision import Precision, refusal
 from nestopt.models import HopeLM
 from nestopt.optim.sharded.saved import WEIGHTS
-from nestopt.train import checkpoint
-from nestopt.train.parts import Parts, load_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Run:
 
     @classmethod
     def create(cls, config: Config) -> Run:
-        """A new folder under `train.out`, numbered on from what is there, with the config in it."""
+        """Make a new folder under `train.out`, numbered on from what is there, with the config in it."""
         root = Path(config.train.out)
         root.mkdir(parents=True, exist_ok=True)
         numbers = [int(found[1]) for child in root.iterdir() if (found := re.fullmatch(r"(\d+)", child.name))]
@@ -47,7 +45,7 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """An existing run folder. Raises ConfigError if it is none."""
+        """Open an existing run folder. Raises ConfigError if it is none."""
         run = cls(Path(path))
         if not run.config_file.is_file():
             parent = run.path.parent
@@ -68,17 +66,19 @@ class Run:
         return self.path / "model.safetensors"
 
     def config(self) -> Config:
-        """The configuration the run was started with."""
+        """Return the configuration the run was started with."""
         config = load(self.config_file)
         assert isinstance(config, Config)
         return config
 
     def save_model(self, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Write `model.safetensors`: weights by name, readable by any safetensors reader."""
+        from nestopt.train.checkpoints import file as checkpoint
+
         checkpoint.save(self.model_file, weights, meta)
 
     def load_model(self, device: torch.device | str = "cpu", precision: Precision | None = None) -> HopeLM:
-        """The trained model; while the run has not ended, that of its checkpoint.
+        """Load the trained model; while the run has not ended, that of its checkpoint.
 
         Args:
             device: where it is to be.
@@ -88,6 +88,9 @@ class Run:
             CheckpointError: there is neither, or it can't be read.
             ConfigError: a precision that the device lacks.
         """
+        from nestopt.train.checkpoints import file as checkpoint
+        from nestopt.train.checkpoints.shards import ShardReader, load_weights
+
         config = self.config()
         if precision is not None:
             config.model.precision = precision
@@ -97,7 +100,7 @@ class Run:
             weights, _ = checkpoint.load(self.model_file)
             model.load_state_dict(weights)
         else:
-            with Parts(self.path) as parts:
+            with ShardReader(self.path) as parts:
                 load_weights(model, parts, WEIGHTS)
         return model.to(device).eval()
 
@@ -113,7 +116,7 @@ def check_precision(config: Config, device: torch.device, how: str = "model.prec
 
 
 def build_model(config: Config) -> HopeLM:
-    """The model of a configuration, in its dtype, at its seed's initial weights."""
+    """Build the model of a configuration, in its dtype, at its seed's initial weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         model = models.build_model(config.model)

@@ -47,7 +47,7 @@ def check_drawn(tokens: Sequence[int]) -> None:
 def distribution(
     logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """The probabilities that `choose` draws from: softmax(logits / temperature), cut to ``top_k``, then to ``top_p``.
+    """Return what `choose` draws from: softmax(logits / temperature), cut to ``top_k``, then to ``top_p``.
 
     Args:
         logits: ``[B, V]``; ``-inf`` forbids a token.

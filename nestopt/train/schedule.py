@@ -12,7 +12,7 @@ def factor(
     floor: float = 0.0,
     shape: Literal["linear", "cosine"] = "linear",
 ) -> float:
-    """Learning-rate multiplier: a linear warmup from ``floor`` to 1, a constant stretch, and a decay back to ``floor``.
+    """Return what multiplies the learning rate: linear from ``floor`` to 1, constant, and back to ``floor``.
 
     The shape is that of "warmup, stable, decay" schedules; with ``warmup + decay = 1`` nothing is constant between.
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nestopt.config import ConfigError
-from nestopt.config.io import dump, parse, read, write
+from nestopt.config.files import write
+from nestopt.config.io import dump, parse, read
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

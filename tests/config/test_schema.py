@@ -23,7 +23,8 @@ from nestopt.config import (
     ViewConfig,
 )
 from nestopt.config.io import parse
-from nestopt.core import Dataset, chain
+from nestopt.core import chain
+from nestopt.train.data import Dataset
 
 SECTIONS = [Config, ModelConfig, OptimizerConfig, GroupConfig, RestConfig, ViewConfig, DataConfig, TrainConfig]
 

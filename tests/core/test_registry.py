@@ -1,6 +1,8 @@
 """The registry: one road for built-ins and plugins, and what happens when a plugin is broken."""
 
 import importlib.metadata
+import subprocess
+import sys
 import types
 
 import pytest
@@ -177,3 +179,48 @@ def test_plugins_without_an_entry_point():
         nestopt.registry.remove("notebook")
     with pytest.raises(AttributeError, match="lion_of_a_notebook"):
         _ = nestopt.levels.lion_of_a_notebook
+
+
+class Lejon(Lion):
+    """Known by another name than its class's."""
+
+
+def test_state_keys_and_descriptions_say_the_registered_name():
+    levels = nestopt.levels
+    assert levels.oja().label == "oja"
+    assert list(nestopt.chain([levels.oja(), levels.momentum()]).levels) == ["oja", "momentum"]
+    assert list(nestopt.chain([Lejon(), levels.momentum()]).levels) == ["lejon", "momentum"]
+    nestopt.registry.add(plugin("swedish_lion", Lejon), "swedish")
+    try:
+        stack = nestopt.chain([Lejon(), levels.momentum()])
+        assert Lejon().label == "swedish_lion"
+        assert list(stack.init(torch.zeros(2))) == ["swedish_lion", "momentum"]
+        assert [memory.rule for memory in nestopt.describe(stack).memories] == ["momentum", "swedish_lion"]
+        assert nestopt.describe(stack).title == "swedish_lion → momentum"
+        assert nestopt.to_spec(stack) == {"level": "chain", "levels": ["swedish_lion", "momentum"]}
+    finally:
+        nestopt.registry.remove("swedish")
+    assert Lejon().label == "lejon"
+
+
+def test_a_checkpoint_from_before_the_registered_name_is_refused_in_words():
+    param = torch.nn.Parameter(torch.zeros(2))
+    before = nestopt.optim.Nested([param], nestopt.chain(lejon=Lejon(), momentum=nestopt.levels.momentum()))
+    param.grad = torch.ones(2)
+    before.step()
+    nestopt.registry.add(plugin("swedish_lion", Lejon), "swedish")
+    try:
+        now = nestopt.optim.Nested([param], nestopt.chain([Lejon(), nestopt.levels.momentum()]))
+        with pytest.raises(ValueError, match="another stack"):
+            now.load_state_dict(before.state_dict())
+        state = now.state_dict()["param_groups"]
+        with pytest.raises(ValueError, match="before a level in it had its present name"):
+            now.load_state_dict({**before.state_dict(), "param_groups": state})
+    finally:
+        nestopt.registry.remove("swedish")
+
+
+def test_importing_nestopt_looks_for_no_plugins():
+    ask = "import nestopt; print(nestopt.registry._loaded)"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

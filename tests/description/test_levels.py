@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+import nestopt
 from nestopt.core.clock import start
 from nestopt.core.compose import Chain, Parallel, chain, nest, parallel
 from nestopt.core.gates import bind
@@ -27,6 +28,8 @@ from nestopt.levels import (
     titans,
 )
 
+COMPOSED = ("chain", "parallel", "nest")
+
 
 def names(description: Description) -> list[list[str]]:
     return [[memory.name for memory in level] for level in description.levels]
@@ -34,6 +37,58 @@ def names(description: Description) -> list[list[str]]:
 
 def test_adams_two_moments_share_a_level() -> None:
     assert names(describe(adam())) == [["adam.exp_avg", "adam.exp_avg_sq"]]
+
+
+def test_what_keeps_nothing_is_on_no_level() -> None:
+    found = describe(chain(momentum(), newton_schulz(), adam()))
+    assert names(found) == [["chain.adam.exp_avg", "chain.adam.exp_avg_sq"], ["chain.momentum"]]
+    assert found.memories[0].needs == ("chain.momentum",)  # by way of what keeps nothing
+    assert str(found).splitlines()[-2:] == [
+        "3 memories on 2 levels",
+        "newton_schulz keeps no memory of its own, and is on no level.",
+    ]
+    alone = describe(gd())
+    assert (alone.levels, alone.summary()) == ((), "0 memories on 0 levels")
+    assert alone.to_svg().endswith("</svg>\n")
+    both = describe(parallel(gd(), newton_schulz()))
+    assert both.notes == ("gd and newton_schulz keep no memory of their own, and are on no level.",)
+    sized = describe(chain(momentum(), newton_schulz()), shape=(3, 2))
+    assert [(memory.name, memory.state) for memory in sized.memories] == [("chain.momentum", 24)]
+
+
+def test_the_sum_of_a_clock_is_a_memory() -> None:
+    for stack, name in (
+        (newton_schulz(period=4), "newton_schulz"),
+        (chain(newton_schulz(), gd(), period=4), "chain.newton_schulz"),
+    ):
+        for shape in (None, (3, 2)):
+            (memory,) = describe(stack, shape=shape).memories
+            assert (memory.name, memory.memory, memory.frequency) == (name, "sum", "every 4 steps")
+            assert memory.state in ((None,) if shape is None else (24, 48))  # with what was last read, or without
+
+
+def test_a_nest_around_what_keeps_nothing_learns_no_start() -> None:
+    assert describe(nest(momentum(period=4), gd())).levels == ()
+    assert names(describe(nest(momentum(period=4), momentum()))) == [["nest.start"], ["nest.outer"], ["nest.inner"]]
+
+
+@pytest.mark.parametrize("name", [name for name in nestopt.registry.names("level") if name not in COMPOSED])
+def test_every_level_that_runs_on_a_context_is_described(name: str) -> None:
+    level = nestopt.build("level", name)
+    for context in ("gradients", "tokens"):
+        if context == "tokens" and "inputs" in level.needs:
+            with pytest.raises(ValueError, match="can't run on tokens"):
+                describe(level, context=context)
+            continue
+        found = describe(level, context=context)
+        assert found.memories or name in ("gd", "dgd", "ggd", "newton_schulz")
+        assert bool(found.notes) == (not found.memories)
+
+
+def test_a_layer_whose_level_keeps_nothing_says_so() -> None:
+    found = describe(nestopt.layer(gd(), dim=8))
+    assert [memory.context for memory in found.memories] == ["gradients"]
+    assert found.notes == ("gd keeps no memory of its own, and is on no level.",)
 
 
 def test_what_a_chain_needs_first_is_faster() -> None:
@@ -169,7 +224,12 @@ def _deeper(inner: st.SearchStrategy[Level]) -> st.SearchStrategy[Level]:
 def test_any_nest_has_each_memory_once_slow_levels_first(level: Level) -> None:
     found = describe(level, shape=(3, 2))
     listed = [memory.name for memory in found.memories]
-    assert sorted(listed) == sorted(node.name for node in level.nodes(level.label))
+    nodes = {node.name: node for node in level.nodes(level.label)}
+    assert set(listed) <= nodes.keys()
+    assert all(memory.state for memory in found.memories)  # so that what is not listed keeps nothing
+    assert {memory.name: memory.period for memory in found.memories}.items() <= {
+        name: node.period for name, node in nodes.items()
+    }.items()
     assert len(set(listed)) == len(listed)
     periods = [{memory.period for memory in level} for level in found.levels]
     assert all(len(same) == 1 for same in periods)

@@ -17,7 +17,7 @@ from nestopt.levels import m3, muon
 from nestopt.optim.sharded import units
 from nestopt.train import engines
 from nestopt.train.loop import _Training, train
-from nestopt.train.metrics import read
+from nestopt.train.report.metrics import read
 from nestopt.train.run import Run
 
 
@@ -35,7 +35,7 @@ def resumed(config: dict[str, Any], folders: list[str], out: str) -> list[list[f
         engine = engines.make(settled)
         training = _Training(settled, engine, Run(Path(folder)), True)
         copy = Path(out) / str(i)
-        engine.kept.save(copy, {"step": training.step, "elapsed": 0.0, "losses": []}, training._own)
+        engine.checkpoints.save(copy, {"step": training.step, "elapsed": 0.0, "losses": []}, training._own)
         losses = []
         while training.step < settled.train.steps:
             loss, _ = training._update()
@@ -142,7 +142,7 @@ def iterations(spec: Any, steps: int = 6, **train: Any) -> dict[str, Any]:
     return {"muon": int(found[0]), "m3": int(found[1])}
 
 
-# -- nestopt.train.deepspeed.initialize --------------------------------------------------------------------------------
+# -- nestopt.train.deepspeed.initialize ----------------------------------------------------------------------------
 
 
 def initialized(

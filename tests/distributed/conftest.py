@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.settings import ENGINES, LEVELS, RUNS, SAVED, STACKS, document_run, run
-from tests.train.parquet import write_shards
+from tests.train.data.parquet import write_shards
 
 HERE = Path(__file__).parent
 Case = tuple[Any, ...]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from nestopt.train.checkpoint import CheckpointError
+from nestopt.train.errors import CheckpointError
 from tests.distributed import cases
 
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from nestopt.config import Config
-from nestopt.train.checkpoint import CheckpointError
+from nestopt.train.checkpoints.shards import ShardReader
+from nestopt.train.errors import CheckpointError
 from nestopt.train.loop import train
-from nestopt.train.metrics import read
-from nestopt.train.parts import Parts
+from nestopt.train.report.metrics import read
 from nestopt.train.run import Run
 from tests.distributed.conftest import saves, torchrun
 from tests.distributed.settings import ENGINES, SAVED, STEPS, run
@@ -30,7 +30,7 @@ SAVES = [(name, world) for world in (1, 2) for name in ENGINES]
 
 def whole(folder):
     """A checkpoint's tensors, but for the generators' states, of which each process has its own."""
-    with Parts(folder) as parts:
+    with ShardReader(folder) as parts:
         return {key: parts.whole(key) for key in parts.keys() if not key.startswith("random.")}  # noqa: SIM118
 
 
@@ -116,7 +116,7 @@ def test_a_missing_part_is_named(ends, out, tmp_path):
         if "part-2" not in path.name:
             (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(CheckpointError, match=r"checkpoint-1-part-2-of-2.safetensors: this part .* missing"):
-        Parts(tmp_path)
+        ShardReader(tmp_path)
 
 
 def killed(folder, command, after, delay):
@@ -131,7 +131,7 @@ def killed(folder, command, after, delay):
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
     )
     deadline = time.monotonic() + 200
-    while Parts.number_in(folder) < after:
+    while ShardReader.number_in(folder) < after:
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -144,7 +144,7 @@ def killed(folder, command, after, delay):
     psutil.wait_procs(everyone)
     process.wait()
     process.stdout.close()
-    with Parts(folder) as parts:
+    with ShardReader(folder) as parts:
         return parts.meta["step"]
 
 
@@ -168,7 +168,7 @@ def test_a_run_that_is_killed_goes_on_on_another_stage_and_with_other_processes(
     ]
     first = killed(folder, [*start, str(path), "-q"], 3, delays.uniform(0, 1))
     again = [*start, "--resume", str(folder), "-q", "train.zero_stage=1"]
-    number = Parts.number_in(folder)
+    number = ShardReader.number_in(folder)
     second = killed(folder, again, number + 3, delays.uniform(0, 1))
     assert second > first
     settled = Run(folder).config()

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from nestopt.levels import cms
-from nestopt.train.calls import users
+from nestopt.train.engines.fsdp_methods import users
 from tests.models.test_documents import CONTEXT, gradients, make, starts_of, tokens_of
 from tests.nn.tools import same
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from nestopt.config import Config
-from nestopt.train import checkpoint
+from nestopt.train.checkpoints import file as checkpoint
 from nestopt.train.loop import train
-from nestopt.train.metrics import read
+from nestopt.train.report.metrics import read
 from tests.distributed.cases import level
 from tests.distributed.conftest import torchrun
 from tests.distributed.settings import ENGINES, LEVELS, RUNS, STACKS, STEPS, document_run, run

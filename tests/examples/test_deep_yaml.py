@@ -7,9 +7,9 @@ from pathlib import Path
 import nestopt
 from nestopt.core import Chain, Nest, Parallel
 from nestopt.levels import momentum, newton_schulz
-from nestopt.train import metrics
+from nestopt.train.checkpoints.shards import ShardReader
 from nestopt.train.loop import train
-from nestopt.train.parts import Parts
+from nestopt.train.report import metrics
 
 CONFIG = """
 model:
@@ -59,7 +59,7 @@ def test_a_yaml_stack_three_levels_deep_trains_end_to_end(tmp_path: Path) -> Non
     assert result.finished
     losses = [record["train/loss"] for record in metrics.read(result.run.metrics_file) if "train/loss" in record]
     assert losses[-1] < 0.5 * losses[0]
-    with Parts(result.run.path) as parts:
+    with ShardReader(result.run.path) as parts:
         saved = list(parts.keys())
     keys = {key.rpartition("|")[2] for key in saved if key.startswith("optimizer.blocks.0.mixer.query.weight|")}
     assert keys == {

@@ -15,8 +15,8 @@ from nestopt.config import Config
 from nestopt.config.sizes import NAMES
 from nestopt.models.build import build_model
 from nestopt.optim import optimizer
-from nestopt.train.datasets import FinewebEdu
-from nestopt.train.deepspeed_settings import merged, read, stage_of
+from nestopt.train.data.builtin import FinewebEdu
+from nestopt.train.engines.deepspeed_settings import merged, read, stage_of
 
 FOLDER = Path(__file__).parents[2] / "examples" / "scale"
 TOKENS = {"340m": 15e9, "760m": 30e9, "1.3b": 100e9}

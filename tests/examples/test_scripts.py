@@ -10,7 +10,7 @@ import pytest
 
 import nestopt
 from nestopt import cli
-from nestopt.train import metrics
+from nestopt.train.report import metrics
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -40,7 +40,7 @@ def test_swap_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 def test_compose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     out = printed("compose.py", tmp_path, monkeypatch, capsys)
     assert "the YAML file holds the same stack: True" in out
-    assert "5 memories on 5 levels" in out
+    assert "4 memories on 4 levels" in out
     losses = [float(loss) for loss in re.findall(r"loss (\d\.\d+)", out)]
     assert len(losses) == 3
     assert losses[-1] < 0.1 * losses[0]

@@ -210,6 +210,22 @@ def test_padding_belongs_to_no_document(name: str) -> None:
     assert loss.isfinite()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_no_token_is_guessed_from_padding(reduction: Any) -> None:
+    """Neither padding is counted, nor the token behind it, which nothing of its sequence was read before."""
+    model, tokens = make("deltanet"), tokens_of(2, 9)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1, 1, 1, 0]], dtype=torch.bool)
+    counted = {0: [3, 4, 5, 6, 7, 8], 1: [1, 2, 6, 7]}  # places of the tokens that are guessed
+    logits, _ = model(tokens[:, :-1], mask=mask[:, :-1])
+    losses = [
+        F.cross_entropy(logits[row, place - 1], tokens[row, place])
+        for row, places in counted.items()
+        for place in places
+    ]
+    loss, _ = model.loss(tokens, mask=mask, reduction=reduction)
+    same(loss, torch.stack(losses).sum() / (10 if reduction == "mean" else 1))
+
+
 @pytest.mark.parametrize("learn", [False, "mixer", "mlp"])
 def test_what_is_only_read_is_read_in_each_document(learn: Any) -> None:
     model, tokens, starts = make("taught"), tokens_of(len(ROWS), LENGTH), starts_of(ROWS, LENGTH)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nestopt.train.checkpoint import load, save
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,7 +29,6 @@ from nestopt.optim.execute.compiled import Compiled
 from nestopt.optim.execute.flat import Flat
 from nestopt.optim.execute.stacked import Stacked
 from nestopt.optim.execute.update import STEP, SUM, Executor, Slot, UpdateSettings, update
-from nestopt.train.checkpoint import load, save
 
 F64 = torch.float64
 Make = Callable[[Level, Sequence[Slot]], Executor]

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import nestopt
 from nestopt import levels
 from nestopt.config import ConfigError, OptimizerConfig, load
 from nestopt.core import chain
+from nestopt.core.periodic import Periodic
 from nestopt.optim import Nested, optimizer
 
 
@@ -368,8 +370,30 @@ def test_a_pattern_without_a_parameter_is_refused() -> None:
 # -- clocks of modules -------------------------------------------------------------------------------------------------
 
 
-class Slow(nn.Linear):
+class Slow(Periodic, nn.Linear):
     period = 5
+
+
+class Counter(nn.Linear):
+    """Of a user, whose `period` has nothing to do with optimizers."""
+
+    period = 5
+
+
+def test_an_attribute_that_happens_to_be_called_period_says_nothing() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Counter(4, 4), nn.Linear(4, 2))
+    built = optimizer(model, "muon", 0.1)
+    assert {row.period for row in built.explain()} == {1}
+    before = model[1].weight.detach().clone()
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    built.step()
+    assert not torch.equal(before, model[1].weight)
+
+
+def test_the_blocks_of_a_static_continuum_are_periodic() -> None:
+    module = nestopt.layer({"level": "cms", "periods": [1, 4]}, dim=4)
+    assert {row.period for row in optimizer(module, "adam", 0.1).explain()} == {1, 4}
 
 
 def test_modules_with_a_period() -> None:

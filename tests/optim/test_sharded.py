@@ -14,8 +14,8 @@ from torch import nn
 import nestopt
 from nestopt.levels import adam, delta_momentum, muon
 from nestopt.optim import Nested
-from nestopt.optim.sharded.optimizer import Lying, Sharded
-from nestopt.optim.sharded.saved import Misfit, StateKeys, load_sliced
+from nestopt.optim.sharded.optimizer import Placement, Sharded
+from nestopt.optim.sharded.saved import CheckpointMismatch, StateKeys, load_sliced
 from nestopt.optim.sharded.slices import Slice, check_cover
 from nestopt.optim.sharded.units import Flat, rounds
 
@@ -101,7 +101,7 @@ def test_before_it_is_attached_no_clock_ticks():
     net(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
-    optimizer.attach([Lying(i, g["params"], g["params"]) for i, g in enumerate(optimizer.param_groups)])
+    optimizer.attach([Placement(i, g["params"], g["params"]) for i, g in enumerate(optimizer.param_groups)])
     optimizer.step()
     assert {int(s["step"]) for unit in optimizer.units() for n in unit.inner() for s in n.state.values()} == {1}
 
@@ -110,7 +110,7 @@ def test_steps_are_those_of_the_nest_itself_and_schedules_are_followed():
     one, other = model(), model()
     plain = nestopt.optimizer(one, "muon", lr=0.1)
     sharded = Sharded(nestopt.optimizer(other, "muon", lr=0.1))
-    sharded.attach([Lying(i, g["params"], g["params"]) for i, g in enumerate(sharded.param_groups)])
+    sharded.attach([Placement(i, g["params"], g["params"]) for i, g in enumerate(sharded.param_groups)])
     schedules = [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5) for optimizer in (plain, sharded)]
     for step in range(4):
         x = torch.full((2, 3), 0.1 * (step + 1))
@@ -132,7 +132,7 @@ def test_what_starts_at_random_is_drawn_by_name():
         optimizer = Sharded(
             Nested([{"params": list(params.items()), "stack": nestopt.build("level", "deep_momentum")}])
         )
-        optimizer.attach([Lying(0, list(params.values()), list(params.values()))])
+        optimizer.attach([Placement(0, list(params.values()), list(params.values()))])
         torch.rand(draws)
         before = torch.get_rng_state()
         for param in params.values():
@@ -180,10 +180,10 @@ def test_slices_of_one_tensor_must_be_at_one_step():
     found = load_sliced(saved, StateKeys(saved), table, 0, torch.zeros(6))
     assert torch.equal(found["m"], torch.tensor([1.0, 1, 0, 0, 0, 0]))
     tensors["optimizer.b|step"] = torch.tensor(3.0)
-    with pytest.raises(Misfit, match="a is at step 2 and b at step 3"):
+    with pytest.raises(CheckpointMismatch, match="a is at step 2 and b at step 3"):
         load_sliced(saved, StateKeys(saved), table, 0, torch.zeros(6))
     del tensors["optimizer.b|m"], tensors["optimizer.b|step"]
-    with pytest.raises(Misfit, match="a has the state"):
+    with pytest.raises(CheckpointMismatch, match="a has the state"):
         load_sliced(saved, StateKeys(saved), table, 0, torch.zeros(6))
 
 
@@ -196,7 +196,7 @@ def test_ways_that_processes_would_differ_in_are_refused(ways):
 def test_layers_that_are_not_watched_are_named_once(caplog):
     net = model()
     optimizer = Sharded(nestopt.optimizer(list(net.named_parameters()), "dgd", route="all"))
-    optimizer.attach([Lying(i, g["params"], g["params"]) for i, g in enumerate(optimizer.param_groups)])
+    optimizer.attach([Placement(i, g["params"], g["params"]) for i, g in enumerate(optimizer.param_groups)])
     for _ in range(2):
         net(torch.ones(1, 3)).sum().backward()
         optimizer.step()
@@ -214,7 +214,7 @@ def test_inputs_are_summed_over_a_group_s_period():
     for step in range(4):
         if step % 3 == 0:  # anew, in the middle of a period
             sharded = Sharded(nestopt.optimizer(other, "dgd", lr=0.1, groups=groups))
-            sharded.attach([Lying(i, g["params"], g["params"]) for i, g in enumerate(sharded.param_groups)])
+            sharded.attach([Placement(i, g["params"], g["params"]) for i, g in enumerate(sharded.param_groups)])
             if found is not None:
                 sharded.load_state_dict(found)
         x = torch.full((2, 3), 0.1 * (step + 1))
@@ -227,3 +227,28 @@ def test_inputs_are_summed_over_a_group_s_period():
             for a, b in zip(one.parameters(), other.parameters(), strict=True):
                 assert torch.equal(a, b)
     assert sharded.param_groups[0]["steps_taken"] == 4
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["nested", "sharded"])
+def test_forgetting_gradients_leaves_the_inputs_of_a_period(shared):
+    """Two steps of a period, with `zero_grad` between, are one step on the gradients and inputs of both batches."""
+    torch.manual_seed(1)
+    batches = [torch.randn(2, 3) for _ in range(4)]
+    slow, once = model(), model()
+    optimizer = nestopt.optimizer(
+        slow, "dgd", lr=0.1, groups=[{"match": "weight", "period": 2}, {"match": "bias", "lr": 0.0}]
+    )
+    twin = nestopt.optimizer(once, "dgd", lr=0.1, groups=[{"match": "bias", "lr": 0.0}])
+    if shared:
+        optimizer = Sharded(optimizer)
+        optimizer.attach([Placement(i, g["params"], g["params"]) for i, g in enumerate(optimizer.param_groups)])
+    for i, x in enumerate(batches):
+        optimizer.zero_grad()
+        slow(x).square().sum().backward()
+        optimizer.step()
+        once(x).square().sum().backward()
+        if i % 2:
+            twin.step()
+            twin.zero_grad()
+    for a, b in zip(slow.parameters(), once.parameters(), strict=True):
+        torch.testing.assert_close(a, b)

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from nestopt.config import Config, ConfigError, load
-from nestopt.train import checkpoint
-from nestopt.train.evaluate import bits_per_byte, held_out_text
+from nestopt.train.checkpoints import file as checkpoint
+from nestopt.train.checkpoints.shards import ShardReader
+from nestopt.train.data.text import from_path, held_out_text
+from nestopt.train.evaluate import bits_per_byte
 from nestopt.train.loop import train
-from nestopt.train.metrics import read
-from nestopt.train.parts import Parts
+from nestopt.train.report.metrics import read
 from nestopt.train.run import Run
-from nestopt.train.text import from_path
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(text, tmp_path):
         process.kill()
         process.wait()
     run = Run.open(tmp_path / "001")
-    with Parts(run.path) as parts:
+    with ShardReader(run.path) as parts:
         meta = parts.meta
     short = run.config()
     short.train.steps = meta["step"] + 3

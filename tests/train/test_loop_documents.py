@@ -11,12 +11,12 @@ import torch
 from nestopt.cli import main
 from nestopt.config import Config
 from nestopt.train import loop
+from nestopt.train.data.codec import Bytes, codec_of
+from nestopt.train.data.sources import make
 from nestopt.train.evaluate import documents_bits
 from nestopt.train.loop import train
-from nestopt.train.metrics import read
-from nestopt.train.sources import make
-from nestopt.train.text_of_tokens import Bytes, text_of_tokens
-from tests.train.parquet import write_shards
+from nestopt.train.report.metrics import read
+from tests.train.data.parquet import write_shards
 
 pytest.importorskip("datasets")
 pytest.importorskip("tokenizers")
@@ -119,7 +119,7 @@ def test_held_out_documents_are_measured_as_each_alone(folder, tmp_path):
 
 
 def test_letters_of_several_tokens_are_shown_when_they_are_whole(folder, tmp_path):
-    text = text_of_tokens(config(folder, tmp_path))
+    text = codec_of(config(folder, tmp_path))
     tokens = text.encode("a clock ünd".encode())
     assert text.encode(b"") == []
     shown = [text.add(token) for token in tokens]

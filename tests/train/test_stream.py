@@ -14,7 +14,7 @@ from nestopt.levels import attention, cms, deltanet, window_attention
 from nestopt.models import HopeLM
 from nestopt.train.compare import parameters, transformer_like
 from nestopt.train.evaluate import stream_bits_per_byte
-from nestopt.train.metrics import read
+from nestopt.train.report.metrics import read
 
 
 def make() -> HopeLM:

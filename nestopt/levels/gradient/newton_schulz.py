@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nestopt.core.device import constant_in_graphs
+
 Triple = tuple[float, float, float]
 Form = Literal["auto", "standard", "gram"]
 
@@ -44,7 +46,7 @@ STRIPS, STRIP = 4, 64
 """A symmetric product is made in so many strips, where one is this high at least: 10/16 of the FLOPs."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def _multiplies_bfloat16(device: str) -> bool:
     """Whether matrix products in bfloat16 are native there. A CPU that emulates them takes ten times float32's time."""
     return _native_bfloat16(device)  # the decorator above does not take a cached function

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from nestopt.core.periodic import Periodic
 from nestopt.optim.rows import multiplies
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -87,12 +88,8 @@ def head_of(model: nn.Module) -> tuple[nn.Module | None, str]:
 
 
 def _periods(model: nn.Module) -> dict[int, int]:
-    found = {}
-    for module in model.modules():
-        period = getattr(module, "period", 1)
-        if isinstance(period, int) and not isinstance(period, bool) and period > 1:
-            found.update({id(param): period for param in module.parameters()})
-    return found
+    slow = [module for module in model.modules() if isinstance(module, Periodic)]
+    return {id(param): module.period for module in slow for param in module.parameters()}
 
 
 def unnamed(params: Iterator[tuple[str, Tensor]]) -> dict[str, Role]:

@@ -18,7 +18,7 @@ from nestopt.optim.checks import names
 from nestopt.optim.inputs import Watcher
 from nestopt.optim.optimizer import Nested, warn_unseen
 from nestopt.optim.sharded.owners import owners, step_cost
-from nestopt.optim.sharded.saved import Misfit, Saved, SavedState, StateKeys, Stretch
+from nestopt.optim.sharded.saved import CheckpointMismatch, Saved, SavedState, StateKeys, TensorSlice
 from nestopt.optim.sharded.slices import Slice
 from nestopt.optim.sharded.units import Flat, Group, Owned, Unit, Whole
 
@@ -27,7 +27,7 @@ TAKEN = "steps_taken"
 
 
 @dataclasses.dataclass(frozen=True)
-class Lying:
+class Placement:
     """How the parameters of one group, or some of them, lie.
 
     Attributes:
@@ -69,36 +69,36 @@ class Sharded(Optimizer):
         }
         super().__init__([{**g, "params": list(g["params"])} for g in nested.param_groups], nested.defaults)
         self._comm: Any = None
-        self._units: dict[int, tuple[Unit, Lying]] = {}
+        self._units: dict[int, tuple[Unit, Placement]] = {}
         self._attached = self._warned = False
 
     def level(self, group: Group) -> Level:
         """The level that a parameter group runs."""
         return self.nested.level(group)
 
-    def attach(self, lying: Sequence[Lying], comm: Any = None) -> None:
+    def attach(self, placements: Sequence[Placement], comm: Any = None) -> None:
         """Settle what is done with parameters that lie so.
 
         Args:
-            lying: of all groups.
+            placements: of all groups.
             comm: the group of processes over which slices lie; None: there are no others.
 
         Raises:
             RuntimeError: the processes have other levels, or slices that do not make the parameters up.
         """
         self._comm = comm
-        tables: list[list[Sequence[Slice] | None]] = [[some.table for some in lying]]
+        tables: list[list[Sequence[Slice] | None]] = [[some.table for some in placements]]
         if comm is not None:
             self._check_alike(comm)
             tables = [[] for _ in range(dist.get_world_size(comm))]
-            dist.all_gather_object(tables, [some.table for some in lying], group=comm)
-        owner, seed = self._owners(lying, tables), torch.initial_seed()
+            dist.all_gather_object(tables, [some.table for some in placements], group=comm)
+        owner, seed = self._owners(placements, tables), torch.initial_seed()
         if comm is not None:
             seeds: list[Any] = [seed] * len(tables)
             dist.all_gather_object(seeds, seed, group=comm)
             seed = seeds[0]
         self._units = {}
-        for i, some in enumerate(lying):
+        for i, some in enumerate(placements):
             group = self.param_groups[some.group]
             unit: Unit
             if some.table is None:
@@ -111,9 +111,9 @@ class Sharded(Optimizer):
             self._units.update((id(handle), (unit, some)) for handle in some.handles)
         self._attached = True
 
-    def _owners(self, lying: Sequence[Lying], tables: list[list[Sequence[Slice] | None]]) -> dict[str, int]:
+    def _owners(self, placements: Sequence[Placement], tables: list[list[Sequence[Slice] | None]]) -> dict[str, int]:
         costs: dict[str, float] = {}
-        for i, some in enumerate(lying):
+        for i, some in enumerate(placements):
             group = self.param_groups[some.group]
             level = self.level(group)
             if some.table is None or level.is_elementwise:
@@ -151,24 +151,24 @@ class Sharded(Optimizer):
         if not self._attached:
             return loss
         for group in self.param_groups:
-            for unit, lying in self._units_of(group):
+            for unit, placement in self._units_of(group):
                 group[TAKEN] = unit.taken = unit.taken + 1
                 # a group with a period sums gradients until it is over, and so do those who watch layers
                 inputs = {} if unit.taken % group.get("period", 1) else self._inputs(unit, group)
-                pairs = zip(lying.handles, lying.tensors, strict=True)
+                pairs = zip(placement.handles, placement.tensors, strict=True)
                 unit.step([_gradient(handle, tensor) for handle, tensor in pairs], group, inputs)
         return loss
 
-    def _units_of(self, group: Group) -> list[tuple[Unit, Lying]]:
-        found: dict[int, tuple[Unit, Lying]] = {}
+    def _units_of(self, group: Group) -> list[tuple[Unit, Placement]]:
+        found: dict[int, tuple[Unit, Placement]] = {}
         for handle in group["params"]:
             if id(handle) not in self._units:
                 raise RuntimeError(
                     f"a parameter group refers to a tensor of shape {list(handle.shape)} that it did not refer to when "
                     "the optimizer was attached; initialize the engine anew"
                 )
-            unit, lying = self._units[id(handle)]
-            found[id(unit)] = unit, lying
+            unit, placement = self._units[id(handle)]
+            found[id(unit)] = unit, placement
         return list(found.values())
 
     def _inputs(self, unit: Unit, group: Group) -> dict[str, LayerInputs | None]:
@@ -208,12 +208,12 @@ class Sharded(Optimizer):
         """In the order of the groups; the same on all processes."""
         return list({id(unit): unit for unit, _ in self._units.values()}.values())
 
-    def weights(self) -> Iterator[tuple[str, Stretch]]:
+    def weights(self) -> Iterator[tuple[str, TensorSlice]]:
         """The parameters' numbers that this process has, by `model.NAME`."""
         for unit in self.units():
             yield from unit.weights()
 
-    def states(self) -> Iterator[tuple[str, Stretch]]:
+    def states(self) -> Iterator[tuple[str, TensorSlice]]:
         """The state that this process keeps, by `optimizer.NAME|KEY`."""
         for unit in self.units():
             yield from unit.state()
@@ -230,7 +230,7 @@ class Sharded(Optimizer):
         """Put back settings, weights and state of what was saved, wherever it lay then.
 
         Raises:
-            Misfit: it is of another optimizer. Weights have not been changed then.
+            CheckpointMismatch: it is of another optimizer. Weights have not been changed then.
         """
         self._load_states(saved, settings)
         for unit in self.units():
@@ -238,23 +238,23 @@ class Sharded(Optimizer):
 
     def _load_states(self, saved: Saved, settings: Sequence[dict[str, Any]]) -> None:
         if [list(group["param_names"]) for group in settings] != self.names:
-            raise Misfit("it has its parameters in other groups")
+            raise CheckpointMismatch("it has its parameters in other groups")
         keys = StateKeys(saved)
         if strange := keys.names() - self.models.keys():
-            raise Misfit(f"it has a state of {min(strange)}, which has none here")
+            raise CheckpointMismatch(f"it has a state of {min(strange)}, which has none here")
         try:
             merged = [
                 merged_group(self.nested, {**theirs, "params": group["params"]}, group, i)
                 for i, (theirs, group) in enumerate(zip(settings, self.param_groups, strict=True))
             ]
         except ValueError as error:
-            raise Misfit(str(error)) from None
+            raise CheckpointMismatch(str(error)) from None
         for unit in self.units():
             unit.load_state(saved, keys)
         for group, new in zip(self.param_groups, merged, strict=True):
             group.update(new)
-        for unit, lying in self._units.values():
-            unit.taken = int(self.param_groups[lying.group].get(TAKEN, 0))
+        for unit, placement in self._units.values():
+            unit.taken = int(self.param_groups[placement.group].get(TAKEN, 0))
 
     def state_dict(self) -> dict[str, Any]:
         """What this process keeps, by name, in plain values: it loads at the same stage and by as many processes.
@@ -268,9 +268,9 @@ class Sharded(Optimizer):
         """Put back what `state_dict` of the same process gave; numbers of the groups too.
 
         Raises:
-            Misfit: it is of another optimizer, stage or number of processes.
+            CheckpointMismatch: it is of another optimizer, stage or number of processes.
         """
-        own = SavedState({name: Stretch(**item) for name, item in state_dict["nest"].items()})
+        own = SavedState({name: TensorSlice(**item) for name, item in state_dict["nest"].items()})
         self._load_states(own, state_dict["param_groups"])
 
 

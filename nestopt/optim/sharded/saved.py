@@ -17,12 +17,12 @@ WEIGHTS, STATE = "model.", "optimizer."
 """What the names of weights, and of an optimizer's state (`optimizer.NAME|KEY`), begin with."""
 
 
-class Misfit(ValueError):
+class CheckpointMismatch(ValueError):
     """Something saved is of another model or optimizer."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Stretch:
+class TensorSlice:
     """Some or all numbers of a saved tensor.
 
     Attributes:
@@ -59,7 +59,7 @@ class SavedState:
         items: by name.
     """
 
-    def __init__(self, items: Mapping[str, Stretch]) -> None:
+    def __init__(self, items: Mapping[str, TensorSlice]) -> None:
         self.items = items
 
     def keys(self) -> Iterable[str]:
@@ -71,14 +71,16 @@ class SavedState:
 
     def whole(self, key: str) -> Tensor:
         if self.items[key].shape is not None:
-            raise Misfit(f"of {key} it has a part, and here it is whole; load it at the stage that it was saved at")
+            raise CheckpointMismatch(
+                f"of {key} it has a part, and here it is whole; load it at the stage that it was saved at"
+            )
         return self.items[key].values
 
     def stretch(self, key: str, start: int, size: int) -> Tensor:
         item = self.items[key]
         first = start - item.start
         if first < 0 or first + size > item.values.numel():
-            raise Misfit(f"of {key} it has another part; load it by as many processes, at the same stage")
+            raise CheckpointMismatch(f"of {key} it has another part; load it by as many processes, at the same stage")
         return item.values.reshape(-1)[first : first + size]
 
 
@@ -99,7 +101,7 @@ class StateKeys:
         return set(self._by_name)
 
 
-def weights(table: Iterable[Slice], tensors: Sequence[Tensor]) -> Iterator[tuple[str, Stretch]]:
+def weights(table: Iterable[Slice], tensors: Sequence[Tensor]) -> Iterator[tuple[str, TensorSlice]]:
     """The parameters' numbers that a process has."""
     for piece in table:
         if piece.size or not math.prod(piece.shape):
@@ -113,19 +115,21 @@ def load_weights(saved: Saved, table: Iterable[Slice], tensors: Sequence[Tensor]
             piece.of(tensors).copy_(saved.stretch(WEIGHTS + piece.name, piece.start, piece.size))
 
 
-def whole_state(name: str, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Stretch]]:
+def whole_state(name: str, state: Mapping[str, Tensor]) -> Iterator[tuple[str, TensorSlice]]:
     """The state of one whole parameter."""
     for key, leaf in state.items():
-        yield f"{STATE}{name}|{key}", Stretch(leaf.detach())
+        yield f"{STATE}{name}|{key}", TensorSlice(leaf.detach())
 
 
-def sliced_state(table: Iterable[Slice], states: Mapping[int, Mapping[str, Tensor]]) -> Iterator[tuple[str, Stretch]]:
+def sliced_state(
+    table: Iterable[Slice], states: Mapping[int, Mapping[str, Tensor]]
+) -> Iterator[tuple[str, TensorSlice]]:
     """The state of tensors that hold slices: each entry of a parameter has an entry of every state tensor."""
     for piece in held(table):
         for key, leaf in states[piece.tensor].items():
             name = f"{STATE}{piece.name}|{key}"
             if key == STEP:
-                yield name, Stretch(leaf.detach())
+                yield name, TensorSlice(leaf.detach())
             else:
                 yield name, _stretch(piece, leaf.detach().reshape(-1)[piece.offset : piece.offset + piece.size])
 
@@ -139,7 +143,7 @@ def load_sliced(saved: Saved, keys: StateKeys, table: Sequence[Slice], tensor: i
     """The state of the tensor with this number, like which every state tensor is, of the slices that it holds.
 
     Raises:
-        Misfit: its parameters are not at the same step, or some have a state and others none.
+        CheckpointMismatch: its parameters are not at the same step, or some have a state and others none.
     """
     pieces = [piece for piece in held(table) if piece.tensor == tensor]
     if not pieces:
@@ -148,19 +152,23 @@ def load_sliced(saved: Saved, keys: StateKeys, table: Sequence[Slice], tensor: i
     found: dict[str, Tensor] = {}
     for piece in pieces:
         if set(keys.of(piece.name)) != set(wanted):
-            raise Misfit(f"{pieces[0].name} has the state {sorted(wanted)}, {piece.name} {sorted(keys.of(piece.name))}")
+            raise CheckpointMismatch(
+                f"{pieces[0].name} has the state {sorted(wanted)}, {piece.name} {sorted(keys.of(piece.name))}"
+            )
         for key in wanted:
             name = f"{STATE}{piece.name}|{key}"
             if key == STEP:
                 step = saved.whole(name)
                 if not torch.equal(found.setdefault(key, step), step):
-                    raise Misfit(
+                    raise CheckpointMismatch(
                         f"{pieces[0].name} is at step {int(found[key])} and {piece.name} at step {int(step)}; what "
                         "lies in one tensor here is stepped together"
                     )
                 continue
             if saved.shape(name) != piece.shape:
-                raise Misfit(f"{name} has the shape {list(saved.shape(name))}, its parameter {list(piece.shape)}")
+                raise CheckpointMismatch(
+                    f"{name} has the shape {list(saved.shape(name))}, its parameter {list(piece.shape)}"
+                )
             part = saved.stretch(name, piece.start, piece.size)
             if key not in found:
                 found[key] = torch.zeros(like.shape, dtype=part.dtype)
@@ -168,5 +176,5 @@ def load_sliced(saved: Saved, keys: StateKeys, table: Sequence[Slice], tensor: i
     return found
 
 
-def _stretch(piece: Slice, part: Tensor) -> Stretch:
-    return Stretch(part.view(piece.shape)) if piece.complete else Stretch(part, piece.shape, piece.start)
+def _stretch(piece: Slice, part: Tensor) -> TensorSlice:
+    return TensorSlice(part.view(piece.shape)) if piece.complete else TensorSlice(part, piece.shape, piece.start)

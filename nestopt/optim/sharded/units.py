@@ -16,10 +16,10 @@ from nestopt.optim.checkpoint import checked_state
 from nestopt.optim.optimizer import Nested
 from nestopt.optim.sharded.exchange import Exchange, Pending
 from nestopt.optim.sharded.saved import (
-    Misfit,
+    CheckpointMismatch,
     Saved,
     StateKeys,
-    Stretch,
+    TensorSlice,
     load_sliced,
     load_weights,
     load_whole,
@@ -81,7 +81,7 @@ class Unit(ABC):
     def inner(self) -> Iterator[Nested]:
         """The optimizers at work."""
 
-    def weights(self) -> Iterator[tuple[str, Stretch]]:
+    def weights(self) -> Iterator[tuple[str, TensorSlice]]:
         """The numbers of the parameters that this process has."""
         return weights(self.table, self.tensors)
 
@@ -89,12 +89,12 @@ class Unit(ABC):
         load_weights(saved, self.table, self.tensors)
 
     @abstractmethod
-    def state(self) -> Iterator[tuple[str, Stretch]]:
+    def state(self) -> Iterator[tuple[str, TensorSlice]]:
         """The state that this process keeps."""
 
     @abstractmethod
     def load_state(self, saved: Saved, keys: StateKeys) -> None:
-        """Put back what of it is this process's. Raises Misfit where it is not this optimizer's."""
+        """Put back what of it is this process's. Raises CheckpointMismatch where it is not this optimizer's."""
 
 
 class Whole(Unit):
@@ -123,7 +123,7 @@ class Whole(Unit):
     def inner(self) -> Iterator[Nested]:
         yield self._nested
 
-    def state(self) -> Iterator[tuple[str, Stretch]]:
+    def state(self) -> Iterator[tuple[str, TensorSlice]]:
         for name, tensor in zip(self.names, self.tensors, strict=True):
             yield from whole_state(name, self._nested.state.get(tensor, {}))
 
@@ -163,7 +163,7 @@ class Flat(Unit):
     def inner(self) -> Iterator[Nested]:
         yield self._nested
 
-    def state(self) -> Iterator[tuple[str, Stretch]]:
+    def state(self) -> Iterator[tuple[str, TensorSlice]]:
         states = {i: self._nested.state.get(param, {}) for i, param in self._params.items()}
         return sliced_state(self.table, states)
 
@@ -234,7 +234,7 @@ class Owned(Unit):
         for now in self.rounds:
             yield now.nested
 
-    def state(self) -> Iterator[tuple[str, Stretch]]:
+    def state(self) -> Iterator[tuple[str, TensorSlice]]:
         for now in self.rounds:
             for name, param in now.work.items():
                 yield from whole_state(name, now.nested.state.get(param, {}))
@@ -354,7 +354,7 @@ def _put(nested: Nested, param: Tensor, found: dict[str, Tensor], like: Tensor, 
     try:
         nested.state[param] = checked_state(nested, found, like, level, name, view)
     except ValueError as error:
-        raise Misfit(str(error)) from None
+        raise CheckpointMismatch(str(error)) from None
 
 
 def _shaped(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ STATED = ("tflops", "bandwidth", "launch", "share")
 
 
 def answer(config: Config, flags: Mapping[str, Any]) -> str:
-    """The plan that was asked for.
+    """Return the plan that was asked for.
 
     Args:
         config: the run.
@@ -42,7 +42,7 @@ def answer(config: Config, flags: Mapping[str, Any]) -> str:
 
 
 def _gpu(flags: Mapping[str, Any]) -> Gpu:
-    """As its flags say; without any, the GPU of this machine, or else an H100."""
+    """Return the GPU that the flags describe; without any, that of this machine, or else an H100."""
     stated = {name: flags[name] for name in STATED if name in flags}
     source = flags.get("rates", "stated" if stated or not torch.cuda.is_available() else "measured")
     if source == "stated":
@@ -61,7 +61,7 @@ def _gpu(flags: Mapping[str, Any]) -> Gpu:
 
 
 def _peaks(text: str) -> dict[str, float]:
-    """`bfloat16=312,float32=19.5` by dtype."""
+    """Return `bfloat16=312,float32=19.5` by dtype."""
     found = {}
     for item in text.split(","):
         dtype, _, number = item.partition("=")

@@ -37,7 +37,7 @@ class Group:
         return None if self.level.is_elementwise else self.settings.get("view")
 
     def costs(self) -> dict[str, float]:
-        """What a step of each tensor costs its owner; nothing where tensors need not be whole."""
+        """Return what a step of each tensor costs its owner; nothing where tensors need not be whole."""
         if self.level.is_elementwise:
             return {}
         return {name: step_cost(self.level, shape, self.view) for name, shape in self.shapes.items()}
@@ -55,7 +55,7 @@ class Parts:
 
     @classmethod
     def of(cls, config: Config) -> Parts:
-        """As `nestopt.optimizer` routes the tensors of the configuration's model."""
+        """Route the tensors of the configuration's model as `nestopt.optimizer` does."""
         with FakeTensorMode():
             built = make_optimizer(build_model(config.model), config)
         found = []
@@ -74,15 +74,15 @@ class Parts:
         return sum(shape.numel() for shape in self.shapes.values())
 
     def costs(self) -> dict[str, float]:
-        """Of all tensors that are stepped whole."""
+        """Return the costs of all tensors that are stepped whole."""
         return {name: cost for group in self.groups for name, cost in group.costs().items()}
 
     def owners(self, world: int) -> dict[str, int]:
-        """The owner of each tensor that is stepped whole."""
+        """Return the owner of each tensor that is stepped whole."""
         return owners(self.costs(), world)
 
     def step(self, sharing: Sharing, rank: int = 0, owner: Mapping[str, int] | None = None) -> Stepped:
-        """What the process `rank` does in a step: all of it, or its own whole tensors and slices of the others."""
+        """Return what the process `rank` does in a step: all, or its own whole tensors and slices of the others."""
         total = Stepped()
         for i, group in enumerate(self.groups):
             settings, shapes = group.settings, group.shapes
@@ -102,7 +102,7 @@ class Parts:
     def _step(
         self, index: int, settings: Mapping[str, Any], shapes: Mapping[str, torch.Size], dtype: torch.dtype
     ) -> Stepped:
-        """`dry_step`, once for all processes whose tensors have the same shapes."""
+        """Return `dry_step`, once for all processes whose tensors have the same shapes."""
         order = sorted(shapes, key=lambda name: shapes[name])
         key = index, tuple(shapes[name] for name in order), dtype
         if key not in self._known:

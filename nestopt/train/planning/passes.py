@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from tqdm import tqdm
 
 from nestopt.config import ModelConfig
 from nestopt.core.tree import State, leaves
@@ -20,6 +19,10 @@ from nestopt.models.build import build_model
 from nestopt.models.cost import Cost, Live
 from nestopt.models.hope import HopeLM
 from nestopt.nn.hope import Learn, writes
+from nestopt.train.errors import extra
+
+with extra("train"):
+    from tqdm import tqdm
 
 FEW, MORE = 2, 3
 """Of blocks, and of segments: what more of them take is, from the first of these numbers on, in proportion."""
@@ -70,7 +73,7 @@ def count_pass(
     device: Device = "meta",
     quiet: bool = True,
 ) -> Pass:
-    """What a training pass over `rows` windows of `window` tokens takes: `HopeLM.loss`, and backward.
+    """Return what a training pass over `rows` windows of `window` tokens takes: `HopeLM.loss`, and backward.
 
     A large model is counted at two depths, and a long window at two numbers of segments; the whole is on the straight
     lines through them. Blocks are alike, and so are segments, where the model's periods fit into them and its states
@@ -94,12 +97,12 @@ def count_pass(
 
 
 def _ends(number: int) -> Sequence[int]:
-    """Where to count: at `number`, or if that is more to do, at two numbers whose straight line goes on to it."""
+    """Return where to count: at `number`, or if that takes longer, at two numbers on whose straight line it is."""
     return (number,) if number <= FEW + MORE else (FEW, MORE)
 
 
 def _line(ends: Sequence[Pass], number: int) -> Pass:
-    """The pass at `number`, on the straight line through those at `_ends(number)`."""
+    """Return the pass at `number`, on the straight line through those at `_ends(number)`."""
     few, more = ends[0], ends[-1]
     if len(ends) == 1:
         return few
@@ -116,7 +119,7 @@ def _line(ends: Sequence[Pass], number: int) -> Pass:
 
 
 def _unit(section: ModelConfig, window: int, learn: Learn, device: Device) -> int:
-    """Tokens after which a long window goes on as before, at the start of a segment; 0 if there is no such number."""
+    """Return after how many tokens a long window goes on as before, at the start of a segment; 0 if after none."""
     if not section.segment:
         return 0
     assert isinstance(section.mlp, Cms)
@@ -129,7 +132,7 @@ def _unit(section: ModelConfig, window: int, learn: Learn, device: Device) -> in
 
 
 def _state(section: ModelConfig, tokens: int, learn: Learn, device: Device) -> int:
-    """Numbers in one sequence's state after so many tokens: not those after fewer where a mixer keeps tokens."""
+    """Return numbers in one sequence's state after so many tokens: not those after fewer where a mixer keeps tokens."""
     with _no_data(device), torch.no_grad():
         model = build(section, device)
         _, state = model(torch.zeros(1, tokens, dtype=torch.int64, device=device), learn=learn)
@@ -153,7 +156,7 @@ def _count(section: ModelConfig, rows: int, window: int, dtype: torch.dtype, lea
 
 
 def _laps(model: HopeLM, live: Live) -> list[tuple[int, int]]:
-    """A list to which a pass will add its laps, but for the last: where the loss begins, and its gradient is back."""
+    """Return a list to which a pass adds its laps but the last: where the loss begins, and its gradient is back."""
     laps: list[tuple[int, int]] = []
     hidden = model.hidden
 
@@ -172,7 +175,7 @@ def _no_data(device: Device) -> contextlib.AbstractContextManager[object]:
 
 
 def build(section: ModelConfig, device: Device) -> HopeLM:
-    """The model of a configuration, on `device` from the start."""
+    """Return the model of a configuration, on `device` from the start."""
     with torch.device(device):
         return build_model(section)
 
@@ -183,7 +186,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def cast(model: HopeLM, dtype: torch.dtype) -> HopeLM:
-    """`model` with its floating-point tensors in `dtype`; what is tied stays so. (`Module.to` can't with fake ones.)"""
+    """Cast floating-point tensors of `model`; what is tied stays so. (`Module.to` can't with fake ones.)"""
     done: dict[Tensor, nn.Parameter] = {}
     for module in model.modules():
         for name, param in module._parameters.items():

@@ -60,7 +60,7 @@ class Simulation:
     without: Sequence[str]
 
     def uneven(self, name: str) -> float:
-        """The largest `Rank` number of this name, of the mean: 1 is perfect."""
+        """Return the largest `Rank` number of this name, of the mean: 1 is perfect."""
         values = [getattr(rank, name) for rank in self.ranks]
         mean = sum(values) / len(values)
         return max(values) / mean if mean else 1.0
@@ -108,7 +108,7 @@ def _without_gradient(config: Config, parts: Parts) -> list[str]:
 
 
 def traffic(numel: Mapping[str, int], owner: Mapping[str, int], sharing: Sharing) -> tuple[list[int], list[int]]:
-    """Bytes that each process sends and receives in a step: gradients and masters to the owner, new masters back."""
+    """Return the bytes that each process sends and receives in a step: gradients and masters to owners, and back."""
     sent, received = [0] * sharing.world, [0] * sharing.world
     for name, own in owner.items():
         for rank in range(sharing.world):

@@ -121,7 +121,7 @@ class Rates:
         return cls(found["per_launch_s"], found["bytes_per_s"], found["flops_per_s"], f"from {path}")
 
     def seconds(self, cost: Cost) -> dict[str, float]:
-        """What its launches, its bytes and its products take, each as if the others took no time.
+        """Return what its launches, its bytes and its products take, each as if the others took no time.
 
         Raises:
             ConfigError: products in a dtype that has no rate.
@@ -130,7 +130,7 @@ class Rates:
         return {"launches": cost.ops * self.per_launch_s, "bytes": cost.bytes / self.bytes_per_s, "products": products}
 
     def dtype(self, name: str) -> str:
-        """The dtype whose rate products of the dtype `name` have."""
+        """Return the dtype whose rate products of the dtype `name` have."""
         found = _AS.get(name, name)
         if found not in self.flops_per_s:
             allowed = f"rates are known for products in {_named([*self.flops_per_s, *_AS])}"
@@ -165,13 +165,13 @@ def measure(device: str | torch.device = "cuda") -> Rates:
 
 
 def launched(device: torch.device) -> float:
-    """Seconds from one small eager operation to the next; on a GPU it takes less than it takes to ask for it."""
+    """Return seconds from one small eager operation to the next; on a GPU it takes less than it takes to ask for it."""
     number = torch.zeros(1, device=device)
     return _fastest(lambda: number.add_(1.0), device, 100 if device.type == "cpu" else 5000)
 
 
 def streamed(device: torch.device) -> dict[str, float]:
-    """Bytes a second, read and written, of operations on large float32 tensors, by name."""
+    """Return bytes a second, read and written, of operations on large float32 tensors, by name."""
     entries = 2**20 if device.type == "cpu" else 2**28
     x, y = (torch.ones(entries, device=device) for _ in range(2))
     runs: dict[str, tuple[int, Callable[[], object]]] = {
@@ -183,7 +183,7 @@ def streamed(device: torch.device) -> dict[str, float]:
 
 
 def multiplied(dtype: str, device: torch.device) -> float:
-    """Operations a second of a large square product of random numbers: on zeros a GPU is faster than in earnest."""
+    """Time a large square product of random numbers, in operations a second (on zeros a GPU is faster)."""
     side = side_of(device)
     a, b, out = factors(dtype, device, side, side)
     with float32_products(dtype):
@@ -191,12 +191,12 @@ def multiplied(dtype: str, device: torch.device) -> float:
 
 
 def side_of(device: torch.device) -> int:
-    """Of the square matrices that are multiplied."""
+    """Return the side of the square matrices that are multiplied."""
     return 256 if device.type == "cpu" else 8192
 
 
 def factors(dtype: str, device: torch.device, *shape: int) -> list[Tensor]:
-    """Two random factors and a result, for products in `dtype`."""
+    """Return two random factors and a result, for products in `dtype`."""
     kind: torch.dtype = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
     return [torch.randn(shape, device=device).to(kind) for _ in range(3)]
 
@@ -214,7 +214,7 @@ def float32_products(dtype: str) -> Iterator[None]:
 
 
 def _fastest(run: Callable[[], object], device: torch.device, times: int, budget_s: float = 0.2) -> float:
-    """Seconds of one call, from the fastest of as many rounds of `times` calls as the budget allows."""
+    """Return seconds of one call, from the fastest of as many rounds of `times` calls as the budget allows."""
 
     def wait() -> None:
         if device.type != "cpu":

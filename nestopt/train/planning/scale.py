@@ -134,7 +134,7 @@ def scale(
     device: Device = "meta",
     quiet: bool = True,
 ) -> Scale:
-    """What training `config` takes of each of `sharing.world` GPUs.
+    """Return what training `config` takes of each of `sharing.world` GPUs.
 
     Nothing is computed: the model's pass and the optimizer's step are run on tensors without data.
 
@@ -183,7 +183,7 @@ def scale(
 
 
 def _unlike(parts: Parts, owner: Mapping[str, int], sharing: Sharing) -> list[int]:
-    """Processes that have tensors of other shapes than those before. The first has the largest slices."""
+    """Return processes that have tensors of other shapes than those before. The first has the largest slices."""
     found: dict[tuple[tuple[int, ...], ...], int] = {}
     if not sharing.spreads_states:
         return [0]
@@ -193,7 +193,7 @@ def _unlike(parts: Parts, owner: Mapping[str, int], sharing: Sharing) -> list[in
 
 
 def rank_memory(parts: Parts, counted: Pass, sharing: Sharing, owner: Mapping[str, int], rank: int) -> Memory:
-    """What the GPU of the process `rank` holds."""
+    """Return what the GPU of the process `rank` holds."""
     done = parts.step(sharing, rank, owner)
     states, work = done.held, _working(parts, owner, sharing, rank, done.work)
     wide, width = NUMBER, sharing.dtype.itemsize
@@ -228,7 +228,7 @@ def rank_memory(parts: Parts, counted: Pass, sharing: Sharing, owner: Mapping[st
 
 
 def _working(parts: Parts, owner: Mapping[str, int], sharing: Sharing, rank: int, work: int) -> int:
-    """What steps take for a while: `work` of the levels, and at an owner the tensors that come, and are sent back."""
+    """Return what steps take for a while: `work` of the levels, and at an owner the tensors that come and go."""
     if not sharing.spreads_states:
         return work
     most = work
@@ -244,7 +244,7 @@ def _working(parts: Parts, owner: Mapping[str, int], sharing: Sharing, rank: int
 
 
 def _buffers(parts: Parts, sharing: Sharing) -> int:
-    """What torch and DeepSpeed keep for sending, as they come.
+    """Return what torch and DeepSpeed keep for sending, as they come.
 
     DDP: a copy of all gradients. ZeRO 1 and 2: a bucket. ZeRO 3 and FSDP2: weights of two blocks, this and the next,
     and of what is outside of blocks, and the gradients of one.
@@ -267,7 +267,7 @@ def _buffers(parts: Parts, sharing: Sharing) -> int:
 
 
 def _sent(parts: Parts, owner: Mapping[str, int], sharing: Sharing) -> dict[str, float]:
-    """Bytes that a GPU sends in a step: rings for what all get, each process to each for owners."""
+    """Return bytes that a GPU sends in a step: rings for what all get, each process to each for owners."""
     width, world = sharing.dtype.itemsize, sharing.world
     once = (world - 1) / world * parts.numel * width
     if not sharing.spreads_states:

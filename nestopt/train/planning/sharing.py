@@ -8,7 +8,7 @@ from typing import Literal, cast, get_args
 import torch
 
 from nestopt.config import Config, ConfigError
-from nestopt.train.deepspeed_settings import stage_of
+from nestopt.train.engines.deepspeed_settings import stage_of
 
 Engine = Literal["single", "ddp", "fsdp2", "deepspeed"]
 
@@ -54,7 +54,7 @@ class Sharing:
 
     @classmethod
     def of(cls, config: Config, world: int, engine: str | None = None, stage: int | None = None) -> Sharing:
-        """As a configuration says, but for what is given; a ZeRO stage given alone means DeepSpeed."""
+        """Return what a configuration says, but for what is given; a ZeRO stage given alone means DeepSpeed."""
         train = config.train
         if engine is None:
             engine = train.engine if stage is None else "deepspeed"
@@ -93,7 +93,7 @@ class Sharing:
         return torch.float32 if self.has_masters else self.dtype
 
     def part(self, numel: int, rank: int = 0) -> int:
-        """How many numbers of a tensor of `numel` lie with a process; the last ones may have fewer."""
+        """Return how many numbers of a tensor of `numel` lie with a process; the last ones may have fewer."""
         size = -(-numel // self.world)
         return max(0, min(size, numel - rank * size))
 

@@ -40,7 +40,7 @@ class Stepped:
     states: Mapping[str, Mapping[str, torch.Size]] = dataclasses.field(default_factory=dict)
 
     def __add__(self, other: Stepped) -> Stepped:
-        """One after the other: each has the work space for itself."""
+        """Add what comes after: each has the work space for itself."""
         return Stepped(
             self.cost + other.cost,
             self.most + other.most,
@@ -51,7 +51,7 @@ class Stepped:
 
 
 def dry_step(group: Mapping[str, Any], shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> Stepped:
-    """Steps of a parameter group on tensors of these shapes and of `dtype`, as an accelerator would take them.
+    """Return steps of a parameter group on tensors of these shapes and of `dtype`, as an accelerator would take them.
 
     Args:
         group: settings of `Nested`'s group, without parameters.
@@ -92,7 +92,7 @@ def dry_step(group: Mapping[str, Any], shapes: Mapping[str, torch.Size], dtype: 
 
 
 def _kinds(level: Level, period: int) -> tuple[Sequence[tuple[int, int]], int]:
-    """Steps of every kind, each with how many are like it among so many: by which clocks are due or have just been."""
+    """Return steps of each kind, by which clocks are due or have just been, each with how many are like it."""
     periods = sorted({period, *(node.period * period for node in level.nodes("stack"))} - {1})
     cycle = min(math.lcm(*periods), CYCLE)
     # what is done at each of the first steps only, such as a start, is over by then

@@ -16,7 +16,7 @@ _SENT = {
 
 
 def scale_table(plan: Scale) -> str:
-    """All of a plan, with what is counted and what is assumed."""
+    """Return all of a plan, with what is counted and what is assumed."""
     sharing, memory, gpu = plan.sharing, plan.memory, plan.gpu
     each = f"{plan.rows} x {plan.window:,} tokens"
     passes = "" if sharing.accumulate == 1 else f", {sharing.accumulate} micro-batches a step"
@@ -56,7 +56,7 @@ def scale_table(plan: Scale) -> str:
 
 
 def _times(plan: Scale) -> list[str]:
-    """What a step does, how fast, and what then takes longest."""
+    """Return what a step does, how fast, and what then takes longest."""
     passes, step, rates, times = plan.passes, plan.step, plan.gpu.rates, plan.times
     dtypes = sorted({**passes.products, **step.products})
     rows: list[tuple[str, str, str, str, float]] = [
@@ -96,7 +96,7 @@ def _fits(plan: Scale) -> str:
 
 
 def ranks_table(found: Simulation) -> str:
-    """One line a process, and how even they are."""
+    """Return one line a process, and how even they are."""
     lines: list[tuple[str, ...]] = [("rank", "tensors", "cost", "GFLOP", "states", "sent", "received")]
     for i, rank in enumerate(found.ranks):
         lines.append(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given
@@ -15,11 +17,53 @@ from nestopt.levels.gradient.newton_schulz import SETS, newton_schulz, schedule
 SHAPES = [(5, 5), (4, 9), (9, 4), (1, 6), (300, 700), (260, 260), (2, 3, 4, 9)]
 
 
+QUINTIC = (3.4445, -4.7750, 2.0315)
+CUBIC = (3 / 2, -1 / 2, 0.0)
+POLAR_EXPRESS = [
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+]
+"""As published: Jordan 2024; the classical iteration; Amsel et al. 2025 (arXiv 2505.16932), Implementation 1."""
+
+
+def polynomials(coefficients: str, steps: int) -> Iterator[tuple[float, float, float]]:
+    """The polynomial of each step. Polar Express shrinks all but the last by p(σ) → p(σ / 1.01)."""
+    for i in range(steps):
+        if coefficients == "polar_express":
+            a, b, c = POLAR_EXPRESS[min(i, 7)]
+            safe = 1.01 if i < steps - 1 else 1.0
+            yield a / safe, b / safe / safe / safe, c / safe / safe / safe / safe / safe
+        else:
+            yield {"quintic": QUINTIC, "cubic": CUBIC}[coefficients]
+
+
+def test_polar_express_is_the_published_one() -> None:
+    """Its coefficients at eight steps, rounded as another implementation of it has them (Nvidia's)."""
+    others = [
+        (8.2051, -22.9019, 16.4607),
+        (4.0664, -2.8612, 0.5184),
+        (3.9096, -2.8234, 0.5250),
+        (3.2856, -2.4153, 0.4853),
+        (2.2779, -1.6198, 0.3985),
+        (1.8726, -1.2307, 0.3585),
+        (1.8564, -1.2132, 0.3568),
+        (1.8750, -1.2500, 0.3750),
+    ]
+    ours = [[round(number, 4) for number in triple] for triple in schedule("polar_express", 8)]
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(others), rtol=0, atol=1.01e-4)
+
+
 def written_out(x: Tensor, coefficients: str, steps: int) -> Tensor:
     """The equation on singular values, which it acts on alone: aσ + bσ³ + cσ⁵."""
     u, s, v = torch.linalg.svd(x, full_matrices=False)
     s = s / s.square().sum(-1, keepdim=True).sqrt()
-    for a, b, c in schedule(coefficients, steps):
+    for a, b, c in polynomials(coefficients, steps):
         s = a * s + b * s**3 + c * s**5
     return (u * s.unsqueeze(-2)) @ v
 

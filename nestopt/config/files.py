@@ -1,0 +1,56 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write(text: str, path: str | os.PathLike[str]) -> None:
+    """Replace the file at `path` with text at once: a process that dies here leaves it as it was. Makes its folder."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Replace a file at once: write to the path that this gives, and when the block ends that file becomes ``path``.
+
+    If the block raises, or the process dies, ``path`` is as it was. What a killed process leaves behind is a hidden
+    folder beside ``path``, removed by the next writer; so one process at a time may write to a path.
+    """
+    target = Path(path)
+    # "~" ends the name, so that writing "a" does not clear away what another process is writing to "a.b".
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}~*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    # A folder, since a library may make temporary files of its own beside the file that it writes (safetensors does).
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}~", suffix=".tmp", dir=target.parent))
+    try:
+        temporary = folder / "new"
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        yield temporary
+        temporary.chmod(mode)  # what the user's umask asks for; safetensors lets only the owner read
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

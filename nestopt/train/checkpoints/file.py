@@ -1,0 +1,113 @@
+"""Checkpoints: one safetensors file with JSON in its header, written whole or not at all, read without pickle."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestopt.config.files import replacing
+from nestopt.train.errors import CheckpointError, extra
+
+with extra("train"):
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
+
+FORMAT = "nestopt-checkpoint"
+VERSION = 1
+
+
+def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write a checkpoint, so that ``path`` at any moment holds all of the old one or all of the new.
+
+    Tensors are copied to the CPU; those that share memory are each written in full, and come back apart.
+
+    Args:
+        path: the file, replaced if it is there. Its folder must exist. One process at a time may write to it.
+        tensors: by name, of any shape and any dtype that safetensors has.
+        meta: numbers, strings, booleans, None, and lists and dicts of them, which come back just as they are.
+
+    Raises:
+        TypeError: for a value in ``meta`` that JSON would change (a tuple, a tensor, a key that is not a string), or a
+            tensor that is not plain and dense, or is of a dtype that safetensors lacks.
+        ValueError: for the name ``"__metadata__"``, which the file format keeps for itself.
+    """
+    check_json(meta, "meta")
+    header = {"format": FORMAT, "version": str(VERSION), "meta": json.dumps(meta)}
+    plain: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        plain[name] = _plain(name, tensor, storages)
+    with replacing(path) as temporary:
+        save_file(plain, temporary, metadata=header)
+
+
+def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint: the tensors, on ``device``, and the meta that `save` was given.
+
+    Raises:
+        CheckpointError: if the file is missing, cut short or damaged, is not one of ours, or is of a newer version.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            meta = read_header(path, file.metadata() or {})
+            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118 (not a dict)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: there is no such checkpoint") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read, it is cut short, damaged or no checkpoint ({error})") from error
+
+
+def _plain(name: str, tensor: Tensor, storages: set[int]) -> Tensor:
+    """Return a tensor as safetensors takes it: on the CPU, contiguous, in memory of its own (noted in ``storages``)."""
+    if name == "__metadata__":
+        raise ValueError("a tensor cannot be named '__metadata__': the safetensors format keeps that name for itself")
+    tensor = tensor.detach()
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        raise TypeError(f"{name}: only plain dense tensors can be saved, not {_kind(tensor)}")
+    if tensor.dtype in (torch.complex32, torch.complex128):
+        raise TypeError(f"{name}: safetensors has no {tensor.dtype}")
+    tensor = tensor.cpu().contiguous().resolve_conj().resolve_neg()
+    if tensor.untyped_storage().data_ptr() in storages:
+        tensor = tensor.clone()
+    storages.add(tensor.untyped_storage().data_ptr())
+    return tensor
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"a {type(tensor).__name__} on {tensor.device} with layout {tensor.layout} and dtype {tensor.dtype}"
+
+
+def check_json(value: Any, name: str) -> None:
+    """Raise TypeError for anything that does not come back from JSON as it went in."""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{name}: keys must be strings, not {key!r}")
+            check_json(child, f"{name}.{key}")
+    elif isinstance(value, list):
+        for place, child in enumerate(value):
+            check_json(child, f"{name}[{place}]")
+    elif value is not None and not isinstance(value, (str, int, float)):
+        hint = "; write it as a list" if isinstance(value, tuple) else ""
+        raise TypeError(f"{name}: {value!r} is a {type(value).__name__}, which JSON does not have{hint}")
+
+
+def read_header(path: str | os.PathLike[str], header: Mapping[str, str]) -> dict[str, Any]:
+    """Return the meta in a file's header. Raises CheckpointError where it is none of ours, or of a newer version."""
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: is a safetensors file, but no checkpoint of nestopt")
+    try:
+        version = int(header["version"])
+        if version > VERSION:
+            raise CheckpointError(
+                f"{path}: was written by a newer nestopt (format version {version}; this one reads up to {VERSION})"
+            )
+        meta = json.loads(header["meta"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: its header is damaged ({error!r})") from error
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{path}: its header is damaged (meta is no object)")
+    return meta

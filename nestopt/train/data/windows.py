@@ -1,0 +1,63 @@
+"""Byte corpora as a source: windows drawn at random, each step's by its number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from nestopt.train.data.dataset import Text
+from nestopt.train.data.source import Batch, HeldOut
+from nestopt.train.data.text import held_out_text, windows
+
+
+class Windows:
+    """A `Source` of windows of a byte corpus (`nestopt.train.data.text.windows`).
+
+    Args:
+        text: its training and held-out bytes.
+        batch: rows in a step, over all processes.
+        window: inputs in a row.
+        seed: of the draws.
+        rank, world: this process's number and the number of processes.
+    """
+
+    vocab = 256
+
+    def __init__(self, text: Text, *, batch: int, window: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        self.name = text.name
+        self._train, self._held_out = torch.from_numpy(text.train), text.held_out
+        self._drawn: dict[str, int] = {"batch": batch, "length": window, "seed": seed, "rank": rank, "world": world}
+        self._step = 0
+
+    @property
+    def training(self) -> npt.NDArray[np.uint8]:
+        """The bytes that windows are drawn from."""
+        return self._train.numpy()
+
+    def batch(self) -> Batch:
+        tokens = windows(self._train, self._step, **self._drawn)
+        self._step += 1
+        return Batch(tokens, None)
+
+    def held_out(self, most: int) -> HeldOut:
+        tokens = torch.from_numpy(held_out_text(self._held_out, most))
+        return HeldOut(tokens, None, len(tokens))
+
+    def encode(self, text: str) -> Sequence[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(tokens).decode("utf-8", "replace")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self._step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._step = int(state["step"])
+
+    def close(self) -> None:
+        pass

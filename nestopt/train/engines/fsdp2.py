@@ -1,0 +1,88 @@
+"""FSDP2: weights, gradients and states are all cut up over the processes, as DTensors."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from nestopt.optim.sharded.optimizer import Placement, Sharded
+from nestopt.optim.sharded.slices import Slice
+from nestopt.train.engines.ddp import Ddp
+from nestopt.train.engines.engine import LOW
+from nestopt.train.engines.fsdp_methods import users
+
+
+class Fsdp2(Ddp):
+    """Each process has a share of the rows of every weight; blocks are put together as they are needed.
+
+    In bfloat16, weights and what is kept of them by the optimizer are float32; what is put together is bfloat16.
+    """
+
+    name: ClassVar[str] = "fsdp2"
+    cut: bool = True
+
+    def cut_up(self, lm: nn.Module) -> None:
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        policy = MixedPrecisionPolicy()
+        dtype = getattr(torch, self.config.train.dtype)
+        if dtype in LOW:
+            # states are float32, and are among what modules are given
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            lm.float()
+        # what is put together at a time, the whole last
+        parts = list(users(lm))
+        if not any(part is lm for part, _ in parts):
+            parts.append((lm, ()))
+        for part, methods in parts:
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+            for method in methods:
+                register_fsdp_forward_method(part, method)
+
+    def _wrapped(self, objective: nn.Module) -> nn.Module:
+        return objective
+
+    def _placements(self) -> list[Placement]:
+        self._masters = []
+        return placements(self.optimizer)
+
+    @contextlib.contextmanager
+    def _together(self, last: bool) -> Iterator[None]:
+        yield  # gradients are added up in their slices: whole ones would take the memory that was to be saved
+
+    def _clip(self) -> Tensor:
+        norm = super()._clip()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def placements(optimizer: Sharded) -> list[Placement]:
+    """Return where the DTensors of an optimizer lie.
+
+    Raises:
+        ValueError: a parameter is no DTensor, or is not cut by rows over one dimension of processes.
+    """
+    found = []
+    for i, group in enumerate(optimizer.param_groups):
+        tensors, table = [], []
+        for j, (name, param) in enumerate(zip(optimizer.names[i], group["params"], strict=True)):
+            table.append(_slice(name, param, j))
+            tensors.append(param.detach().to_local())
+        found.append(Placement(i, group["params"], tensors, table))
+    return found
+
+
+def _slice(name: str, param: Any, place: int) -> Slice:
+    if not isinstance(param, DTensor) or param.device_mesh.ndim != 1 or tuple(param.placements) != (Shard(0),):
+        how = f"{param.placements} on {param.device_mesh}" if isinstance(param, DTensor) else "not a DTensor"
+        raise ValueError(f"{name} is {how}; give fully_shard a mesh of one dimension and its own placement, by rows")
+    shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    row = math.prod(param.shape[1:])
+    return Slice(name, tuple(param.shape), offset[0] * row, math.prod(shape), place)

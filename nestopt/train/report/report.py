@@ -1,0 +1,107 @@
+"""What a run shows people: a first summary, samples, the picture of its loss, and a closing table."""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import torch
+
+from nestopt.config import Config
+from nestopt.models import HopeLM
+from nestopt.optim.sharded.optimizer import Sharded
+from nestopt.train.data.source import HeldOut, Source
+from nestopt.train.data.windows import Windows
+from nestopt.train.report.baselines import baselines
+from nestopt.train.report.metrics import read
+from nestopt.train.report.plots import loss_plot
+from nestopt.train.run import Run
+from nestopt.train.sampling import check_drawn, choose
+
+PROMPT = "def "
+"""What samples go on from."""
+
+
+class Report:
+    """The reporting of one run.
+
+    Args:
+        run: its folder.
+        source: of its data.
+        held_out: the text that is measured.
+        size: how many parameters the model has.
+        quiet: print nothing (files are written all the same).
+    """
+
+    def __init__(self, run: Run, source: Source, held_out: HeldOut, size: int, *, quiet: bool) -> None:
+        self.run, self.source, self.held_out, self.quiet = run, source, held_out, quiet
+        self._size = size
+
+    @functools.cached_property
+    def baselines(self) -> dict[str, float]:
+        """Bits per byte of simple models on the same held-out text; none where the text is not bytes."""
+        if not isinstance(self.source, Windows):
+            return {}
+        return baselines(self.source.training, self.held_out.tokens.numpy())
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            print(text, flush=True)
+
+    def begin(self, optimizer: Sharded, config: Config) -> None:
+        """Say what is about to run."""
+        bytes_ = len(self.source.training) if isinstance(self.source, Windows) else None
+        text = "documents to train on" if bytes_ is None else f"{bytes_:,} bytes to train on"
+        stacks = ", ".join(dict.fromkeys(optimizer.level(group).label for group in optimizer.param_groups))
+        section = config.model
+        mixers = " and ".join(dict.fromkeys(level.label for level in section.mixers or [section.mixer]))
+        self.say(
+            f"{self.source.name}: {text}, {self.held_out.bytes:,} held-out bytes to measure on\n"
+            f"model: {self._size:,} parameters, {section.blocks} blocks of {mixers}, then {section.mlp.label}, "
+            f"width {section.dim}; optimizer: {stacks}\n"
+            f"run: {self.run.path}"
+        )
+
+    def sample(self, model: HopeLM, step: int, config: Config, *, write: bool = True) -> None:
+        """Generate some text, and append it to samples.txt if it is to be written."""
+        length = config.train.sample_bytes
+        if not length:
+            return
+        device = next(model.parameters()).device
+        generator = torch.Generator(device).manual_seed(config.train.seed)
+        prompt = torch.tensor([list(self.source.encode(PROMPT))], device=device)
+        tokens, _ = model.generate(prompt, length, lambda z: choose(z.float(), temperature=0.8, generator=generator))
+        if not write:
+            return
+        written = tokens[0].clamp(max=self.source.vocab - 1).tolist()
+        check_drawn(written)
+        body = self.source.decode(written)
+        with open(self.run.path / "samples.txt", "a", encoding="utf-8") as file:
+            file.write(f"--- step {step} ---\n{body}\n\n")
+
+    def plot(self) -> None:
+        """Draw loss.png from what has been measured so far."""
+        references = {name: bits for name, bits in self.baselines.items() if name != "unigram"}
+        loss_plot(
+            read(self.run.metrics_file),
+            self.run.path / "loss.png",
+            references,
+            title=f"{self.source.name}, run {self.run.path.name}",
+        )
+
+    def interrupted(self, step: int) -> None:
+        self.say(f"stopped at step {step}; the checkpoint is saved. Go on with: nestopt train --resume {self.run.path}")
+
+    def end(self, score: float, seconds: float) -> None:
+        """Draw the picture and print the table."""
+        self.plot()
+        rows = {**self.baselines, "this model": score}
+        width = max(map(len, rows))
+        lines = [f"  {name:<{width}}  {bits:.3f}" for name, bits in sorted(rows.items(), key=lambda row: -row[1])]
+        self.say(
+            "\n".join(
+                [f"bits per byte on {self.held_out.bytes:,} held-out bytes, after {seconds:.0f} s of training:", *lines]
+            )
+        )
+        self.say(f"in {self.run.path}: loss.png, samples.txt, metrics.jsonl, model.safetensors, config.yaml")
+        sys.stdout.flush()

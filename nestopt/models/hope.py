@@ -22,7 +22,7 @@ from nestopt.core.tree import State, leaves, nested
 from nestopt.levels.continuum.level import Cms
 from nestopt.levels.presets import Attention
 from nestopt.models.documents import Pieces, run_documents
-from nestopt.models.taught import TAUGHT, Read, nothing_carried, run_taught, teach_signal
+from nestopt.models.loss_signal import TAUGHT, LossTeaching, Read, nothing_carried, teach_signal
 from nestopt.nn.consolidate import Consolidation, consolidate
 from nestopt.nn.hope import HopeBlock, Learn, writes
 from nestopt.nn.rows import Rows
@@ -323,18 +323,29 @@ class HopeLM(nn.Module):
     def _run(
         self, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn, read: Read, ahead: int = 0
     ) -> tuple[Tensor, State]:
-        def segment(tokens: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, list[Tensor], State]:
-            return self._through(tokens, state, mask, learn)
-
         if not self._taught:
-            x, _, state = segment(tokens, state, mask)
+            x, _, state = self._through(tokens, state, mask, learn)
             return x, state
         if writes(learn, "mlp"):
-            continua = [block.mlp for block in self._blocks()]
-            return run_taught(tokens, state, continua, segment, self._signal, mask, read, ahead)
+            return self._run_taught(tokens, state, mask, learn, read, ahead)
         carried = state[TAUGHT]  # what is not written is not waited for
-        x, _, state = segment(tokens, {name: part for name, part in state.items() if name != TAUGHT}, mask)
+        x, _, state = self._through(tokens, {name: part for name, part in state.items() if name != TAUGHT}, mask, learn)
         return x, {**state, TAUGHT: carried}
+
+    def _run_taught(
+        self, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn, read: Read, ahead: int
+    ) -> tuple[Tensor, State]:
+        """From write to write, each position taught when its next token has come."""
+        continua = [block.mlp if block.mlp.taught else None for block in self._blocks()]
+        teaching = LossTeaching(tokens, state, continua, mask, read, "mlp", ahead)
+        if teaching.waiting:
+            teaching.observe_carried(self._signal(*teaching.waiting))
+        for part in teaching.parts():
+            masked = None if mask is None else mask[:, part]
+            hidden, inputs, teaching.state = self._through(tokens[:, part], teaching.state, masked, learn)
+            if known := teaching.took(hidden, inputs):
+                teaching.observe(self._signal(*known))
+        return teaching.end()
 
     def _through(
         self, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn

@@ -30,12 +30,12 @@ from nestopt.core.precision import (
 )
 from nestopt.core.token_batch import check_mask
 from nestopt.core.tree import State
-from nestopt.levels.continuum.clock import Clocks, Phases, Seen
-from nestopt.levels.continuum.memory import is_shared, look, read
-from nestopt.levels.continuum.scan import Lesson
-from nestopt.levels.continuum.write import Writer
+from nestopt.levels.continuum.clock import Clocks, Phases, TokenCounts, between_writes
+from nestopt.levels.continuum.memory import is_shared, linearize, read
+from nestopt.levels.continuum.scan import LevelGradient
+from nestopt.levels.continuum.write import LearnerStep
 from nestopt.models.families import Family, family_of
-from nestopt.models.taught import TAUGHT, Read, nothing_carried, run_taught
+from nestopt.models.loss_signal import TAUGHT, LossTeaching, Read, nothing_carried
 from nestopt.nn.rows import Rows
 
 LEVEL = "mlp"
@@ -114,7 +114,7 @@ class Layer:
         x: Tensor,
         delta: Tensor | None,
         state: State,
-        live: Tensor | None,
+        live: Tensor | None = None,
         *,
         phases: Phases,
         ahead: int = 0,
@@ -122,12 +122,12 @@ class Layer:
         """Learn from x `[B, n, D]`, which was answered with the weights in `state`; write where the period is over."""
         count = None if live is None else live.sum(1)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        seen = Seen(x.shape[1], count, phases, ahead)
+        seen = TokenCounts(x.shape[1], count, phases, ahead)
         constant = self.clocks.constant(seen, self.clocks.chain[LEVEL])
         graph = torch.set_grad_enabled(torch.is_grad_enabled() and not constant)
         with graph, products_in(self.precision):
             x = x.to(dtype)
-            at = look(cast(Memory, self.memory), state["levels"][LEVEL]["weights"], x)
+            at = linearize(cast(Memory, self.memory), state["levels"][LEVEL]["weights"], x)
             if self.target is None:
                 assert delta is not None
                 error = delta.to(dtype)
@@ -136,8 +136,8 @@ class Layer:
             if live is not None:
                 error = torch.where(live[..., None], error, 0)
             none = error.new_zeros(len(error))
-            lesson = Lesson(at.gradient(error), none, none)
-        return self.clocks.after(state, {LEVEL: lesson}, seen, self.starts(), {LEVEL: self.rate.exp()[0]})
+            gradient = LevelGradient(at.gradient(error), none, none)
+        return self.clocks.after(state, {LEVEL: gradient}, seen, self.starts(), {LEVEL: self.rate.exp()[0]})
 
 
 class Stacked(nn.Module):
@@ -155,7 +155,7 @@ class Stacked(nn.Module):
         periods: Mapping[int, int],
         rate: float,
         teach: Literal["loss", "local"],
-        writer: Writer,
+        writer: LearnerStep,
         through: Literal["full", "first_order", "stop"],
         precision: Precision = "float32",
     ) -> None:
@@ -265,28 +265,22 @@ class Stacked(nn.Module):
 
     def _taught(self, tokens: Tensor, state: State, context: Any, mask: Tensor | None) -> tuple[Tensor, State]:
         """As `HopeLM` learns: from write to write, each position when its next token has come."""
-
-        def segment(part: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, list[Tensor], State]:
-            hidden, inputs = self._read(part, state, context)
-            return hidden, inputs, state
-
-        def signal(hidden: Tensor, targets: Tensor) -> Tensor:
-            return self._family.signal(self.pretrained, hidden, targets)
-
-        continua = cast(Any, list(self._layers.values()))
+        layers = list(self._layers.values())
         seen = Read.of(next(iter(state.values()))[LEVEL]["step"], state[TAUGHT])
-        through = next(iter(self._layers.values())).clocks.through
-        with torch.set_grad_enabled(torch.is_grad_enabled() and through != "stop"):
-            return run_taught(tokens, state, continua, segment, signal, mask, seen)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and layers[0].clocks.through != "stop"):
+            teaching = LossTeaching(tokens, state, layers, mask, seen, LEVEL)
+            if teaching.waiting:
+                teaching.observe_carried(self._family.signal(self.pretrained, *teaching.waiting))
+            for part in teaching.parts():
+                hidden, inputs = self._read(tokens[:, part], teaching.state, context)
+                if known := teaching.took(hidden, inputs):
+                    teaching.observe(self._family.signal(self.pretrained, *known))
+            return teaching.end()
 
     def _by_themselves(self, tokens: Tensor, state: State, context: Any, mask: Tensor | None) -> tuple[Tensor, State]:
         """From write to write, each level taught by its own objective."""
         found: list[Tensor] = []
-        first, length = 0, tokens.shape[1]
-        phases = self._phases(state)
-        while first < length:
-            last = min(first + min(layer.until_write(phases) for layer in self._layers.values()), length)
-            part = slice(first, last)
+        for part, phases in between_writes(tokens.shape[1], self._phases(state), self._layers.values()):
             hidden, inputs = self._read(tokens[:, part], state, context)
             found.append(hidden)
             live = None if mask is None else mask[:, part]
@@ -295,8 +289,6 @@ class Stacked(nn.Module):
                 f"block_{n}": {LEVEL: layer.observe(x, None, state[f"block_{n}"][LEVEL], live, phases=phases)}
                 for n, (layer, x) in blocks
             }
-            phases = [phase + last - first for phase in phases]
-            first = last
         return torch.cat(found, dim=1), state
 
     def _encoded(self, tokens: Tensor, state: State, mask: Tensor | None, learn: bool) -> tuple[Tensor, State]:
@@ -305,18 +297,12 @@ class Stacked(nn.Module):
             out = self._plain(tokens, mask)
         if not learn:
             return out, state
-        new, live = dict(state), mask
+        new = dict(state)
         for n, (i, layer) in enumerate(self._layers.items()):
-            own, first = new[f"block_{n}"][LEVEL], 0
-            phases = self._phases(state)
-            while first < tokens.shape[1]:
-                last = min(first + layer.until_write(phases), tokens.shape[1])
-                part = slice(first, last)
-                own = layer.observe(
-                    inputs[i][:, part], None, own, None if live is None else live[:, part], phases=phases
-                )
-                phases = [phase + last - first for phase in phases]
-                first = last
+            own = new[f"block_{n}"][LEVEL]
+            for part, phases in between_writes(tokens.shape[1], self._phases(state), [layer]):
+                live = None if mask is None else mask[:, part]
+                own = layer.observe(inputs[i][:, part], None, own, live, phases=phases)
             new[f"block_{n}"] = {LEVEL: own}
         return out, new
 
@@ -416,8 +402,8 @@ def stack(
     r"""Let the MLPs of a trained Hugging Face model learn while it reads.
 
     Taught by the loss, each takes $\delta_t = \partial\ell_t/\partial h_t$ of the stream before the last norm as the
-    error at its own output, as a `HopeLM`'s continuum does (`nestopt.models.taught`), and steps every period along the
-    sum of its gradients.
+    error at its own output, as a `HopeLM`'s continuum does (`nestopt.models.loss_signal`), and steps every period along
+    the sum of its gradients.
 
     Args:
         pretrained: a GPT-2, a Llama or one like it (Mistral, Qwen, SmolLM, …), or a BERT. It is not changed.
@@ -431,8 +417,8 @@ def stack(
             first the identity, for models without a head.
         learner: what is shown the gradients. Default `gd`.
         keep: what is left, at each write, of the way from the trained weights.
-        through: how the outer gradient passes a write, if weights or rates are to be trained (`nestopt.levels.cms`).
-        family: where a model of another kind has its parts.
+        through: how the outer gradient passes a write, if weights or rates are to be trained
+        (`nestopt.levels.continuum.level`). family: where a model of another kind has its parts.
         precision: of the products of MLPs that have learned, and of those by which they learn, where they are float32:
             `"float32"`, `"tf32"` or `"bfloat16"` (`nestopt.core.precision`).
 
@@ -457,7 +443,7 @@ def stack(
             'teach="local", or rate=0'
         )
     periods = _periods(levels, len(family.blocks(pretrained)))
-    writer = Writer(Gd() if learner is None else learner, normalized=False, keep=keep)
+    writer = LearnerStep(Gd() if learner is None else learner, normalized=False, keep=keep)
     return Stacked(pretrained, family, periods, rate, teach, writer, through, precision)
 
 

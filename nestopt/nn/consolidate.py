@@ -24,7 +24,7 @@ from torch import Tensor
 from nestopt.core.memories import Mlp, Theta
 from nestopt.core.token_state import fitted, shapes_of
 from nestopt.core.tree import State, tree_map
-from nestopt.levels.continuum.memory import look, read
+from nestopt.levels.continuum.memory import linearize, read
 from nestopt.levels.continuum.scan import normed
 from nestopt.nn.cms import CMS
 from nestopt.nn.replay import Replay
@@ -164,7 +164,7 @@ class _Task:
     @torch.no_grad()
     def solved(self, ridge: float) -> Theta:
         """With the outermost weights that answer best, all others as they are."""
-        hidden = look(self.memory, self.weights, self.inputs).at.inputs[0]  # type: ignore[attr-defined]  # of an Mlp
+        hidden = linearize(self.memory, self.weights, self.inputs).at.inputs[0]  # type: ignore[attr-defined]  # of an Mlp
         gram = hidden.mT @ hidden
         size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)

@@ -8,136 +8,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from nestopt.core.associative import Gd
-from nestopt.core.device import by_contract, holds_only, numbers_in
+from nestopt.core.device import by_contract, numbers_in
 from nestopt.core.level import Level
-from nestopt.core.memories import Memory, Theta
 from nestopt.core.precision import (
-    EveryProduct,
     Precision,
     check_precision,
     check_products,
-    current,
-    matmul,
-    products_in,
 )
 from nestopt.core.token_batch import check_mask
 from nestopt.core.tree import State
-from nestopt.levels.continuum.clock import Clocks, Phases, TokenCounts, between_writes
-from nestopt.levels.continuum.memory import is_shared, linearize, read
-from nestopt.levels.continuum.scan import LevelGradient
+from nestopt.levels.continuum.clock import Clocks, Phases, between_writes
 from nestopt.levels.continuum.write import LearnerStep
+from nestopt.models.continuation import go_on
 from nestopt.models.families import Family, family_of
 from nestopt.models.loss_signal import TAUGHT, LossTeaching, Read, nothing_carried
+from nestopt.models.trained_mlp import LEVEL, Layer, TrainedMlp, patch, reader
 from nestopt.nn.rows import Rows
-
-LEVEL = "mlp"
-"""The name of the only level of each layer's clocks."""
-
-
-class _Weights(nn.Module):
-    """Several modules one after another, as one whose weights can be given."""
-
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for part in self.parts:
-            x = part(x)
-        return x
-
-
-class _Module:
-    """A trained MLP as a memory."""
-
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
-        self.module = _Weights(parts)
-
-    def start(self) -> Theta:
-        return dict(self.module.named_parameters())
-
-    def read(self, theta: Theta, k: Tensor) -> Tensor:
-        with nullcontext() if current() == "float32" else EveryProduct():
-            return functional_call(self.module, {name: w.to(k.dtype) for name, w in theta.items()}, (k,))
-
-    def layers(self, theta: Theta, k: Tensor) -> None:
-        return None
-
-
-class Layer:
-    """One layer's MLP as a level: `run_taught`'s continuum.
-
-    Attributes:
-        memory: the MLP.
-        rate: its logarithm.
-        clocks: when it writes.
-        target: V of the local objective; None is taught by the model's loss.
-        precision: of the products that the MLP is read and taught by.
-    """
-
-    taught = True
-
-    def __init__(
-        self, memory: _Module, rate: Tensor, clocks: Clocks, target: Tensor | None, precision: Precision
-    ) -> None:
-        self.memory, self.rate, self.clocks, self.target = memory, rate, clocks, target
-        self.precision: Precision = precision
-
-    def starts(self) -> dict[str, Theta]:
-        """The trained weights, at the precision of a state."""
-        found = self.memory.start().items()
-        return {LEVEL: {name: w.to(torch.promote_types(w.dtype, torch.float32)) for name, w in found}}
-
-    def init_state(self, batch: int) -> State:
-        """Of sequences that have read nothing: the trained weights, which are not copied."""
-        return self.clocks.begin(self.starts(), batch)
-
-    def until_write(self, phases: Phases) -> int:
-        """Tokens up to and with the next write."""
-        return self.clocks.until(phases)
-
-    def weights(self, state: Mapping[str, Any]) -> Theta | None:
-        """Those of each sequence; None where they are still the trained ones."""
-        found: Theta = state["levels"][LEVEL]["weights"]
-        return None if all(is_shared(w) for w in found.values()) and holds_only(state["step"], 0) else found
-
-    def observe(
-        self,
-        x: Tensor,
-        delta: Tensor | None,
-        state: State,
-        live: Tensor | None = None,
-        *,
-        phases: Phases,
-        ahead: int = 0,
-    ) -> State:
-        """Learn from x `[B, n, D]`, which was answered with the weights in `state`; write where the period is over."""
-        count = None if live is None else live.sum(1)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        seen = TokenCounts(x.shape[1], count, phases, ahead)
-        constant = self.clocks.constant(seen, self.clocks.chain[LEVEL])
-        graph = torch.set_grad_enabled(torch.is_grad_enabled() and not constant)
-        with graph, products_in(self.precision):
-            x = x.to(dtype)
-            at = linearize(cast(Memory, self.memory), state["levels"][LEVEL]["weights"], x)
-            if self.target is None:
-                assert delta is not None
-                error = delta.to(dtype)
-            else:
-                error = at.y - matmul(x, self.target.to(dtype).mT)
-            if live is not None:
-                error = torch.where(live[..., None], error, 0)
-            none = error.new_zeros(len(error))
-            gradient = LevelGradient(at.gradient(error), none, none)
-        return self.clocks.after(state, {LEVEL: gradient}, seen, self.starts(), {LEVEL: self.rate.exp()[0]})
 
 
 class Stacked(nn.Module):
@@ -168,7 +62,7 @@ class Stacked(nn.Module):
         if rate == 0:
             return
         for i, period in sorted(self.periods.items()):
-            memory = _Module(family.mlp(self._blocks[i]))
+            memory = TrainedMlp(family.mlp(self._blocks[i]))
             weight = next(iter(memory.start().values()))
             self.rates[str(i)] = nn.Parameter(torch.tensor([math.log(rate)], device=weight.device))
             if teach == "local":
@@ -325,10 +219,10 @@ class Stacked(nn.Module):
             for n, (i, layer) in enumerate(self._layers.items()):
                 first, *rest = parts = self._family.mlp(self._blocks[i])
                 weights = layer.weights(state[f"block_{n}"][LEVEL])
-                _patch(first, _reader(layer, weights, first, i, inputs))
+                patch(first, reader(layer, weights, first, i, inputs))
                 if weights is not None:
                     for part in rest:  # the first has done their work
-                        _patch(part, lambda x, *args, **kwargs: x)
+                        patch(part, lambda x, *args, **kwargs: x)
                 patched += parts
             yield inputs
         finally:
@@ -348,43 +242,8 @@ class Stacked(nn.Module):
         """Go on with `prompt` `[B, n]` for `length` tokens: `[B, n + length]`, and the state after all but the last."""
         past = (state or {}).get("cache")
         self._check_length(prompt.shape[1] + max(length - 1, 0) + (0 if past is None else past["mask"].shape[1]))
-        tokens, seen = [prompt], prompt
         now: State = dict(state) if state else self.init_state(len(prompt))
-        for _ in range(length):
-            logits, now = self(seen, now, cache=True, learn=learn)
-            tokens.append(choose(logits[:, -1])[:, None])
-            seen = tokens[-1].clamp_min(0)
-        return torch.cat(tokens, dim=1), now
-
-
-def _patch(module: nn.Module, forward: Callable[..., Tensor]) -> None:
-    module.__dict__["forward"] = forward
-
-
-def _reader(
-    layer: Layer, weights: Theta | None, module: nn.Module, i: int, inputs: dict[int, Tensor]
-) -> Callable[..., Tensor]:
-    own = type(module).forward
-
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        inputs[i] = x
-        if weights is None:
-            return own(module, x, *args, **kwargs)
-        with _unpatched(layer.memory.module), products_in(layer.precision):
-            return read(cast(Memory, layer.memory), weights, x)
-
-    return forward
-
-
-@contextmanager
-def _unpatched(module: nn.Module) -> Iterator[None]:
-    """Within this, the parts of `module` are themselves."""
-    kept = {part: part.__dict__.pop("forward") for part in module.modules() if "forward" in part.__dict__}
-    try:
-        yield
-    finally:
-        for part, forward in kept.items():
-            _patch(part, forward)
+        return go_on(partial(self, cache=True, learn=learn), prompt, length, choose, now)
 
 
 def stack(

@@ -43,7 +43,7 @@ def surprises(level: SelfModifying, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
     """At each token how far `memory` is from its own value of it, ‖M(k) − v̂‖ / ‖v‖, and the norm of all memories."""
     torch.manual_seed(0)  # memories start at random
     start = {name: x.to(k) for name, x in level.learned_start(DIM, DIM).items()}
-    state = level.begin(DIM, DIM, k, start)
+    state = level.init_tokens(DIM, DIM, k, start)
     errors, norms = [], []
     live = torch.ones(1, dtype=torch.bool)
     for t in range(len(k)):
@@ -53,7 +53,7 @@ def surprises(level: SelfModifying, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
         wrong = level.memory.read(theta, made["k"]) - level.own_values(theta, made["v"])
         errors.append(torch.linalg.vector_norm(wrong) / torch.linalg.vector_norm(v[t]))
         norms.append(_norm(state, level))
-        _, state = level.attend_chunk(k[t : t + 1], k[t : t + 1], v[t : t + 1], {}, live, state, Signal(t))
+        _, state = level.chunk_step(k[t : t + 1], k[t : t + 1], v[t : t + 1], {}, live, state, Signal(t))
     return torch.stack(errors), torch.stack(norms)
 
 

@@ -78,7 +78,7 @@ def recall(shown: Shown) -> Tensor:
 
 def asked(level: AssociativeMemory, q: Tensor, state: State, head: int) -> Tensor:
     """What the memory in `state` answers to queries `[n, DIM]`, each asked of a copy that it does not change."""
-    if level.span == 1:
+    if level.chunk_size == 1:
         theta = tree_map(lambda x: x[0, head], state["level"]["memory"])
         return bind(level).memory.read(theta, q)
     # within a chunk the memory is not there as such: so ask by a token that writes nothing and lets nothing fade

@@ -119,7 +119,7 @@ def preset(name: str) -> AssociativeMemory:
 def size_of(level: AssociativeMemory, dim: int, pairs: int) -> Size:
     memory = level.memory
     window = memory.size if isinstance(memory, Window) else getattr(level, "window", 1)
-    chunk = level.span if isinstance(memory, Mlp) else MATRIX_CHUNKS[fast_form(level) or ""]
+    chunk = level.chunk_size if isinstance(memory, Mlp) else MATRIX_CHUNKS[fast_form(level) or ""]
     hidden = (memory.hidden or 2 * dim) if isinstance(memory, Mlp) else 0
     return Size(dim, chunk, hidden, window or 0, pairs)
 
@@ -183,7 +183,7 @@ def cost(name: str, found: Measured) -> str:
         f"| numbers of state | {STATE[name].words} | {found.state:,} |",
     ]
     if found.pending:
-        gates = found.pending // (level.span - 1) - 2 * DIM
+        gates = found.pending // (level.chunk_size - 1) - 2 * DIM
         words = f"at most $(C - 1)(2D + {gates})$"
         rows.append(f"| and of tokens of a chunk that is not over | {words} | {found.pending:,} |")
     return "\n".join([*rows, "", "([How this is measured](index.md#state-and-cost).)"]) + "\n"
@@ -204,7 +204,7 @@ def cost_row(name: str, level: AssociativeMemory, found: Measured) -> str:
     state = f"{found.grows} a token" if found.grows else f"{found.state:,}"
     if found.pending:
         state += f" + {found.pending:,}"
-    return f"| [`{name}`]({name}.md) | {level.span} | {state} | {found.flops:,.0f} |"
+    return f"| [`{name}`]({name}.md) | {level.chunk_size} | {state} | {found.flops:,.0f} |"
 
 
 def retention(level: AssociativeMemory) -> str:

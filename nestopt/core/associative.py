@@ -257,10 +257,10 @@ class AssociativeMemory(Level):
         return self.memory.learned_start(self.features.dim(dim_k), dim_v)
 
     @property
-    def span(self) -> int:
+    def chunk_size(self) -> int:
         return 1 if self.appends else self.chunk
 
-    def begin(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
+    def init_tokens(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
         if self.appends and self.period > 1:
             problem = "is not allowed on tokens: a memory that appends takes every pair"
             raise FieldError(self.label, "period", self.period, problem)
@@ -270,7 +270,7 @@ class AssociativeMemory(Level):
             state["sum"] = {name: torch.zeros_like(param) for name, param in theta.items()}
         return state
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+    def token_step(self, q: Tensor, k: Tensor, v: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         q, k = self.features(q), self.features(k)
         before: Theta = state["memory"]
         appended = self.memory.append(before, k, v)
@@ -285,7 +285,7 @@ class AssociativeMemory(Level):
         seen = new["memory"] if self.read == "after" else before
         return self._answer(seen, q), new
 
-    def attend_chunk(
+    def chunk_step(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor], live: Tensor, state: State, signal: Signal
     ) -> tuple[Tensor, State]:
         whole = bind(self, gates)  # its numbers are those of all tokens, [C]

@@ -120,14 +120,14 @@ class _Many(Level):
             for key, x in level.learned_start(dim_k, dim_v).items()
         }
 
-    def begin(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
+    def init_tokens(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
         if not self.of_tokens:
-            return super().begin(dim_k, dim_v, like, learned)
+            return super().init_tokens(dim_k, dim_v, like, learned)
         if self.period > 1:
             problem = "is not allowed on tokens, where its parts have clocks of their own; leave it out"
             raise FieldError(self.label, "period", self.period, problem)
         given = nested(learned)
-        return {name: level.begin(dim_k, dim_v, like, given.get(name, {})) for name, level in self.levels.items()}
+        return {name: level.init_tokens(dim_k, dim_v, like, given.get(name, {})) for name, level in self.levels.items()}
 
 
 class Chain(_Many):
@@ -250,16 +250,16 @@ class Nest(Level):
     def learned_start(self, dim_k: int, dim_v: int) -> dict[str, Tensor]:
         return {f"inner.{key}": x for key, x in self.inner.learned_start(dim_k, dim_v).items()}
 
-    def begin(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
+    def init_tokens(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
         if not self.of_tokens:
-            return super().begin(dim_k, dim_v, like, learned)
+            return super().init_tokens(dim_k, dim_v, like, learned)
         if self.period > 1:
             problem = "is not allowed on tokens, where the outer level's period is its clock; leave it out"
             raise FieldError(self.label, "period", self.period, problem)
         if self.inner.appends:
             problem = "is not allowed on tokens: it keeps its pairs, and has no start that could be learned"
             raise FieldError(self.label, "inner", self.inner, problem)
-        return self._around(self.inner.begin(dim_k, dim_v, like, nested(learned).get("inner", {})))
+        return self._around(self.inner.init_tokens(dim_k, dim_v, like, nested(learned).get("inner", {})))
 
     def init(self, param: Tensor) -> State:
         return self._around(start(self.inner, param))

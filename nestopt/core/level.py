@@ -18,11 +18,18 @@ from nestopt.core.signal import Signal
 from nestopt.core.tree import State, leaves, store
 
 RENAMED = {
+    "attend": "token_step",
+    "attend_chunk": "chunk_step",
+    "begin": "init_tokens",
     "damping": "steady_gain",
     "descend_": "step_",
     "entrywise": "elementwise",
+    "fixed": "constant_keys",
     "follows": "depends_on",
     "is_entrywise": "is_elementwise",
+    "keeps_pending": "owns_partial_chunk",
+    "recall": "token_read",
+    "span": "chunk_size",
 }
 """What a level's attributes were called, and are."""
 
@@ -57,11 +64,11 @@ class Level(Part):
     alone, and all state has the parameter's shape: the library may then cut tensors to pieces and glue them together,
     which is a great deal faster. It holds for the level by itself; `is_elementwise` asks for those within it, too."""
 
-    keeps_pending: ClassVar[bool] = False
-    """Whether the state itself keeps the tokens of chunks that are not over: `attend_chunk` then takes any number of
+    owns_partial_chunk: ClassVar[bool] = False
+    """Whether the state itself keeps the tokens of chunks that are not over: `chunk_step` then takes any number of
     tokens, from anywhere in a chunk."""
 
-    fixed: ClassVar[tuple[str, ...]] = ()
+    constant_keys: ClassVar[tuple[str, ...]] = ()
     """The keys of the state that no token changes, whose start is learned: where a layer goes on from a state, it puts
     its present parameters there, and gradients reach them whatever the state was."""
 
@@ -139,7 +146,7 @@ class Level(Part):
     @property
     def of_tokens(self) -> bool:
         """Whether this level, or one within it that is shown tokens, does more on tokens than compress v kᵀ."""
-        return type(self).attend is not Level.attend or type(self).attend_chunk is not Level.attend_chunk
+        return type(self).token_step is not Level.token_step or type(self).chunk_step is not Level.chunk_step
 
     @property
     def appends(self) -> bool:
@@ -147,37 +154,37 @@ class Level(Part):
         return False
 
     @property
-    def span(self) -> int:
-        """How many tokens are shown at a time: with more than 1, by `attend_chunk`."""
+    def chunk_size(self) -> int:
+        """How many tokens are shown at a time: with more than 1, by `chunk_step`."""
         return 1
 
-    def begin(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
+    def init_tokens(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
         """The state of one sequence and head before its first token; `learned` is the start a layer has learned."""
         return start(self, like.new_zeros(dim_v, dim_k))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+    def token_step(self, q: Tensor, k: Tensor, v: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         """One token of one head: write the pair `k [D_k] -> v [D_v]`, read at `q [D_k]`; gives `(y [D_v], state)`."""
         direction, state = advance(self, torch.outer(v, k), state, signal)
         return matmul(direction, q), state
 
-    def attend_chunk(
+    def chunk_step(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor], live: Tensor, state: State, signal: Signal
     ) -> tuple[Tensor, State]:
-        """Up to `span` tokens of one head, from the start of a chunk: `[C, D_k]`, `[C, D_v]`, gates and `live` `[C]`.
+        """Up to `chunk_size` tokens of a head, from a chunk's start: `[C, D_k]`, `[C, D_v]`, gates and `live` `[C]`.
 
         Gives `(y [C, D_v], state)`. Tokens that are not `live` are not written. The level is as it was configured:
         `gates` are values of its gates by dotted path. `signal.step` counts the tokens before these. A level that
-        `keeps_pending` takes more than `span`, and from anywhere in a chunk.
+        `owns_partial_chunk` takes more than `chunk_size`, and from anywhere in a chunk.
         """
-        raise NotImplementedError(f"{self.label} has span={self.span} and no attend_chunk")
+        raise NotImplementedError(f"{self.label} has chunk_size={self.chunk_size} and no chunk_step")
 
-    def recall(self, q: Tensor, dim_v: int, state: State, signal: Signal) -> Tensor:
+    def token_read(self, q: Tensor, dim_v: int, state: State, signal: Signal) -> Tensor:
         """Read at `q [D_k]` and write nothing: `[D_v]`. By default what a token of zeros, key and value, is answered.
 
         A level that forgets by itself, such as momentum, has done so once more in that answer. The state stays as it
         is, so that `state` is not returned.
         """
-        return self.attend(q, torch.zeros_like(q), q.new_zeros(dim_v), state, signal)[0]
+        return self.token_step(q, torch.zeros_like(q), q.new_zeros(dim_v), state, signal)[0]
 
     def learned_start(self, dim_k: int, dim_v: int) -> dict[str, Tensor]:
         """What a layer should learn as this level's initial memory, at its own initial value. Empty: starts at zero."""

@@ -26,7 +26,7 @@ def recalled(level: Level, tokens: TokenBatch, gates: Mapping[str, Tensor], stat
 
     Each token is asked as if it came next. A memory of pairs is read as it is after the last token that it has seen
     (those of a chunk that is not over, too), or, with `read="chunk"`, as that chunk found it. Any other level is asked
-    by its `recall`. `gates` are `[B, H, T]`, by dotted path; one that is missing is at its initial value.
+    by its `token_read`. `gates` are `[B, H, T]`, by dotted path; one that is missing is at its initial value.
     """
     pending: State = state.get("pending", {})
     begun = bool(pending) and pending["k"].shape[2] > 0
@@ -40,7 +40,7 @@ def recalled(level: Level, tokens: TokenBatch, gates: Mapping[str, Tensor], stat
     def one(q: Tensor, now: State, memory: State, pending: State, step: Tensor) -> Tensor:
         if begun:
             return _answered_next(level, q, now, memory, pending, step)
-        return bind(level, now).recall(q, dim_v, memory, Signal(step=step + 1))
+        return bind(level, now).token_read(q, dim_v, memory, Signal(step=step + 1))
 
     shape = tokens.active.shape
     missing = {path: gate for path, gate in gates_of(level).items() if path not in gates}
@@ -77,7 +77,7 @@ def _after_pending(level: AssociativeMemory, state: State) -> Theta:
     def one(held: State, before: State, step: Tensor) -> Theta:
         k, v, live = (held[name] for name in ("k", "v", "live"))
         signal = Signal(step=step - live.sum())
-        _, new = level.attend_chunk(k, k, v, dict(leaves(held["gates"])), live, before, signal)
+        _, new = level.chunk_step(k, k, v, dict(leaves(held["gates"])), live, before, signal)
         return new["memory"]
 
     return vmap(vmap(one))(state["pending"], state["level"], state["step"])
@@ -90,7 +90,7 @@ def _answered_next(level: Level, q: Tensor, now: State, memory: State, pending: 
     def then(x: Tensor, last: Tensor) -> Tensor:
         return torch.cat([x, last[None]])
 
-    y, _ = level.attend_chunk(
+    y, _ = level.chunk_step(
         then(torch.zeros_like(k), q),
         then(k, torch.zeros_like(q)),
         then(v, torch.zeros_like(v[0])),

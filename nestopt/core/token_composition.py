@@ -215,7 +215,7 @@ class NestForm(_Composition):
     def _learns(self, path: str, leaf: Tensor) -> bool:
         """Whether the outer level learns where this tensor of the inner level's state starts."""
         keys = path.split(".")
-        return leaf.is_floating_point() and PENDING not in keys and keys[0] not in self.inner.level.fixed
+        return leaf.is_floating_point() and PENDING not in keys and keys[0] not in self.inner.level.constant_keys
 
     def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
         live, level, ys, first = state[PENDING]["live"], state["level"], [], 0

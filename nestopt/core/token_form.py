@@ -93,7 +93,7 @@ class TokenForm(ABC):
     def __init__(self, level: Level, setting: FormSetting) -> None:
         self.level, self.setting = level, setting
         self.gates = gates_of(level)
-        self.chunk = level.span
+        self.chunk = level.chunk_size
 
     @classmethod
     @abstractmethod
@@ -144,16 +144,15 @@ class TokenForm(ABC):
 
     @property
     def has_constants(self) -> bool:
-        """Whether the state has parts that no token changes, whose start is learned (`Level.fixed`)."""
-        return bool(self.level.fixed)
+        """Whether the state has parts that no token changes, whose start is learned (`Level.constant_keys`)."""
+        return bool(self.level.constant_keys)
 
     def with_learned(self, state: State, learned: Mapping[str, Tensor]) -> State:
         """Put the learned start `[H, ..]`, as it is by now, where no token changes it; asked if `has_constants`."""
         batch = state["step"].shape[0]
-        fixed = {
-            name: x.expand(batch, *x.shape) for name, x in learned.items() if name.split(".")[0] in self.level.fixed
-        }
-        return {**state, "level": {**state["level"], **nested(fixed)}}
+        keys = self.level.constant_keys
+        constants = {name: x.expand(batch, *x.shape) for name, x in learned.items() if name.split(".")[0] in keys}
+        return {**state, "level": {**state["level"], **nested(constants)}}
 
     # -- rows of the batch -----------------------------------------------------------------------------------------
 

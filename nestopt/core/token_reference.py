@@ -22,7 +22,7 @@ from nestopt.core.tree import State, leaves, nested, tree_map
 
 
 class ReferenceForm(TokenForm):
-    """Run any level token by token, or, where it has a `span` of more, a chunk of tokens after the other."""
+    """Run any level token by token, or, where it has a `chunk_size` of more, a chunk of tokens after the other."""
 
     levels: ClassVar[tuple[type[Level], ...]] = (Level,)
     priority: ClassVar[int] = -100
@@ -31,7 +31,7 @@ class ReferenceForm(TokenForm):
 
     @classmethod
     def accepts(cls, level: Level, device: torch.device, dtype: torch.dtype) -> Accepted | Refused:
-        return Accepted(f"the reference machine, {'a chunk' if level.span > 1 else 'a token'} at a time")
+        return Accepted(f"the reference machine, {'a chunk' if level.chunk_size > 1 else 'a token'} at a time")
 
     @property
     def takes_padding(self) -> bool:
@@ -39,13 +39,13 @@ class ReferenceForm(TokenForm):
 
     def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
         gates = self.every_gate(tokens, gates)
-        if self.level.keeps_pending:
+        if self.level.owns_partial_chunk:
             return self._whole(tokens, gates, state)
-        return self._chunks(tokens, gates, state) if self.level.span > 1 else self._each(tokens, gates, state)
+        return self._chunks(tokens, gates, state) if self.level.chunk_size > 1 else self._each(tokens, gates, state)
 
     def _each(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
         def token(q: Tensor, k: Tensor, v: Tensor, now: State, before: State, step: Tensor) -> tuple[Tensor, State]:
-            return bind(self.level, now).attend(q, k, v, before, Signal(step=step))
+            return bind(self.level, now).token_step(q, k, v, before, Signal(step=step))
 
         batched = vmap(vmap(token))
         step, memory, ys = state["step"], state["level"], []
@@ -60,7 +60,7 @@ class ReferenceForm(TokenForm):
         return torch.stack(ys, dim=2), {"step": step, "level": memory}
 
     def _chunks(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
-        pending, span = state[PENDING], self.level.span
+        pending, span = state[PENDING], self.level.chunk_size
         done, length = pending["k"].shape[2], tokens.k.shape[2]
         fresh = {"k": tokens.k, "v": tokens.v, "live": tokens.active, "gates": nested(gates)}
         held = tree_map(lambda old, new: torch.cat([old, new.to(old)], dim=2), pending, fresh)
@@ -69,7 +69,7 @@ class ReferenceForm(TokenForm):
 
         def chunk(q: Tensor, held: State, before: State, step: Tensor) -> tuple[Tensor, State]:
             gates = dict(leaves(held["gates"]))
-            return self.level.attend_chunk(q, held["k"], held["v"], gates, held["live"], before, Signal(step=step))
+            return self.level.chunk_step(q, held["k"], held["v"], gates, held["live"], before, Signal(step=step))
 
         batched = vmap(vmap(chunk))
         memory, ys, rest = state["level"], [], tree_map(lambda x: x[:, :, :0], held)
@@ -92,7 +92,7 @@ class ReferenceForm(TokenForm):
         def chunk(
             q: Tensor, k: Tensor, v: Tensor, gates: State, live: Tensor, before: State, step: Tensor
         ) -> tuple[Tensor, State]:
-            return self.level.attend_chunk(q, k, v, gates, live, before, Signal(step=step))
+            return self.level.chunk_step(q, k, v, gates, live, before, Signal(step=step))
 
         y, new = vmap(vmap(chunk))(
             tokens.q, tokens.k, tokens.v, dict(gates), tokens.active, state["level"], state["step"]

@@ -28,15 +28,15 @@ def begin(
     """Return the state before the first token, as the reference machine has it; tensors as `like` in dtype and device.
 
     `learned` is the start that a layer learned, `[H, ...]` each. Leaves of the state are `[B, H, ...]`; `"step"`
-    counts the tokens seen, `[B, H]`. Of a level with a `span` above 1, `"level"` is the state at the start of a chunk
-    that is not over, and `"pending"` has its tokens so far: k, v, which of them are live, and the gates by path,
-    `[B, H, n, ..]`; a level that `keeps_pending` has them in a way of its own.
+    counts the tokens seen, `[B, H]`. Of a level with a `chunk_size` above 1, `"level"` is the state at the start of a
+    chunk that is not over, and `"pending"` has its tokens so far: k, v, which of them are live, and the gates by path,
+    `[B, H, n, ..]`; a level that `owns_partial_chunk` has them in a way of its own.
     """
     gates = gates_of(level)
     level = bind(level)
 
     def one(learned: State) -> State:
-        return level.begin(dim_k, dim_v, like, learned)
+        return level.init_tokens(dim_k, dim_v, like, learned)
 
     if learned:
         state = vmap(one, randomness="different")(dict(learned))  # a rule may start at random
@@ -45,7 +45,7 @@ def begin(
         state = tree_map(lambda leaf: leaf.expand(heads, *leaf.shape), first)
     state = tree_map(lambda leaf: leaf.expand(batch, *leaf.shape), state)
     whole: State = {"step": torch.zeros(batch, heads, dtype=torch.int64, device=like.device), "level": state}
-    if level.span > 1 and not level.keeps_pending:
+    if level.chunk_size > 1 and not level.owns_partial_chunk:
         none = (batch, heads, 0)
         whole[PENDING] = {
             "k": like.new_zeros(*none, dim_k),

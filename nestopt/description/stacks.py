@@ -122,7 +122,7 @@ def begin(level: Level, shape: Sequence[int], context: Context, dtype: torch.dty
     like = torch.empty(tuple(shape), dtype=dtype, device="meta")
     if context == "tokens":
         dim_v, dim_k = shape
-        return bind(level).begin(dim_k, dim_v, like, {})
+        return bind(level).init_tokens(dim_k, dim_v, like, {})
     return start(bind(level), like)
 
 

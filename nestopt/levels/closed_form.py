@@ -90,7 +90,18 @@ def featured(features: Features, tokens: TokenBatch) -> TokenBatch:
     return tokens.replace(q=features(tokens.q), k=features(tokens.k))
 
 
-_MEANING = ("attend", "attend_chunk", "begin", "gradient", "learn", "rates", "shown", "_answer", "_rules", "_written")
+_MEANING = (
+    "token_step",
+    "chunk_step",
+    "init_tokens",
+    "gradient",
+    "learn",
+    "rates",
+    "shown",
+    "_answer",
+    "_rules",
+    "_written",
+)
 
 
 def refusal(level: AssociativeMemory, own: type[AssociativeMemory] = AssociativeMemory) -> str:

@@ -81,7 +81,7 @@ def memory_norm(level: Level, state: State) -> Tensor:
         for path, leaf in leaves(memory)
         if leaf.is_floating_point()
         and leaf.shape[:2] == count.shape
-        and path.split(".")[0] not in level.fixed
+        and path.split(".")[0] not in level.constant_keys
         and PENDING not in path.split(".")
     ]
     total = torch.zeros(count.shape, device=count.device)

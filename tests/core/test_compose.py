@@ -147,6 +147,13 @@ def test_a_gradient_that_several_levels_see_stays_what_it_was(level):
         ({"follows": {}}, "depends_on"),
         ({"damping": property(lambda self: 0.5)}, "steady_gain"),
         ({"descend_": lambda self: None}, "step_"),
+        ({"attend": lambda self, q, k, v, state, signal: (v, state)}, "token_step"),
+        ({"attend_chunk": lambda self, *given: given}, "chunk_step"),
+        ({"begin": lambda self, dim_k, dim_v, like, learned: {}}, "init_tokens"),
+        ({"recall": lambda self, q, dim_v, state, signal: q}, "token_read"),
+        ({"span": property(lambda self: 4)}, "chunk_size"),
+        ({"fixed": ("m",)}, "constant_keys"),
+        ({"keeps_pending": True}, "owns_partial_chunk"),
     ],
 )
 def test_an_old_name_in_a_level_is_refused_with_the_new_one(body, new):

@@ -110,7 +110,7 @@ def test_formulas_are_what_is_counted(name: str, table: dict[str, Any]) -> None:
         assert found.state == table["STATE"][name].value(size)
         if isinstance(level.memory, Mlp):
             gates = len(nestopt.core.gates_of(level))
-            assert found.pending == (level.span - 1) * (2 * dim + 1 + gates)
+            assert found.pending == (level.chunk_size - 1) * (2 * dim + 1 + gates)
 
 
 def test_the_table_says_what_levels_are(table: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ MODELS: dict[str, dict[str, Any]] = {
 EVERY_TOKEN = [
     name
     for name, options in MODELS.items()
-    if all(m.span == 1 for m in options.get("mixers", [options.get("mixer", attention())]))
+    if all(m.chunk_size == 1 for m in options.get("mixers", [options.get("mixer", attention())]))
 ]
 """Those that write at every token: a sequence goes on after padding as if there had been none."""
 

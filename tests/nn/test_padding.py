@@ -110,7 +110,7 @@ def test_sequences_end_to_end_are_what_they_are_alone(name: str) -> None:
         true, end = module(x[:, a:b])
         same(y[:, a:b], true)
         same(state["conv"][i], end["conv"][0])
-    if module.level.span == 1:
+    if module.level.chunk_size == 1:
         again, _ = module(x, state, cu_seqlens=ends)
         same(again[:, 4:5], module(torch.cat([x[:, 4:5]] * 2, 1))[0][:, 1:])
 

@@ -18,7 +18,7 @@ from nestopt.models import HopeLM
 from nestopt.nn import CMS, SequenceMemory, cat, clone, detach, index, to
 from tests.nn.tools import F64, LEVELS, level_of, make, same, same_states
 
-CHUNKED = [name for name in LEVELS if level_of(name).span > 1]
+CHUNKED = [name for name in LEVELS if level_of(name).chunk_size > 1]
 
 
 def after(module: SequenceMemory, batch: int, tokens: int) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def test_of_sequences_at_other_places_of_a_chunk_the_later_ones_are_as_they_were
     name: str, first: int, second: int
 ) -> None:
     module = make(name)
-    span, x = module.level.span, torch.randn(3, 6, 8, dtype=F64)
+    span, x = module.level.chunk_size, torch.randn(3, 6, 8, dtype=F64)
     states = [after(module, 1, first), after(module, 2, second)]
     y, end = module(x, cat(states))
     own = torch.cat([module(x[:1], states[0])[0], module(x[1:], states[1])[0]])
@@ -90,7 +90,7 @@ def test_rows_begun_anew_know_nothing_and_others_all(name: str, tokens: int) -> 
     other = module.reset(after(module, 3, tokens), [1])
     same(module(x, other)[0][1], y[1], 1e-12)  # whatever it had seen
     same(end["memory"]["step"][:, 0], torch.tensor([tokens + 5, 5, tokens + 5]))
-    if tokens % module.level.span == 0:
+    if tokens % module.level.chunk_size == 0:
         same(y[1], module(x)[0][1])
     same(module(x[:, :1], again)[0][1], module(x[:, :1])[0][1])
 

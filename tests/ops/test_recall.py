@@ -187,10 +187,10 @@ def test_a_level_of_its_own_in_chunks() -> None:
 
     class Sums(momentum):
         @property
-        def span(self) -> int:
+        def chunk_size(self) -> int:
             return 3
 
-        def attend_chunk(self, q, k, v, gates, live, state, signal):  # type: ignore[no-untyped-def]
+        def chunk_step(self, q, k, v, gates, live, state, signal):  # type: ignore[no-untyped-def]
             outer = (v[:, :, None] * k[:, None, :] * live[:, None, None]).cumsum(0) + state["momentum"]
             return (outer @ q[..., None])[..., 0], {**state, "momentum": outer[-1]}
 

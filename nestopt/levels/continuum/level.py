@@ -265,12 +265,12 @@ class Cms(Level):
             return dataclasses.replace(self.memory, hidden=4 * dim)
         return self.memory
 
-    def begin(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
+    def init_tokens(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
         if self.learn == "context":
             raise ValueError('cms: learn="context" is run by a layer of its own, nestopt.nn.CMS(dim, level)')
         return dict(learned or self.learned_start(dim_k, dim_v))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+    def token_step(self, q: Tensor, k: Tensor, v: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         x, block = q, self.block(q.shape[-1])
         for name in self.chain():
             theta = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}

@@ -35,7 +35,7 @@ class _OnLayers(Level):
             problem = "is not allowed: a clock sums gradients, not inputs; give the parameter group the period"
             raise FieldError(self.label, "period", self.period, problem)
 
-    def begin(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
+    def init_tokens(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
         raise ValueError(f"{self.label} can't run on tokens: it needs a layer's inputs; use it on gradients")
 
     def rate(self, signal: Signal) -> float | Tensor:

@@ -53,7 +53,7 @@ class Omega(AssociativeMemory):
             if (value := getattr(self, key)) != default:
                 raise FieldError(self.label, key, value, "is not allowed with a window; leave it out")
 
-    def begin(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
+    def init_tokens(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
         wide = self.features.dim(dim_k)
         pairs = {
             "keys": like.new_zeros(self.window - 1, wide),
@@ -61,9 +61,9 @@ class Omega(AssociativeMemory):
             # how much each counts: nothing before the first token
             "counts": like.new_zeros(self.window - 1),
         }
-        return {**super().begin(dim_k, dim_v, like, learned), "window": pairs}
+        return {**super().init_tokens(dim_k, dim_v, like, learned), "window": pairs}
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+    def token_step(self, q: Tensor, k: Tensor, v: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         q, k = self.features(q), self.features(k)
         before, pairs = state["memory"], state["window"]
         keys, values = torch.cat([pairs["keys"], k[None]]), torch.cat([pairs["values"], v[None]])

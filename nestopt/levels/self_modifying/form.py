@@ -24,7 +24,7 @@ from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.levels.self_modifying.projections import Maker
 from nestopt.levels.self_modifying.scan import now_of, scan_boxes
 
-_MEANING = ("attend", "attend_chunk", "begin", "made", "own_values", "_piece", "_start")
+_MEANING = ("token_step", "chunk_step", "init_tokens", "made", "own_values", "_piece", "_start")
 
 
 class SelfModifyingForm(TokenForm):

@@ -72,8 +72,8 @@ class SelfModifying(Level):
     """
 
     qk_norm: ClassVar[bool] = True
-    keeps_pending: ClassVar[bool] = True
-    fixed: ClassVar[tuple[str, ...]] = ("readout",)
+    owns_partial_chunk: ClassVar[bool] = True
+    constant_keys: ClassVar[tuple[str, ...]] = ("readout",)
 
     memory: Mlp = dataclasses.field(default_factory=Mlp)
     adaptive: tuple[str, ...] = ("k", "v", "eta", "alpha")
@@ -104,7 +104,7 @@ class SelfModifying(Level):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise FieldError(self.label, key, value, "is not allowed; give a whole number of tokens, 1 or more")
-        if self.span % min(self.chunk, self.projection_chunk):
+        if self.chunk_size % min(self.chunk, self.projection_chunk):
             problem = f"is not allowed with chunk={self.chunk}: one of them must divide the other"
             raise FieldError(self.label, "projection_chunk", self.projection_chunk, problem)
 
@@ -172,7 +172,7 @@ class SelfModifying(Level):
     # -- on tokens -----------------------------------------------------------------------------------------------------
 
     @property
-    def span(self) -> int:
+    def chunk_size(self) -> int:
         return max(self.chunk, self.projection_chunk)
 
     def learned_start(self, dim_k: int, dim_v: int) -> dict[str, Tensor]:
@@ -185,7 +185,7 @@ class SelfModifying(Level):
             found |= {f"readout.{name}.{key}": x for key, x in parts.items()}
         return found
 
-    def begin(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
+    def init_tokens(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
         if self.period > 1:
             problem = "is not allowed on tokens, where chunk and projection_chunk are its clocks; leave it out"
             raise FieldError(self.label, "period", self.period, problem)
@@ -206,13 +206,13 @@ class SelfModifying(Level):
             **{name: like.new_zeros(0) for name in gates},
         }
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+    def token_step(self, q: Tensor, k: Tensor, v: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         gates = {} if self.momentum is None else {"momentum": number_like(self.momentum, k)[None]}
         live = torch.ones(1, dtype=torch.bool, device=k.device)
-        y, state = self.attend_chunk(q[None], k[None], v[None], gates, live, state, signal)
+        y, state = self.chunk_step(q[None], k[None], v[None], gates, live, state, signal)
         return y[0], state
 
-    def attend_chunk(
+    def chunk_step(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor], live: Tensor, state: State, signal: Signal
     ) -> tuple[Tensor, State]:
         answers, first, now = [], 0, dict(state)
@@ -224,7 +224,7 @@ class SelfModifying(Level):
             first += len(y)
         return torch.cat(answers), now
 
-    def recall(self, q: Tensor, dim_v: int, state: State, signal: Signal) -> Tensor:
+    def token_read(self, q: Tensor, dim_v: int, state: State, signal: Signal) -> Tensor:
         return self._asked(state, q[None])[0]
 
     def _parts(self) -> list[tuple[str, int]]:

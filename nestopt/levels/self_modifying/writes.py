@@ -34,7 +34,7 @@ def in_turn(level: SelfModifying, box: State, tokens: State, signal: Signal) -> 
         theta, gates["rule.of.beta"] = Gate(0.5), tokens["momentum"]
     k, own = tokens["k"], level.own_values(box["weights"], tokens["v"])
     writer = _writer(level, len(k), Gate(0.5), theta)
-    _, after = writer.attend_chunk(k, k, own, gates, tokens["live"], _as_writers(box), signal)
+    _, after = writer.chunk_step(k, k, own, gates, tokens["live"], _as_writers(box), signal)
     return _as_box(after, box)
 
 

@@ -154,7 +154,7 @@ def test_it_descends() -> None:
 
 def begun(level: Level, learned: dict[str, Tensor]) -> State:
     """The state of one sequence and head."""
-    return level.begin(4, 4, torch.zeros((), dtype=F64), learned)
+    return level.init_tokens(4, 4, torch.zeros((), dtype=F64), learned)
 
 
 @pytest.mark.parametrize("momentum", [None, 0.6])
@@ -165,7 +165,7 @@ def test_one_token_after_the_other_is_the_token_loop(chunk: int, projection_chun
     q, k, v = (torch.randn(1, 13, 1, 4, dtype=F64) for _ in range(3))
     state, ys = begun(level, learned), []
     for t in range(13):
-        y, state = level.attend(q[0, t, 0], k[0, t, 0], v[0, t, 0], state, Signal(t + 1))
+        y, state = level.token_step(q[0, t, 0], k[0, t, 0], v[0, t, 0], state, Signal(t + 1))
         ys.append(y)
     starts = {name: [learned[f"{name}.W{i}"][None, None] for i in (1, 2)] for name in ("memory", *ALL)}
     readout = {

@@ -24,7 +24,7 @@ from nestopt.core import (
 registry.add_builtin(levels)
 registry.add_builtin("nestopt.train.data.builtin")
 
-from nestopt import core, models, nn, ops, optim
+from nestopt import core, models, nn, ops, optim, parts
 from nestopt.api import describe, layer, model, optimizer
 from nestopt.config import Config, ConfigError, build, load, to_spec
 
@@ -54,6 +54,7 @@ __all__ = [
     "optim",
     "optimizer",
     "parallel",
+    "parts",
     "registry",
     "to_spec",
 ]

@@ -139,7 +139,10 @@ NEEDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in registry.names(kind)])
+SPECS = [kind for kind in KINDS if kind != "token_form"]  # which is chosen, and not written
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in SPECS for name in registry.names(kind)])
 def test_everything_registered_survives(kind: str, name: str) -> None:
     part = registry.get(kind, name)(**NEEDS.get(name, {}))
     spec = to_spec(part)

@@ -88,7 +88,10 @@ def test_every_level_that_runs_on_a_context_is_described(name: str) -> None:
 def test_a_layer_whose_level_keeps_nothing_says_so() -> None:
     found = describe(nestopt.layer(gd(), dim=8))
     assert [memory.context for memory in found.memories] == ["gradients"]
-    assert found.notes == ("gd keeps no memory of its own, and is on no level.",)
+    assert found.notes == (
+        "gd keeps no memory of its own, and is on no level.",
+        "gd runs on tokens as reference: the reference machine, a token at a time",
+    )
 
 
 def test_what_a_chain_needs_first_is_faster() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nestopt.train.checkpoint import load, save
+from nestopt.train.checkpoints.file import load, save
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.levels.tools import run
+from tests.levels.gradient.tools import run
 
 from nestopt.core import Gate
 from nestopt.levels import momentum

@@ -17,7 +17,7 @@ from torch import Tensor
 from nestopt.core.device import by_contract, upload
 from nestopt.core.token_state import cat, index
 from nestopt.core.tree import State
-from nestopt.models.taught import TAUGHT
+from nestopt.models.loss_signal import TAUGHT
 
 SHORTEST = 64
 """Documents of at most so many tokens are run together."""

@@ -8,22 +8,23 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from nestopt.core.device import no_autocast, upload
+from nestopt.core.device import no_autocast
 from nestopt.core.level import Level
 from nestopt.core.precision import Precision, check_precision, check_products, products_in
 from nestopt.core.token_batch import check_mask
 from nestopt.core.token_state import Rows as Chosen
 from nestopt.core.token_state import as_mask, fitted, numbers, reset_rows, shapes_of
-from nestopt.core.tree import State, leaves, nested
+from nestopt.core.tree import State, leaves
 from nestopt.levels.continuum.level import Cms
 from nestopt.levels.presets import Attention
+from nestopt.models import next_token
+from nestopt.models.continuation import go_on
 from nestopt.models.documents import Pieces, run_documents
-from nestopt.models.taught import TAUGHT, Read, nothing_carried, run_taught, teach_signal
-from nestopt.nn.consolidate import Consolidation, consolidate
+from nestopt.models.loss_signal import TAUGHT, LossTeaching, Read, nothing_carried, teach_signal
+from nestopt.models.segments import in_segments
+from nestopt.nn.consolidate import Consolidation, check_into, consolidate_all
 from nestopt.nn.hope import HopeBlock, Learn, writes
 from nestopt.nn.rows import Rows
 
@@ -106,7 +107,7 @@ class HopeLM(nn.Module):
     @precision.setter
     def precision(self, precision: Precision) -> None:
         check_precision(precision, "HopeLM")
-        self._precision = precision
+        self._precision: Precision = precision
         for block in self._blocks():
             block.mixer.precision = block.mlp.precision = precision
 
@@ -132,7 +133,7 @@ class HopeLM(nn.Module):
         """
         first = next(leaf for _, leaf in leaves(state))
         batch = first.shape[0]
-        now = self._fitted(state, batch, "HopeLM.reset")
+        now = fitted(state, self._shapes, batch, "HopeLM.reset")
         anew = as_mask(numbers(rows, batch, first.device, "HopeLM.reset"), batch)
         carried = now.pop(TAUGHT, None)
         start = self.init_state(batch)
@@ -175,7 +176,7 @@ class HopeLM(nn.Module):
                 state that does not fit.
         """
         hidden, state = self.hidden(tokens, state, mask=mask, starts=starts, learn=learn)
-        return self.head(self.norm(hidden)), state
+        return self._logits(hidden), state
 
     def hidden(
         self,
@@ -187,14 +188,14 @@ class HopeLM(nn.Module):
         learn: Learn = True,
     ) -> tuple[Tensor, State]:
         """The residual stream after the last block, `[B, T, dim]`, and the state: `forward` but for norm and head."""
-        self._check(tokens)
+        next_token.check_tokens(tokens, "HopeLM")
         check_products(self.precision, self.embedding.weight.device, self.embedding.weight.dtype, "HopeLM")
         batch = tokens.shape[0]
-        now = None if state is None else self._fitted(state, batch, "HopeLM")
+        now = None if state is None else fitted(state, self._shapes, batch, "HopeLM")
         if mask is not None:
             check_mask(mask, *tokens.shape)
         if starts is not None:
-            _check_starts(starts, tokens)
+            next_token.check_starts(starts, tokens, "HopeLM")
             if self.lockstep and now is not None:
                 raise ValueError("HopeLM: a state and starts are given, and lockstep is set; give no state")
             pieces = Pieces.of(starts, mask, goes_on=now is not None)
@@ -202,9 +203,8 @@ class HopeLM(nn.Module):
                 run = partial(self._sequences, learn=learn)
                 return run_documents(tokens, pieces, now, run, self.init_state, self.lockstep)
             now = now if pieces.goes_on.all() else None
-        rows = None
-        if mask is not None:
-            rows = Rows.of(mask)
+        rows = None if mask is None else Rows.of(mask)
+        if rows is not None:
             tokens, mask = rows.moved(tokens[..., None])[..., 0], rows.front
         x, now = self._sequences(tokens, now, mask, learn)
         return (x if rows is None else rows.back(x)), now
@@ -233,114 +233,72 @@ class HopeLM(nn.Module):
             reduction: `"sum"` for the sum of the losses that are counted: of batches that count differently many, these
                 sums add up to that of one batch, and means do not.
         """
-        if tokens.ndim != 2 or tokens.shape[1] < 2:
-            raise ValueError(
-                f"HopeLM.loss: tokens have the shape {list(tokens.shape)}; give [batch, tokens], two tokens or more"
-            )
-        if piece < 1:
-            raise ValueError(f"HopeLM.loss: piece={piece} is not allowed; give a whole number, 1 or more")
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f'HopeLM.loss: reduction={reduction!r} is not allowed; give "mean" or "sum"')
-        if starts is not None:
-            _check_starts(starts, tokens)
+        next_token.check_loss(tokens, starts, piece, reduction)
         masked, begun = (None if given is None else given[:, :-1] for given in (mask, starts))
         hidden, state = self.hidden(tokens[:, :-1], state, mask=masked, starts=begun, learn=learn)
-        targets = tokens[:, 1:].long()
-        if starts is not None:
-            targets = torch.where(upload(starts[:, 1:], targets.device), _NOT_COUNTED, targets)
-        if mask is not None:
-            targets = torch.where(mask[:, 1:] & mask[:, :-1], targets, _NOT_COUNTED)
-        pairs = list(zip(hidden.split(piece, dim=1), targets.split(piece, dim=1), strict=True))
-        if len(pairs) == 1 or not torch.is_grad_enabled():
-            total = torch.stack([self._loss(x, y) for x, y in pairs]).sum()
-        else:
-            total = torch.stack([checkpoint(self._loss, x, y, use_reentrant=False) for x, y in pairs]).sum()
-        return (total if reduction == "sum" else total / (targets != _NOT_COUNTED).sum().clamp_min(1)), state
+        targets = next_token.next_tokens(tokens, mask, starts)
+        total = next_token.summed_loss(self._logits, hidden, targets, piece)
+        return (total if reduction == "sum" else total / (targets != next_token.NOT_COUNTED).sum().clamp_min(1)), state
 
     # -- how -----------------------------------------------------------------------------------------------------------
 
-    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = self.head(self.norm(hidden))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_NOT_COUNTED, reduction="sum")
-
-    def _read(self, state: State) -> Read:
-        """How many tokens the rows have read; waits where only a device knows."""
-        if not self._taught:
-            return Read([0], False)
-        i = next(i for i, block in enumerate(self._blocks()) if block.mlp.taught)
-        return Read.of(state[f"block_{i}"]["mlp"]["step"], state[TAUGHT])
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.head(self.norm(hidden))
 
     def _sequences(
         self, tokens: Tensor, state: State | None, mask: Tensor | None, learn: Learn
     ) -> tuple[Tensor, State]:
-        """Tokens at the front of their rows, from a state of this model, or None for new sequences."""
-        if state is None:
-            return self._segments(tokens, self.init_state(tokens.shape[0]), mask, learn, Read([0], False))
-        return self._segments(tokens, state, mask, learn, self._read(state))
+        """Tokens at the front of their rows, from a state of this model, or None for new sequences.
 
-    def _segments(
-        self, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn, read: Read
-    ) -> tuple[Tensor, State]:
-        """All tokens; where `segment` says so, each segment is run again in the backward pass."""
-        length = tokens.shape[1]
+        Where `segment` says so, each segment is run again in the backward pass.
+        """
+        read, length = Read([0], False), tokens.shape[1]
+        if state is None:
+            state = self.init_state(tokens.shape[0])
+        elif self._taught:
+            i = next(i for i, block in enumerate(self._blocks()) if block.mlp.taught)
+            read = Read.of(state[f"block_{i}"]["mlp"]["step"], state[TAUGHT])
         if not self.segment or not torch.is_grad_enabled() or length <= self.segment:
             return self._run(tokens, state, mask, learn, read)
-        found = []
-        for first in range(0, length, self.segment):
-            part = slice(first, first + self.segment)
+
+        def run(state: State, part: slice) -> tuple[Tensor, State]:
             masked = None if mask is None else mask[:, part]
-            own = Read([phase + first for phase in read.phases], read.carried if first == 0 else mask is None)
-            ahead = max(length - first - self.segment, 0)
-            x, state = self._again(tokens[:, part], state, masked, learn, own, ahead)
-            found.append(x)
-        return torch.cat(found, dim=1), state
+            carried = read.carried if part.start == 0 else mask is None
+            own = Read([phase + part.start for phase in read.phases], carried)
+            return self._run(tokens[:, part], state, masked, learn, own, length - part.stop)
 
-    def _again(
-        self, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn, read: Read, ahead: int
-    ) -> tuple[Tensor, State]:
-        names, values = zip(*leaves(state), strict=True)
-        after: list[str] = []
-
-        def run(*flat: Tensor) -> tuple[Tensor, ...]:
-            whole = self._whole(nested(dict(zip(names, flat, strict=True))))
-            x, new = self._run(tokens, whole, mask, learn, read, ahead)
-            flat_new = dict(leaves(new))
-            after[:] = flat_new
-            return x, *flat_new.values()
-
-        x, *flat = checkpoint(run, *values, use_reentrant=False, preserve_rng_state=False)
-        return x, self._whole(nested(dict(zip(after, flat, strict=True))))
-
-    def _whole(self, state: State) -> State:
-        """`state` with the dicts that hold no tensors, which a flat list does not keep."""
-        return {name: state.get(name, {}) for name in self._shapes} | {
-            name: {half: part.get(half, {}) for half in ("mixer", "mlp")}
-            for name, part in state.items()
-            if name != TAUGHT
-        }
+        return in_segments(run, state, length, self.segment)
 
     def _run(
         self, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn, read: Read, ahead: int = 0
     ) -> tuple[Tensor, State]:
-        def segment(tokens: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, list[Tensor], State]:
-            return self._through(tokens, state, mask, learn)
+        if self._taught and writes(learn, "mlp"):
+            return self._run_taught(tokens, state, mask, learn, read, ahead)
+        # what is not written is not waited for
+        carried = {TAUGHT: state[TAUGHT]} if self._taught else {}
+        x, _, new = self._through(tokens, {key: part for key, part in state.items() if key != TAUGHT}, mask, learn)
+        return x, {**new, **carried}
 
-        if not self._taught:
-            x, _, state = segment(tokens, state, mask)
-            return x, state
-        if writes(learn, "mlp"):
-            continua = [block.mlp for block in self._blocks()]
-            return run_taught(tokens, state, continua, segment, self._signal, mask, read, ahead)
-        carried = state[TAUGHT]  # what is not written is not waited for
-        x, _, state = segment(tokens, {name: part for name, part in state.items() if name != TAUGHT}, mask)
-        return x, {**state, TAUGHT: carried}
+    def _run_taught(
+        self, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn, read: Read, ahead: int
+    ) -> tuple[Tensor, State]:
+        """From write to write, each position taught when its next token has come."""
+        continua = [block.mlp if block.mlp.taught else None for block in self._blocks()]
+        teaching = LossTeaching(tokens, state, continua, mask, read, "mlp", ahead)
+        if teaching.waiting:
+            teaching.observe_carried(self._signal(*teaching.waiting))
+        for part in teaching.parts():
+            masked = None if mask is None else mask[:, part]
+            hidden, inputs, teaching.state = self._through(tokens[:, part], teaching.state, masked, learn)
+            if known := teaching.took(hidden, inputs):
+                teaching.observe(self._signal(*known))
+        return teaching.end()
 
     def _through(
         self, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn
     ) -> tuple[Tensor, list[Tensor], State]:
         """All blocks on tokens of which none crosses a write of a continuum that is taught."""
-        x = self._embedded(tokens)
+        x = next_token.embedded(self.embedding, tokens, "HopeLM")
         inputs, new = [], {}
         for name, block in zip(state, self._blocks(), strict=True):
             own = state[name]
@@ -352,17 +310,6 @@ class HopeLM(nn.Module):
                 x, mlp = block.mlp(x, own["mlp"], mask=mask, learn=writes(learn, "mlp"))
             new[name] = {"mixer": mixer, "mlp": mlp}
         return x, inputs, new
-
-    def _embedded(self, tokens: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return self.embedding(tokens.long())
-        try:
-            return self.embedding(tokens.long())
-        except IndexError:  # on an accelerator, which is not waited for, it is the device that stops
-            low, high = (int(end) for end in tokens.aminmax())
-            raise ValueError(
-                f"HopeLM: tokens from {low} to {high} are given; they must be from 0 to {self.vocab - 1}"
-            ) from None
 
     def _signal(self, hidden: Tensor, targets: Tensor) -> Tensor:
         autocast = nullcontext() if self.precision == "float32" else no_autocast(hidden.device)
@@ -383,18 +330,7 @@ class HopeLM(nn.Module):
             ValueError: if it is that of another model; says which tensor.
         """
         first = next((leaf for _, leaf in leaves(state)), None)
-        return self._fitted(state, 1 if first is None else first.shape[0], "HopeLM")
-
-    def _fitted(self, state: Mapping[str, Any], batch: int, owner: str) -> State:
-        return fitted(state, self._shapes, batch, owner)
-
-    def _check(self, tokens: Tensor) -> None:
-        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-            raise TypeError(f"HopeLM: tokens are {tokens.dtype}; they must be integers")
-        if tokens.ndim != 2 or tokens.numel() == 0:
-            raise ValueError(
-                f"HopeLM: tokens have the shape {list(tokens.shape)}; give [batch, tokens], one or more of each"
-            )
+        return fitted(state, self._shapes, 1 if first is None else first.shape[0], "HopeLM")
 
     def consolidate(
         self,
@@ -423,31 +359,17 @@ class HopeLM(nn.Module):
         Raises:
             ValueError: if no continuum learns in context, or with `into="state"` none has two levels.
         """
-        if into not in ("state", "parameters"):
-            raise ValueError(f'HopeLM.consolidate: into={into!r} is not allowed; give "state" or "parameters"')
-        self._check(tokens)
-        batch = tokens.shape[0]
-        now = self._fitted(state, batch, "HopeLM.consolidate")
-        several = {i for i, block in enumerate(self._blocks()) if block.mlp.learns and len(block.mlp.levels) > 1}
-        learning = {i for i, block in enumerate(self._blocks()) if block.mlp.learns}
-        if not (several if into == "state" else learning):
-            wanted = "two levels or more" if learning else 'learn="context"'
-            raise ValueError(f"HopeLM.consolidate: no continuum of this model has {wanted}; give its mlp that")
-        fresh = self.init_state(batch)
-        begun = {
-            f"block_{i}": {**fresh[f"block_{i}"], "mlp": now[f"block_{i}"]["mlp"]} for i in range(len(self.blocks))
-        }
+        check_into(into)
+        next_token.check_tokens(tokens, "HopeLM")
+        now = fitted(state, self._shapes, tokens.shape[0], "HopeLM.consolidate")
+        fresh = self.init_state(tokens.shape[0])
+        begun = {name: {**part, "mlp": now[name]["mlp"]} for name, part in fresh.items() if name != TAUGHT}
         with torch.no_grad():
             _, inputs, _ = self._through(tokens, begun, None, "mixer")
-        found: dict[str, Consolidation] = {}
-        for i in sorted(learning):
-            name, cms = f"block_{i}", self._blocks()[i].mlp
-            if i in several:
-                mlp, found[name] = consolidate(cms, now[name]["mlp"], inputs[i], steps=steps, lr=lr)
-                now[name] = {**now[name], "mlp": mlp}
-            if into == "parameters":
-                now[name] = {**now[name], "mlp": cms.kept_for_good(now[name]["mlp"])}
-        return now, found
+        continua = {f"block_{i}": block.mlp for i, block in enumerate(self._blocks())}
+        states = {name: now[name]["mlp"] for name in continua}
+        after, found = consolidate_all(continua, states, inputs, into=into, steps=steps, lr=lr)
+        return {**now, **{name: {**now[name], "mlp": mlp} for name, mlp in after.items()}}, found
 
     @torch.no_grad()
     def generate(
@@ -473,23 +395,6 @@ class HopeLM(nn.Module):
             `[B, n + length]`, the prompt first; and the state after all but the last of them, which is not read yet
             (with `length` 0 nothing is read, and `state` comes back).
         """
-        if length < 0:
-            raise ValueError(f"HopeLM: length={length} is not allowed; give a whole number, 0 or more")
-        self._check(prompt)
-        tokens, seen = [prompt.long()], prompt
-        for _ in range(length):
-            logits, state = self(seen, state, learn=learn)
-            tokens.append(choose(logits[:, -1])[:, None])
-            seen = tokens[-1].clamp_min(0)
-        return torch.cat(tokens, dim=1), None if state is None else dict(state)
-
-
-_NOT_COUNTED = -100
-
-
-def _check_starts(starts: Tensor, tokens: Tensor) -> None:
-    if starts.dtype != torch.bool or starts.shape != tokens.shape:
-        raise ValueError(
-            f"HopeLM: starts is {starts.dtype} {list(starts.shape)}; it must be bool {list(tokens.shape)}: True where "
-            "a document begins"
-        )
+        next_token.check_tokens(prompt, "HopeLM")
+        tokens, end = go_on(partial(self, learn=learn), prompt, length, choose, state)
+        return tokens, None if end is None else dict(end)

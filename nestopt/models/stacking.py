@@ -8,136 +8,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from nestopt.core.associative import Gd
-from nestopt.core.device import by_contract, holds_only, numbers_in
+from nestopt.core.device import by_contract, numbers_in
 from nestopt.core.level import Level
-from nestopt.core.memories import Memory, Theta
 from nestopt.core.precision import (
-    EveryProduct,
     Precision,
     check_precision,
     check_products,
-    current,
-    matmul,
-    products_in,
 )
 from nestopt.core.token_batch import check_mask
 from nestopt.core.tree import State
-from nestopt.levels.continuum.clock import Clocks, Phases, Seen
-from nestopt.levels.continuum.memory import is_shared, look, read
-from nestopt.levels.continuum.scan import Lesson
-from nestopt.levels.continuum.write import Writer
+from nestopt.levels.continuum.clock import Clocks, Phases, between_writes
+from nestopt.levels.continuum.write import LearnerStep
+from nestopt.models.continuation import go_on
 from nestopt.models.families import Family, family_of
-from nestopt.models.taught import TAUGHT, Read, nothing_carried, run_taught
+from nestopt.models.loss_signal import TAUGHT, LossTeaching, Read, nothing_carried
+from nestopt.models.trained_mlp import LEVEL, Layer, TrainedMlp, patch, reader
 from nestopt.nn.rows import Rows
-
-LEVEL = "mlp"
-"""The name of the only level of each layer's clocks."""
-
-
-class _Weights(nn.Module):
-    """Several modules one after another, as one whose weights can be given."""
-
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for part in self.parts:
-            x = part(x)
-        return x
-
-
-class _Module:
-    """A trained MLP as a memory."""
-
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
-        self.module = _Weights(parts)
-
-    def start(self) -> Theta:
-        return dict(self.module.named_parameters())
-
-    def read(self, theta: Theta, k: Tensor) -> Tensor:
-        with nullcontext() if current() == "float32" else EveryProduct():
-            return functional_call(self.module, {name: w.to(k.dtype) for name, w in theta.items()}, (k,))
-
-    def layers(self, theta: Theta, k: Tensor) -> None:
-        return None
-
-
-class Layer:
-    """One layer's MLP as a level: `run_taught`'s continuum.
-
-    Attributes:
-        memory: the MLP.
-        rate: its logarithm.
-        clocks: when it writes.
-        target: V of the local objective; None is taught by the model's loss.
-        precision: of the products that the MLP is read and taught by.
-    """
-
-    taught = True
-
-    def __init__(
-        self, memory: _Module, rate: Tensor, clocks: Clocks, target: Tensor | None, precision: Precision
-    ) -> None:
-        self.memory, self.rate, self.clocks, self.target = memory, rate, clocks, target
-        self.precision: Precision = precision
-
-    def starts(self) -> dict[str, Theta]:
-        """The trained weights, at the precision of a state."""
-        found = self.memory.start().items()
-        return {LEVEL: {name: w.to(torch.promote_types(w.dtype, torch.float32)) for name, w in found}}
-
-    def init_state(self, batch: int) -> State:
-        """Of sequences that have read nothing: the trained weights, which are not copied."""
-        return self.clocks.begin(self.starts(), batch)
-
-    def until_write(self, phases: Phases) -> int:
-        """Tokens up to and with the next write."""
-        return self.clocks.until(phases)
-
-    def weights(self, state: Mapping[str, Any]) -> Theta | None:
-        """Those of each sequence; None where they are still the trained ones."""
-        found: Theta = state["levels"][LEVEL]["weights"]
-        return None if all(is_shared(w) for w in found.values()) and holds_only(state["step"], 0) else found
-
-    def observe(
-        self,
-        x: Tensor,
-        delta: Tensor | None,
-        state: State,
-        live: Tensor | None,
-        *,
-        phases: Phases,
-        ahead: int = 0,
-    ) -> State:
-        """Learn from x `[B, n, D]`, which was answered with the weights in `state`; write where the period is over."""
-        count = None if live is None else live.sum(1)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        seen = Seen(x.shape[1], count, phases, ahead)
-        constant = self.clocks.constant(seen, self.clocks.chain[LEVEL])
-        graph = torch.set_grad_enabled(torch.is_grad_enabled() and not constant)
-        with graph, products_in(self.precision):
-            x = x.to(dtype)
-            at = look(cast(Memory, self.memory), state["levels"][LEVEL]["weights"], x)
-            if self.target is None:
-                assert delta is not None
-                error = delta.to(dtype)
-            else:
-                error = at.y - matmul(x, self.target.to(dtype).mT)
-            if live is not None:
-                error = torch.where(live[..., None], error, 0)
-            none = error.new_zeros(len(error))
-            lesson = Lesson(at.gradient(error), none, none)
-        return self.clocks.after(state, {LEVEL: lesson}, seen, self.starts(), {LEVEL: self.rate.exp()[0]})
 
 
 class Stacked(nn.Module):
@@ -155,7 +49,7 @@ class Stacked(nn.Module):
         periods: Mapping[int, int],
         rate: float,
         teach: Literal["loss", "local"],
-        writer: Writer,
+        writer: LearnerStep,
         through: Literal["full", "first_order", "stop"],
         precision: Precision = "float32",
     ) -> None:
@@ -168,7 +62,7 @@ class Stacked(nn.Module):
         if rate == 0:
             return
         for i, period in sorted(self.periods.items()):
-            memory = _Module(family.mlp(self._blocks[i]))
+            memory = TrainedMlp(family.mlp(self._blocks[i]))
             weight = next(iter(memory.start().values()))
             self.rates[str(i)] = nn.Parameter(torch.tensor([math.log(rate)], device=weight.device))
             if teach == "local":
@@ -265,28 +159,22 @@ class Stacked(nn.Module):
 
     def _taught(self, tokens: Tensor, state: State, context: Any, mask: Tensor | None) -> tuple[Tensor, State]:
         """As `HopeLM` learns: from write to write, each position when its next token has come."""
-
-        def segment(part: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, list[Tensor], State]:
-            hidden, inputs = self._read(part, state, context)
-            return hidden, inputs, state
-
-        def signal(hidden: Tensor, targets: Tensor) -> Tensor:
-            return self._family.signal(self.pretrained, hidden, targets)
-
-        continua = cast(Any, list(self._layers.values()))
+        layers = list(self._layers.values())
         seen = Read.of(next(iter(state.values()))[LEVEL]["step"], state[TAUGHT])
-        through = next(iter(self._layers.values())).clocks.through
-        with torch.set_grad_enabled(torch.is_grad_enabled() and through != "stop"):
-            return run_taught(tokens, state, continua, segment, signal, mask, seen)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and layers[0].clocks.through != "stop"):
+            teaching = LossTeaching(tokens, state, layers, mask, seen, LEVEL)
+            if teaching.waiting:
+                teaching.observe_carried(self._family.signal(self.pretrained, *teaching.waiting))
+            for part in teaching.parts():
+                hidden, inputs = self._read(tokens[:, part], teaching.state, context)
+                if known := teaching.took(hidden, inputs):
+                    teaching.observe(self._family.signal(self.pretrained, *known))
+            return teaching.end()
 
     def _by_themselves(self, tokens: Tensor, state: State, context: Any, mask: Tensor | None) -> tuple[Tensor, State]:
         """From write to write, each level taught by its own objective."""
         found: list[Tensor] = []
-        first, length = 0, tokens.shape[1]
-        phases = self._phases(state)
-        while first < length:
-            last = min(first + min(layer.until_write(phases) for layer in self._layers.values()), length)
-            part = slice(first, last)
+        for part, phases in between_writes(tokens.shape[1], self._phases(state), self._layers.values()):
             hidden, inputs = self._read(tokens[:, part], state, context)
             found.append(hidden)
             live = None if mask is None else mask[:, part]
@@ -295,8 +183,6 @@ class Stacked(nn.Module):
                 f"block_{n}": {LEVEL: layer.observe(x, None, state[f"block_{n}"][LEVEL], live, phases=phases)}
                 for n, (layer, x) in blocks
             }
-            phases = [phase + last - first for phase in phases]
-            first = last
         return torch.cat(found, dim=1), state
 
     def _encoded(self, tokens: Tensor, state: State, mask: Tensor | None, learn: bool) -> tuple[Tensor, State]:
@@ -305,18 +191,12 @@ class Stacked(nn.Module):
             out = self._plain(tokens, mask)
         if not learn:
             return out, state
-        new, live = dict(state), mask
+        new = dict(state)
         for n, (i, layer) in enumerate(self._layers.items()):
-            own, first = new[f"block_{n}"][LEVEL], 0
-            phases = self._phases(state)
-            while first < tokens.shape[1]:
-                last = min(first + layer.until_write(phases), tokens.shape[1])
-                part = slice(first, last)
-                own = layer.observe(
-                    inputs[i][:, part], None, own, None if live is None else live[:, part], phases=phases
-                )
-                phases = [phase + last - first for phase in phases]
-                first = last
+            own = new[f"block_{n}"][LEVEL]
+            for part, phases in between_writes(tokens.shape[1], self._phases(state), [layer]):
+                live = None if mask is None else mask[:, part]
+                own = layer.observe(inputs[i][:, part], None, own, live, phases=phases)
             new[f"block_{n}"] = {LEVEL: own}
         return out, new
 
@@ -339,10 +219,10 @@ class Stacked(nn.Module):
             for n, (i, layer) in enumerate(self._layers.items()):
                 first, *rest = parts = self._family.mlp(self._blocks[i])
                 weights = layer.weights(state[f"block_{n}"][LEVEL])
-                _patch(first, _reader(layer, weights, first, i, inputs))
+                patch(first, reader(layer, weights, first, i, inputs))
                 if weights is not None:
                     for part in rest:  # the first has done their work
-                        _patch(part, lambda x, *args, **kwargs: x)
+                        patch(part, lambda x, *args, **kwargs: x)
                 patched += parts
             yield inputs
         finally:
@@ -362,43 +242,8 @@ class Stacked(nn.Module):
         """Go on with `prompt` `[B, n]` for `length` tokens: `[B, n + length]`, and the state after all but the last."""
         past = (state or {}).get("cache")
         self._check_length(prompt.shape[1] + max(length - 1, 0) + (0 if past is None else past["mask"].shape[1]))
-        tokens, seen = [prompt], prompt
         now: State = dict(state) if state else self.init_state(len(prompt))
-        for _ in range(length):
-            logits, now = self(seen, now, cache=True, learn=learn)
-            tokens.append(choose(logits[:, -1])[:, None])
-            seen = tokens[-1].clamp_min(0)
-        return torch.cat(tokens, dim=1), now
-
-
-def _patch(module: nn.Module, forward: Callable[..., Tensor]) -> None:
-    module.__dict__["forward"] = forward
-
-
-def _reader(
-    layer: Layer, weights: Theta | None, module: nn.Module, i: int, inputs: dict[int, Tensor]
-) -> Callable[..., Tensor]:
-    own = type(module).forward
-
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        inputs[i] = x
-        if weights is None:
-            return own(module, x, *args, **kwargs)
-        with _unpatched(layer.memory.module), products_in(layer.precision):
-            return read(cast(Memory, layer.memory), weights, x)
-
-    return forward
-
-
-@contextmanager
-def _unpatched(module: nn.Module) -> Iterator[None]:
-    """Within this, the parts of `module` are themselves."""
-    kept = {part: part.__dict__.pop("forward") for part in module.modules() if "forward" in part.__dict__}
-    try:
-        yield
-    finally:
-        for part, forward in kept.items():
-            _patch(part, forward)
+        return go_on(partial(self, cache=True, learn=learn), prompt, length, choose, now)
 
 
 def stack(
@@ -416,8 +261,8 @@ def stack(
     r"""Let the MLPs of a trained Hugging Face model learn while it reads.
 
     Taught by the loss, each takes $\delta_t = \partial\ell_t/\partial h_t$ of the stream before the last norm as the
-    error at its own output, as a `HopeLM`'s continuum does (`nestopt.models.taught`), and steps every period along the
-    sum of its gradients.
+    error at its own output, as a `HopeLM`'s continuum does (`nestopt.models.loss_signal`), and steps every period along
+    the sum of its gradients.
 
     Args:
         pretrained: a GPT-2, a Llama or one like it (Mistral, Qwen, SmolLM, …), or a BERT. It is not changed.
@@ -431,8 +276,8 @@ def stack(
             first the identity, for models without a head.
         learner: what is shown the gradients. Default `gd`.
         keep: what is left, at each write, of the way from the trained weights.
-        through: how the outer gradient passes a write, if weights or rates are to be trained (`nestopt.levels.cms`).
-        family: where a model of another kind has its parts.
+        through: how the outer gradient passes a write, if weights or rates are to be trained
+        (`nestopt.levels.continuum.level`). family: where a model of another kind has its parts.
         precision: of the products of MLPs that have learned, and of those by which they learn, where they are float32:
             `"float32"`, `"tf32"` or `"bfloat16"` (`nestopt.core.precision`).
 
@@ -457,7 +302,7 @@ def stack(
             'teach="local", or rate=0'
         )
     periods = _periods(levels, len(family.blocks(pretrained)))
-    writer = Writer(Gd() if learner is None else learner, normalized=False, keep=keep)
+    writer = LearnerStep(Gd() if learner is None else learner, normalized=False, keep=keep)
     return Stacked(pretrained, family, periods, rate, teach, writer, through, precision)
 
 

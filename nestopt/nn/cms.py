@@ -17,10 +17,10 @@ from nestopt.core.precision import Precision, check_precision, check_products, p
 from nestopt.core.token_batch import check_mask
 from nestopt.core.token_state import fitted, shapes_of
 from nestopt.core.tree import State
-from nestopt.levels.continuum.clock import Clocks, Phases, Seen
+from nestopt.levels.continuum.clock import Clocks, Phases, TokenCounts, between_writes
 from nestopt.levels.continuum.level import Auto, Cms
-from nestopt.levels.continuum.scan import Lesson, Levels, answers, taught_by_loss, taught_locally
-from nestopt.levels.continuum.write import Writer
+from nestopt.levels.continuum.scan import LevelGradient, Levels, answers, taught_by_loss, taught_locally
+from nestopt.levels.continuum.write import LearnerStep
 from nestopt.nn.rows import Rows
 
 
@@ -52,7 +52,7 @@ class Block(Periodic, nn.Module):
 class CMS(nn.Module):
     r"""A continuum memory system (NL eq. 70-74): memories in a chain, each on its own clock.
 
-    The level says what it is (`nestopt.levels.cms`). Its weights are parameters (`levels.every_16.W1`).
+    The level says what it is (`nestopt.levels.continuum.level`). Its weights are parameters (`levels.every_16.W1`).
 
     * `learn="static"`: nothing changes them but the optimizer, which reads the `period` of each block. With
       `periods=(1,)` it is a Transformer's MLP with its norm and residual.
@@ -160,15 +160,11 @@ class CMS(nn.Module):
 
     def _learned(self, x: Tensor, state: State, phases: Phases, live: Tensor | None) -> tuple[Tensor, State]:
         """Taught by its own objectives, from one moment of its clocks to the next."""
-        found, first, length = [], 0, x.shape[1]
-        while first < length:
-            last = min(first + self.until_write(phases), length)
-            part = x[:, first:last]
-            found.append(self.read(part, state))
-            lived = None if live is None else live[:, first:last]
-            state = self.observe(part, None, state, lived, phases=phases, ahead=length - last)
-            phases = [phase + last - first for phase in phases]
-            first = last
+        found, length = [], x.shape[1]
+        for part, at in between_writes(length, phases, [self]):
+            found.append(self.read(x[:, part], state))
+            lived = None if live is None else live[:, part]
+            state = self.observe(x[:, part], None, state, lived, phases=at, ahead=length - part.stop)
         return torch.cat(found, dim=1) if found else x, state
 
     # -- step by step --------------------------------------------------------------------------------------------------
@@ -218,17 +214,17 @@ class CMS(nn.Module):
                 f"CMS.observe: {size} tokens are given, and a level may write after {room}; give these first"
             )
         count = None if live is None else live.sum(1)
-        seen, clocks = Seen(size, count, phases, ahead), self._clocks()
+        seen, clocks = TokenCounts(size, count, phases, ahead), self._clocks()
         constant = all(clocks.constant(seen, period) for period in clocks.chain.values())
         graph = torch.set_grad_enabled(torch.is_grad_enabled() and not constant)
         with graph, self._autocast(x), products_in(self.precision):
-            lessons = self._lessons(x, delta, state, live)
+            gradients = self._gradients(x, delta, state, live)
         rates = {name: cast(Tensor, block.rate).exp()[0] for name, block in self._blocks().items()}
-        return clocks.after(dict(state), lessons, seen, self._starts(), rates)
+        return clocks.after(dict(state), gradients, seen, self._starts(), rates)
 
-    def _lessons(
+    def _gradients(
         self, x: Tensor, delta: Tensor | None, state: Mapping[str, Any], live: Tensor | None
-    ) -> dict[str, Lesson]:
+    ) -> dict[str, LevelGradient]:
         levels = self._levels(state)
         dtype = next(iter(levels.weights[0].values())).dtype
         if self.taught:
@@ -299,5 +295,5 @@ class CMS(nn.Module):
 
     def _clocks(self) -> Clocks:
         level = self.level
-        writer = Writer(level.learner, level.is_normalized, level.keep)
+        writer = LearnerStep(level.learner, level.is_normalized, level.keep)
         return Clocks(level.chain(), writer, level.variant == "nested", level.through, level.last)

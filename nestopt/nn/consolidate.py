@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from torch import Tensor
 from nestopt.core.memories import Mlp, Theta
 from nestopt.core.token_state import fitted, shapes_of
 from nestopt.core.tree import State, tree_map
-from nestopt.levels.continuum.memory import look, read
+from nestopt.levels.continuum.memory import linearize, read
 from nestopt.levels.continuum.scan import normed
 from nestopt.nn.cms import CMS
 from nestopt.nn.replay import Replay
@@ -164,7 +164,7 @@ class _Task:
     @torch.no_grad()
     def solved(self, ridge: float) -> Theta:
         """With the outermost weights that answer best, all others as they are."""
-        hidden = look(self.memory, self.weights, self.inputs).at.inputs[0]  # type: ignore[attr-defined]  # of an Mlp
+        hidden = linearize(self.memory, self.weights, self.inputs).at.inputs[0]  # type: ignore[attr-defined]  # of an Mlp
         gram = hidden.mT @ hidden
         size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -255,3 +255,41 @@ def _descended(task: _Task, best: _Best, steps: int, lr: float) -> _Best:
 
 _LOOK = 10
 """Steps between looks at how good the weights are."""
+
+
+def check_into(into: str) -> None:
+    """Raise ValueError unless a consolidation goes into the `"state"` or the `"parameters"`."""
+    if into not in ("state", "parameters"):
+        raise ValueError(f'HopeLM.consolidate: into={into!r} is not allowed; give "state" or "parameters"')
+
+
+def consolidate_all(
+    continua: Mapping[str, CMS],
+    states: Mapping[str, State],
+    inputs: Sequence[Tensor],
+    *,
+    into: Literal["state", "parameters"],
+    steps: int,
+    lr: float,
+) -> tuple[dict[str, State], dict[str, Consolidation]]:
+    """Consolidate several continua, each with the inputs `[B, n, dim]` that it had: see `HopeLM.consolidate`.
+
+    Returns:
+        The states afterwards of those that learn, and what was lost by those with two levels or more.
+    """
+    learning = {name for name, cms in continua.items() if cms.learns}
+    several = {name for name in learning if len(continua[name].levels) > 1}
+    if not (several if into == "state" else learning):
+        wanted = "two levels or more" if learning else 'learn="context"'
+        raise ValueError(f"HopeLM.consolidate: no continuum of this model has {wanted}; give its mlp that")
+    after: dict[str, State] = {}
+    found: dict[str, Consolidation] = {}
+    for (name, cms), x in zip(continua.items(), inputs, strict=True):
+        if name not in learning:
+            continue
+        after[name] = states[name]
+        if name in several:
+            after[name], found[name] = consolidate(cms, after[name], x, steps=steps, lr=lr)
+        if into == "parameters":
+            after[name] = cms.kept_for_good(after[name])
+    return after, found

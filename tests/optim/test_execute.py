@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nestopt.train.checkpoints.file import load, save
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,6 +28,7 @@ from nestopt.optim.execute.compiled import Compiled
 from nestopt.optim.execute.flat import Flat
 from nestopt.optim.execute.stacked import Stacked
 from nestopt.optim.execute.update import STEP, SUM, Executor, Slot, UpdateSettings, update
+from nestopt.train.checkpoints.file import load, save
 
 F64 = torch.float64
 Make = Callable[[Level, Sequence[Slot]], Executor]

@@ -10,8 +10,8 @@ nothing waits for a device and nothing is computed in vain; which rows are due, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Literal, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -21,15 +21,32 @@ from nestopt.core.device import remember
 from nestopt.core.memories import Theta
 from nestopt.core.tree import State, tree_map
 from nestopt.levels.continuum.level import Auto, ticks_of
-from nestopt.levels.continuum.scan import Lesson
-from nestopt.levels.continuum.write import Writer
+from nestopt.levels.continuum.scan import LevelGradient
+from nestopt.levels.continuum.write import LearnerStep
 
 Phases = Sequence[int]
 """Tokens that the rows of a batch have seen: one number per row, or the different ones among them."""
 
 
+class Writes(Protocol):
+    """What writes at moments of its clocks: a continuum."""
+
+    def until_write(self, phases: Phases) -> int:
+        """Return how many tokens there are up to and with the next moment, in rows that are at `phases`."""
+        ...
+
+
+def between_writes(length: int, phases: Phases, continua: Iterable[Writes]) -> Iterator[tuple[slice, Phases]]:
+    """Cut `length` tokens where any of the continua may write: each part, and the phases before it."""
+    first, several = 0, list(continua)
+    while first < length:
+        last = min(first + min(one.until_write(phases) for one in several), length)
+        yield slice(first, last), phases
+        phases, first = [phase + last - first for phase in phases], last
+
+
 @dataclasses.dataclass(frozen=True)
-class Seen:
+class TokenCounts:
     """Some tokens that a continuum was taught, none of which crosses a moment of its clocks.
 
     Attributes:
@@ -63,12 +80,12 @@ class Clocks:
         chain: the levels' periods by name, the fastest first.
         writer: one step of the learner.
         nested: whether each level also learns where the next faster one starts (NL eq. 72).
-        through: how the outer gradient passes a write (`nestopt.levels.cms`).
+        through: how the outer gradient passes a write (`nestopt.levels.continuum.level`).
         last: writes of each level in a call that it passes whole, with `through="truncated"`.
     """
 
     chain: Mapping[str, int | Auto]
-    writer: Writer
+    writer: LearnerStep
     nested: bool = False
     through: Literal["full", "truncated", "first_order", "stop"] = "full"
     last: int = 1
@@ -111,7 +128,7 @@ class Clocks:
         """Tokens up to and with the next moment at which any level of any row may write."""
         return min(ticks - phase % ticks for ticks in map(ticks_of, self.chain.values()) for phase in phases)
 
-    def constant(self, seen: Seen, period: int | Auto) -> bool:
+    def constant(self, seen: TokenCounts, period: int | Auto) -> bool:
         """Whether the outer gradient takes the level's write after these tokens for a constant."""
         if self.through != "truncated":
             return self.through != "full"
@@ -124,16 +141,16 @@ class Clocks:
     def after(
         self,
         state: State,
-        lessons: Mapping[str, Lesson],
-        seen: Seen,
+        gradients: Mapping[str, LevelGradient],
+        seen: TokenCounts,
         starts: Mapping[str, Theta],
         rates: Mapping[str, Tensor],
     ) -> State:
-        """The state after `seen` tokens, which taught the levels these `lessons`.
+        """The state after `seen` tokens, which taught the levels these `gradients`.
 
         Args:
             state: before them.
-            lessons: by level, of its weights in `state`.
+            gradients: by level, of its weights in `state`.
             seen: the tokens.
             starts: the learned weights, where `keep` leads back to.
             rates: of each level, a number.
@@ -143,17 +160,17 @@ class Clocks:
             step = remember(step, [phase + seen.size for phase in seen.phases])
         levels, faster = {}, None
         for name, period in self.chain.items():
-            own, lesson, constant = state["levels"][name], lessons[name], self.constant(seen, period)
-            own = {**own, **_added(own, lesson, constant)}
+            own, gradient, constant = state["levels"][name], gradients[name], self.constant(seen, period)
+            own = {**own, **_added(own, gradient, constant)}
             now = cast(Tensor, due(step, ticks_of(period)))
             if seen.count is not None:
                 now = now & (seen.count > 0)
             if isinstance(period, Auto):
-                own["surprise"] = own["surprise"] + lesson.surprise
-                own["surprise_so_far"] = own["surprise_so_far"] + lesson.surprise
+                own["surprise"] = own["surprise"] + gradient.surprise
+                own["surprise_so_far"] = own["surprise_so_far"] + gradient.surprise
                 now = now & period.passed(own["surprise"], own["surprise_so_far"], step)
             if faster is not None and "below" in own:
-                own["below"] = {**own["below"], **_added(own["below"], lessons[faster], constant)}
+                own["below"] = {**own["below"], **_added(own["below"], gradients[faster], constant)}
             if seen.may_write(period):
                 count = own["writes"] + 1 if isinstance(period, Auto) else step // period
                 how = {"rate": self._passed(rates[name]), "count": count, "constant": constant}
@@ -198,10 +215,10 @@ def _zero(x: Tensor) -> Tensor:
     return x.new_zeros(()).expand(x.shape)
 
 
-def _added(own: State, lesson: Lesson, constant: bool) -> State:
+def _added(own: State, gradient: LevelGradient, constant: bool) -> State:
     """The sums of a level with what it was taught."""
-    gradient: State = {name: own["sum"][name] + g for name, g in lesson.gradient.items()}
-    found = {"sum": gradient, "energy": own["energy"] + lesson.energy}
+    total: State = {name: own["sum"][name] + g for name, g in gradient.gradient.items()}
+    found = {"sum": total, "energy": own["energy"] + gradient.energy}
     return tree_map(Tensor.detach, found) if constant else found
 
 

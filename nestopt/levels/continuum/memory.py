@@ -12,7 +12,7 @@ from nestopt.core.precision import matmul
 from nestopt.levels.deep import mlp
 
 
-class Look(Protocol):
+class Linearization(Protocol):
     """A memory, one copy per sequence, as seen from keys `[B, n, D]`.
 
     Attributes:
@@ -43,7 +43,7 @@ def read(memory: Memory, theta: Theta, k: Tensor) -> Tensor:
     return vmap(memory.read, in_dims=(_dims(theta, rows), 0))(theta, k)
 
 
-def look(memory: Memory, theta: Theta, k: Tensor) -> Look:
+def linearize(memory: Memory, theta: Theta, k: Tensor) -> Linearization:
     """As `read`, with what it takes to learn from it: in closed form for an `Mlp`, else by `torch.func`."""
     theta, rows = _rows(theta)
     return _Closed(memory, theta, k) if type(memory) is Mlp else _Any(memory, theta, rows, k)

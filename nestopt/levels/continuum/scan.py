@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nestopt.core.memories import Memory, Theta
 from nestopt.core.precision import matmul
-from nestopt.levels.continuum.memory import Look, look, read
+from nestopt.levels.continuum.memory import Linearization, linearize, read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Levels:
         memory: of each.
         weights: of each, by name, `[B, ...]` or, the same for all sequences, `[1, ...]`.
         shares: c of each, where they are independent; None for a chain.
-        measured: whether lessons are to say their energy, which the normalised step needs; else it is 0.
+        measured: whether gradients are to say their energy, which the normalised step needs; else it is 0.
     """
 
     memory: Memory
@@ -37,7 +37,7 @@ class Levels:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lesson:
+class LevelGradient:
     """What some tokens teach one level.
 
     Attributes:
@@ -63,7 +63,9 @@ def answers(levels: Levels, x: Tensor) -> Tensor:
     return y
 
 
-def taught_locally(levels: Levels, x: Tensor, targets: Sequence[Tensor], live: Tensor | None = None) -> list[Lesson]:
+def taught_locally(
+    levels: Levels, x: Tensor, targets: Sequence[Tensor], live: Tensor | None = None
+) -> list[LevelGradient]:
     r"""Each level by its own objective, $\tfrac12\lVert M_\ell(\mathrm{rms\_norm}(x_\ell)) - V_\ell x̂\rVert^2$ of the
     continuum's normed input x̂ (NL eq. 71).
 
@@ -76,7 +78,7 @@ def taught_locally(levels: Levels, x: Tensor, targets: Sequence[Tensor], live: T
     x, seen = _cleaned(x, None, live)
     first, found = normed(x), []
     for theta, target in zip(levels.weights, targets, strict=True):
-        at = look(levels.memory, theta, normed(x))
+        at = linearize(levels.memory, theta, normed(x))
         error = _where(seen, at.y - matmul(first, target.mT))
         found.append(_lesson(at, error, seen, levels.measured))
         if levels.shares is None:
@@ -84,7 +86,7 @@ def taught_locally(levels: Levels, x: Tensor, targets: Sequence[Tensor], live: T
     return found
 
 
-def taught_by_loss(levels: Levels, x: Tensor, delta: Tensor, live: Tensor | None = None) -> list[Lesson]:
+def taught_by_loss(levels: Levels, x: Tensor, delta: Tensor, live: Tensor | None = None) -> list[LevelGradient]:
     r"""Each level by the gradient of $\sum_t \langle\delta_t, y_t\rangle$, backpropagated through the later levels.
 
     Args:
@@ -97,14 +99,14 @@ def taught_by_loss(levels: Levels, x: Tensor, delta: Tensor, live: Tensor | None
     x, seen = _cleaned(x, delta, live)
     delta = _where(seen, delta)
     if levels.shares is not None:
-        looks = [look(levels.memory, theta, normed(x)) for theta in levels.weights]
+        looks = [linearize(levels.memory, theta, normed(x)) for theta in levels.weights]
         return [
             _lesson(at, share * delta, seen, levels.measured, share)
             for at, share in zip(looks, levels.shares, strict=True)
         ]
-    passed: list[tuple[Tensor, Look]] = []
+    passed: list[tuple[Tensor, Linearization]] = []
     for theta in levels.weights:
-        passed.append((x, look(levels.memory, theta, normed(x))))
+        passed.append((x, linearize(levels.memory, theta, normed(x))))
         x = x + passed[-1][1].y
     found = []
     for i, (x, at) in reversed(list(enumerate(passed))):
@@ -126,11 +128,13 @@ def _through_norm(x: Tensor, error: Tensor) -> Tensor:
     return scale * (error - unit * (error * unit).mean(-1, keepdim=True))
 
 
-def _lesson(at: Look, error: Tensor, seen: Tensor, measured: bool, share: Tensor | None = None) -> Lesson:
+def _lesson(
+    at: Linearization, error: Tensor, seen: Tensor, measured: bool, share: Tensor | None = None
+) -> LevelGradient:
     energy = torch.where(seen, at.energy(), 0).sum(-1) if measured else error.new_zeros(len(error))
     if share is not None:
         energy = share.square() * energy  # the output moves by c times what the read does
-    return Lesson(at.gradient(error), energy, error.detach().square().mean(-1).sum(-1))
+    return LevelGradient(at.gradient(error), energy, error.detach().square().mean(-1).sum(-1))
 
 
 def _cleaned(x: Tensor, delta: Tensor | None, live: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from nestopt.levels.deep.step_size import EPS
 
 
 @dataclasses.dataclass(frozen=True)
-class Writer:
+class LearnerStep:
     r"""$W \leftarrow W_0 + \mathrm{keep}\,(W - W_0) - \mathrm{rate}\cdot\mathrm{learner}(g)$, for every sequence.
 
     Attributes:

@@ -18,7 +18,7 @@ from nestopt.core.part import FieldError
 from nestopt.core.tree import State, leaves
 from nestopt.levels import adam, cms, momentum, muon
 from nestopt.levels.continuum.level import Auto
-from nestopt.levels.continuum.memory import look, read
+from nestopt.levels.continuum.memory import linearize, read
 from nestopt.levels.gradient.dgd import Dgd
 from nestopt.nn import CMS, cat, index
 from tests.levels.continuum.cms_twin import run
@@ -343,7 +343,7 @@ class Plain(Mlp):
 def test_another_memory_goes_by_torch_func() -> None:
     theta = {k: torch.randn(2, *w.shape, dtype=torch.float64) for k, w in Mlp(hidden=6).learned_start(D, D).items()}
     k, error = some(), some(seed=4)
-    one, other = (look(kind(hidden=6, residual=False), theta, k) for kind in (Mlp, Plain))
+    one, other = (linearize(kind(hidden=6, residual=False), theta, k) for kind in (Mlp, Plain))
     for mine, true in ((one.y, other.y), (one.energy(), other.energy()), (one.pull(error), other.pull(error))):
         torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(one.gradient(error), other.gradient(error), rtol=1e-12, atol=1e-12)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.levels.gradient.tools import run
 
 from nestopt.core import Gate
 from nestopt.levels import momentum
+from tests.levels.gradient.tools import run
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])

@@ -18,7 +18,7 @@ from nestopt.levels import attention, cms, deltanet, titans, window_attention
 from nestopt.levels.continuum.level import Cms
 from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.models import HopeLM
-from nestopt.models.taught import teach_signal
+from nestopt.models.loss_signal import teach_signal
 
 PERIODS = [(1,), (3, 5), (4, 2), (7, 100)]
 

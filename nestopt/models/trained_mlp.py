@@ -1,0 +1,150 @@
+"""The MLP of a trained model's layer as a level of a continuum: its weights are where every sequence starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from nestopt.core.device import holds_only
+from nestopt.core.memories import Memory, Theta
+from nestopt.core.precision import EveryProduct, Precision, current, matmul, products_in
+from nestopt.core.tree import State
+from nestopt.levels.continuum.clock import Clocks, Phases, TokenCounts
+from nestopt.levels.continuum.memory import is_shared, linearize, read
+from nestopt.levels.continuum.scan import LevelGradient
+
+LEVEL = "mlp"
+"""The name of the only level of each layer's clocks."""
+
+
+class _Weights(nn.Module):
+    """Several modules one after another, as one whose weights can be given."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+class TrainedMlp:
+    """A trained MLP as a memory."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        self.module = _Weights(parts)
+
+    def start(self) -> Theta:
+        return dict(self.module.named_parameters())
+
+    def read(self, theta: Theta, k: Tensor) -> Tensor:
+        with nullcontext() if current() == "float32" else EveryProduct():
+            return functional_call(self.module, {name: w.to(k.dtype) for name, w in theta.items()}, (k,))
+
+    def layers(self, theta: Theta, k: Tensor) -> None:
+        return None
+
+
+class Layer:
+    """One layer's MLP as a level: a `Continuum` of `nestopt.models.loss_signal`.
+
+    Attributes:
+        memory: the MLP.
+        rate: its logarithm.
+        clocks: when it writes.
+        target: V of the local objective; None is taught by the model's loss.
+        precision: of the products that the MLP is read and taught by.
+    """
+
+    def __init__(
+        self, memory: TrainedMlp, rate: Tensor, clocks: Clocks, target: Tensor | None, precision: Precision
+    ) -> None:
+        self.memory, self.rate, self.clocks, self.target = memory, rate, clocks, target
+        self.precision: Precision = precision
+
+    def starts(self) -> dict[str, Theta]:
+        """The trained weights, at the precision of a state."""
+        found = self.memory.start().items()
+        return {LEVEL: {name: w.to(torch.promote_types(w.dtype, torch.float32)) for name, w in found}}
+
+    def init_state(self, batch: int) -> State:
+        """Of sequences that have read nothing: the trained weights, which are not copied."""
+        return self.clocks.begin(self.starts(), batch)
+
+    def until_write(self, phases: Phases) -> int:
+        """Tokens up to and with the next write."""
+        return self.clocks.until(phases)
+
+    def weights(self, state: Mapping[str, Any]) -> Theta | None:
+        """Those of each sequence; None where they are still the trained ones."""
+        found: Theta = state["levels"][LEVEL]["weights"]
+        return None if all(is_shared(w) for w in found.values()) and holds_only(state["step"], 0) else found
+
+    def observe(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        state: State,
+        live: Tensor | None = None,
+        *,
+        phases: Phases,
+        ahead: int = 0,
+    ) -> State:
+        """Learn from x `[B, n, D]`, which was answered with the weights in `state`; write where the period is over."""
+        count = None if live is None else live.sum(1)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        seen = TokenCounts(x.shape[1], count, phases, ahead)
+        constant = self.clocks.constant(seen, self.clocks.chain[LEVEL])
+        graph = torch.set_grad_enabled(torch.is_grad_enabled() and not constant)
+        with graph, products_in(self.precision):
+            x = x.to(dtype)
+            at = linearize(cast(Memory, self.memory), state["levels"][LEVEL]["weights"], x)
+            if self.target is None:
+                assert delta is not None
+                error = delta.to(dtype)
+            else:
+                error = at.y - matmul(x, self.target.to(dtype).mT)
+            if live is not None:
+                error = torch.where(live[..., None], error, 0)
+            none = error.new_zeros(len(error))
+            gradient = LevelGradient(at.gradient(error), none, none)
+        return self.clocks.after(state, {LEVEL: gradient}, seen, self.starts(), {LEVEL: self.rate.exp()[0]})
+
+
+def patch(module: nn.Module, forward: Callable[..., Tensor]) -> None:
+    """Run `forward` in the place of the module's own."""
+    module.__dict__["forward"] = forward
+
+
+def reader(
+    layer: Layer, weights: Theta | None, module: nn.Module, i: int, inputs: dict[int, Tensor]
+) -> Callable[..., Tensor]:
+    """Return what layer i is to run: it keeps what it is shown in `inputs`, and reads with `weights`, if any."""
+    own = type(module).forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        inputs[i] = x
+        if weights is None:
+            return own(module, x, *args, **kwargs)
+        with _unpatched(layer.memory.module), products_in(layer.precision):
+            return read(cast(Memory, layer.memory), weights, x)
+
+    return forward
+
+
+@contextmanager
+def _unpatched(module: nn.Module) -> Iterator[None]:
+    """Within this, the parts of `module` are themselves."""
+    kept = {part: part.__dict__.pop("forward") for part in module.modules() if "forward" in part.__dict__}
+    try:
+        yield
+    finally:
+        for part, forward in kept.items():
+            patch(part, forward)

@@ -22,7 +22,7 @@ from nestopt.optim.checks import check_gradients, check_group, check_inputs, che
 from nestopt.optim.execute.capturable import begin_on_device, check_capturable, step_capturable
 from nestopt.optim.execute.update import UpdateSettings
 from nestopt.optim.explain import Explanation, explain
-from nestopt.optim.inputs import Scale, Seen, Watcher
+from nestopt.optim.layer_inputs.watcher import Scale, Seen, Watcher
 from nestopt.optim.metrics import Recorder, finite, memory_norms
 from nestopt.optim.plan import Plan, alike
 

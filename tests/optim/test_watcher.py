@@ -19,7 +19,7 @@ from nestopt.core.level import Level
 from nestopt.core.part import FieldError
 from nestopt.levels import momentum
 from nestopt.levels.gradient.dgd import Dgd, Ggd
-from nestopt.optim.inputs import Watcher
+from nestopt.optim.layer_inputs.watcher import Watcher
 from tests.optim.watched import Block, Cubic, agrees, expected, taken, watch
 
 
@@ -54,7 +54,7 @@ def test_checkpointing_counts_once(reentrant: bool, n: int, level: Level) -> Non
 
 
 def test_recomputation_does_no_product_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nestopt.optim.rows import LinearRows
+    from nestopt.optim.layer_inputs.rows import LinearRows
 
     calls, product = [], LinearRows.product
 

@@ -13,7 +13,7 @@ from nestopt.core.inputs import LayerInputs
 from nestopt.core.level import Level
 from nestopt.core.objectives import Objective
 from nestopt.levels.gradient.dgd import Dgd
-from nestopt.optim.inputs import Watcher
+from nestopt.optim.layer_inputs.watcher import Watcher
 
 
 def watch(model: nn.Module, level: Level | None = None, **kwargs: Any) -> Watcher:

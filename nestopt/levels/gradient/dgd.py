@@ -65,9 +65,9 @@ class Dgd(_OnLayers):
     and for one row both are eq. 57, without its assumption that ‖x‖ = 1. Convention: of the gradient's own size,
     shorter for long inputs; δ = 0 is `of` itself.
 
-    The optimizer captures the inputs of `nn.Linear` and convolutions (`nestopt.optim.inputs`), rows being tokens or
-    patches; for a weight whose inputs were not seen it is `of`. State: that of `of`. Cost: one product of the weight's
-    size per use of the layer. Only on gradients.
+    The optimizer captures the inputs of `nn.Linear` and convolutions (`nestopt.optim.layer_inputs`), rows being tokens
+    or patches; for a weight whose inputs were not seen it is `of`. State: that of `of`. Cost: one product of the
+    weight's size per use of the layer. Only on gradients.
 
     Args:
         of: the level whose direction is changed. Default `gd`.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from nestopt.core.periodic import Periodic
-from nestopt.optim.rows import multiplies
+from nestopt.optim.layer_inputs.rows import multiplies
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _CONVOLUTIONS = nn.modules.conv._ConvNd

@@ -15,7 +15,7 @@ from nestopt.core.inputs import INPUTS, LayerInputs
 from nestopt.core.level import Level
 from nestopt.optim.checkpoint import merged_group, plain_groups
 from nestopt.optim.checks import names
-from nestopt.optim.inputs import Watcher
+from nestopt.optim.layer_inputs.watcher import Watcher
 from nestopt.optim.optimizer import Nested, warn_unseen
 from nestopt.optim.sharded.owners import owners, step_cost
 from nestopt.optim.sharded.saved import CheckpointMismatch, Saved, SavedState, StateKeys, TensorSlice

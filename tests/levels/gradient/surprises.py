@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nestopt.core import Level, Signal, advance, start
 from nestopt.core.tree import State
-from nestopt.optim.inputs import Watcher
+from nestopt.optim.layer_inputs.watcher import Watcher
 
 F64 = torch.float64
 

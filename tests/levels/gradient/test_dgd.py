@@ -22,7 +22,7 @@ from nestopt.core.part import FieldError
 from nestopt.core.retentions import Decay
 from nestopt.levels import adam, dgd, gd, ggd, momentum, muon
 from nestopt.nn import layer as make_layer
-from nestopt.optim.inputs import Watcher
+from nestopt.optim.layer_inputs.watcher import Watcher
 from tests.levels.gradient.surprises import F64, direction_of, linear_case, shown
 
 

@@ -14,7 +14,7 @@ from nestopt.core import Level, Signal, advance, start
 from nestopt.core.objectives import L2, Dot, Objective
 from nestopt.core.retentions import Decay
 from nestopt.levels import dgd, ggd
-from nestopt.optim.inputs import Watcher
+from nestopt.optim.layer_inputs.watcher import Watcher
 from tests.levels.gradient.surprises import F64, direction_of, linear_case, shown
 
 

@@ -16,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from nestopt.core.device import no_autocast
 from nestopt.core.inputs import InputRequest, LayerInputs, request_of
 from nestopt.core.level import Level
-from nestopt.optim.rows import multiplies, rows_of
-from nestopt.optim.sums import Sums
+from nestopt.optim.layer_inputs.rows import multiplies, rows_of
+from nestopt.optim.layer_inputs.sums import Sums
 from nestopt.optim.views import work_dtype
 
 Scale = float | Callable[[], float]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nestopt.core.device import by_contract
 from nestopt.core.inputs import InputRequest, LayerInputs
-from nestopt.optim.rows import Rows
+from nestopt.optim.layer_inputs.rows import Rows
 
 
 class Sums:

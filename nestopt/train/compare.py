@@ -18,6 +18,7 @@ from nestopt.levels.presets import Attention, WindowAttention
 from nestopt.train.errors import extra
 from nestopt.train.loop import Result, train
 from nestopt.train.report.metrics import read
+from nestopt.train.tables import grid
 
 with extra("train"):
     from matplotlib.figure import Figure
@@ -108,16 +109,12 @@ _NEVER = 10**9
 
 def table(rows: Sequence[Row]) -> str:
     """Return the comparison as text."""
-    width = max(len(row.name) for row in rows)
-    lines = [f"{'':<{width}}  parameters  steps  seconds  bits per byte"]
+    lines = [("", "parameters", "steps", "seconds", "bits per byte")]
     for row in rows:
-        bits = row.result.bits_per_byte
+        found, bits = row.result, row.result.bits_per_byte
         score = "interrupted" if bits is None else f"{bits:.3f}"
-        lines.append(
-            f"{row.name:<{width}}  {row.parameters:>10,}  {row.result.step:>5,}  {row.result.seconds:>7.0f}"
-            f"  {score:>13}"
-        )
-    return "\n".join(lines)
+        lines.append((row.name, f"{row.parameters:,}", f"{found.step:,}", f"{found.seconds:.0f}", score))
+    return "\n".join(grid(lines, left=1))
 
 
 def comparison_plot(rows: Sequence[Row], path: Path) -> None:

@@ -18,6 +18,7 @@ from nestopt.models.cost import Cost, state_bytes, step_cost
 from nestopt.nn.hope import Learn
 from nestopt.train.errors import extra
 from nestopt.train.run import check_precision
+from nestopt.train.tables import grid
 
 with extra("train"):
     from tqdm import tqdm
@@ -211,5 +212,4 @@ def table(rows: Sequence[Row]) -> str:
         if row.measured is not None:
             line += [f"{row.measured * 1e3:.0f} ms", f"{row.seconds / row.measured - 1:+.0%}"]
         lines.append(line)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(grid(lines))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from nestopt.models.cost import Cost
 from nestopt.train.planning.ranks import Simulation
 from nestopt.train.planning.scale import GIGA, TERA, Scale
+from nestopt.train.tables import grid
 
 _SENT = {
     "gradients": "gradients, added up over GPUs",
@@ -83,7 +84,7 @@ def _times(plan: Scale) -> list[str]:
     table = [head, *((*row[:-1], f"{row[-1]:.3f} s") for row in rows)]
     width = max(len(row[0]) for row in table) + 2
     indented = [(f"{'  ' if i else ''}{row[0]}".ljust(width), *row[1:]) for i, row in enumerate(table)]
-    return [*_grid(indented), *_column(lines)]
+    return [*grid(indented), *_column(lines)]
 
 
 def _moved(size: float) -> str:
@@ -112,17 +113,11 @@ def ranks_table(found: Simulation) -> str:
         )
     uneven = [f"{found.uneven(name):.3f}" for name in ("cost", "flops", "states", "sent", "received")]
     lines.append(("max/mean", "", *uneven))
-    return "\n".join([f"owners of {len(found.owner)} whole tensors", *_grid(lines)])
+    return "\n".join([f"owners of {len(found.owner)} whole tensors", *grid(lines)])
 
 
 def _column(rows: Sequence[tuple[str, str]]) -> list[str]:
-    left, right = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return [f"  {name:<{left}}  {value:>{right}}" for name, value in rows]
-
-
-def _grid(lines: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)) for line in lines]
+    return [f"  {line}" for line in grid(rows, left=1)]
 
 
 def _gb(size: float) -> str:

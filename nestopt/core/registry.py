@@ -85,7 +85,7 @@ class Registry:
 
     def __init__(self, group: str = hookspecs.PROJECT) -> None:
         self.group = group
-        self._builtin: list[object] = []
+        self._builtin: list[tuple[object, str]] = []
         self._added: dict[str, object] = {}
         self._blocked: set[str] = set()
         self._reset()
@@ -95,12 +95,16 @@ class Registry:
         self._names: dict[type, str] = {}
         self._plugins: dict[str, Plugin] = {}
         self._loaded = False
+        self._waiting: set[str] = set()
 
     # -- filling it ------------------------------------------------------------------------------------------------
 
-    def add_builtin(self, plugin: object) -> None:
-        """Take a module of nestopt's own, or its name, by the hooks that any plugin uses."""
-        self._builtin.append(plugin)
+    def add_builtin(self, plugin: object, kind: str = "") -> None:
+        """Take a module of nestopt's own, or its name, by the hooks that any plugin uses.
+
+        One with a `kind` has parts of that kind only, and is imported when the first of them is asked for.
+        """
+        self._builtin.append((plugin, kind))
         self._reset()
 
     def block(self, name: str) -> None:
@@ -126,17 +130,28 @@ class Registry:
             self._forget(name)
             del self._plugins[name]
 
-    def _load(self) -> None:
-        if self._loaded:
-            return
-        self._loaded = True
-        for given in self._builtin:
+    def _load(self, kind: str = "") -> None:
+        """Take what there is, but for what waits until another kind is asked for; `"all"` takes that, too."""
+        if not self._loaded:
+            self._loaded = True
+            self._waiting = {of for _, of in self._builtin if of}
+            self._take_builtin("")
+            self._take_plugins()
+        for waiting in sorted(self._waiting if kind == "all" else self._waiting & {kind}):
+            self._take_builtin(waiting)
+
+    def _take_builtin(self, kind: str) -> None:
+        self._waiting.discard(kind)
+        for given, of in self._builtin:
+            if of != kind:
+                continue
             module = importlib.import_module(given) if isinstance(given, str) else given
-            entry = self._take(
-                module, BUILTIN if given is self._builtin[0] else _module_of(module), source=_module_of(module)
-            )
+            name = BUILTIN if given is self._builtin[0][0] else _module_of(module)
+            entry = self._take(module, name, source=_module_of(module))
             if entry.error:
                 raise RuntimeError(f"nestopt's own {entry.source}: {entry.error}")
+
+    def _take_plugins(self) -> None:
         switch = os.environ.get(DISABLE, "").strip()
         names = {name.strip() for name in switch.split(",")}
         every = switch.lower() in ("1", "true", "all", "yes")
@@ -183,9 +198,12 @@ class Registry:
         return entry
 
     def _registrar(self, kind: str, owner: str) -> hookspecs.Register:
-        base, hook = base_of(kind), KINDS[kind][1]
+        hook = KINDS[kind][1]
 
         def register(name: str, cls: Any) -> None:
+            if kind in self._waiting:
+                self._take_builtin(kind)  # whose names come first
+            base = base_of(kind)
             if not is_subclass(cls, base):
                 raise TypeError(f"{hook}: {name!r} is {cls!r}, not a subclass of {base.__module__}.{base.__qualname__}")
             if inspect.isabstract(cls):
@@ -208,7 +226,7 @@ class Registry:
 
     def get(self, kind: str, name: str) -> Any:
         """Return the class registered as `name`. Raises UnknownName, with the nearest name there is."""
-        self._load()
+        self._load(kind)
         known = self._classes[kind]
         if name not in known:
             failed = [f"{p.name}: {p.error}" for p in self._plugins.values() if p.error]
@@ -220,12 +238,12 @@ class Registry:
 
     def names(self, kind: str) -> list[str]:
         """Return all names of a kind, sorted."""
-        self._load()
+        self._load(kind)
         return sorted(self._classes[kind])
 
     def name_of(self, cls: type) -> str | None:
         """Return the name that `cls` is registered under, or None."""
-        self._load()
+        self._load(getattr(cls, "kind", ""))
         return self._names.get(cls)
 
     def owner(self, kind: str, name: str) -> str:
@@ -235,7 +253,7 @@ class Registry:
 
     def plugins(self) -> list[Plugin]:
         """Return every plugin found, those that were skipped or switched off too."""
-        self._load()
+        self._load("all")
         return list(self._plugins.values())
 
 

@@ -15,35 +15,13 @@ from nestopt.core.level import Level
 from nestopt.core.part import nearest
 from nestopt.core.registry import registry
 from nestopt.core.token_batch import TokenBatch
-from nestopt.core.token_form import FormSetting, Refused, TokenForm
+from nestopt.core.token_form import Choice, FormSetting, Refused, TokenForm
 from nestopt.core.tree import State
 
 LEAVE_OUT = "NESTOPT_WITHOUT_FORMS"
 """Environment variable: names of forms that are not asked, separated by commas; `all` leaves the reference machine."""
 
 logger = logging.getLogger("nestopt")
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """The form that runs a level.
-
-    Attributes:
-        name: of the form, as registered.
-        form: its class.
-        words: what it does.
-        refused: the forms that were asked before it: their names, and why each does not run.
-    """
-
-    name: str
-    form: type[TokenForm]
-    words: str
-    refused: tuple[tuple[str, str], ...]
-
-    def lines(self, level: Level) -> list[str]:
-        """Say it in lines, for `level`."""
-        chosen = f"{level.label} runs on tokens as {self.name}: {self.words}"
-        return [chosen, *(f"  not as {name}: {why}" for name, why in self.refused)]
 
 
 def choose_form(level: Level, setting: FormSetting, name: str | None = None) -> Choice:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,9 +23,6 @@ from nestopt.core.recall import recalled
 from nestopt.core.token_batch import TokenBatch
 from nestopt.core.token_state import PENDING, Rows, begin, cat, index, reset_rows
 from nestopt.core.tree import State, nested
-
-if TYPE_CHECKING:
-    from nestopt.core.token_choice import Choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +54,28 @@ class FormSetting:
     dtype: torch.dtype = torch.float32
     checkpoint: int = 0
     reference: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The form that runs a level.
+
+    Attributes:
+        name: of the form, as registered.
+        form: its class.
+        words: what it does.
+        refused: the forms that were asked before it: their names, and why each does not run.
+    """
+
+    name: str
+    form: type[TokenForm]
+    words: str
+    refused: tuple[tuple[str, str], ...]
+
+    def lines(self, level: Level) -> list[str]:
+        """Say it in lines, for `level`."""
+        chosen = f"{level.label} runs on tokens as {self.name}: {self.words}"
+        return [chosen, *(f"  not as {name}: {why}" for name, why in self.refused)]
 
 
 class TokenForm(ABC):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from nestopt.core.associative import AssociativeMemory
+from nestopt.core.memories import Mlp, Theta
 from nestopt.core.objectives import L2
 from nestopt.core.part import Gate, Number
 from nestopt.core.retentions import Decay
@@ -15,11 +17,22 @@ from nestopt.core.tree import State
 from nestopt.levels.gradient.dgd import Dgd
 from nestopt.levels.gradient.momentum import Momentum
 
-if TYPE_CHECKING:
-    from nestopt.levels.self_modifying.level import SelfModifying
+
+class SelfWriting(Protocol):
+    """What a level says of the memories that it writes: `SelfModifying`."""
+
+    memory: Mlp
+    momentum: Number | None
+    delta: float
+    normalized: bool
+    bound: float
+
+    def own_values(self, theta: Theta, v: Tensor) -> Tensor:
+        """Return the values v̂ that a memory makes of v."""
+        ...
 
 
-def in_turn(level: SelfModifying, box: State, tokens: State, signal: Signal) -> State:
+def in_turn(level: SelfWriting, box: State, tokens: State, signal: Signal) -> State:
     """A memory, its `"weights"` and perhaps `"momentum"`, after a chunk of tokens, one after the other.
 
     Args:
@@ -38,7 +51,7 @@ def in_turn(level: SelfModifying, box: State, tokens: State, signal: Signal) -> 
     return _as_box(after, box)
 
 
-def together(level: SelfModifying, box: State, tokens: State, signal: Signal) -> State:
+def together(level: SelfWriting, box: State, tokens: State, signal: Signal) -> State:
     """A memory after pairs that come at once: one step on the sum of their gradients, and one retention."""
     keep, rate, k, weights = tokens["decay"], tokens["lr"], tokens["k"], box["weights"]
     writer = _writer(level, 1, keep.mean(), level.momentum)
@@ -51,7 +64,7 @@ def together(level: SelfModifying, box: State, tokens: State, signal: Signal) ->
     return _as_box({"memory": new, "rule": rules}, box)
 
 
-def _writer(level: SelfModifying, chunk: int, keep: Number, theta: Number | None) -> AssociativeMemory:
+def _writer(level: SelfWriting, chunk: int, keep: Number, theta: Number | None) -> AssociativeMemory:
     return AssociativeMemory(
         memory=level.memory,
         objective=L2(),

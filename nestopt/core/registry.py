@@ -252,9 +252,10 @@ class Registry:
         return self._classes[kind][name][1]
 
     def plugins(self) -> list[Plugin]:
-        """Return every plugin found, those that were skipped or switched off too."""
+        """Return every plugin found, nestopt's own first; those that were skipped or switched off, too."""
         self._load("all")
-        return list(self._plugins.values())
+        own = {BUILTIN, *(given if isinstance(given, str) else _module_of(given) for given, _ in self._builtin)}
+        return sorted(self._plugins.values(), key=lambda plugin: plugin.name not in own)
 
 
 def _say(error: BaseException) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nestopt.core.tree import State, leaves, replaced
+from nestopt.core.tree import State, leaves, replaced, tree_map
 
 Run = Callable[[State, slice], tuple[Tensor, State]]
 """Reads the tokens of a segment from a state: the residual stream `[B, n, dim]`, and the state after them."""
@@ -25,13 +25,13 @@ def in_segments(run: Run, state: State, length: int, size: int) -> tuple[Tensor,
 
 def _again(run: Run, state: State, part: slice) -> tuple[Tensor, State]:
     names, values = zip(*leaves(state), strict=True)
-    after: list[State] = []  # the first is that of the forward pass
+    none = torch.empty(0)
+    form: list[State] = []  # without its tensors, which would live as long as the graph
 
     def flat_run(*flat: Tensor) -> tuple[Tensor, ...]:
         x, new = run(replaced(state, dict(zip(names, flat, strict=True))), part)
-        after.append(new)
+        form[:] = [tree_map(lambda _: none, new)]
         return x, *(leaf for _, leaf in leaves(new))
 
     x, *flat = checkpoint(flat_run, *values, use_reentrant=False, preserve_rng_state=False)
-    new = after[0]
-    return x, replaced(new, dict(zip((name for name, _ in leaves(new)), flat, strict=True)))
+    return x, replaced(form[0], dict(zip((name for name, _ in leaves(form[0])), flat, strict=True)))

@@ -22,7 +22,7 @@ class TokenBatch:
         q, k: `[B, H, T, D_k]`, in `dtype`; 0 where a token is not `active`.
         v: `[B, H, T, D_v]`, likewise.
         active: `[B, H, T]`, whether a token is written: it is no padding, and finite.
-        finite: `[B, H, T]`, whether all numbers of a token are finite; padding is.
+        finite: `[B, H, T]`, whether all numbers of a token are finite; padding counts as that.
         mask: `[B, T]`, as it was given: True for a token, False for padding; None where there is no padding.
         dtype: in which is computed.
         dtype_in: of v as it was given, and of the answers.
@@ -68,13 +68,26 @@ class TokenBatch:
         """`[B, H]`: how many tokens are written; of one token each, whether it is."""
         return self.active[..., 0] if self.active.shape[-1] == 1 else self.active.sum(-1)
 
+    @property
+    def nonfinite(self) -> Tensor:
+        """`[B, H, T]`: whether a token, which is no padding, holds a number that is not finite."""
+        return ~self.finite
+
+    @property
+    def length(self) -> int | Tensor:
+        """How many tokens each row has, those that are not finite among them: T, or `[B, 1]` where there is padding."""
+        return self.active.shape[2] if self.mask is None else self.mask.sum(-1, keepdim=True)
+
     def gate(self, value: Tensor, idle: float) -> Tensor:
         """`value` (as from `per_token`) `[B, H, T]` with `idle` where a token is not written."""
         return torch.where(self.active, value, idle)
 
     def answer(self, y: Tensor) -> Tensor:
         """`[B, H, T, D_v]` as the caller gets it: `[B, T, H, D_v]`; NaN where the token itself was not finite."""
-        y = torch.where(self.finite[..., None], y, torch.nan)
+        if y.shape[2] == 1:
+            y = torch.where(self.finite[..., None], y, torch.nan)
+        else:  # whose backward pass is shorter
+            y = y.masked_fill(self.nonfinite[..., None], torch.nan)
         return y.transpose(1, 2).to(self.dtype_in)
 
     def replace(self, **tensors: Tensor) -> TokenBatch:

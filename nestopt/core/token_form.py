@@ -145,12 +145,15 @@ class TokenForm(ABC):
     def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
         """Answer tokens, and learn them: y `[B, H, T, D_v]` and the state after the last.
 
-        `gates` are values of gates of the level by dotted path, `[B, H, T]` each, at their initial value where a token
-        is not active; one that is missing is at that everywhere. Nothing is changed in place.
+        `gates` are values of gates of the level by dotted path, `[B, H, T]` each, and any number where a token is not
+        active; one that is missing is at its initial value. Nothing is changed in place.
         """
 
     def step(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
-        """Do as `forward` with one token of each sequence, T = 1: the place for what is faster then."""
+        """Do as `forward` with one token of each sequence, T = 1: the place for what is faster then.
+
+        Where a token is not active, gates are at their initial value.
+        """
         return self.forward(tokens, gates, state)
 
     def read(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> Tensor:
@@ -196,10 +199,10 @@ class TokenForm(ABC):
         return number_like(value, like).view(1, 1, 1)
 
     def every_gate(self, tokens: TokenBatch, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return every gate of the level `[B, H, T]`, by dotted path: at its initial value where none is given."""
+        """Return every gate `[B, H, T]` by dotted path, at its initial value where none is given or no token active."""
         shape = tokens.active.shape
         return {
-            path: gates[path] if path in gates else tokens.v.new_full(shape, gate.init)
+            path: tokens.gate(gates[path], gate.init) if path in gates else tokens.v.new_full(shape, gate.init)
             for path, gate in self.gates.items()
         }
 

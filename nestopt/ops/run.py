@@ -115,7 +115,6 @@ def run_form(
         form.refuse_padding("mask and cu_seqlens are not")
     given = {path: gate.transpose(1, 2).to(form.setting.dtype) for path, gate in gates.items()}
     tokens = TokenBatch.of(q, k, v, mask, *given.values(), widen=form.widens)
-    given = {path: tokens.gate(gate, form.gates[path].init) for path, gate in given.items()}
     given = {**per_head(form.level, tokens.k), **given}
     with no_autocast(q.device), products_in(precision):
         if learn:

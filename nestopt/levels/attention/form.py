@@ -45,7 +45,7 @@ class AttentionForm(TokenForm):
     def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
         x = featured(self.level.features, tokens)
         y, pairs = attend(x, state["level"]["memory"], self.window)
-        return y, {"step": state["step"] + tokens.count, "level": {**state["level"], "memory": pairs}}
+        return y, {"step": state["step"] + tokens.length, "level": {**state["level"], "memory": pairs}}
 
     def read(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> Tensor:
         return read_pairs(featured(self.level.features, tokens).q, state["level"]["memory"])

@@ -52,7 +52,7 @@ class DeepMemoryForm(TokenForm):
         return Refused(why) if why else Accepted("products of matrices, a chunk at a time")
 
     def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
-        fresh = self._fresh(tokens, gates)
+        fresh = _kept(tokens, self.every_gate(tokens, gates))
         old = state[PENDING] if self.pending(state) else None
         y, now, _ = scan_chunks(
             self._now(state),
@@ -71,7 +71,7 @@ class DeepMemoryForm(TokenForm):
             return self.forward(tokens, gates, state)
         # a token within a chunk is answered from the memory that the chunk began with, and kept
         y = self.level.memory.read(state["level"]["memory"], self.level.features(tokens.q))
-        held = tree_map(lambda old, new: torch.cat([old, new], dim=2), state[PENDING], self._fresh(tokens, gates))
+        held = tree_map(lambda old, new: torch.cat([old, new], dim=2), state[PENDING], _kept(tokens, gates))
         return y, {**state, "step": state["step"] + tokens.count, PENDING: held}
 
     def read(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> Tensor:
@@ -80,10 +80,6 @@ class DeepMemoryForm(TokenForm):
             weights, _ = written(self._now(state), self._as_kernel(state[PENDING]), self.settings)
             theta = dict(zip(theta, weights, strict=True))
         return answers(self.level, tokens.q, theta, gates)
-
-    def _fresh(self, tokens: TokenBatch, gates: Mapping[str, Tensor]) -> State:
-        """Tokens as they are kept until their chunk is over."""
-        return {"k": tokens.k, "v": tokens.v, "live": tokens.active, "gates": nested(self.every_gate(tokens, gates))}
 
     def _now(self, state: State) -> Now:
         """The memory at the start of its chunk, as the kernel takes it."""
@@ -140,6 +136,11 @@ def settings_of(level: AssociativeMemory, rule: LinearRule, checkpoint: int) -> 
         chunk=level.chunk,
         checkpoint=checkpoint,
     )
+
+
+def _kept(tokens: TokenBatch, gates: Mapping[str, Tensor]) -> State:
+    """Tokens as they are kept until their chunk is over."""
+    return {"k": tokens.k, "v": tokens.v, "live": tokens.active, "gates": nested(gates)}
 
 
 def _tail(old: State | None, fresh: State, size: int) -> State:

@@ -146,7 +146,7 @@ class LinearAttentionForm(MatrixForm):
     def _after(self, state: State, tokens: TokenBatch, memory: Tensor) -> State:
         is_sum = isinstance(self.level, Momentum)
         level = {"momentum": memory} if is_sum else {**state["level"], "memory": {"m": memory}}
-        return {"step": state["step"] + tokens.count, "level": level}
+        return {"step": state["step"] + tokens.length, "level": level}
 
 
 def _less_than_one(number: Number, value: Tensor) -> Tensor | None:
@@ -205,7 +205,7 @@ class DeltaRuleForm(MatrixForm):
         return lr / (EPS + k.square().sum(-1))
 
     def _after(self, state: State, tokens: TokenBatch, memory: Tensor, rule: State) -> State:
-        return {"step": state["step"] + tokens.count, "level": {"memory": {"m": memory}, "rule": rule}}
+        return {"step": state["step"] + tokens.length, "level": {"memory": {"m": memory}, "rule": rule}}
 
 
 class OjaForm(MatrixForm):
@@ -227,7 +227,7 @@ class OjaForm(MatrixForm):
         made = {"lr": self.strength(gates, x.k), **self.decays(gates, x.k)}
         y, memory = over_segments(partial(oja_scan, read="after"), x, made, state["level"]["memory"]["m"], CHUNK)
         level = {**state["level"], "memory": {"m": memory}}
-        return y, {"step": state["step"] + tokens.count, "level": level}
+        return y, {"step": state["step"] + tokens.length, "level": level}
 
 
 class OmegaForm(MatrixForm):

@@ -54,7 +54,8 @@ def choose_form(level: Level, setting: FormSetting, name: str | None = None) -> 
         answer = cls.accepts(level, setting.device, setting.dtype)
         if not isinstance(answer, Refused):
             return Choice(form, cls, answer.words, tuple(refused))
-        refused.append((form, answer.words))
+        if not answer.other_kind or name is not None:
+            refused.append((form, answer.words))
     if name is not None:
         why = refused[0][1] if refused else "it is for " + ", ".join(cls.__name__ for cls in known[name].levels)
         raise ValueError(f"form={name!r} is not allowed for {level.label}: {why}")

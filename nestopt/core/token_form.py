@@ -34,9 +34,13 @@ class Accepted:
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """A form does not take a level as it is configured; `words` say why, as `describe` prints it."""
+    """A form does not take a level as it is configured; `words` say why, as `describe` prints it.
+
+    With `other_kind` it is for levels of another kind altogether, which is not worth saying unless it is asked for.
+    """
 
     words: str
+    other_kind: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Choice:
         name: of the form, as registered.
         form: its class.
         words: what it does.
-        refused: the forms that were asked before it: their names, and why each does not run.
+        refused: the forms for levels of its kind that were asked before it: their names, and why each does not run.
     """
 
     name: str

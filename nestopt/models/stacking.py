@@ -277,7 +277,8 @@ def stack(
         learner: what is shown the gradients. Default `gd`.
         keep: what is left, at each write, of the way from the trained weights.
         through: how the outer gradient passes a write, if weights or rates are to be trained
-        (`nestopt.levels.continuum.level`). family: where a model of another kind has its parts.
+            (`nestopt.levels.continuum.level`).
+        family: where a model of another kind has its parts.
         precision: of the products of MLPs that have learned, and of those by which they learn, where they are float32:
             `"float32"`, `"tf32"` or `"bfloat16"` (`nestopt.core.precision`).
 

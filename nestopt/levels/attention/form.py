@@ -36,7 +36,7 @@ class AttentionForm(TokenForm):
     def accepts(cls, level: Level, device: torch.device, dtype: torch.dtype) -> Accepted | Refused:
         assert isinstance(level, AssociativeMemory)
         if type(level.memory) is not Window:
-            return Refused(f"memory={level.memory.label}: it is for memories that keep their pairs")
+            return Refused(f"memory={level.memory.label}: it is for memories that keep their pairs", other_kind=True)
         why = refusal(level)
         if not why and level.read != "after":
             why = f"read={level.read!r}: a token would not see itself"

@@ -68,9 +68,10 @@ def deep_memory(
         objective: `"l2"`, ½‖M(k) - v‖², or `"dot"`, -⟨M(k), v⟩.
         step: `"normalized"`: η = η̃ · bound · α (1 - θ) / (ε + n), which does not diverge;
             `nestopt.levels.deep.step_size` says what n is, why, and where that ends. `"raw"`: η as it is given, the
-        letter of the equations. bound: of the chunk's whole step along any direction, in (0, 2): up to 1 it never
-        overshoots. read: whether a token reads the memory `"after"` its own write, `"before"` it, or as its `"chunk"`
-            found it, which is the fastest.
+            letter of the equations.
+        bound: of the chunk's whole step along any direction, in (0, 2): up to 1 it never overshoots.
+        read: whether a token reads the memory `"after"` its own write, `"before"` it, or as its `"chunk"` found it,
+            which is the fastest.
         activation: σ, one of silu, gelu, relu, tanh, identity.
         residual: whether x is added to the read.
         norm: whether what W1 gives is divided by its root mean square.

@@ -42,13 +42,13 @@ class DeepMemoryForm(TokenForm):
     @classmethod
     def accepts(cls, level: Level, device: torch.device, dtype: torch.dtype) -> Accepted | Refused:
         assert isinstance(level, AssociativeMemory)
+        if type(level.memory) not in (Matrix, Mlp):
+            return Refused(f"memory={level.memory.label}: it is for memories of weights", other_kind=True)
         why = refusal(level) or refusal_of_writes(level)
         if not why and level.fade == "before":
             why = "fade='before'"
         if not why and not _writes_its_gradient(type(level.objective)):
             why = f"objective={level.objective.label}: its gradient is not written down (`Objective.error`)"
-        if not why and type(level.memory) not in (Matrix, Mlp):
-            why = f"memory={level.memory.label}"
         return Refused(why) if why else Accepted("products of matrices, a chunk at a time")
 
     def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:

@@ -28,6 +28,8 @@ class RuleByChunkForm(ReferenceForm):
     def accepts(cls, level: Level, device: torch.device, dtype: torch.dtype) -> Accepted | Refused:
         assert isinstance(level, AssociativeMemory)
         why = refusal(level)
+        if level.appends:
+            return Refused(f"memory={level.memory.label}: it is for memories that a rule writes", other_kind=True)
         if not why and (level.write != "chunk" or level.chunk == 1):
             why = f"write={level.write!r} with chunk={level.chunk}: the rule takes a step at each token"
         return Refused(why) if why else Accepted(f"a step of {level.rule.label} a chunk, for all heads together")

@@ -76,12 +76,17 @@ class MatrixForm(TokenForm):
         return {"decay": self.number(self.level.retention.keep, "retention.keep", gates, like)}
 
 
-def _of_one_token(level: AssociativeMemory, objective: type) -> str:
-    """Say why `level` is not a matrix memory with this objective whose recurrence goes from token to token."""
+def _other_kind(level: AssociativeMemory, objective: type) -> Refused | None:
+    """Refuse what is no matrix memory with this objective."""
     if type(level.memory) is not Matrix:
-        return f"memory={level.memory.label}: it is for matrix memories"
+        return Refused(f"memory={level.memory.label}: it is for matrix memories", other_kind=True)
     if type(level.objective) is not objective:
-        return f"objective={level.objective.label}"
+        return Refused(f"objective={level.objective.label}", other_kind=True)
+    return None
+
+
+def _in_chunks(level: AssociativeMemory) -> str:
+    """Say why the recurrence of `level` does not go from token to token."""
     if level.chunk > 1:
         return f"chunk={level.chunk}: its gradients are of the memory that a chunk began with"
     rule = linear_rule(level.rule)
@@ -111,7 +116,9 @@ class LinearAttentionForm(MatrixForm):
                 return Refused("its direction is not a sum of gradients with one decay")
             return Accepted(words)
         assert isinstance(level, AssociativeMemory)
-        why = refusal(level) or refusal_of_writes(level) or _of_one_token(level, Dot)
+        if other := _other_kind(level, Dot):
+            return other
+        why = refusal(level) or refusal_of_writes(level) or _in_chunks(level)
         if not why and not is_plain(level.rule):
             why = f"rule={level.rule.label}: values are summed without momentum"
         if not why and level.normalized:
@@ -165,7 +172,9 @@ class DeltaRuleForm(MatrixForm):
     @classmethod
     def accepts(cls, level: Level, device: torch.device, dtype: torch.dtype) -> Accepted | Refused:
         assert isinstance(level, AssociativeMemory)
-        why = refusal(level) or refusal_of_writes(level) or _of_one_token(level, L2)
+        if other := _other_kind(level, L2):
+            return other
+        why = refusal(level) or refusal_of_writes(level) or _in_chunks(level)
         if not why and level.fade == "before" and level.normalized:
             why = "normalized=True with fade='before'"
         return Refused(why) if why else Accepted("the delta rule, exact and parallel within chunks")
@@ -214,7 +223,9 @@ class OjaForm(MatrixForm):
     @classmethod
     def accepts(cls, level: Level, device: torch.device, dtype: torch.dtype) -> Accepted | Refused:
         assert isinstance(level, AssociativeMemory)
-        why = refusal(level) or refusal_of_writes(level) or _of_one_token(level, Oja)
+        if other := _other_kind(level, Oja):
+            return other
+        why = refusal(level) or refusal_of_writes(level) or _in_chunks(level)
         odd = {"rule": level.rule.label} if not is_plain(level.rule) else {}
         odd |= {"normalized": "True"} if level.normalized else {}
         odd |= {"fade": "before"} if level.fade == "before" else {}
@@ -239,7 +250,9 @@ class OmegaForm(MatrixForm):
     @classmethod
     def accepts(cls, level: Level, device: torch.device, dtype: torch.dtype) -> Accepted | Refused:
         assert isinstance(level, Omega)
-        why = refusal(level, Omega) or refusal_of_writes(level) or _of_one_token(level, L2)
+        if other := _other_kind(level, L2):
+            return other
+        why = refusal(level, Omega) or refusal_of_writes(level) or _in_chunks(level)
         if not why and not is_plain(level.rule):
             why = f"rule={level.rule.label}"
         if not why and level.read != "after":

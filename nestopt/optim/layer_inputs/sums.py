@@ -18,7 +18,8 @@ class Sums:
     Attributes:
         groups: of the layer: 1 but for grouped convolutions.
         n: rows since the last take.
-        sums, rows: what was added, and rows that are kept as they are while they are few.
+        sums: what was added, by name.
+        rows: those that are kept as they are while they are few.
         ever: whether there were rows at all since this was made.
     """
 

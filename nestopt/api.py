@@ -21,7 +21,7 @@ from nestopt.optim import optimizer as make_optimizer
 
 
 def layer(spec: Any, dim: int, heads: int = 4, **options: Any) -> SequenceMemory | CMS:
-    """A level as a module on tokens: `y, state = layer(x, state=None)`, x and y `[B, T, dim]`.
+    """Return a level as a module on tokens: `y, state = layer(x, state=None)`, x and y `[B, T, dim]`.
 
     Args:
         spec: a level, its name, a mapping, a list (a chain), or the path of a YAML file that holds one.
@@ -44,7 +44,7 @@ def layer(spec: Any, dim: int, heads: int = 4, **options: Any) -> SequenceMemory
 
 
 def model(spec: Any = None) -> HopeLM:
-    """A language model: `logits, state = model(tokens, state=None)`, tokens `[B, T]`, logits `[B, T, vocab]`.
+    """Return a language model: `logits, state = model(tokens, state=None)`, tokens `[B, T]`, logits `[B, T, vocab]`.
 
     Args:
         spec: a config, its model section, a mapping of that section's keys, the path of a YAML file, or the name of a

@@ -140,7 +140,8 @@ class AssociativeMemory(Level):
         return gradient_of(loss)(theta)
 
     def rates(self, theta: Theta, k: Tensor, lr: Tensor, damping: Tensor, delta: Tensor | None = None) -> Tensor:
-        """The normalised step sizes `[n]` of pairs with keys `[n, D_k]`, given lr, α · damping and δ, `[n]` each.
+        """Return the normalised step sizes `[n]` of pairs with keys `[n, D_k]`, given lr, α · damping and δ, `[n]`
+        each.
 
         Of two tokens with a delta decay each, the greater one counts for both. See `nestopt.levels.deep.step_size` for
         what is computed and why it does not diverge.
@@ -176,7 +177,7 @@ class AssociativeMemory(Level):
         return new, states
 
     def shown(self, theta: Theta, k: Tensor, rate: Tensor) -> Shown | None:
-        """For a rule that asks for the weights' inputs, these at θ: keys `[n, D_k]` with their rates `[n]`."""
+        """Return, for a rule that asks for the weights' inputs, these at θ: keys `[n, D_k]` with their rates `[n]`."""
         wants = request_of(self.rule)
         if wants is None:
             return None
@@ -234,7 +235,7 @@ class AssociativeMemory(Level):
         return self.memory.direction(theta, grad, self.output), {"memory": theta, "rule": rules}
 
     def _rate(self, theta: Theta, k: Tensor) -> Tensor:
-        """The rates `[n]` of pairs that come together."""
+        """Return the rates `[n]` of pairs that come together."""
         lr = number_like(self.lr, k).expand(k.shape[0])
         if not self.normalized:
             return lr
@@ -336,7 +337,7 @@ class AssociativeMemory(Level):
         return answers, now
 
     def _features_of(self, x: Tensor, gates: Mapping[str, Tensor]) -> Tensor:
-        """The features of keys or queries `[C, D]` of tokens with these gates `[C]`."""
+        """Return the features of keys or queries `[C, D]` of tokens with these gates `[C]`."""
         own = {path.removeprefix("features."): gate for path, gate in gates.items() if path.startswith("features.")}
         if not own:
             return self.features(x)
@@ -344,11 +345,11 @@ class AssociativeMemory(Level):
 
     @staticmethod
     def _of_tokens(value: Number, like: Tensor) -> Tensor:
-        """A number of the level for each of the tokens `like` `[C, D]`."""
+        """Return a number of the level for each of the tokens `like` `[C, D]`."""
         return number_like(value, like).expand(len(like))
 
     def _written(self, state: State, surprise: Theta, signal: Signal, shown: Shown | None) -> State:
-        """The state after a write of `surprise`, which this level's clock may put off."""
+        """Return the state after a write of `surprise`, which this level's clock may put off."""
         if self.period == 1:
             theta, rules = self.learn(state["memory"], state["rule"], surprise, signal, shown)
             return {"memory": theta, "rule": rules}

@@ -32,7 +32,7 @@ def start(level: Clocked, param: Tensor) -> State:
 
 
 def due(step: int | Tensor, period: int) -> bool | Tensor:
-    """Whether a clock of this period writes at `step` (steps count from 1)."""
+    """Return whether a clock of this period writes at `step` (steps count from 1)."""
     return step % period == 0
 
 

@@ -54,7 +54,7 @@ def _base(level: Level) -> str:
 
 
 def _differing(levels: list[Level]) -> list[str]:
-    """The fields with plain values in which levels of one kind differ."""
+    """Return the fields with plain values in which levels of one kind differ."""
     if len(levels) < 2 or not all(isinstance(level, Level) for level in levels):
         return []
     keys = [field.name for field in dataclasses.fields(levels[0])]
@@ -67,7 +67,7 @@ def _differing(levels: list[Level]) -> list[str]:
 
 
 def _word(value: object) -> str:
-    """A value as part of a name: `0.9` as `0_9`."""
+    """Return a value as part of a name: `0.9` as `0_9`."""
     return re.sub(r"\W+", "_", str(value)).strip("_")
 
 
@@ -316,7 +316,7 @@ def _collect(levels: Sequence[Level | Sequence[Level]], named: Mapping[str, Leve
 
 
 def chain(*levels: Level | Sequence[Level], period: int = 1, **named: Level) -> Chain:
-    """`Chain` of levels, in order; keyword names become state keys.
+    """Make a `Chain` of levels, in order; keyword names become state keys.
 
     >>> from nestopt.levels import momentum, adam
     >>> list(chain(slow=momentum(0.99), fast=adam()).levels)
@@ -328,10 +328,10 @@ def chain(*levels: Level | Sequence[Level], period: int = 1, **named: Level) -> 
 def parallel(
     *levels: Level | Sequence[Level], weights: Sequence[float] | None = None, period: int = 1, **named: Level
 ) -> Parallel:
-    """`Parallel` levels with optional `weights`; keyword names become state keys."""
+    """Make a `Parallel` of levels with optional `weights`; keyword names become state keys."""
     return Parallel(_collect(levels, named), weights=None if weights is None else tuple(weights), period=period)
 
 
 def nest(outer: Level, inner: Level, transfer: Literal["init"] = "init", *, period: int = 1) -> Nest:
-    """`Nest` of a slow level around a fast one."""
+    """Make a `Nest` of a slow level around a fast one."""
     return Nest(outer, inner, transfer, period=period)

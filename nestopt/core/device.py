@@ -125,7 +125,7 @@ def known(tensor: Tensor) -> list[int] | None:
 
 
 def holds_only(tensor: Tensor, number: int) -> bool:
-    """Whether a tensor of whole numbers is known to hold this one only: an accelerator is not asked."""
+    """Return whether a tensor of whole numbers is known to hold this one only: an accelerator is not asked."""
     if (numbers := known(tensor)) is not None:
         return numbers == [number]
     return tensor.device.type == "cpu" and bool((tensor == number).all())

@@ -20,7 +20,7 @@ class Features(Part):
     def __call__(self, k: Tensor) -> Tensor: ...
 
     def dim(self, dim_k: int) -> int:
-        """How many features a key of `dim_k` numbers has."""
+        """Return how many features a key of `dim_k` numbers has."""
         return dim_k
 
 

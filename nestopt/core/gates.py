@@ -22,7 +22,7 @@ def gates_of(part: Part, prefix: str = "") -> dict[str, Gate]:
 
 
 def per_head(part: Part, like: Tensor) -> dict[str, Tensor]:
-    """The constants per head of `part` by dotted path, `[B, H, T]` for tokens like `like` `[B, H, T, D]`."""
+    """Return the constants per head of `part` by dotted path, `[B, H, T]` for tokens like `like` `[B, H, T, D]`."""
     return {
         path: constants(gate.values(like.shape[1]), like)[:, None].expand(like.shape[:3])
         for path, gate in gates_of(part).items()
@@ -31,7 +31,7 @@ def per_head(part: Part, like: Tensor) -> dict[str, Tensor]:
 
 
 def bind(part: P, values: Mapping[str, Tensor] | None = None) -> P:
-    """A copy of `part` whose gates are numbers: those of `values` by dotted path, each other gate its `init`.
+    """Return a copy of `part` whose gates are numbers: those of `values` by dotted path, each other gate its `init`.
 
     A part without gates is returned as it is.
     """

@@ -159,7 +159,7 @@ class Level(Part):
         return 1
 
     def init_tokens(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
-        """The state of one sequence and head before its first token; `learned` is the start a layer has learned."""
+        """Return the state of one sequence and head before its first token, from the start that a layer learned."""
         return start(self, like.new_zeros(dim_v, dim_k))
 
     def token_step(self, q: Tensor, k: Tensor, v: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
@@ -187,13 +187,13 @@ class Level(Part):
         return self.token_step(q, torch.zeros_like(q), q.new_zeros(dim_v), state, signal)[0]
 
     def learned_start(self, dim_k: int, dim_v: int) -> dict[str, Tensor]:
-        """What a layer should learn as this level's initial memory, at its own initial value. Empty: starts at zero."""
+        """Return what a layer learns as this level's initial memory, at its own start; empty where that is zero."""
         return {}
 
     # -- for describe ----------------------------------------------------------------------------------------------
 
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
-        """The memories of this level, for the order of levels (`nestopt.core.order`)."""
+        """Return the memories of this level, for the order of levels (`nestopt.core.order`)."""
         keys = [key for key, _ in leaves(self.init(torch.zeros(2, 2)))]
         every = period * self.period
         if not keys:

@@ -45,14 +45,14 @@ class Memory(Part):
 
     @abstractmethod
     def pairs(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys `[n, D_k]` and values `[n, D_v]` that `grad` is made of."""
+        """Return the keys `[n, D_k]` and values `[n, D_v]` that `grad` is made of."""
 
     @abstractmethod
     def direction(self, theta: Theta, grad: Tensor, output: Output) -> Tensor:
-        """What the optimizer steps along, in the shape of `grad`."""
+        """Return what the optimizer steps along, in the shape of `grad`."""
 
     def learned_start(self, dim_k: int, dim_v: int) -> Theta:
-        """What a layer learns as θ's start; empty where it is fixed at `start`."""
+        """Return what a layer learns as θ's start; empty where it is fixed at `start`."""
         return {}
 
     def append(self, theta: Theta, k: Tensor, v: Tensor) -> Theta | None:
@@ -60,7 +60,7 @@ class Memory(Part):
         return None
 
     def layers(self, theta: Theta, k: Tensor) -> dict[str, tuple[Tensor, Tensor]] | None:
-        r"""For each weight the input a it meets at keys `[n, D_k]`, and its sensitivity j: `([n, in], [n])` by name.
+        r"""Return by weight the input a it meets at keys `[n, D_k]`, and its sensitivity j: `([n, in], [n])` each.
 
         j bounds $\lVert\partial M(k)/\partial(W a)\rVert$. Needed for the delta decay and the normalised step; None for
         a memory that is not made of weights.
@@ -69,7 +69,7 @@ class Memory(Part):
 
 
 def rows(grad: Tensor) -> Tensor:
-    """A gradient as rows, each a vector in the space of the layer's inputs: vectors are one row."""
+    """Return a gradient as rows, each a vector in the space of the layer's inputs: vectors are one row."""
     return grad.reshape(1, -1) if grad.ndim < 2 else grad.flatten(1)
 
 

@@ -29,7 +29,7 @@ class Objective(Part):
         return None
 
     def loss(self, memory: Memory, theta: Theta, k: Tensor, v: Tensor) -> Tensor:
-        """Of the read at keys `[..., D_k]`. An objective overrides this where it is one of the memory itself, too."""
+        """Return the loss of the read at keys `[..., D_k]`; overridden by an objective of the memory itself, too."""
         return self(memory.read(theta, k), v)
 
 

@@ -29,7 +29,7 @@ class Packing:
 
     @staticmethod
     def of(cu_seqlens: Sequence[int] | Tensor, x: Tensor, owner: str) -> Packing:
-        """Of sequences in x `[1, N, ..]`, each from one of these n + 1 numbers to the next.
+        """Find the places of sequences in x `[1, N, ..]`, each from one of these n + 1 numbers to the next.
 
         Args:
             cu_seqlens: rising from 0 to N. Best a list, or a tensor on the CPU: another device is waited for.
@@ -59,7 +59,7 @@ class Packing:
         return Packing(mask, (starts[:, None] + place).clamp_max(ends[-1] - 1), row * longest + token - starts[row])
 
     def unpack(self, x: Tensor) -> Tensor:
-        """`[1, N, ..]` as `[n, longest, ..]`, zeros behind each sequence."""
+        """Return `[1, N, ..]` as `[n, longest, ..]`, zeros behind each sequence."""
         seen = self.mask.reshape(*self.mask.shape, *(1,) * (x.ndim - 2))
         return torch.where(seen, x[0][self.at], 0)
 
@@ -69,7 +69,7 @@ class Packing:
         return self.unpack(value) if each else value
 
     def pack(self, y: Tensor) -> Tensor:
-        """`[n, longest, ..]` as `[1, N, ..]`."""
+        """Return `[n, longest, ..]` as `[1, N, ..]`."""
         return y.flatten(0, 1)[self.back][None]
 
 

@@ -74,7 +74,7 @@ class Heads(Gate):
         self.ratio = float(ratio)
 
     def values(self, heads: int) -> list[float]:
-        """The constants of so many heads."""
+        """Return the constants of so many heads."""
         return [1 - (1 - self.init) * self.ratio**h for h in range(heads)]
 
     def __eq__(self, other: object) -> bool:
@@ -114,18 +114,18 @@ Number = float | Tensor | Gate
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the allowed name closest to `name`, or nothing."""
+    """Return ` Did you mean 'x'?` for the allowed name closest to `name`, or nothing."""
     close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def snake_case(name: str) -> str:
-    """`DeltaMomentum` as `delta_momentum`; a capital that begins no word (`AdamW`) begins none."""
+    """Return `DeltaMomentum` as `delta_momentum`; a capital that begins no word (`AdamW`) begins none."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def is_subclass(value: object, base: type[_T]) -> TypeGuard[type[_T]]:
-    """Whether `value` is a class, and is `base` or derived from it."""
+    """Return whether `value` is a class, and is `base` or derived from it."""
     # in Python 3.10 `tuple[float, float]` says that it is a type, and `issubclass` refuses it
     return get_origin(value) is None and isinstance(value, type) and issubclass(value, base)
 
@@ -185,7 +185,7 @@ class Part(metaclass=_PartType):
         return self.requires.union(*(part.needs for _, part in self.parts()))
 
     def parts(self) -> Iterator[tuple[str, Part]]:
-        """The parts directly within this one, as (dotted name, part)."""
+        """Yield the parts directly within this one, as (dotted name, part)."""
         for key in self.field_names:
             value = getattr(self, key)
             if isinstance(value, Part):
@@ -234,7 +234,7 @@ _HINTS: dict[type, dict[str, type[Part]]] = {}
 
 
 def _part_hints(cls: type[Part]) -> dict[str, type[Part]]:
-    """The fields of `cls` that must hold parts, with the class each must be of."""
+    """Return the fields of `cls` that must hold parts, with the class each must be of."""
     if cls not in _HINTS:
         names = set(cls.field_names)
         found = {}

@@ -77,7 +77,7 @@ def refusal(precision: Precision, device: torch.device, dtype: torch.dtype) -> s
 
 @constant_in_graphs
 def _cuda(index: int | None) -> tuple[str, int, int]:
-    """The name and the compute capability of a CUDA device."""
+    """Return the name and the compute capability of a CUDA device."""
     return torch.cuda.get_device_name(index), *torch.cuda.get_device_capability(index)
 
 
@@ -94,7 +94,7 @@ _now = _Now()
 
 
 def current() -> Precision:
-    """The precision at which `matmul` multiplies on this thread."""
+    """Return the precision at which `matmul` multiplies on this thread."""
     return _now.precision
 
 
@@ -172,7 +172,7 @@ def _of_any_shape(a: Tensor, b: Tensor, precision: Precision) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, precision: Precision) -> Tensor:
-    """`[n, k]` times `[k, m]`, or as many of both."""
+    """Return `[n, k]` times `[k, m]`, or as many of both."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _Product.apply(a, b, precision)
     return _multiplied(a, b, precision)  # nobody asks for a derivative, or for many at once
@@ -246,7 +246,7 @@ _switch = _Switch()
 
 
 def tf32_is_on() -> bool:
-    """Whether torch makes a float32 product that is dispatched now a TF32 one, on a device that has it."""
+    """Return whether torch makes a float32 product that is dispatched now a TF32 one, on a device that has it."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 

@@ -51,7 +51,7 @@ def recalled(level: Level, tokens: TokenBatch, gates: Mapping[str, Tensor], stat
 
 
 def answers(level: AssociativeMemory, q: Tensor, theta: Theta, gates: Mapping[str, Tensor]) -> Tensor:
-    """What a memory with parameters `theta` `[B, H, ..]` answers to q `[B, H, T, D_k]`."""
+    """Return what a memory with parameters `theta` `[B, H, ..]` answers to q `[B, H, T, D_k]`."""
     built_in = type(level.memory) in (Matrix, Mlp, Window) and type(level.output) is Plain
     if built_in and not any(path.startswith(_OF_READS) for path in gates):
 
@@ -72,7 +72,7 @@ _OF_READS = ("features.", "memory.", "output.")
 
 
 def _after_pending(level: AssociativeMemory, state: State) -> Theta:
-    """The memory after the last token it has seen, of a chunk that is not over."""
+    """Return the memory after the last token it has seen, of a chunk that is not over."""
 
     def one(held: State, before: State, step: Tensor) -> Theta:
         k, v, live = (held[name] for name in ("k", "v", "live"))
@@ -84,7 +84,7 @@ def _after_pending(level: AssociativeMemory, state: State) -> Theta:
 
 
 def _answered_next(level: Level, q: Tensor, now: State, memory: State, pending: State, step: Tensor) -> Tensor:
-    """The answer to one token that is not written, after those that are pending."""
+    """Return the answer to one token that is not written, after those that are pending."""
     k, v, live = (pending[name] for name in ("k", "v", "live"))
 
     def then(x: Tensor, last: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ class Retention(Part):
 
     @abstractmethod
     def __call__(self, theta: Tensor) -> Tensor:
-        """What is kept of one parameter tensor of the memory."""
+        """Return what is kept of one parameter tensor of the memory."""
 
 
 class Keep(Retention):

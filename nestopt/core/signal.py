@@ -43,7 +43,7 @@ class Signal:
     debiases: Debiases | None = None
 
     def every(self, period: int) -> Signal:
-        """The signal of a level that acts once in `period` steps: its step counts its own writes."""
+        """Return the signal of a level that acts once in `period` steps: its step counts its own writes."""
         if isinstance(self.step, Tensor):
             # never 0: the branch that is not taken must stay finite for the gradient of `where`
             step: int | Tensor = (self.step // period).clamp(min=1)
@@ -61,11 +61,11 @@ class Signal:
         return average / -torch.expm1(self.step.to(average.dtype) * math.log(beta)) if beta else average
 
     def on(self, param: Tensor | None) -> Signal:
-        """The signal of a level that learns `param`, which is no layer's weight: a memory's, or another's state."""
+        """Return the signal of a level that learns `param`, which is a memory's, or another level's state."""
         return dataclasses.replace(self, param=param, lr=None, inputs=None)
 
     def inside(self, name: str) -> Signal:
-        """The signal of the part `name` of a level: what it reports is filed under that name."""
+        """Return the signal of the part `name` of a level: what it reports is filed under that name."""
         note = self.note
         if note is None:
             return self

@@ -79,7 +79,7 @@ class TokenBatch:
         return self.active.shape[2] if self.mask is None else self.mask.sum(-1, keepdim=True)
 
     def gate(self, value: Tensor, idle: float) -> Tensor:
-        """`value` (as from `per_token`) `[B, H, T]` with `idle` where a token is not written."""
+        """Return `value` (as from `per_token`) `[B, H, T]` with `idle` where a token is not written."""
         return torch.where(self.active, value, idle)
 
     def answer(self, y: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class TokenBatch:
         return y.transpose(1, 2).to(self.dtype_in)
 
     def replace(self, **tensors: Tensor) -> TokenBatch:
-        """With other queries, keys or values, which are set to 0 where a token is not active."""
+        """Put other queries, keys or values in, which are set to 0 where a token is not active."""
         cleared: dict[str, Any] = {name: torch.where(self.active[..., None], x, 0) for name, x in tensors.items()}
         return dataclasses.replace(self, **cleared)
 
@@ -121,7 +121,7 @@ def check_mask(mask: Tensor, batch: int, length: int) -> None:
 
 
 def per_token(name: str, value: float | Tensor, q: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gate `[B, T, H]`, a constant or one per head `[H]`, as `[B, H, T]` (not expanded where it need not be).
+    """Return a gate `[B, T, H]`, a constant or one per head `[H]`, as `[B, H, T]` (not expanded where it need not be).
 
     `q` is `[B, T, H, D_k]`, as given by the caller.
 
@@ -171,7 +171,7 @@ def check_finite(**tensors: Tensor | None) -> None:
 
 
 def check_state(name: str, state: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """`state` in `dtype`, or ValueError unless it has `shape` and a floating dtype."""
+    """Return `state` in `dtype`, or ValueError unless it has `shape` and a floating dtype."""
     if state.shape != shape:
         raise ValueError(
             f"{name} has the shape {list(state.shape)}; for these tokens it must be {list(shape)}. Is it the state of "

@@ -39,7 +39,7 @@ class _Composition(TokenForm):
 
     @staticmethod
     def parts_of(level: Level) -> Iterator[tuple[str, Level]]:
-        """The levels within, by dotted path."""
+        """Return the levels within, by dotted path."""
         return ((path, part) for path, part in level.parts() if isinstance(part, Level))
 
     @property
@@ -75,12 +75,12 @@ class _Composition(TokenForm):
         return [*super().explain(indent), *parts]
 
     def _named(self) -> Iterator[tuple[str, TokenForm]]:
-        """The parts' forms by the last word of their path."""
+        """Return the parts' forms by the last word of their path."""
         return ((path.split(".")[-1], form) for path, form in self.parts.items())
 
 
 def within(flat: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
-    """Those of a part, of tensors by dotted path."""
+    """Return those of a part, of tensors by dotted path."""
     return {name.removeprefix(f"{path}."): x for name, x in flat.items() if name.startswith(f"{path}.")}
 
 
@@ -213,7 +213,7 @@ class NestForm(_Composition):
         return {"step": state["step"], "level": level, PENDING: {"live": live}}
 
     def _learns(self, path: str, leaf: Tensor) -> bool:
-        """Whether the outer level learns where this tensor of the inner level's state starts."""
+        """Return whether the outer level learns where this tensor of the inner level's state starts."""
         keys = path.split(".")
         return leaf.is_floating_point() and PENDING not in keys and keys[0] not in self.inner.level.constant_keys
 

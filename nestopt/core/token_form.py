@@ -121,7 +121,7 @@ class TokenForm(ABC):
     @classmethod
     @abstractmethod
     def accepts(cls, level: Level, device: torch.device, dtype: torch.dtype) -> Accepted | Refused:
-        """Whether it runs `level` as configured, with memories of this dtype on this device; in words."""
+        """Return whether it runs `level` as configured, with memories of this dtype on this device; in words."""
 
     @property
     def takes_padding(self) -> bool:
@@ -165,7 +165,7 @@ class TokenForm(ABC):
         return recalled(self.level, tokens, gates, state)
 
     def pending(self, state: State) -> int:
-        """How many tokens of a chunk that is not over the state has."""
+        """Return how many tokens of a chunk that is not over the state has."""
         return state[PENDING]["live"].shape[2] if PENDING in state else 0
 
     @property

@@ -87,7 +87,7 @@ class ReferenceForm(TokenForm):
         return torch.cat(ys, dim=2)[:, :, done:], {"step": total, "level": memory, PENDING: rest}
 
     def _whole(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
-        """All tokens at once, of a level that keeps those of its chunks itself."""
+        """Run all tokens at once, of a level that keeps those of its chunks itself."""
 
         def chunk(
             q: Tensor, k: Tensor, v: Tensor, gates: State, live: Tensor, before: State, step: Tensor

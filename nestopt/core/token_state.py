@@ -61,7 +61,7 @@ Rows = Sequence[int] | Sequence[bool] | Tensor
 
 
 def detach(state: Mapping[str, Any]) -> State:
-    """`state` without its graph: the outer gradient stops here. The tensors share their memory with `state`."""
+    """Return `state` without its graph: the outer gradient stops here. The tensors share their memory with `state`."""
     return tree_map(Tensor.detach, state)
 
 
@@ -71,7 +71,7 @@ def clone(state: Mapping[str, Any]) -> State:
 
 
 def to(state: Mapping[str, Any], device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
-    """`state` on another device, its floating tensors in another dtype. Counts and flags keep theirs.
+    """Return `state` on another device, its floating tensors in another dtype. Counts and flags keep theirs.
 
     Raises:
         ValueError: for a `dtype` that is not floating.
@@ -82,7 +82,8 @@ def to(state: Mapping[str, Any], device: torch.device | str | None = None, dtype
 
 
 def index(state: Mapping[str, Any], rows: Rows) -> State:
-    """The sequences `rows` of a batch, in that order: to choose some, or to reorder beams (a row may come twice).
+    """Return the sequences `rows` of a batch, in that order: to choose some, or to reorder beams (a row may come
+    twice).
 
     Args:
         state: of a batch of n.
@@ -191,7 +192,7 @@ def _pairs_filled(states: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def numbers(rows: Rows, batch: int, device: torch.device, owner: str) -> Tensor:
-    """`rows` of a batch as an integer tensor, or as a bool tensor `[batch]`; checked where nothing waits."""
+    """Return `rows` of a batch as an integer tensor, or as a bool tensor `[batch]`; checked where nothing waits."""
     given = rows if isinstance(rows, Tensor) else torch.tensor(list(rows), dtype=None if len(rows) else torch.int64)
     if given.ndim != 1 or given.is_floating_point() or given.is_complex():
         raise ValueError(f"{owner}: rows is {given.dtype} {list(given.shape)}; give a list of numbers or bools of rows")
@@ -233,7 +234,7 @@ _OF_TOKENS = ("k", "v", "live")
 
 
 def as_mask(rows: Tensor, batch: int) -> Tensor:
-    """`rows`, as numbers or bools, as a bool for each of `batch` sequences."""
+    """Return `rows`, numbers or bools, as a bool for each of `batch` sequences."""
     if rows.dtype == torch.bool:
         return rows
     return torch.zeros(batch, dtype=torch.bool, device=rows.device).index_fill(0, rows % batch, True)
@@ -261,7 +262,7 @@ Shapes = dict[str, Any]
 
 
 def shapes_of(state: Mapping[str, Any]) -> Shapes:
-    """The `Shapes` of a state as it is before the first token."""
+    """Return the `Shapes` of a state as it is before the first token."""
     found: Shapes = {
         key: shapes_of(value)
         if isinstance(value, Mapping)
@@ -282,7 +283,7 @@ def fitted(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> State:
-    """`state` with the structure of `shapes`: parts that hold no tensors, which files do not keep, are put back.
+    """Return `state` with the structure of `shapes`: parts that hold no tensors, which files do not keep, are put back.
 
     Args:
         state: from outside.
@@ -319,7 +320,7 @@ def fitted(
 
 
 def _fits(leaf: Any, wanted: Leaf, batch: int, dtype: torch.dtype | None, device: torch.device | None) -> bool:
-    """Whether it is what a layer makes itself."""
+    """Return whether it is what a layer makes itself."""
     if not isinstance(leaf, Tensor) or leaf.dtype != (wanted.dtype or dtype) or (device and leaf.device != device):
         return False
     whole = (batch, *wanted.shape)

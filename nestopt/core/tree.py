@@ -22,7 +22,7 @@ def tree_map(function: Callable[..., Tensor], tree: Mapping[str, Any], *others: 
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Each leaf with its dotted path."""
+    """Yield each leaf with its dotted path."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{key}.")
@@ -31,7 +31,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Ten
 
 
 def nested(flat: Mapping[str, Any]) -> State:
-    """The tree whose dotted paths are the keys of `flat`: the inverse of `dict(leaves(tree))`."""
+    """Return the tree whose dotted paths are the keys of `flat`: the inverse of `dict(leaves(tree))`."""
     tree: State = {}
     for path, leaf in flat.items():
         *parents, last = path.split(".")

@@ -15,14 +15,14 @@ from nestopt.kernels.functions import batched, may_write, plus_product
 
 
 def causal_conv(seen: Tensor, weight: Tensor) -> Tensor:
-    r"""$y_t = x_t + \sum_i w_i \odot x_{t-i}$: weights `[.., width, D]`, the oldest token's first, of tokens
+    r"""Return $y_t = x_t + \sum_i w_i \odot x_{t-i}$: weights `[.., width, D]`, the oldest token's first, of tokens
     `[.., B, width - 1 + T, D]` to `[.., B, T, D]`.
     """
     return _CausalConv.apply(seen, weight)
 
 
 def _each(weight: Tensor) -> list[Tensor]:
-    """`[.., width, D]` as so many of `[.., 1, 1, D]`."""
+    """Return `[.., width, D]` as so many of `[.., 1, 1, D]`."""
     return list(weight[..., None, None, :].movedim(-4, 0).unbind(0))
 
 

@@ -28,7 +28,7 @@ def plus_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def batched(function: type[torch.autograd.Function], info: Any, in_dims: Any, args: tuple[Any, ...]) -> Any:
-    """`function` under vmap, if it takes any leading dimensions: the new one is put before them.
+    """Apply `function` under vmap, if it takes any leading dimensions: the new one is put before them.
 
     All inputs get it, also those that are the same for all: else the backward pass could not write on their gradients.
     """

@@ -60,7 +60,7 @@ class _Products(torch.autograd.Function):
 
 
 def _on_grid(logarithms: Tensor) -> Tensor:
-    """`[.., C]` rounded so that sums of C of them are exact in their dtype."""
+    """Return `[.., C]` rounded so that sums of C of them are exact in their dtype."""
     numbers = torch.finfo(logarithms.dtype)
     largest = logarithms.shape[-1] * -math.log(numbers.tiny)
     step = 2.0 ** math.ceil(math.log2(largest * numbers.eps))
@@ -68,5 +68,5 @@ def _on_grid(logarithms: Tensor) -> Tensor:
 
 
 def shifted(x: Tensor, first: float = 0.0) -> Tensor:
-    """`[.., C, n]` with its rows moved down by one: row t holds what stood at t - 1; the first is filled."""
+    """Return `[.., C, n]` with its rows moved down by one: row t holds what stood at t - 1; the first is filled."""
     return torch.nn.functional.pad(x[..., :-1, :], (0, 0, 1, 0), value=first)

@@ -37,12 +37,12 @@ class LinearRule:
     wrapped: bool = False
 
     def state(self, momentum: Tensor | None) -> State:
-        """The rule's state, given its momentum."""
+        """Return the rule's state, given its momentum."""
         inner: State = {} if momentum is None else {"momentum": momentum}
         return {"of": inner} if self.wrapped else inner
 
     def momentum_in(self, state: State) -> Tensor:
-        """The momentum in the rule's state."""
+        """Return the momentum in the rule's state."""
         return (state["of"] if self.wrapped else state)["momentum"]
 
 
@@ -63,28 +63,28 @@ def linear_rule(rule: Level) -> LinearRule | None:
 
 
 def is_sum(level: Momentum) -> bool:
-    """Whether a momentum is its state, and that a sum with one decay."""
+    """Return whether a momentum is its state, and that a sum with one decay."""
     return not level.nesterov and not level.undamped_start and level.period == 1 and is_number(level.beta)
 
 
 def is_number(value: Number | None) -> bool:
-    """Whether a field holds one number, or a gate, and no tensor with a shape."""
+    """Return whether a field holds one number, or a gate, and no tensor with a shape."""
     return not isinstance(value, Tensor) or value.ndim == 0
 
 
 def is_one(value: Number) -> bool:
-    """Whether a field is the constant 1."""
+    """Return whether a field is the constant 1."""
     return isinstance(value, int | float) and value == 1
 
 
 def is_plain(rule: Level) -> bool:
-    """Whether the rule passes gradients on as they are."""
+    """Return whether the rule passes gradients on as they are."""
     linear = linear_rule(rule)
     return linear is not None and linear.momentum is None and not linear.wrapped
 
 
 def featured(features: Features, tokens: TokenBatch) -> TokenBatch:
-    """The tokens with features of their queries and keys in the place of these."""
+    """Return the tokens with features of their queries and keys in the place of these."""
     if type(features) is Identity:
         return tokens
     return tokens.replace(q=features(tokens.q), k=features(tokens.k))

@@ -8,7 +8,7 @@ from nestopt.core.registry import registry
 
 
 def names(pattern: str = "*") -> list[str]:
-    """The names of all registered levels, those of plugins too, that match `pattern`, sorted.
+    """Return the names of all registered levels, those of plugins too, that match `pattern`, sorted.
 
     Args:
         pattern: as of file names: `*` is anything, `?` one character, `[ab]` one of these. Default: all.

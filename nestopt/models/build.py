@@ -8,7 +8,7 @@ from nestopt.models.hope import HopeLM
 
 
 def build_model(section: ModelConfig) -> HopeLM:
-    """The language model that the section `model` of a configuration describes.
+    """Return the language model that the section `model` of a configuration describes.
 
     Raises:
         ConfigError: its `mlp` is not a `cms`.

@@ -171,7 +171,7 @@ def _size(x: Any) -> int:
 
 
 def cost_of(run: Callable[[], object], device: str | None = None) -> Cost:
-    """What `run` costs on a kind of device, or on all.
+    """Return what `run` costs on a kind of device, or on all.
 
     Within a `FakeTensorMode`, and on meta tensors, nothing is computed and no memory needed, however large it is.
     """
@@ -253,7 +253,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def step_cost(section: ModelConfig, batch: int, window: int, *, learn: Learn = True) -> Cost:
-    """The forward and backward pass of a model on `batch` windows of `window` tokens."""
+    """Return the cost of a forward and a backward pass of a model on `batch` windows of `window` tokens."""
     with FakeTensorMode():
         model = build_model(section)
         tokens = torch.zeros(batch, window, dtype=torch.int64)

@@ -49,7 +49,7 @@ class Pieces:
 
     @staticmethod
     def of(starts: Tensor, mask: Tensor | None, goes_on: bool) -> Pieces:
-        """Of a batch whose documents begin at `starts` `[B, T]`, all other rows anew unless the batch `goes_on`."""
+        """Find those of a batch whose documents begin at `starts` `[B, T]`, all other rows anew unless it `goes_on`."""
         with by_contract("documents"):
             starts = starts.cpu()
             live = torch.ones_like(starts) if mask is None else mask.cpu()
@@ -90,7 +90,7 @@ class Group:
 def run_documents(
     tokens: Tensor, pieces: Pieces, state: State | None, run: Run, begin: Callable[[int], State], lockstep: bool
 ) -> tuple[Tensor, State]:
-    """Each piece by itself.
+    """Run each piece by itself.
 
     Args:
         tokens: `[B, T]`.

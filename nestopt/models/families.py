@@ -36,25 +36,25 @@ class Family(Protocol):
         """Its layers, from the first."""
 
     def mlp(self, block: nn.Module) -> list[nn.Module]:
-        """The modules that a layer's MLP runs one after another, from x to what is added to the stream."""
+        """Return the modules that a layer's MLP runs one after another, from x to what is added to the stream."""
 
     def width(self, model: nn.Module) -> int:
-        """Of its stream."""
+        """Return the width of its stream."""
 
     def longest(self, model: nn.Module) -> int | None:
-        """Tokens that a context can have at most, where positions are learned one by one; else None."""
+        """Return how many tokens a context can have at most, where positions are learned one by one; else None."""
 
     def has_head(self, model: nn.Module) -> bool:
-        """Whether it predicts tokens."""
+        """Return whether it predicts tokens."""
 
     def head(self, model: nn.Module, hidden: Tensor) -> Tensor:
         """Logits of the stream before the last norm."""
 
     def signal(self, model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The derivative by `hidden` `[B, n, D]` of the loss of the tokens after it, `[B, n]`."""
+        """Return the derivative by `hidden` `[B, n, D]` of the loss of the tokens after it, `[B, n]`."""
 
     def context(self, model: nn.Module, past: Mapping[str, Any] | None, mask: Tensor | None) -> Context:
-        """A context that begins, or goes on from the tensors of another."""
+        """Return a context that begins, or goes on from the tensors of another."""
 
 
 class Decoder:
@@ -72,7 +72,7 @@ class Decoder:
         self._core, self._layers, self._norm, self._positions = core, layers, norm, positions
 
     def core(self, model: nn.Module) -> nn.Module:
-        """The model without its head."""
+        """Return the model without its head."""
         return cast(nn.Module, getattr(model, self._core, model))
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
@@ -165,7 +165,7 @@ class Bert:
     causal = False
 
     def core(self, model: nn.Module) -> Any:
-        """The model without its head."""
+        """Return the model without its head."""
         return getattr(model, "bert", model)
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
@@ -197,7 +197,7 @@ GPT2, LLAMA, BERT = Decoder("transformer", "h", "ln_f", "wpe"), Decoder("model",
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a model, by the parts it has.
+    """Return the family of a model, by the parts it has.
 
     Raises:
         ValueError: if it is none that is known.

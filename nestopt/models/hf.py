@@ -43,7 +43,7 @@ class HopeConfig(PretrainedConfig):
         self.hidden_size, self.num_hidden_layers, self.num_attention_heads = section.dim, section.blocks, section.heads
 
     def section(self) -> ModelConfig:
-        """The section `model` of a configuration."""
+        """Return the section `model` of a configuration."""
         return ModelConfig(**self.model)
 
 
@@ -113,7 +113,8 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_hope(cls, model: HopeLM, section: ModelConfig) -> HopeForCausalLM:
-        """A copy of `model`, which the section `model` of a configuration describes, such as one that was trained.
+        """Return a copy of `model`, which the section `model` of a configuration describes, such as one that was
+        trained.
 
         With a run: `HopeForCausalLM.from_hope(run.load_model(), run.config().model)`.
         """
@@ -144,7 +145,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         return False  # the first pass makes a HopeCache
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding."""
+        """Return the embedding."""
         return self.model.embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -153,7 +154,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.embedding = value
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head."""
+        """Return the head."""
         return self.model.head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:

@@ -122,7 +122,7 @@ class HopeLM(nn.Module):
         return state
 
     def reset(self, state: Mapping[str, Any], rows: Chosen) -> State:
-        """`state` with the sequences `rows` begun anew, at the learned start, and all others as they are.
+        """Return `state` with the sequences `rows` begun anew, at the learned start, and all others as they are.
 
         Args:
             state: of this model.
@@ -153,7 +153,7 @@ class HopeLM(nn.Module):
         starts: Tensor | None = None,
         learn: Learn = True,
     ) -> tuple[Tensor, State]:
-        """Tokens `[B, T]`, T >= 1, of any integer dtype, to logits `[B, T, vocab]` of the tokens after each.
+        """Read tokens `[B, T]`, T >= 1, of any integer dtype: logits `[B, T, vocab]` of the tokens after each.
 
         Args:
             tokens: 0 … vocab - 1.
@@ -220,7 +220,7 @@ class HopeLM(nn.Module):
         piece: int = 1024,
         reduction: Literal["mean", "sum"] = "mean",
     ) -> tuple[Tensor, State]:
-        """Mean loss, in nats, of each token but the first of `[B, T + 1]`, and the state after the T tokens before it.
+        """Return the mean loss, in nats, of all tokens of `[B, T + 1]` but the first, and the state after the first T.
 
         Logits are made, and in the backward pass made again, for `piece` positions of all sequences at a time: those
         of the whole sequence never exist.
@@ -248,7 +248,7 @@ class HopeLM(nn.Module):
     def _sequences(
         self, tokens: Tensor, state: State | None, mask: Tensor | None, learn: Learn
     ) -> tuple[Tensor, State]:
-        """Tokens at the front of their rows, from a state of this model, or None for new sequences.
+        """Read tokens at the front of their rows, from a state of this model, or None for new sequences.
 
         Where `segment` says so, each segment is run again in the backward pass.
         """
@@ -282,7 +282,7 @@ class HopeLM(nn.Module):
     def _run_taught(
         self, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn, read: Read, ahead: int
     ) -> tuple[Tensor, State]:
-        """From write to write, each position taught when its next token has come."""
+        """Read from write to write, each position taught when its next token has come."""
         continua = [block.mlp if block.mlp.taught else None for block in self._blocks()]
         teaching = LossTeaching(tokens, state, continua, mask, read, "mlp", ahead)
         if teaching.waiting:
@@ -297,7 +297,7 @@ class HopeLM(nn.Module):
     def _through(
         self, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn
     ) -> tuple[Tensor, list[Tensor], State]:
-        """All blocks on tokens of which none crosses a write of a continuum that is taught."""
+        """Run all blocks on tokens of which none crosses a write of a continuum that is taught."""
         x = next_token.embedded(self.embedding, tokens, "HopeLM")
         inputs, new = [], {}
         for name, block in zip(state, self._blocks(), strict=True):
@@ -324,7 +324,7 @@ class HopeLM(nn.Module):
         return list(self.blocks)  # type: ignore[arg-type]  # a ModuleList forgets of what it is
 
     def fitted(self, state: Mapping[str, Any]) -> State:
-        """`state`, such as one from a file, in which dicts without tensors may be missing.
+        """Return `state`, such as one from a file, in which dicts without tensors may be missing.
 
         Raises:
             ValueError: if it is that of another model; says which tensor.

@@ -56,7 +56,7 @@ class Read(NamedTuple):
 
     @staticmethod
     def of(step: Tensor, carried: State) -> Read:
-        """Of rows whose continua have learned from `step` tokens `[B]`, with what is `carried` under `TAUGHT`."""
+        """Return that of rows whose continua have learned from `step` tokens `[B]`, with what is `carried`."""
         live = carried["live"]
         if not live.shape[1]:
             return Read(numbers_in(step), False)
@@ -71,14 +71,14 @@ TAUGHT = "taught"
 
 
 def nothing_carried(count: int, batch: int, dim: int, like: Tensor) -> State:
-    """What is carried before the first token: no position, of `count` continua."""
+    """Return what is carried before the first token: no position, of `count` continua."""
     none = like.new_zeros(batch, 0, dim)
     live = torch.zeros(batch, 0, dtype=torch.bool, device=like.device)
     return {"inputs": {f"block_{i}": none for i in range(count)}, "hidden": none, "live": live}
 
 
 def teach_signal(hidden: Tensor, targets: Tensor, norm: nn.RMSNorm, head: nn.Linear) -> Tensor:
-    r"""$\partial\ell_t/\partial h_t$ `[B, n, dim]` of the loss $\ell_t$ of `targets` `[B, n]`, in closed form.
+    r"""Return $\partial\ell_t/\partial h_t$ `[B, n, dim]` of the loss $\ell_t$ of `targets` `[B, n]`, in closed form.
 
     The logits are `head(norm(h))`; all is torch operations that can be differentiated again.
     """
@@ -152,7 +152,7 @@ class LossTeaching:
         self._carried = {**self._carried, "live": self._carried["live"] & ~self._came}
 
     def parts(self) -> Iterator[slice]:
-        """The parts that the model is to read one after the other."""
+        """Yield the parts that the model is to read one after the other."""
         for part, phases in between_writes(self._tokens.shape[1], self._phases, self._continua.values()):
             self._part, self._phases = part, phases
             yield part
@@ -202,7 +202,7 @@ class LossTeaching:
 def _carried(
     before: State, inputs: Mapping[str, Tensor], hidden: Tensor, live: Tensor, after: Tensor, ends: bool
 ) -> State:
-    """The last position of each row, if the token after it is not in this call; else what was carried before.
+    """Return the last position of each row, if the token after it is not in this call; else what was carried before.
 
     Args:
         before: what was carried into this segment.

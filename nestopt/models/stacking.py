@@ -84,7 +84,7 @@ class Stacked(nn.Module):
             layer.precision = precision
 
     def init_state(self, batch: int) -> State:
-        """The state of `batch` sequences before their first token."""
+        """Return the state of `batch` sequences before their first token."""
         found: State = {f"block_{n}": {LEVEL: layer.init_state(batch)} for n, layer in enumerate(self._layers.values())}
         if self._layers and not self.targets:
             like = next(self.pretrained.parameters())
@@ -158,7 +158,7 @@ class Stacked(nn.Module):
         return cast(Tensor, found.logits if hasattr(found, "logits") else found.last_hidden_state)
 
     def _taught(self, tokens: Tensor, state: State, context: Any, mask: Tensor | None) -> tuple[Tensor, State]:
-        """As `HopeLM` learns: from write to write, each position when its next token has come."""
+        """Read as `HopeLM` does: from write to write, each position when its next token has come."""
         layers = list(self._layers.values())
         seen = Read.of(next(iter(state.values()))[LEVEL]["step"], state[TAUGHT])
         with torch.set_grad_enabled(torch.is_grad_enabled() and layers[0].clocks.through != "stop"):
@@ -172,7 +172,7 @@ class Stacked(nn.Module):
             return teaching.end()
 
     def _by_themselves(self, tokens: Tensor, state: State, context: Any, mask: Tensor | None) -> tuple[Tensor, State]:
-        """From write to write, each level taught by its own objective."""
+        """Read from write to write, each level taught by its own objective."""
         found: list[Tensor] = []
         for part, phases in between_writes(tokens.shape[1], self._phases(state), self._layers.values()):
             hidden, inputs = self._read(tokens[:, part], state, context)
@@ -186,7 +186,7 @@ class Stacked(nn.Module):
         return torch.cat(found, dim=1), state
 
     def _encoded(self, tokens: Tensor, state: State, mask: Tensor | None, learn: bool) -> tuple[Tensor, State]:
-        """All at once; then the levels learn from it, token by token, each from its own objective."""
+        """Read all at once; then the levels learn from it, token by token, each from its own objective."""
         with self._weights(state) as inputs:
             out = self._plain(tokens, mask)
         if not learn:
@@ -201,11 +201,11 @@ class Stacked(nn.Module):
         return out, new
 
     def _phases(self, state: State) -> Phases:
-        """The different numbers of tokens that rows have learned from; waits where only a device knows."""
+        """Return the different numbers of tokens that rows have learned from; waits where only a device knows."""
         return numbers_in(state["block_0"][LEVEL]["step"])
 
     def _read(self, tokens: Tensor, state: State, context: Any) -> tuple[Tensor, list[Tensor]]:
-        """The stream before the last norm `[B, n, D]`, and the inputs of each layer that learns."""
+        """Return the stream before the last norm `[B, n, D]`, and the inputs of each layer that learns."""
         with self._weights(state) as inputs:
             hidden = context.run(tokens)
         return hidden, [inputs[i] for i in self._layers]
@@ -308,7 +308,7 @@ def stack(
 
 
 def _periods(levels: int | Sequence[int] | Mapping[int, int], depth: int) -> dict[int, int]:
-    """The period of each layer that learns."""
+    """Return the period of each layer that learns."""
     if isinstance(levels, Mapping):
         for i in levels:
             if not -depth <= i < depth:

@@ -70,20 +70,20 @@ class Layer:
         self.precision: Precision = precision
 
     def starts(self) -> dict[str, Theta]:
-        """The trained weights, at the precision of a state."""
+        """Return the trained weights, at the precision of a state."""
         found = self.memory.start().items()
         return {LEVEL: {name: w.to(torch.promote_types(w.dtype, torch.float32)) for name, w in found}}
 
     def init_state(self, batch: int) -> State:
-        """Of sequences that have read nothing: the trained weights, which are not copied."""
+        """Return the state of sequences that have read nothing: the trained weights, which are not copied."""
         return self.clocks.begin(self.starts(), batch)
 
     def until_write(self, phases: Phases) -> int:
-        """Tokens up to and with the next write."""
+        """Return how many tokens there are up to and with the next write."""
         return self.clocks.until(phases)
 
     def weights(self, state: Mapping[str, Any]) -> Theta | None:
-        """Those of each sequence; None where they are still the trained ones."""
+        """Return those of each sequence; None where they are still the trained ones."""
         found: Theta = state["levels"][LEVEL]["weights"]
         return None if all(is_shared(w) for w in found.values()) and holds_only(state["step"], 0) else found
 

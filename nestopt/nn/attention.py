@@ -93,7 +93,7 @@ class MemoryAttention(nn.Module):
 
 
 def _shut(mask: Tensor) -> Tensor:
-    """Where a mask of bools or floats says that nothing is to be seen."""
+    """Return where a mask of bools or floats says that nothing is to be seen."""
     return mask if mask.dtype == torch.bool else mask == -torch.inf
 
 

@@ -34,5 +34,5 @@ class MemoryBlock(nn.Module):
         self.memory = SequenceMemory(level, dim, heads, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens `[B, T, dim]`, T >= 1, to as many."""
+        """Run tokens `[B, T, dim]`, T >= 1, through the block."""
         return x + self.memory(self.norm(x))[0]

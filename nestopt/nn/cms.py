@@ -42,7 +42,7 @@ class Block(Periodic, nn.Module):
             self.register_parameter(name, nn.Parameter(weight))
 
     def weights(self) -> Theta:
-        """The memory's own, by name."""
+        """Return the memory's own, by name."""
         return {name: getattr(self, name) for name in self.names}
 
     def extra_repr(self) -> str:
@@ -114,7 +114,7 @@ class CMS(nn.Module):
         return self.learns and self.level.teach == "loss"
 
     def init_state(self, batch: int) -> State:
-        """The state of `batch` sequences before their first token; of a static CMS nothing."""
+        """Return the state of `batch` sequences before their first token; of a static CMS nothing."""
         return self._clocks().begin(self._starts(), batch) if self.learns else {}
 
     def forward(
@@ -125,7 +125,7 @@ class CMS(nn.Module):
         mask: Tensor | None = None,
         learn: bool = True,
     ) -> tuple[Tensor, State]:
-        """`[B, T, dim]` to `[B, T, dim]`, its residual included, and the state after the last token.
+        """Run tokens `[B, T, dim]` through it: as many, its residual included, and the state after the last.
 
         Args:
             x: tokens.
@@ -170,7 +170,7 @@ class CMS(nn.Module):
     # -- step by step --------------------------------------------------------------------------------------------------
 
     def read(self, x: Tensor, state: Mapping[str, Any] | None = None) -> Tensor:
-        """`[B, T, dim]` as the weights in `state` answer it; None is the learned starts."""
+        """Return `[B, T, dim]` as the weights in `state` answer it; None is the learned starts."""
         levels = self._levels(state)
         dtype = next(iter(levels.weights[0].values())).dtype
         with self._autocast(x), products_in(self.precision):
@@ -181,7 +181,7 @@ class CMS(nn.Module):
         return [0] if not state else numbers_in(state["step"])
 
     def until_write(self, phases: Phases) -> int:
-        """Tokens that may be observed up to and with the next moment of its clocks, in rows that are at `phases`."""
+        """Return how many tokens there are up to and with the next moment of its clocks, in rows at `phases`."""
         return self._clocks().until(phases)
 
     def observe(
@@ -236,7 +236,7 @@ class CMS(nn.Module):
         return dict(zip(self.levels, found, strict=True))
 
     def mean_periods(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Tokens per write of each level so far, `[B]`: for an `Auto` as counted (inf before its first write)."""
+        """Return tokens per write of each level so far, `[B]`: for an `Auto` as counted (inf before the first)."""
         return {
             name: state["step"] / state["levels"][name]["writes"]
             if isinstance(period, Auto)
@@ -273,7 +273,7 @@ class CMS(nn.Module):
         return dict(self.levels.items())  # type: ignore[arg-type]  # a ModuleDict forgets of what it is
 
     def _starts(self) -> dict[str, Theta]:
-        """Where each level's weights start, at the precision of a state."""
+        """Return where each level's weights start, at the precision of a state."""
         return {
             name: {key: w.to(torch.promote_types(w.dtype, torch.float32)) for key, w in block.weights().items()}
             for name, block in self._blocks().items()

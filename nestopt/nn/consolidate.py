@@ -60,7 +60,7 @@ class Consolidation:
     inputs: int
 
     def table(self) -> str:
-        """As text, means over sequences."""
+        """Return it as text, means over sequences."""
         rows = [("fast", "slow", "lost without", "lost with")]
         rows += [(p.fast, p.slow, f"{float(p.before.mean()):.2%}", f"{float(p.after.mean()):.2%}") for p in self.pairs]
         return "\n".join(f"{a:<12}{b:<12}{c:>14}{d:>14}" for a, b, c, d in rows)
@@ -163,7 +163,7 @@ class _Task:
 
     @torch.no_grad()
     def solved(self, ridge: float) -> Theta:
-        """With the outermost weights that answer best, all others as they are."""
+        """Solve for the outermost weights that answer best, all others as they are."""
         hidden = linearize(self.memory, self.weights, self.inputs).at.inputs[0]  # type: ignore[attr-defined]  # of an Mlp
         gram = hidden.mT @ hidden
         size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
@@ -206,7 +206,7 @@ def _pair(cms: CMS, levels: Mapping[str, State], x: Tensor, fast: str, slow: str
 
 
 def _start(cms: CMS, levels: Mapping[str, State], fast: str, slow: str) -> Theta:
-    """Where the fast level starts."""
+    """Return where the fast level starts."""
     if "below" in levels[slow]:
         return levels[slow]["below"]["weights"]
     start = cms.init_state(1)["levels"][fast]["weights"]
@@ -214,7 +214,7 @@ def _start(cms: CMS, levels: Mapping[str, State], fast: str, slow: str) -> Theta
 
 
 def _put_back(cms: CMS, levels: Mapping[str, State], fast: str, slow: str) -> State:
-    """The fast level as it is before its first token; how often it has written stays."""
+    """Return the fast level as it is before its first token; how often it has written stays."""
     own = levels[fast]
     batch = len(own["energy"])
     fresh = tree_map(Tensor.detach, cms.init_state(batch)["levels"][fast])

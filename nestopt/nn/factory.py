@@ -11,7 +11,8 @@ from nestopt.nn.sequence_memory import SequenceMemory
 
 
 def layer(level: Level, dim: int, heads: int = 4, **options: Any) -> SequenceMemory | CMS:
-    """The module that runs `level` on tokens of `dim` numbers: `y, state = module(x, state=None)`, x `[B, T, dim]`.
+    """Return the module that runs `level` on tokens of `dim` numbers: `y, state = module(x, state=None)`, x `[B, T,
+    dim]`.
 
     Args:
         level: a `cms` becomes a `CMS` (which has no heads), any other level a `SequenceMemory`.

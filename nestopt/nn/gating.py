@@ -55,7 +55,7 @@ class Gates:
         return linear
 
     def stacked(self, logits: Tensor) -> Tensor:
-        """The learned gates `[.., gates, heads]` from their logits `[.., gates · heads]`; float32 at least.
+        """Return the learned gates `[.., gates, heads]` from their logits `[.., gates · heads]`; float32 at least.
 
         Shorter floats can't tell 0.99 from 0.992, and a share that is kept acts many times.
         """
@@ -67,11 +67,11 @@ class Gates:
         return torch.stack([gate.low + (gate.high - gate.low) * share for gate, share in pairs], dim=-2)
 
     def by_path(self, logits: Tensor) -> dict[str, Tensor]:
-        """The learned gates by dotted path, `[.., heads]` each."""
+        """Return the learned gates by dotted path, `[.., heads]` each."""
         return dict(zip(self.learned, self.stacked(logits).unbind(-2), strict=True))
 
     def every(self, logits: Tensor | None, h: Tensor, heads: int) -> Tensor:
-        """All gates of the level at h `[B, dim]`, constants too, in the order of `idle`: `[B, gates, heads]`."""
+        """Return all gates of the level at h `[B, dim]`, constants too, in the order of `idle`: `[B, gates, heads]`."""
         if logits is not None and not self._constants:
             return self.stacked(logits)
         learned = {} if logits is None else self.by_path(logits)
@@ -83,7 +83,7 @@ class Gates:
         return torch.cat([found, *(row[:, None] for row in rows)], dim=1)
 
     def idle_like(self, like: Tensor) -> Tensor:
-        """`idle` as `[gates, 1]`, where and of the dtype that `like` is."""
+        """Return `idle` as `[gates, 1]`, where and of the dtype that `like` is."""
         return constants(list(self.idle.values()), like)[:, None]
 
 

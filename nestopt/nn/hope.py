@@ -52,7 +52,7 @@ class HopeBlock(nn.Module):
         self.mlp = CMS(dim, Cms(periods=(1,)) if mlp is None else mlp, precision=precision)
 
     def init_state(self, batch: int) -> State:
-        """The state of `batch` sequences before their first token."""
+        """Return the state of `batch` sequences before their first token."""
         return {"mixer": self.mixer.init_state(batch), "mlp": self.mlp.init_state(batch)}
 
     def forward(
@@ -63,7 +63,7 @@ class HopeBlock(nn.Module):
         mask: Tensor | None = None,
         learn: Learn = True,
     ) -> tuple[Tensor, State]:
-        """Tokens `[B, T, dim]` to as many, and the state after the last.
+        """Run tokens `[B, T, dim]` through the block: as many, and the state after the last.
 
         Args:
             x: tokens.
@@ -79,7 +79,7 @@ class HopeBlock(nn.Module):
     def mixed(
         self, x: Tensor, state: Mapping[str, Any], *, mask: Tensor | None = None, learn: Learn = True
     ) -> tuple[Tensor, State]:
-        r"""The first half: $x + \mathrm{mixer}(\mathrm{norm}(x))$, and the mixer's state."""
+        r"""Return the first half: $x + \mathrm{mixer}(\mathrm{norm}(x))$, and the mixer's state."""
         y, mixer = self.mixer(self.norm(x), state, mask=mask, learn=writes(learn, "mixer"))
         return x + y, mixer
 
@@ -99,7 +99,7 @@ class HopeAttentionBlock(HopeBlock):
 
 
 def writes(learn: Learn, half: Literal["mixer", "mlp"]) -> bool:
-    """Whether `learn` lets this half of a block write."""
+    """Return whether `learn` lets this half of a block write."""
     if learn not in (True, False, "mixer", "mlp"):
         raise ValueError(f'learn={learn!r} is not allowed; give True, False, "mixer" or "mlp"')
     return learn is True or learn == half

@@ -16,7 +16,7 @@ from nestopt.levels.matrix.segments import CACHED
 
 
 def lengths(form: TokenForm, x: Tensor, memory: State) -> list[int]:
-    """Of the pieces of x `[B, T, dim]`, after the pending tokens of `memory`: as many chunks as stay in a cache.
+    """Return the lengths of pieces of x `[B, T, dim]`, after the pending tokens of `memory`: what stays in a cache.
 
     All of x on other devices than a CPU, and for forms that take no pieces.
     """

@@ -28,7 +28,7 @@ class Replay:
         self._generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
-        """How many vectors of each sequence there are."""
+        """Return how many vectors of each sequence there are."""
         return min(self.seen, self.size)
 
     @torch.no_grad()
@@ -56,7 +56,7 @@ class Replay:
         self.seen += n
 
     def vectors(self) -> Tensor:
-        """All that is kept, `[B, len(self), dim]`. Raises ValueError where there is nothing."""
+        """Return all that is kept, `[B, len(self), dim]`. Raises ValueError where there is nothing."""
         if self.kept is None or not self.seen:
             raise ValueError("Replay is empty; add what was read first")
         return self.kept[:, : len(self)]

@@ -40,10 +40,10 @@ class Rows:
         return torch.arange(self.mask.shape[1], device=self.mask.device) < self.count[:, None]
 
     def moved(self, x: Tensor) -> Tensor:
-        """`[B, T, D]` with each row's tokens at its front, and zeros behind them."""
+        """Return `[B, T, D]` with each row's tokens at its front, and zeros behind them."""
         x = torch.where(self.mask[..., None], x, 0)
         return torch.zeros_like(x).scatter(1, self.place[..., None].expand_as(x), x)
 
     def back(self, y: Tensor) -> Tensor:
-        """`[B, T, D]` with each token where it was, and zeros at padding."""
+        """Return `[B, T, D]` with each token where it was, and zeros at padding."""
         return torch.where(self.mask[..., None], y.gather(1, self.place[..., None].expand_as(y)), 0)

@@ -145,7 +145,7 @@ class SequenceMemory(nn.Module):
         return torch.promote_types(self.query.weight.dtype, torch.float32)
 
     def init_state(self, batch: int) -> State:
-        """The state of `batch` sequences before their first token: nested dicts of tensors, `[batch, ...]` each.
+        """Return the state of `batch` sequences before their first token: nested dicts of tensors, `[batch, ...]` each.
 
         Float32 at least, whatever the layer's dtype. The learned start is in it with its graph.
         """
@@ -154,11 +154,11 @@ class SequenceMemory(nn.Module):
         return {"memory": memory} if self.conv is None else {"conv": self.conv.init_state(batch), "memory": memory}
 
     def _learned(self) -> dict[str, Tensor]:
-        """The learned start, `[H, ..]` each, by the level's names."""
+        """Return the learned start, `[H, ..]` each, by the level's names."""
         return {name: self.start[key].to(self.state_dtype) for key, name in self._start_names.items()}
 
     def reset(self, state: Mapping[str, Any], rows: Chosen) -> State:
-        """`state` with the sequences `rows` begun anew, at the learned start, and all others as they are.
+        """Return `state` with the sequences `rows` begun anew, at the learned start, and all others as they are.
 
         Where the level has chunks, a sequence that is begun anew within one has fewer tokens in its first.
 
@@ -197,7 +197,7 @@ class SequenceMemory(nn.Module):
         return_stats: bool = False,
         validate: bool = False,
     ) -> tuple[Tensor, State] | tuple[Tensor, State, Stats]:
-        """Tokens `[B, T, dim]`, T >= 1, to y `[B, T, dim]` and the state after the last token.
+        """Run tokens `[B, T, dim]`, T >= 1: y `[B, T, dim]` and the state after the last token.
 
         With padding, each row's tokens are moved to its front before anything else: wherever the padding is, a new
         sequence gives what its tokens give alone. The places behind them count to chunks: of a level with chunks, a row
@@ -280,7 +280,7 @@ class SequenceMemory(nn.Module):
     # -- how -----------------------------------------------------------------------------------------------------------
 
     def _token(self, h: Tensor, memory: State) -> tuple[TokenBatch, dict[str, Tensor]]:
-        """What the form is shown of one token h `[B, dim]`, after the convolution: few and small kernels."""
+        """Return what the form is shown of one token h `[B, dim]`, after the convolution: few and small kernels."""
         made = torch.stack([self.query(h), self.key(h), self.value(h)], dim=1).unflatten(-1, (self.heads, -1))
         dtype = self.form.setting.dtype
         gates = self.level_gates.every(None if self.gates is None else self.gates(h), h, self.heads)
@@ -304,7 +304,7 @@ class SequenceMemory(nn.Module):
         return tokens, dict(zip(self.level_gates.idle, gates.unbind(1), strict=True))
 
     def _begun(self, state: Mapping[str, Any] | None, x: Tensor) -> State:
-        """`state`, checked, or that of new sequences."""
+        """Return `state`, checked, or that of new sequences."""
         check_products(self.precision, x.device, self.form.setting.dtype, "SequenceMemory")
         if state is None:
             return self.init_state(x.shape[0])
@@ -314,7 +314,7 @@ class SequenceMemory(nn.Module):
         return {**now, "memory": self.form.with_learned(now["memory"], self._learned())}
 
     def _through_all(self, x: Tensor, state: State, attend: Attend, learn: bool, whole: bool) -> tuple[Tensor, State]:
-        """Tokens `[B, T, dim]` without padding, in pieces unless they are to be taken as a `whole`."""
+        """Run tokens `[B, T, dim]` without padding, in pieces unless they are to be taken as a `whole`."""
         recomputes = self.checkpoint and torch.is_grad_enabled()
         cut = [x.shape[1]] if whole or recomputes else lengths(self.form, x, state["memory"])
         if len(cut) == 1:
@@ -328,7 +328,7 @@ class SequenceMemory(nn.Module):
     def _through(
         self, x: Tensor, state: State, attend: Attend, rows: Rows | None = None, learn: bool = True
     ) -> tuple[Tensor, State]:
-        """Tokens `[B, T, dim]`, those of `rows` at the front, through the whole layer."""
+        """Run tokens `[B, T, dim]`, those of `rows` at the front, through the whole layer."""
         new: State = {}
         if self.conv is not None:
             x, new["conv"] = self.conv(x, state["conv"], None if rows is None else rows.count)
@@ -347,7 +347,7 @@ class SequenceMemory(nn.Module):
         return self._read_out(y, x), new
 
     def _read_out(self, y: Tensor, h: Tensor) -> Tensor:
-        """What the level answered to h `[.., dim]`, `[.., H, D]`, as the layer's output."""
+        """Return what the level answered to h `[.., dim]`, `[.., H, D]`, as the layer's output."""
         if self.norm is not None:
             y = self.norm(y.to(self.norm.weight.dtype))  # under autocast the read may be shorter than the scale
         y = y.flatten(-2)
@@ -366,7 +366,7 @@ class SequenceMemory(nn.Module):
         return rows.back(y), new
 
     def gates_at(self, h: Tensor) -> dict[str, Tensor]:
-        """The learned gates at h `[.., dim]` (after the convolution), `[.., heads]` each, by dotted path."""
+        """Return the learned gates at h `[.., dim]` (after the convolution), `[.., heads]` each, by dotted path."""
         return {} if self.gates is None else self.level_gates.by_path(self.gates(h))
 
     def _check_tokens(self, x: Tensor) -> None:

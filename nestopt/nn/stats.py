@@ -38,7 +38,7 @@ def run_in_pieces(
     learn: bool,
     **options: Any,
 ) -> tuple[Tensor, State, Stats]:
-    """`nestopt.ops.run`, a piece of tokens at a time, with what is to be seen of each: see `SequenceMemory.forward`.
+    """Do as `run_form`, a piece of tokens at a time, with what is to be seen of each: see `SequenceMemory.forward`.
 
     A piece is a chunk of the level; the first is what is left of one that was begun. Without chunks it is 64 tokens.
     """
@@ -70,7 +70,8 @@ def run_in_pieces(
 
 
 def memory_norm(level: Level, state: State) -> Tensor:
-    """`[B, H]`: the norm of all numbers of the level's memory; where it is no associative memory, of all its state.
+    """Return `[B, H]`: the norm of all numbers of the level's memory; where it is no associative memory, of all its
+    state.
 
     Of that, what no token changes and tokens that are not written yet are left out.
     """
@@ -92,7 +93,7 @@ def memory_norm(level: Level, state: State) -> Tensor:
 
 
 def errs(level: Level) -> bool:
-    """Whether `level` learns by the errors of a memory: one that keeps its pairs as they are makes none."""
+    """Return whether `level` learns by the errors of a memory: one that keeps its pairs as they are makes none."""
     return isinstance(level, AssociativeMemory) and not level.appends
 
 
@@ -118,7 +119,7 @@ def _surprise(
 
 
 def _quantiles(gate: Tensor, live: Tensor | None) -> Tensor:
-    """`[5, H]` of a gate `[B, T, H]` over the batch and its live tokens; NaN where there are none."""
+    """Return `[5, H]` of a gate `[B, T, H]` over the batch and its live tokens; NaN where there are none."""
     if live is not None:
         gate = gate.masked_fill(~live[..., None], torch.nan)
     at = constants(QUANTILES, gate)

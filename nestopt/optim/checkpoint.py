@@ -168,5 +168,5 @@ def checked_state(
 
 
 def keeps_shape(state: Tensor, layout: Tensor) -> bool:
-    """Whether `state` has the shape that it started with; a dimension that starts empty is one that grows."""
+    """Return whether `state` has the shape that it started with; a dimension that starts empty is one that grows."""
     return state.ndim == layout.ndim and all(n in (0, m) for n, m in zip(layout.shape, state.shape, strict=True))

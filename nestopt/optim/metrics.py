@@ -70,7 +70,7 @@ def _wide(value: Tensor) -> torch.dtype:
 
 
 def finite(grads: Sequence[Sequence[Tensor | None]]) -> bool:
-    """Whether all gradients are finite; waits for the device once."""
+    """Return whether all gradients are finite; waits for the device once."""
     devices: dict[torch.device, list[Tensor]] = {}
     for grad in (grad for own in grads for grad in own if grad is not None):
         devices.setdefault(grad.device, []).append(grad)

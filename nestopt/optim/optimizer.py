@@ -190,7 +190,7 @@ class Nested(Optimizer):
         return group["stack"]
 
     def coupled(self, group: dict[str, Any]) -> bool:
-        """Whether a group's weight decay is added to the gradient (L2) instead of taken off the weights."""
+        """Return whether a group's weight decay is added to the gradient (L2) instead of taken off the weights."""
         return group.get("coupled", False)
 
     @torch.no_grad()
@@ -231,7 +231,7 @@ class Nested(Optimizer):
         return loss
 
     def _is_settled(self, levels: Sequence[Level], grads: Sequence[Sequence[Tensor | None]]) -> bool:
-        """Whether nothing but numbers has changed since the plan was made."""
+        """Return whether nothing but numbers has changed since the plan was made."""
         shares, known = self._plan.shares, self._plan.known
         if len(shares) != len(levels) or len(known) != len(self.state) or not all(map(is_, self.state.values(), known)):
             return False

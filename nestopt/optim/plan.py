@@ -185,7 +185,7 @@ def _check_state(level: Level, param: Tensor, state: dict[str, Any], tree: State
 
 
 def alike(a: Part, b: Part) -> bool:
-    """Whether two parts differ in nothing but the values of their numbers."""
+    """Return whether two parts differ in nothing but the values of their numbers."""
     if a is b:
         return True
     if type(a) is not type(b):

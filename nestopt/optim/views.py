@@ -43,7 +43,7 @@ class Split:
             raise ValueError(f"dim={self.dim!r} is not allowed; give 0 (outputs) or 1 (inputs)")
 
     def fits(self, param: Tensor) -> bool:
-        """Whether `param` is a matrix of so many equal parts."""
+        """Return whether `param` is a matrix of so many equal parts."""
         return param.ndim == 2 and param.shape[self.dim] % self.parts == 0
 
     def cut(self, matrix: Tensor) -> Tensor:

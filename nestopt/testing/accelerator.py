@@ -69,7 +69,7 @@ def accelerator_rules() -> Iterator[list[str]]:
 
 
 def on_device(x: object) -> bool:
-    """Whether this is a tensor of another device than the host."""
+    """Return whether this is a tensor of another device than the host."""
     return isinstance(x, Tensor) and x.device.type != "cpu"
 
 
@@ -174,7 +174,7 @@ class _Operations(TorchDispatchMode):
 
 
 def _masks(args: Any) -> bool:
-    """Whether an indexing takes a mask, and is not a fill with one number."""
+    """Return whether an indexing takes a mask, and is not a fill with one number."""
     masked = any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in args[1])
     return masked and not (len(args) > 2 and args[2].numel() == 1)
 

@@ -27,7 +27,9 @@ def attention(
     precision: Precision = "float32",
     validate: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    r"""A memory that keeps its pairs (NL eq. 62-63), $y_t = \sum_s \mathrm{softmax}_s(q_t k_s^\top/\sqrt{D_k})\, v_s$.
+    r"""Attend to the pairs that a memory keeps (NL eq. 62-63).
+
+    $$y_t = \sum_s \mathrm{softmax}_s(q_t k_s^\top/\sqrt{D_k})\, v_s$$
 
     The sum runs over the tokens up to t: all of them, or the last `window`, t among them. With a window, blocks of that
     many tokens see their own and the block before, so that time and memory grow as T · window.
@@ -140,7 +142,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, window: int | 
 
 
 def _direct(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, window: int | None) -> Tensor:
-    """With one mask over all pairs of a query and a key, or none where none is needed."""
+    """Attend with one mask over all pairs of a query and a key, or none where none is needed."""
     length = q.shape[2]
     if window is not None:  # the first token looks furthest back
         k, v = (x[:, :, -(window + length - 1) :] for x in (k, v))
@@ -163,7 +165,7 @@ def _blockwise(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, window: int
     rest = -length % window
 
     def blocks(x: Tensor, size: int) -> Tensor:
-        """`[B, H, T, D]` as `[B m, H, size, D]`: each block with what lies before it, up to `size`."""
+        """Return `[B, H, T, D]` as `[B m, H, size, D]`: each block with what lies before it, up to `size`."""
         x = F.pad(x, (0, 0, 0, rest)) if rest else x
         return x.unfold(2, size, window).mT.transpose(1, 2).flatten(0, 1)
 
@@ -178,7 +180,7 @@ def _blockwise(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, window: int
 
 
 def _past(state: Mapping[str, Tensor] | None, k: Tensor, v: Tensor) -> Mapping[str, Tensor] | None:
-    """`state`, checked against keys and values `[B, H, T, D]`."""
+    """Return `state`, checked against keys and values `[B, H, T, D]`."""
     if state is None:
         return None
     if set(state) - {"mask"} != {"keys", "values"}:

@@ -62,11 +62,11 @@ class TokenCounts:
     ahead: int = 0
 
     def may_write(self, period: int | Auto) -> bool:
-        """Whether a level with this period has a moment at the end of these tokens, in any row."""
+        """Return whether a level with this period has a moment at the end of these tokens, in any row."""
         return self.size > 0 and any(due(phase + self.size, ticks_of(period)) for phase in self.phases)
 
     def all_write(self, period: int | Auto) -> bool:
-        """Whether it is known that a level with this period writes at the end of these tokens, in every row."""
+        """Return whether it is known that a level with this period writes at the end of these tokens, in every row."""
         if isinstance(period, Auto) or self.count is not None:
             return False
         return all(due(phase + self.size, period) for phase in self.phases)
@@ -91,7 +91,7 @@ class Clocks:
     last: int = 1
 
     def begin(self, starts: Mapping[str, Theta], batch: int) -> State:
-        """The state before the first token, of levels that start at the weights `starts`, by level and name.
+        """Return the state before the first token, of levels that start at the weights `starts`, by level and name.
 
         `"step"`, the tokens seen `[B]`; and for each of `"levels"` its `"weights"` `[B, ...]`, and of the period that
         is not over the `"sum"` of gradients and its `"energy"`; the `"learner"`'s own state, if it has one. An `Auto`
@@ -125,11 +125,11 @@ class Clocks:
         return x.detach() if self.through == "stop" else x
 
     def until(self, phases: Phases) -> int:
-        """Tokens up to and with the next moment at which any level of any row may write."""
+        """Return how many tokens there are up to and with the next moment at which any level of any row may write."""
         return min(ticks - phase % ticks for ticks in map(ticks_of, self.chain.values()) for phase in phases)
 
     def constant(self, seen: TokenCounts, period: int | Auto) -> bool:
-        """Whether the outer gradient takes the level's write after these tokens for a constant."""
+        """Return whether the outer gradient takes the level's write after these tokens for a constant."""
         if self.through != "truncated":
             return self.through != "full"
         ticks, last = ticks_of(period), max(seen.ahead, 0)
@@ -146,7 +146,7 @@ class Clocks:
         starts: Mapping[str, Theta],
         rates: Mapping[str, Tensor],
     ) -> State:
-        """The state after `seen` tokens, which taught the levels these `gradients`.
+        """Return the state after `seen` tokens, which taught the levels these `gradients`.
 
         Args:
             state: before them.
@@ -187,7 +187,7 @@ class Clocks:
         return {"step": step, "levels": levels}
 
     def _written(self, own: State, start: Theta, how: dict[str, object]) -> State:
-        """The parts of a level's state that a write changes."""
+        """Return the parts of a level's state that a write changes."""
         home = {name: self._passed(weight)[None] for name, weight in start.items()}
         learner = own.get("learner", {})
         weights, learner = self.writer.write(
@@ -202,7 +202,7 @@ class Clocks:
         return {"weights": weights, **zeros, **({"learner": learner} if "learner" in own else {})}
 
     def _put_back(self, own: State, below: State) -> State:
-        """The faster level where it now starts, with nothing summed."""
+        """Return the faster level where it now starts, with nothing summed."""
         fresh = tree_map(_zero, {key: own[key] for key in ("sum", "energy")})
         if "learner" in own:
             begun = self.writer.begin({name: weight[:1].detach() for name, weight in below["weights"].items()})
@@ -216,14 +216,14 @@ def _zero(x: Tensor) -> Tensor:
 
 
 def _added(own: State, gradient: LevelGradient, constant: bool) -> State:
-    """The sums of a level with what it was taught."""
+    """Return the sums of a level with what it was taught."""
     total: State = {name: own["sum"][name] + g for name, g in gradient.gradient.items()}
     found = {"sum": total, "energy": own["energy"] + gradient.energy}
     return tree_map(Tensor.detach, found) if constant else found
 
 
 def _chosen(rows: Tensor, new: State, old: State) -> State:
-    """`new` in `rows` `[B]`, `old` in the others."""
+    """Return `new` in `rows` `[B]`, `old` in the others."""
 
     def choose(new: Tensor, old: Tensor) -> Tensor:
         return torch.where(rows.reshape(-1, *(1,) * (new.ndim - 1)), new, old)

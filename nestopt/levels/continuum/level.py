@@ -65,13 +65,13 @@ class Auto(Mapping[str, float]):
 
     @staticmethod
     def of(given: Mapping[str, float]) -> Auto:
-        """From a mapping with `auto`, the mean period, or `threshold`; and perhaps `every`."""
+        """Make one from a mapping with `auto`, the mean period, or `threshold`; and perhaps `every`."""
         if unknown := sorted(set(given) - {"auto", "threshold", "every"}):
             raise ValueError(f"auto has no key {unknown[0]!r}; its keys: auto, threshold, every")
         return Auto(given.get("auto"), given.get("every", 16), threshold=given.get("threshold"))  # type: ignore[arg-type]  # checked there
 
     def passed(self, surprise: Tensor, total: Tensor, step: Tensor) -> Tensor:
-        """Whether the surprise since the last write comes to the threshold.
+        """Return whether the surprise since the last write comes to the threshold.
 
         Args:
             surprise: since the last write.
@@ -223,7 +223,7 @@ class Cms(Level):
     # -- on gradients ------------------------------------------------------------------------------------------------
 
     def clocks(self) -> Parallel:
-        """The rule at each period, side by side: what a cms is on gradients."""
+        """Return the rule at each period, side by side: what a cms is on gradients."""
         levels = {}
         for name, period in zip(level_names(self.periods), self.periods, strict=True):
             if not isinstance(period, int):
@@ -246,7 +246,7 @@ class Cms(Level):
     # -- on tokens ---------------------------------------------------------------------------------------------------
 
     def chain(self) -> dict[str, int | Auto]:
-        """The levels by name in the order of the chain: the fastest first, of equal ones the first listed."""
+        """Return the levels by name in the order of the chain: the fastest first, of equal ones the first listed."""
         named = zip(level_names(self.periods), (settled(period) for period in self.periods), strict=True)
         return dict(sorted(named, key=lambda item: ticks_of(item[1])))
 
@@ -286,7 +286,7 @@ _ALLOWED = "give whole numbers of steps, 1 or more each"
 
 
 def settled(period: Period) -> int | Auto:
-    """A period as it is meant. Raises ValueError for one that is not allowed."""
+    """Return a period as it is meant. Raises ValueError for one that is not allowed."""
     if isinstance(period, Mapping):
         return period if isinstance(period, Auto) else Auto.of(period)
     if isinstance(period, str) and period == "auto":
@@ -297,12 +297,12 @@ def settled(period: Period) -> int | Auto:
 
 
 def ticks_of(period: int | Auto) -> int:
-    """Tokens between two moments at which a level may write."""
+    """Return how many tokens lie between two moments at which a level may write."""
     return period if isinstance(period, int) else period.every
 
 
 def level_names(periods: tuple[Period, ...]) -> list[str]:
-    """A name per level: `every_16`, or `auto_16`, with a count where one comes twice."""
+    """Return a name per level: `every_16`, or `auto_16`, with a count where one comes twice."""
     names: list[str] = []
     for period in periods:
         base = f"{'every' if isinstance(period, int) else 'auto'}_{ticks_of(settled(period))}"

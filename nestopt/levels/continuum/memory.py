@@ -44,13 +44,13 @@ def read(memory: Memory, theta: Theta, k: Tensor) -> Tensor:
 
 
 def linearize(memory: Memory, theta: Theta, k: Tensor) -> Linearization:
-    """As `read`, with what it takes to learn from it: in closed form for an `Mlp`, else by `torch.func`."""
+    """Do as `read`, with what it takes to learn from it: in closed form for an `Mlp`, else by `torch.func`."""
     theta, rows = _rows(theta)
     return _Closed(memory, theta, k) if type(memory) is Mlp else _Any(memory, theta, rows, k)
 
 
 def is_shared(weight: Tensor) -> bool:
-    """Whether all sequences of `weight` `[B, ...]` have one and the same in memory."""
+    """Return whether all sequences of `weight` `[B, ...]` have one and the same in memory."""
     return weight.shape[0] == 1 or weight.stride(0) == 0
 
 

@@ -66,8 +66,9 @@ def answers(levels: Levels, x: Tensor) -> Tensor:
 def taught_locally(
     levels: Levels, x: Tensor, targets: Sequence[Tensor], live: Tensor | None = None
 ) -> list[LevelGradient]:
-    r"""Each level by its own objective, $\tfrac12\lVert M_\ell(\mathrm{rms\_norm}(x_\ell)) - V_\ell x̂\rVert^2$ of the
-    continuum's normed input x̂ (NL eq. 71).
+    r"""Return what each level learns by its own objective, of the continuum's normed input x̂ (NL eq. 71).
+
+    It is $\tfrac12\lVert M_\ell(\mathrm{rms\_norm}(x_\ell)) - V_\ell x̂\rVert^2$.
 
     Args:
         levels: as they read the tokens.
@@ -87,7 +88,7 @@ def taught_locally(
 
 
 def taught_by_loss(levels: Levels, x: Tensor, delta: Tensor, live: Tensor | None = None) -> list[LevelGradient]:
-    r"""Each level by the gradient of $\sum_t \langle\delta_t, y_t\rangle$, backpropagated through the later levels.
+    r"""Return what each level learns by the gradient of $\sum_t \langle\delta_t, y_t\rangle$, backpropagated.
 
     Args:
         levels: as they read the tokens.
@@ -122,7 +123,7 @@ def normed(x: Tensor) -> Tensor:
 
 
 def _through_norm(x: Tensor, error: Tensor) -> Tensor:
-    """`error` at `normed(x)`, pulled back to x."""
+    """Return `error` at `normed(x)`, pulled back to x."""
     scale = (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).rsqrt()
     unit = x * scale
     return scale * (error - unit * (error * unit).mean(-1, keepdim=True))

@@ -32,7 +32,7 @@ class LearnerStep:
     keep: float
 
     def begin(self, theta: Theta) -> State:
-        """The learner's state for the weights `[1, ...]`, by name, of one sequence, `[1, ...]` each."""
+        """Return the learner's state for the weights `[1, ...]`, by name, of one sequence, `[1, ...]` each."""
         own: State = {name: start(self.learner, weight[0]) for name, weight in theta.items()}
         return tree_map(lambda leaf: leaf[None], own)
 
@@ -48,7 +48,7 @@ class LearnerStep:
         count: Tensor,
         constant: bool,
     ) -> tuple[Theta, State]:
-        """The weights and the learner's state after one step, `[B, ...]`.
+        """Return the weights and the learner's state after one step, `[B, ...]`.
 
         Args:
             theta: the weights, `[B, ...]` or `[1, ...]`.

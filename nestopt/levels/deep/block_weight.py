@@ -52,7 +52,7 @@ class Rows:
         )
 
     def left(self, at: Fading) -> Tensor:
-        """`Γ ⊙ w + κ ⊙ g` `[.., n, out]` with the last row of Γ and κ: what is left of each write then."""
+        """Return `Γ ⊙ w + κ ⊙ g` `[.., n, out]` with the last row of Γ and κ: what is left of each write then."""
         Gamma, kappa = (None if x is None else x[..., -1, :, None] for x in (at.Gamma, at.kappa))
         if kappa is None:
             total = self.steps if self.decays is None else self.steps + self.decays
@@ -167,7 +167,7 @@ class Held:
         return y if decays is None else y - matmul(fed, decays)
 
     def close(self) -> None:
-        """The chunk is over, and another of the block follows."""
+        """End the chunk: another of the block follows."""
         assert self.rows is not None
         self.done = done = self.rows.inputs.shape[-2]
         now = self.fading.rows(done - 1, done)
@@ -194,5 +194,5 @@ class Held:
 
 
 def _weigh(shares: Tensor | None, near: Tensor, diagonal: int) -> Tensor:
-    """`shares ⊙ near`; None is ones up to this diagonal."""
+    """Return `shares ⊙ near`; None is ones up to this diagonal."""
     return near.tril(diagonal) if shares is None else shares * near

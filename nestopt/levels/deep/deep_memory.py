@@ -46,7 +46,7 @@ def deep_memory(
     precision: Precision = "float32",
     validate: bool = False,
 ) -> tuple[Tensor, State]:
-    r"""An MLP that learns its tokens as they come, one for every sequence and head (NL eq. 83-91; Titans; TTT).
+    r"""Run an MLP that learns its tokens as they come, one for every sequence and head (NL eq. 83-91; Titans; TTT).
 
     With $M(x; W) = x + W_1\sigma(W_2 \dots\sigma(W_L x))$ and, per layer, its input $a_t$ and the error at its output,
 
@@ -167,7 +167,7 @@ def _begun(
     has_momentum: bool,
     state: Mapping[str, Any] | None,
 ) -> tuple[Now, Mapping[str, Tensor] | None]:
-    """The memory and the tokens since its chunk began: from `state`, or else from `weights`."""
+    """Return the memory and the tokens since its chunk began: from `state`, or else from `weights`."""
     k, v = fresh["k"], fresh["v"]
     check_weights(weights, k, v, settings.form)
     shapes = [(*k.shape[:2], *weight.shape[-2:]) for weight in weights]
@@ -242,7 +242,7 @@ def check_weights(weights: Sequence[Tensor], k: Tensor, v: Tensor, form: mlp.For
 
 
 def named(now: Now) -> State:
-    """A memory as it stands in a state."""
+    """Return a memory as it stands in a state."""
     names: State = {"weights": {f"W{i}": w for i, w in enumerate(now[0], start=1)}}
     if now[1] is not None:
         names["momentum"] = {f"W{i}": s for i, s in enumerate(now[1], start=1)}

@@ -82,14 +82,14 @@ class DeepMemoryForm(TokenForm):
         return answers(self.level, tokens.q, theta, gates)
 
     def _now(self, state: State) -> Now:
-        """The memory at the start of its chunk, as the kernel takes it."""
+        """Return the memory at the start of its chunk, as the kernel takes it."""
         weights = list(state["level"]["memory"].values())
         if self.rule.momentum is None:
             return weights, None
         return weights, [self.rule.momentum_in(part) for part in state["level"]["rule"].values()]
 
     def _as_kernel(self, held: State) -> dict[str, Tensor]:
-        """Tokens `[B, H, n, ..]` with the kernel's gates in the place of the level's."""
+        """Return tokens `[B, H, n, ..]` with the kernel's gates in the place of the level's."""
         live, gates, level = held["live"], dict(leaves(held["gates"])), self.level
 
         def gate(number: Number, path: str, idle: float) -> Tensor:
@@ -113,7 +113,7 @@ class DeepMemoryForm(TokenForm):
 
 
 def _writes_its_gradient(objective: type[Objective]) -> bool:
-    """Whether an objective is one of the read alone, and its `error` is that of its own `__call__`."""
+    """Return whether an objective is one of the read alone, and its `error` is that of its own `__call__`."""
 
     def defines(name: str) -> type:
         return next(cls for cls in objective.__mro__ if name in vars(cls))
@@ -123,7 +123,7 @@ def _writes_its_gradient(objective: type[Objective]) -> bool:
 
 
 def settings_of(level: AssociativeMemory, rule: LinearRule, checkpoint: int) -> Settings:
-    """What `nestopt.ops.deep_memory` is told of `level`, whose rule is `rule`."""
+    """Return what `nestopt.ops.deep_memory` is told of `level`, whose rule is `rule`."""
     memory = level.memory
     form = Form(memory.activation, memory.residual, memory.norm) if isinstance(memory, Mlp) else Form(residual=False)
     return Settings(
@@ -139,12 +139,12 @@ def settings_of(level: AssociativeMemory, rule: LinearRule, checkpoint: int) -> 
 
 
 def _kept(tokens: TokenBatch, gates: Mapping[str, Tensor]) -> State:
-    """Tokens as they are kept until their chunk is over."""
+    """Return tokens as they are kept until their chunk is over."""
     return {"k": tokens.k, "v": tokens.v, "live": tokens.active, "gates": nested(gates)}
 
 
 def _tail(old: State | None, fresh: State, size: int) -> State:
-    """The last `size` tokens of all."""
+    """Return the last `size` tokens of all."""
     length = fresh["k"].shape[2]
     if old is None or size <= length:
         return tree_map(lambda x: x[:, :, length - size :], fresh)

@@ -36,7 +36,7 @@ class Fading:
 
     @staticmethod
     def of(decay: Tensor | None, momentum: Tensor | None, live: Tensor) -> Fading:
-        """From α, θ `[.., n]` with 1 for tokens that are not `live` `[.., n]`, at which S is not added to M, either."""
+        """Compute them from α, θ `[.., n]`, 1 at tokens that are not `live` `[.., n]`, where S is not added to M."""
         gamma = Gamma = c = kappa = theta = Theta = None
         if decay is not None:
             Gamma, gamma = _products(decay)
@@ -55,7 +55,7 @@ class Fading:
         return [Fading(*row) for row in zip(*columns, strict=True)]
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Fading:
-        """With `function` of all that is there."""
+        """Apply `function` to all that is there."""
         gamma, Gamma, c, kappa, theta, Theta = (None if x is None else function(x) for x in self._fields())
         return Fading(gamma, Gamma, c, kappa, theta, Theta)
 
@@ -69,7 +69,7 @@ class Fading:
         return self._made[()]
 
     def rows(self, first: int, last: int) -> Fading:
-        """Of tokens first + 1 … last, what those up to last have to do with them."""
+        """Return, of tokens first + 1 … last, what those up to last have to do with them."""
         if (first, last) not in self._made:
             gamma, c, theta = (None if x is None else x[..., first:last] for x in (self.gamma, self.c, self.theta))
             pairs = (self.Gamma, self.kappa, self.Theta)

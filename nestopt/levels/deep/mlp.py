@@ -53,14 +53,14 @@ def read(weights: Weights, x: Tensor, form: Form) -> Tensor:
 
 
 def finish(o: Tensor, x: Tensor, form: Form) -> Tensor:
-    """The read from what W1 gives: normalised and added to x, where `form` says so."""
+    """Return the read from what W1 gives: normalised and added to x, where `form` says so."""
     if form.norm:
         o = o * inverse_rms(o)
     return x + o if form.residual else o
 
 
 def linearise(weights: Weights, k: Tensor, form: Form) -> Linearised:
-    """The MLP as seen from keys `[.., C, D_k]`, which are then to be written."""
+    """Return the MLP as seen from keys `[.., C, D_k]`, which are then to be written."""
     depth = len(weights)
     inputs, slopes = [k] * depth, [k] * (depth - 1)
     x = k
@@ -73,7 +73,7 @@ def linearise(weights: Weights, k: Tensor, form: Form) -> Linearised:
 
 
 def read_and_linearise(weights: Weights, q: Tensor, k: Tensor, form: Form) -> tuple[Tensor, Linearised]:
-    """`read` at q and `linearise` at k, in one pass over the weights, which are larger than either."""
+    """Return `read` at q and `linearise` at k, in one pass over the weights, which are larger than either."""
     asked, size, depth = q.shape[-2], k.shape[-2], len(weights)
     inputs, slopes = [k] * depth, [k] * (depth - 1)
     x, written = torch.cat([q, k], dim=-2), k

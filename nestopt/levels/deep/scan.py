@@ -108,14 +108,14 @@ def scan_chunks(
 
 
 def then(pending: Mapping[str, Tensor] | None, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`pending` tokens, if there are any, and `fresh` ones after them."""
+    """Return `pending` tokens, if there are any, and `fresh` ones after them."""
     if pending is None or not pending["k"].shape[2]:
         return dict(fresh)
     return {name: torch.cat([pending[name], x], dim=2) for name, x in fresh.items()}
 
 
 def _asked(q: Tensor, done: int, settings: Settings) -> list[Tensor]:
-    """The queries of each chunk, the first of which began `done` tokens ago."""
+    """Return the queries of each chunk, the first of which began `done` tokens ago."""
     chunk = settings.chunk
     if settings.read != "chunk":  # reads are taken with the chunk's writes: those that were answered before ask nothing
         return list(torch.nn.functional.pad(q, (0, 0, done, 0)).split(chunk, dim=2))
@@ -127,7 +127,7 @@ def _asked(q: Tensor, done: int, settings: Settings) -> list[Tensor]:
 
 
 def _part(x: Tensor, first: int, last: int) -> Tensor:
-    """Tokens first + 1 … last of `[B, H, T, ..]`; x itself if these are all, for a part's gradient is made of zeros."""
+    """Return tokens first + 1 … last of `[B, H, T, ..]`; if these are all x itself, whose gradient needs no zeros."""
     return x if first == 0 and last == x.shape[2] else x[:, :, first:last]
 
 
@@ -155,7 +155,7 @@ BLOCK = 64
 
 
 def _blocks(held: Mapping[str, Tensor], whole: int, chunk: int) -> list[Block]:
-    """All whole chunks, in blocks. What their gates come to is computed for all blocks at once."""
+    """Return all whole chunks, in blocks. What their gates come to is computed for all blocks at once."""
     size = chunk * max(BLOCK // chunk, 1)
     even = whole - whole % size
     blocks = _even_blocks({name: _part(x, 0, even) for name, x in held.items()}, size, chunk) if even else []
@@ -182,7 +182,7 @@ def damping(held: Mapping[str, Tensor]) -> Tensor:
 
 
 def _through(now: Now, asked: Sequence[Tensor], blocks: Sequence[Block], settings: Settings) -> tuple[Tensor, Now]:
-    """The answers of these blocks, and the memory after them."""
+    """Return the answers of these blocks, and the memory after them."""
     answers, queries = [], iter(asked)
     for block in blocks:
         weights = held(now, block.fading)
@@ -196,20 +196,20 @@ def _through(now: Now, asked: Sequence[Tensor], blocks: Sequence[Block], setting
 
 
 def held(now: Now, fading: Fading) -> list[Held]:
-    """The weights of a memory in a block of tokens."""
+    """Return the weights of a memory in a block of tokens."""
     momenta = [None] * len(now[0]) if now[1] is None else now[1]
     return [Held(weight, momentum, fading) for weight, momentum in zip(now[0], momenta, strict=True)]
 
 
 def ended(weights: Sequence[Held]) -> Now:
-    """The memory after its block."""
+    """Return the memory after its block."""
     ends = [weight.end() for weight in weights]
     momenta = [momentum for _, momentum in ends if momentum is not None]
     return [weight for weight, _ in ends], momenta or None
 
 
 def recomputed(run: Callable[[Now], tuple[list[Tensor], Now]], now: Now) -> tuple[list[Tensor], Now]:
-    """`run(now)`, run again in the backward pass instead of keeping what it computed."""
+    """Call `run(now)`, and again in the backward pass, instead of keeping what it computed."""
     has_momentum, precision = now[1] is not None, current()  # the backward pass may be on another thread
     counts: list[int] = []
 
@@ -262,7 +262,7 @@ def _read_open(now: Now, q: Tensor, tokens: Mapping[str, Tensor], settings: Sett
 
 
 def written(now: Now, tokens: Mapping[str, Tensor], settings: Settings) -> Now:
-    """The memory after `tokens` of a chunk that need not be over."""
+    """Return the memory after `tokens` of a chunk that need not be over."""
     size = tokens["k"].shape[2]
     (block,) = _even_blocks(tokens, size, size)
     weights, chunk = held(now, block.fading), block.chunks[0]
@@ -296,7 +296,7 @@ def _write(weights: Sequence[Held], at: mlp.Linearised, tokens: Chunk, settings:
 
 
 def _answers(weights: Sequence[Held], q: Tensor, settings: Settings) -> Tensor:
-    """The read of each token of the chunk that was written last with the weights as they are by then."""
+    """Return the read of each token of the chunk that was written last with the weights as they are by then."""
     activation: Callable[[Tensor], Tensor] = mlp.ACTIVATIONS[settings.form.activation][0]
     x = q
     for i in range(len(weights) - 1, -1, -1):

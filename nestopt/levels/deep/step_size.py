@@ -69,7 +69,7 @@ def norms(close: Tensor, read: Literal["after", "before", "chunk"]) -> Tensor:
 
 
 def margin(chunk: int, read: Literal["after", "before", "chunk"]) -> float:
-    """What n is multiplied by: H_C where reads see later tokens of their chunk, else 1."""
+    """Return what n is multiplied by: H_C where reads see later tokens of their chunk, else 1."""
     return 1.0 if read == "chunk" else sum(1 / i for i in range(1, chunk + 1))
 
 

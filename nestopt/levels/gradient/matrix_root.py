@@ -42,7 +42,7 @@ def inverse_root(gram: Tensor, order: int, eps: float = 1e-6) -> Tensor:
 
 
 def _derivative(change: Tensor, roots: Tensor, vectors: Tensor, order: int, eps: float) -> Tensor:
-    """What a `change` of A does to the inverse root in first order (Daleckii & Krein): here 0 with a derivative.
+    """Return what a `change` of A does to the inverse root in first order (Daleckii & Krein): here 0 with a derivative.
 
     In the eigenbasis it is the change times the divided differences of x^(-1/p), which for r = x^(1/p) are
     -1 / (r_i r_j (r_i + r_j)(r_i² + r_j²)(r_i⁴ + r_j⁴)…): nothing cancels where two eigenvalues are close.

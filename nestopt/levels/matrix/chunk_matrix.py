@@ -41,12 +41,12 @@ class Shares:
         return Shares(shifted(self.writes), memory, momentum)
 
     def times(self, decay: Tensor) -> Shares:
-        """Of that memory times a number `[.., X]`."""
+        """Return the shares of that memory times a number `[.., X]`."""
         memory, momentum = (None if x is None else x * decay for x in (self.memory, self.momentum))
         return Shares(self.writes * decay[..., None], memory, momentum)
 
     def repeated(self, times: int, writes: int) -> Shares:
-        """Where each time counts as some, each write as some that happen at once."""
+        """Return the shares where each time counts as some, each write as some that happen at once."""
         memory, momentum = (None if x is None else x.repeat_interleave(times, -1) for x in (self.memory, self.momentum))
         return Shares(self.writes.repeat_interleave(times, -2).repeat_interleave(writes, -1), memory, momentum)
 
@@ -58,7 +58,7 @@ class Shares:
 
 
 def shares(log_decay: Tensor | None, like: Tensor) -> Shares:
-    """Of $M_t = a_t M_{t-1} + u_t k_t^T$, from logarithms `[.., C]` (None: all is kept), for keys `like`."""
+    """Return those of $M_t = a_t M_{t-1} + u_t k_t^T$, from logarithms `[.., C]` (None is 0), for keys `like`."""
     if log_decay is None:
         return Shares(like.new_ones(like.shape[-2], like.shape[-2]).tril()[None, None, None], None)
     return Shares(*products(log_decay))
@@ -67,7 +67,7 @@ def shares(log_decay: Tensor | None, like: Tensor) -> Shares:
 def shares_with_momentum(
     log_decay: Tensor | None, log_momentum: Tensor, live: Tensor
 ) -> tuple[Shares, tuple[Shares, Shares]]:
-    r"""Of $S_t = \theta_t S_{t-1} - u_t k_t^\top$, $M_t = a_t M_{t-1} - S_t$; and of both at the end of the chunk.
+    r"""Return those of $S_t = \theta_t S_{t-1} - u_t k_t^\top$, $M_t = a_t M_{t-1} - S_t$; and of both in the end.
 
     At a token that is not `live` `[.., C]` the momentum does not move the memory.
     """
@@ -119,7 +119,7 @@ def corrected(
 
 
 def _together(memory: Tensor, momentum: Tensor | None) -> Tensor:
-    """`[..]` and `[..]` as `[.., 2]`, or the first as `[.., 1]`."""
+    """Return `[..]` and `[..]` as `[.., 2]`, or the first as `[.., 1]`."""
     return memory[..., None] if momentum is None else torch.stack([memory, momentum], dim=-1)
 
 
@@ -144,5 +144,5 @@ def _written(k: Tensor, end: Shares) -> Tensor:
 
 
 def _end(share: Tensor, like: Tensor) -> tuple[Tensor, ...]:
-    """`[B or 1, H or 1, N or 1, 1]` as `[B H, 1, 1]` for each of the chunks of `like`."""
+    """Return `[B or 1, H or 1, N or 1, 1]` as `[B H, 1, 1]` for each of the chunks of `like`."""
     return share.expand(*like.shape[:3], 1).flatten(0, 1)[..., None].unbind(1)

@@ -64,7 +64,7 @@ def _scaled(k: Tensor, shares: Tensor | None) -> Tensor:
 
 
 def _turned(memory: Tensor, turn: Tensor | None) -> Tensor:
-    """A M: m memories `[G, D_v, m D_k]`, mixed by `[G, m, m]`."""
+    """Return A M: m memories `[G, D_v, m D_k]`, mixed by `[G, m, m]`."""
     if turn is None:
         return memory
     if turn.shape[-1] == 1:
@@ -74,12 +74,12 @@ def _turned(memory: Tensor, turn: Tensor | None) -> Tensor:
 
 
 def _by_chunk(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """`[B, H, N, ..]`, several of them, as N times as many of `[B H, ..]`."""
+    """Return `[B, H, N, ..]`, several of them, as N times as many of `[B H, ..]`."""
     return list(zip(*(x.flatten(0, 1).unbind(1) for x in tensors), strict=True))
 
 
 def _turns(turn: Tensor | None, chunks: int) -> Sequence[Tensor | None]:
-    """A of each chunk."""
+    """Return A of each chunk."""
     return [None] * chunks if turn is None else turn.flatten(0, 1).unbind(1)
 
 
@@ -178,12 +178,12 @@ def _backwards(
 
 
 def _dots(x: Tensor, k: Tensor) -> Tensor:
-    """`[.., C, m D]` times `[.., C, D]`, summed: `[.., C, m]`."""
+    """Return `[.., C, m D]` times `[.., C, D]`, summed: `[.., C, m]`."""
     return (x.unflatten(-1, (-1, k.shape[-1])) * k[..., None, :]).sum(-1)
 
 
 def _gathered(x: Tensor, shares: Tensor | None) -> Tensor:
-    """The transposed of `_scaled`: `[.., C, m D]` to `[.., C, D]`."""
+    """Return the transposed of `_scaled`: `[.., C, m D]` to `[.., C, D]`."""
     if shares is None:
         return x
     if shares.shape[-1] == 1:
@@ -197,7 +197,7 @@ def _plus_gathered(total: Tensor, x: Tensor, shares: Tensor) -> Tensor:
 
 
 def _to_turn(to_ends: Tensor, begun: Tensor, count: int) -> Tensor:
-    """The gradient `[B, H, N, m, m]` of A."""
+    """Return the gradient `[B, H, N, m, m]` of A."""
     if count == 1:
         return (to_ends * begun).sum((-2, -1))[..., None, None]
     ends, starts = (x.unflatten(-1, (count, -1)) for x in (to_ends, begun))

@@ -32,7 +32,7 @@ def delta_rule(
     precision: Precision = "float32",
     validate: bool = False,
 ) -> tuple[Tensor, Any]:
-    r"""A matrix memory that corrects its error, gated, for every sequence and head.
+    r"""Run a matrix memory that corrects its error, gated, one for every sequence and head.
 
     With $\tilde M_t = \alpha_t M_{t-1}$ (gated DeltaNet: Yang et al. 2024; NL eq. 65), or with
     `decay_first=False` $\tilde M_t = M_{t-1}$ (a step of gradient descent from a memory that then decays):
@@ -112,7 +112,7 @@ def delta_scan(
 def _shares(
     x: TokenBatch, gates: Mapping[str, Tensor], k: Tensor, size: int, decay_first: bool
 ) -> tuple[Shares, Shares, tuple[Shares, ...]]:
-    """Of M after each token, of the memory whose error is taken, and of the ends of the chunks."""
+    """Return the shares of M after each token, of the memory whose error is taken, and of the chunks' ends."""
     log_decay = log_gate(x, gates, "decay", size)
     log_momentum = log_gate(x, gates, "momentum", size)
     if log_momentum is None:

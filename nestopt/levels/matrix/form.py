@@ -59,7 +59,7 @@ class MatrixForm(TokenForm):
         self.reads = "after" if level.read == "after" else "before"  # a chunk of one token begins before its write
 
     def shown(self, tokens: TokenBatch) -> TokenBatch:
-        """The tokens with the level's features of queries and keys."""
+        """Return the tokens with the level's features of queries and keys."""
         return featured(self.level.features, tokens)
 
     def strength(self, gates: Mapping[str, Tensor], like: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class LinearAttentionForm(MatrixForm):
     def _as_sum(
         self, tokens: TokenBatch, gates: Mapping[str, Tensor], level: State
     ) -> tuple[TokenBatch, dict[str, Tensor], Tensor]:
-        """The tokens as they are written, their decay, and the memory before them."""
+        """Return the tokens as they are written, their decay, and the memory before them."""
         if isinstance(self.level, Momentum):
             own = self.level
             fading = {"decay": self.number(own.beta, "beta", gates, tokens.k)}
@@ -162,7 +162,7 @@ def _less_than_one(number: Number, value: Tensor) -> Tensor | None:
 
 
 def _weighed(tokens: TokenBatch, weight: Tensor | None) -> TokenBatch:
-    """The tokens with their values times a number each, `[B, H, T]` or 1."""
+    """Return the tokens with their values times a number each, `[B, H, T]` or 1."""
     return tokens if weight is None else tokens.replace(v=tokens.v * weight[..., None])
 
 

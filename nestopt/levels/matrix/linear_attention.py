@@ -28,7 +28,7 @@ def linear_attention(
     precision: Precision = "float32",
     validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    r"""A matrix memory of dot products (NL eq. 14-18, 64), for every sequence and head.
+    r"""Run a matrix memory of dot products (NL eq. 14-18, 64), one for every sequence and head.
 
     $$M_t = a_t M_{t-1} + v_t \phi(k_t)^\top, \qquad y_t = M_t \phi(q_t) \quad (\text{or } M_{t-1} \phi(q_t))$$
 

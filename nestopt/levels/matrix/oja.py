@@ -29,7 +29,7 @@ def oja(
     precision: Precision = "float32",
     validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    r"""A matrix memory that learns by Oja's rule (NL eq. 66-67), for every sequence and head.
+    r"""Run a matrix memory that learns by Oja's rule (NL eq. 66-67), one for every sequence and head.
 
     $$M_t = \alpha_t M_{t-1} + \eta_t\, v_t (k_t - M_{t-1}^\top v_t)^\top,
     \qquad y_t = M_t q_t \quad (\text{or } M_{t-1} q_t)$$

@@ -35,7 +35,8 @@ def omega(
     precision: Precision = "float32",
     validate: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    r"""A matrix memory with one step a token on the last c pairs together (NL eq. 68; Atlas, Behrouz et al. 2025).
+    r"""Run a matrix memory with one step a token on the last c pairs together (NL eq. 68; Atlas, Behrouz et al.
+    2025).
 
     $$M_t = \alpha_t M_{t-1} - \eta_t \sum_{j=0}^{\min(c, t) - 1} w_j\, (M_{t-1} k_{t-j} - v_{t-j})\, k_{t-j}^\top,
     \qquad y_t = M_t q_t \quad (\text{or } M_{t-1} q_t)$$

@@ -36,7 +36,7 @@ the segment is a multiple; returns `[B, H, T, D_v]` and the state."""
 
 
 def chunk_for(x: Tensor) -> int:
-    """Tokens that a matrix memory is computed for at once, where nobody says how many."""
+    """Return how many tokens a matrix memory is computed for at once, where nobody says how many."""
     return 32 if x.device.type == "cpu" else 64
 
 
@@ -123,7 +123,7 @@ def over_segments(
 
 
 def _lengths(tokens: TokenBatch, chunk: int, rows: int) -> list[int]:
-    """Of the segments: as many chunks as there are, on a CPU as stay in its cache; then the rest of the last chunk."""
+    """Return the lengths of the segments: all whole chunks, on a CPU as many as stay in its cache; then the rest."""
     batch, heads, length, dim_k = tokens.k.shape
     chunks, rest = length // chunk, length % chunk  # a compiler that knows no length has no divmod
     most = max(1, chunks)
@@ -163,10 +163,10 @@ def rates(x: TokenBatch, gates: Mapping[str, Tensor], chunk: int) -> Tensor:
 
 
 def chunks_of(x: Tensor, chunk: int) -> Tensor:
-    """`[B, H, T, D]` to `[B, H, N, chunk, D]`."""
+    """Return `[B, H, T, D]` to `[B, H, N, chunk, D]`."""
     return x.unflatten(2, (-1, chunk))
 
 
 def gate_chunks(gate: Tensor, chunk: int) -> Tensor:
-    """`[B, H, T]` to `[B, H, N, chunk]`."""
+    """Return `[B, H, T]` to `[B, H, N, chunk]`."""
     return gate.unflatten(-1, (-1, chunk))

@@ -146,7 +146,7 @@ class SelfModifying(Level):
         return bounded(y, x) if self.normalized else y
 
     def _start(self, weights: Mapping[str, Theta], readout: State) -> State:
-        """The state of memories with these weights."""
+        """Return the state of memories with these weights."""
         found: State = {"readout": readout, "projections": {}}
         for name in self.boxes:
             box: State = {"weights": dict(weights[name])}
@@ -228,7 +228,7 @@ class SelfModifying(Level):
         return self._asked(state, q[None])[0]
 
     def _parts(self) -> list[tuple[str, int]]:
-        """The parts of a state that have chunks of their own, and their lengths."""
+        """Return the parts of a state that have chunks of their own, and their lengths."""
         return [("memory", self.chunk), *([("projections", self.projection_chunk)] if self.adaptive else [])]
 
     def _momenta(self, gates: Mapping[str, Tensor], like: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ class SelfModifying(Level):
         return {name: state["projections"][name]["weights"] for name in self.adaptive}
 
     def _asked(self, state: State, q: Tensor) -> Tensor:
-        """What `memory` answers to q `[n, D]`."""
+        """Return what `memory` answers to q `[n, D]`."""
         if "q" in self.adaptive:
             q = self.memory.read(state["projections"]["q"]["weights"], q)
         return self.memory.read(state["memory"]["weights"], F.normalize(q, dim=-1))

@@ -45,7 +45,7 @@ class Maker:
     eta_max: float
 
     def made(self, given: Mapping[str, Tensor], reads: Mapping[str, Tensor]) -> Made:
-        """Of tokens `given` (q, k, v, live, perhaps momentum), and what the memories read of them by name."""
+        """Make of tokens `given` (q, k, v, live, perhaps momentum), and what the memories read of them by name."""
         at = {name: reads.get(name, given[source]) for name, source in SOURCES.items()}
         normalized, live = self.settings.step == "normalized", given["live"]
         lr, keep = (self._gate(name, at[name]) for name in ("eta", "alpha"))
@@ -113,7 +113,7 @@ def _kept(made: Made) -> Made:
 
 
 def _segment(settings: Settings, count: int) -> int:
-    """How many chunks lie between those whose weights are kept."""
+    """Return how many chunks lie between those whose weights are kept."""
     if not settings.checkpoint or not torch.is_grad_enabled():
         return count
     return settings.checkpoint
@@ -148,7 +148,7 @@ def _unstacked(stack: Now, count: int) -> list[Now]:
 
 
 def _repeated(x: Tensor, count: int) -> Tensor:
-    """`[B, H, ..]` for each of `count` memories, `[B, count · H, ..]`."""
+    """Return `[B, H, ..]` for each of `count` memories, `[B, count · H, ..]`."""
     return x.repeat(1, count, *(1,) * (x.ndim - 2))
 
 
@@ -184,7 +184,7 @@ def _reads(weights: Sequence[Held], piece: Mapping[str, Tensor], maker: Maker) -
 
 
 def _written(weights: Sequence[Held], tokens: Made, maker: Maker) -> Now:
-    """The memories after a chunk, each of which writes values of its own."""
+    """Return the memories after a chunk, each of which writes values of its own."""
     count = len(maker.names)
     fading = Fading.of(tokens["decay"], tokens.get("momentum"), tokens["live"]).each(lambda x: _repeated(x, count))
     for weight in weights:

@@ -191,7 +191,7 @@ def scan_boxes(
 
 
 def now_of(box: Mapping[str, Any], dtype: torch.dtype) -> Now:
-    """A memory of a state as the kernels take it."""
+    """Return a memory of a state as the kernels take it."""
     weights = [weight.to(dtype) for weight in box["weights"].values()]
     return weights, [momentum.to(dtype) for momentum in box["momentum"].values()] if "momentum" in box else None
 
@@ -205,7 +205,7 @@ def _idle(pending: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
 
 
 def _begun(starts: Mapping[str, Sequence[Tensor]], given: TokenBatch, has_momentum: bool) -> State:
-    """The state before the first token."""
+    """Return the state before the first token."""
     batch, heads, _, dim = given.k.shape
 
     def box(weights: Sequence[Tensor]) -> State:

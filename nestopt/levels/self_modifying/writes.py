@@ -33,7 +33,7 @@ class SelfWriting(Protocol):
 
 
 def in_turn(level: SelfWriting, box: State, tokens: State, signal: Signal) -> State:
-    """A memory, its `"weights"` and perhaps `"momentum"`, after a chunk of tokens, one after the other.
+    """Return a memory, its `"weights"` and perhaps `"momentum"`, after a chunk of tokens, one after the other.
 
     Args:
         level: whose memory.
@@ -52,7 +52,7 @@ def in_turn(level: SelfWriting, box: State, tokens: State, signal: Signal) -> St
 
 
 def together(level: SelfWriting, box: State, tokens: State, signal: Signal) -> State:
-    """A memory after pairs that come at once: one step on the sum of their gradients, and one retention."""
+    """Return a memory after pairs that come at once: one step on the sum of their gradients, and one retention."""
     keep, rate, k, weights = tokens["decay"], tokens["lr"], tokens["k"], box["weights"]
     writer = _writer(level, 1, keep.mean(), level.momentum)
     if level.normalized:
@@ -79,7 +79,7 @@ def _writer(level: SelfWriting, chunk: int, keep: Number, theta: Number | None) 
 
 
 def _as_writers(box: State) -> State:
-    """A memory's state as `_writer` keeps it."""
+    """Return a memory's state as `_writer` keeps it."""
     momenta = box.get("momentum")
     return {
         "memory": box["weights"],

@@ -61,7 +61,7 @@ class Compilation:
         self.fresh = True
 
     def serves(self, level: Level, settings: UpdateSettings) -> bool:
-        """Whether this is the kernel of `level` for gradients that are treated so."""
+        """Return whether this is the kernel of `level` for gradients that are treated so."""
         return self.level == level and (self.settings.maximize, self.settings.coupled) == (
             settings.maximize,
             settings.coupled,

@@ -30,7 +30,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the numbers of `tensor` fill its memory without gaps or overlaps, in whatever order."""
+    """Return whether the numbers of `tensor` fill its memory without gaps or overlaps, in whatever order."""
     return tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 

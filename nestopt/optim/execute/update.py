@@ -132,7 +132,7 @@ class Executor:
         self.layout = list(map(Tensor.numel, self.params)), list(map(Tensor.stride, self.params))
 
     def intact(self) -> bool:
-        """Whether parameters and states still lie as this executor knows them."""
+        """Return whether parameters and states still lie as this executor knows them."""
         if self.layout != (list(map(Tensor.numel, self.params)), list(map(Tensor.stride, self.params))):
             return False
         try:

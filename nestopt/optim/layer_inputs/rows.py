@@ -55,7 +55,7 @@ def rows_of(module: nn.Module, x: Tensor) -> Rows:
 
 
 def multiplies(module: nn.Module) -> bool:
-    """Whether `module` is a layer whose weight acts on rows as torch's own linear and convolution layers do."""
+    """Return whether `module` is a layer whose weight acts on rows as torch's own linear and convolution layers do."""
     if isinstance(module, nn.Linear):
         return type(module).forward is nn.Linear.forward
     for cls in CONVOLUTIONS:

@@ -265,13 +265,13 @@ def _saved(kept: Tensor) -> tuple[Tensor, ...]:
 
 
 def _graph_is_kept() -> bool:
-    """Whether the graph of the present backward pass may be used again (`retain_graph`)."""
+    """Return whether the graph of the present backward pass may be used again (`retain_graph`)."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _recomputing() -> bool:
-    """Whether non-reentrant checkpointing is recomputing: no backward pass will come through what is run now, since
-    it goes through the graph of the first run.
+    """Return whether non-reentrant checkpointing is recomputing: no backward pass will come through what is run now,
+    since it goes through the graph of the first run.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     name = torch.utils.checkpoint._recomputation_hook.__name__

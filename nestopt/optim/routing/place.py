@@ -74,7 +74,7 @@ def place(
 
 
 def _seen_as_matrix(level: Level, param: Tensor) -> bool:
-    """Whether `level` does with the entries of `param` anything but one by one."""
+    """Return whether `level` does with the entries of `param` anything but one by one."""
     return param.ndim > 1 and not level.is_elementwise
 
 

@@ -51,7 +51,7 @@ class Exchange:
         return self._exchange(packed, [n * s for s in self._sent], [n * s for s in self._got])
 
     def unpack(self, coming: Pending, sources: int) -> list[dict[str, Tensor]]:
-        """What `gather` brings: for each source the whole tensors by name, in their true shapes."""
+        """Return what `gather` brings: for each source the whole tensors by name, in their true shapes."""
         received = coming.take()
         if sum(self._got) == 0:
             return [{} for _ in range(sources)]
@@ -99,7 +99,7 @@ class Pending:
         self._held: tuple[Tensor, Tensor, Any] | None = (received, sent, work)
 
     def take(self) -> Tensor:
-        """What has come, once it has; then nothing is held here."""
+        """Return what has come, once it has; then nothing is held here."""
         assert self._held is not None
         received, _, work = self._held
         work.wait()

@@ -73,7 +73,7 @@ class Sharded(Optimizer):
         self._attached = self._warned = False
 
     def level(self, group: Group) -> Level:
-        """The level that a parameter group runs."""
+        """Return the level that a parameter group runs."""
         return self.nested.level(group)
 
     def attach(self, placements: Sequence[Placement], comm: Any = None) -> None:
@@ -199,7 +199,7 @@ class Sharded(Optimizer):
                         self.nested.watcher.take(self.models[name])
 
     def explain(self) -> Any:
-        """As `Nested.explain`."""
+        """Explain as `Nested.explain` does."""
         return self.nested.explain()
 
     # -- what is saved ---------------------------------------------------------------------------------------------
@@ -209,12 +209,12 @@ class Sharded(Optimizer):
         return list({id(unit): unit for unit, _ in self._units.values()}.values())
 
     def weights(self) -> Iterator[tuple[str, TensorSlice]]:
-        """The parameters' numbers that this process has, by `model.NAME`."""
+        """Yield the parameters' numbers that this process has, by `model.NAME`."""
         for unit in self.units():
             yield from unit.weights()
 
     def states(self) -> Iterator[tuple[str, TensorSlice]]:
-        """The state that this process keeps, by `optimizer.NAME|KEY`."""
+        """Yield the state that this process keeps, by `optimizer.NAME|KEY`."""
         for unit in self.units():
             yield from unit.state()
 
@@ -257,7 +257,8 @@ class Sharded(Optimizer):
             unit.taken = int(self.param_groups[placement.group].get(TAKEN, 0))
 
     def state_dict(self) -> dict[str, Any]:
-        """What this process keeps, by name, in plain values: it loads at the same stage and by as many processes.
+        """Return what this process keeps, by name, in plain values: it loads at the same stage and by as many
+        processes.
 
         That is what DeepSpeed's own checkpoints are made of; `nestopt.train.deepspeed.save` has no such limits.
         """
@@ -280,7 +281,7 @@ def _short(value: object) -> str:
 
 
 def _gradient(handle: Tensor, tensor: Tensor) -> Tensor | None:
-    """The gradient of `handle`, as a tensor like `tensor`."""
+    """Return the gradient of `handle`, as a tensor like `tensor`."""
     grad = handle.grad
     if grad is None:
         return None

@@ -22,7 +22,8 @@ PASSES = 20
 
 
 def step_cost(level: Level, shape: torch.Size, view: Split | None = None) -> float:
-    """What a step of `level` on a tensor of this shape costs, in multiplications and additions of matrix products.
+    """Return what a step of `level` on a tensor of this shape costs, in multiplications and additions of matrix
+    products.
 
     Counted on tensors without data, at the first step: what is done once in many steps is not in it. Of a level whose
     step looks at values, products as large as the matrix with its shorter side are taken for its cost.
@@ -70,7 +71,7 @@ _DECOMPOSITIONS = {torch.ops.aten._linalg_eigh: _cubed}
 
 
 def owners(costs: Mapping[str, float], world: int) -> dict[str, int]:
-    """The owner of each tensor: a process, 0 … `world` - 1, so that none has much more to do than the others.
+    """Return the owner of each tensor: a process, 0 … `world` - 1, so that none has much more to do than the others.
 
     The dearest goes first, to whoever has least; then tensors are moved and exchanged as long as the most loaded
     process gains by it. The same on every process, whatever the order of `costs`.
@@ -115,7 +116,7 @@ def _improved(costs: Mapping[str, float], found: dict[str, int], load: list[floa
 
 
 def imbalance(costs: Mapping[str, float], found: Mapping[str, int], world: int) -> float:
-    """How much the most loaded process has to do, of the mean over all: 1 is perfect."""
+    """Return how much the most loaded process has to do, of the mean over all: 1 is perfect."""
     load = [0.0] * world
     for name, rank in found.items():
         load[rank] += costs[name]

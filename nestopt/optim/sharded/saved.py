@@ -40,13 +40,13 @@ class Saved(Protocol):
     """What was saved, to be read in parts."""
 
     def keys(self) -> Iterable[str]:
-        """The names of all tensors."""
+        """Return the names of all tensors."""
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Of a whole tensor."""
 
     def whole(self, key: str) -> Tensor:
-        """A whole tensor."""
+        """Return a whole tensor."""
 
     def stretch(self, key: str, start: int, size: int) -> Tensor:
         """Some numbers `[size]` of its flattened form."""
@@ -102,7 +102,7 @@ class StateKeys:
 
 
 def weights(table: Iterable[Slice], tensors: Sequence[Tensor]) -> Iterator[tuple[str, TensorSlice]]:
-    """The parameters' numbers that a process has."""
+    """Yield the parameters' numbers that a process has."""
     for piece in table:
         if piece.size or not math.prod(piece.shape):
             yield WEIGHTS + piece.name, _stretch(piece, piece.of(tensors).detach())
@@ -116,7 +116,7 @@ def load_weights(saved: Saved, table: Iterable[Slice], tensors: Sequence[Tensor]
 
 
 def whole_state(name: str, state: Mapping[str, Tensor]) -> Iterator[tuple[str, TensorSlice]]:
-    """The state of one whole parameter."""
+    """Yield the state of one whole parameter."""
     for key, leaf in state.items():
         yield f"{STATE}{name}|{key}", TensorSlice(leaf.detach())
 
@@ -124,7 +124,7 @@ def whole_state(name: str, state: Mapping[str, Tensor]) -> Iterator[tuple[str, T
 def sliced_state(
     table: Iterable[Slice], states: Mapping[int, Mapping[str, Tensor]]
 ) -> Iterator[tuple[str, TensorSlice]]:
-    """The state of tensors that hold slices: each entry of a parameter has an entry of every state tensor."""
+    """Yield the state of tensors that hold slices: each entry of a parameter has an entry of every state tensor."""
     for piece in held(table):
         for key, leaf in states[piece.tensor].items():
             name = f"{STATE}{piece.name}|{key}"
@@ -135,12 +135,12 @@ def sliced_state(
 
 
 def load_whole(saved: Saved, keys: StateKeys, name: str) -> dict[str, Tensor]:
-    """The state of one whole parameter."""
+    """Return the state of one whole parameter."""
     return {key: saved.whole(f"{STATE}{name}|{key}") for key in keys.of(name)}
 
 
 def load_sliced(saved: Saved, keys: StateKeys, table: Sequence[Slice], tensor: int, like: Tensor) -> dict[str, Tensor]:
-    """The state of the tensor with this number, like which every state tensor is, of the slices that it holds.
+    """Return the state of the tensor with this number, like which every state tensor is, of the slices that it holds.
 
     Raises:
         CheckpointMismatch: its parameters are not at the same step, or some have a state and others none.

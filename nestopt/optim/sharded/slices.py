@@ -29,7 +29,7 @@ class Slice:
 
     @classmethod
     def whole(cls, name: str, shape: Sequence[int], tensor: int) -> Slice:
-        """All of a parameter, which is that tensor."""
+        """Return all of a parameter, which is that tensor."""
         return cls(name, tuple(shape), 0, math.prod(shape), tensor)
 
     @property
@@ -61,5 +61,5 @@ def check_cover(tables: Sequence[Sequence[Slice]]) -> None:
 
 
 def held(table: Iterable[Slice]) -> list[Slice]:
-    """The slices that are not empty."""
+    """Return the slices that are not empty."""
     return [piece for piece in table if piece.size]

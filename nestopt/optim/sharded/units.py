@@ -74,15 +74,15 @@ class Unit(ABC):
         """One step, with the gradients of `tensors`, the settings of `group`, and what layers were shown, by name."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The true shapes of all its parameters, of which this process may have nothing."""
+        """Return the true shapes of all its parameters, of which this process may have nothing."""
         return {piece.name: piece.shape for piece in self.table}
 
     @abstractmethod
     def inner(self) -> Iterator[Nested]:
-        """The optimizers at work."""
+        """Return the optimizers at work."""
 
     def weights(self) -> Iterator[tuple[str, TensorSlice]]:
-        """The numbers of the parameters that this process has."""
+        """Return the numbers of the parameters that this process has."""
         return weights(self.table, self.tensors)
 
     def load_weights(self, saved: Saved) -> None:
@@ -90,7 +90,7 @@ class Unit(ABC):
 
     @abstractmethod
     def state(self) -> Iterator[tuple[str, TensorSlice]]:
-        """The state that this process keeps."""
+        """Return the state that this process keeps."""
 
     @abstractmethod
     def load_state(self, saved: Saved, keys: StateKeys) -> None:
@@ -294,7 +294,7 @@ class _Round:
 
 
 def rounds(shapes: Mapping[str, tuple[int, ...]], owner: Mapping[str, int], world: int, limit: int) -> list[list[str]]:
-    """The parameters in rounds, in each about `limit` numbers of every owner; the same on all processes."""
+    """Return the parameters in rounds, in each about `limit` numbers of every owner; the same on all processes."""
     found: list[list[str]] = []
     for rank in range(world):
         at, filled = 0, 0
@@ -310,7 +310,7 @@ def rounds(shapes: Mapping[str, tuple[int, ...]], owner: Mapping[str, int], worl
 
 
 def held_in_rounds(own: Sequence[int], sliced: Sequence[int], work: int = 0) -> int:
-    """How much `Owned.step` holds at its peak, in numbers, besides slices and states.
+    """Return how much `Owned.step` holds at its peak, in numbers, besides slices and states.
 
     Args:
         own: of the tensors that a process owns, in each round.
@@ -333,7 +333,7 @@ def held_in_rounds(own: Sequence[int], sliced: Sequence[int], work: int = 0) -> 
 
 
 def _inner(nested: Nested, group: Group, names: Sequence[str], tensors: Sequence[Tensor], seed: int) -> Nested:
-    """An optimizer of the same kind for these tensors, with the settings of a group."""
+    """Return an optimizer of the same kind for these tensors, with the settings of a group."""
     settings = {key: value for key, value in group.items() if key not in KEPT}
     return nested.like([{**settings, "params": list(zip(names, tensors, strict=True))}], seed)
 
@@ -358,5 +358,5 @@ def _put(nested: Nested, param: Tensor, found: dict[str, Tensor], like: Tensor, 
 
 
 def _shaped(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """A tensor of this shape on the device of `like` that takes no memory."""
+    """Return a tensor of this shape on the device of `like` that takes no memory."""
     return torch.empty((), dtype=like.dtype, device=like.device).expand(shape)

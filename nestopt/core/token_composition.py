@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
@@ -88,7 +89,23 @@ def _clock(level: Level) -> str:
     return f"period={level.period}: it is shown sums of gradients"
 
 
-class ParallelForm(_Composition):
+class _OfSeveral(_Composition):
+    """A form that shows tokens to each of its parts, and combines what they answer."""
+
+    def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
+        return self._through([form.forward for form in self.parts.values()], tokens, gates, state)
+
+    def step(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
+        return self._through([form.step for form in self.parts.values()], tokens, gates, state)
+
+    @abstractmethod
+    def _through(
+        self, runs: list[Run], tokens: TokenBatch, gates: Mapping[str, Tensor], state: State
+    ) -> tuple[Tensor, State]:
+        """Show the tokens to the parts, each of which has its `forward` or `step` in `runs`."""
+
+
+class ParallelForm(_OfSeveral):
     """Show every part the same tokens, and add their answers up, each times its weight."""
 
     levels: ClassVar[tuple[type[Level], ...]] = (Parallel,)
@@ -98,12 +115,6 @@ class ParallelForm(_Composition):
         if level.period > 1:
             return Refused(_clock(level))
         return Accepted("each part by its own form, and their answers added up")
-
-    def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
-        return self._through([form.forward for form in self.parts.values()], tokens, gates, state)
-
-    def step(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
-        return self._through([form.step for form in self.parts.values()], tokens, gates, state)
 
     def read(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> Tensor:
         def reading(form: TokenForm) -> Run:
@@ -126,7 +137,7 @@ class ParallelForm(_Composition):
         return total, {"step": state["step"] + tokens.count, "level": new}
 
 
-class ChainForm(_Composition):
+class ChainForm(_OfSeveral):
     """Show each part, as the value of a key, what the one before it answers at that key; the last is asked."""
 
     levels: ClassVar[tuple[type[Level], ...]] = (Chain,)
@@ -138,12 +149,6 @@ class ChainForm(_Composition):
         if not level.of_tokens:
             return Refused("its levels are all of gradients: they make one direction, which is asked")
         return Accepted("each part by its own form, on what the one before it answers")
-
-    def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
-        return self._through([form.forward for form in self.parts.values()], tokens, gates, state)
-
-    def step(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
-        return self._through([form.step for form in self.parts.values()], tokens, gates, state)
 
     def read(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> Tensor:
         path, last = list(self.parts.items())[-1]

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from nestopt.core.precision import matmul
-from nestopt.levels.deep.gate_products import Fading
+from nestopt.levels.deep.gate_products import GateProducts
 from nestopt.levels.deep.weights import applied, moved, pulled, squares, squares_since
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class RankOneWrites:
     """What tokens write.
 
     Attributes:
@@ -43,15 +43,15 @@ class Rows:
     steps: Tensor
     decays: Tensor | None
 
-    def and_then(self, later: Rows) -> Rows:
+    def and_then(self, later: RankOneWrites) -> RankOneWrites:
         decays = None
         if self.decays is not None and later.decays is not None:
             decays = torch.cat([self.decays, later.decays], dim=-2)
-        return Rows(
+        return RankOneWrites(
             torch.cat([self.inputs, later.inputs], dim=-2), torch.cat([self.steps, later.steps], dim=-2), decays
         )
 
-    def left(self, at: Fading) -> Tensor:
+    def left(self, at: GateProducts) -> Tensor:
         """Return `Γ ⊙ w + κ ⊙ g` `[.., n, out]` with the last row of Γ and κ: what is left of each write then."""
         Gamma, kappa = (None if x is None else x[..., -1, :, None] for x in (at.Gamma, at.kappa))
         if kappa is None:
@@ -62,7 +62,7 @@ class Rows:
         return kappa * self.steps + (self.decays if Gamma is None else Gamma * self.decays)
 
 
-class Held:
+class BlockWeight:
     """One weight `[.., out, in]` in a block of chunks, which are taken in turn.
 
     Args:
@@ -70,10 +70,10 @@ class Held:
         fading: of the block's tokens.
     """
 
-    def __init__(self, weight: Tensor, momentum: Tensor | None, fading: Fading) -> None:
+    def __init__(self, weight: Tensor, momentum: Tensor | None, fading: GateProducts) -> None:
         self.weight, self.momentum, self.fading = weight, momentum, fading
         self.done = 0
-        self.rows: Rows | None = None
+        self.rows: RankOneWrites | None = None
         self.gamma: Tensor | None = None
         self.c: Tensor | None = None
         self.left: Tensor | None = None
@@ -120,12 +120,12 @@ class Held:
         `near` is a aᵀ `[.., C, C]`, which the delta decay needs.
         """
         x, base, old = self._applied
-        rows = Rows(x, steps, None)
+        rows = RankOneWrites(x, steps, None)
         if strength is not None and near is not None:
-            rows = Rows(x, steps, self._decays(rows, base, old, strength, near))
+            rows = RankOneWrites(x, steps, self._decays(rows, base, old, strength, near))
         self.rows = rows if self.rows is None else self.rows.and_then(rows)
 
-    def _decays(self, new: Rows, base: Tensor, old: Tensor | None, strength: Tensor, near: Tensor) -> Tensor:
+    def _decays(self, new: RankOneWrites, base: Tensor, old: Tensor | None, strength: Tensor, near: Tensor) -> Tensor:
         """w `[.., C, out]`, given M_0 a and S_0 a."""
         first, size = self.done, new.inputs.shape[-2]
         at = self.fading.before().rows(first, first + size)

@@ -14,7 +14,7 @@ from nestopt.core.precision import Precision, check_products, products_in
 from nestopt.core.token_batch import TokenBatch, check_choice, check_finite, check_range, per_token, run_unpacked
 from nestopt.core.tree import State
 from nestopt.levels.deep import mlp
-from nestopt.levels.deep.scan import Now, Read, Settings, scan_chunks
+from nestopt.levels.deep.scan import Read, Settings, WeightState, scan_chunks
 
 OBJECTIVES = {"l2": L2(), "dot": Dot()}
 
@@ -166,7 +166,7 @@ def _begun(
     settings: Settings,
     has_momentum: bool,
     state: Mapping[str, Any] | None,
-) -> tuple[Now, Mapping[str, Tensor] | None]:
+) -> tuple[WeightState, Mapping[str, Tensor] | None]:
     """Return the memory and the tokens since its chunk began: from `state`, or else from `weights`."""
     k, v = fresh["k"], fresh["v"]
     check_weights(weights, k, v, settings.form)
@@ -241,7 +241,7 @@ def check_weights(weights: Sequence[Tensor], k: Tensor, v: Tensor, form: mlp.For
         raise ValueError(f"residual=True needs keys and values of one width, not {into} and {out}; give residual=False")
 
 
-def named(now: Now) -> State:
+def named(now: WeightState) -> State:
     """Return a memory as it stands in a state."""
     names: State = {"weights": {f"W{i}": w for i, w in enumerate(now[0], start=1)}}
     if now[1] is not None:

@@ -22,7 +22,7 @@ from nestopt.core.token_state import PENDING
 from nestopt.core.tree import State, leaves, nested, tree_map
 from nestopt.levels.closed_form import LinearRule, linear_rule, refusal, refusal_of_writes
 from nestopt.levels.deep.mlp import Form
-from nestopt.levels.deep.scan import Now, Settings, scan_chunks, written
+from nestopt.levels.deep.scan import Settings, WeightState, scan_chunks, write_open
 
 
 class DeepMemoryForm(TokenForm):
@@ -77,11 +77,11 @@ class DeepMemoryForm(TokenForm):
     def read(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> Tensor:
         theta = state["level"]["memory"]
         if self.pending(state) and self.level.read != "chunk":
-            weights, _ = written(self._now(state), self._as_kernel(state[PENDING]), self.settings)
+            weights, _ = write_open(self._now(state), self._as_kernel(state[PENDING]), self.settings)
             theta = dict(zip(theta, weights, strict=True))
         return answers(self.level, tokens.q, theta, gates)
 
-    def _now(self, state: State) -> Now:
+    def _now(self, state: State) -> WeightState:
         """Return the memory at the start of its chunk, as the kernel takes it."""
         weights = list(state["level"]["memory"].values())
         if self.rule.momentum is None:
@@ -104,7 +104,7 @@ class DeepMemoryForm(TokenForm):
             found["momentum"] = gate(self.rule.momentum, f"rule.{self.rule.inside}beta", 1.0)
         return found
 
-    def _as_state(self, now: Now) -> State:
+    def _as_state(self, now: WeightState) -> State:
         weights, momenta = now
         names = [f"W{i}" for i in range(1, len(weights) + 1)] if isinstance(self.level.memory, Mlp) else ["m"]
         kept: Sequence[Tensor | None] = momenta or [None] * len(weights)

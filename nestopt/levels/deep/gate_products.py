@@ -17,7 +17,7 @@ from nestopt.kernels.products import logarithm, products, shifted
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Fading:
+class GateProducts:
     """For tokens 1 … n; everything has leading dimensions of its own. What is asked for again is not computed again.
 
     Attributes:
@@ -32,10 +32,10 @@ class Fading:
     kappa: Tensor | None = None
     theta: Tensor | None = None
     Theta: Tensor | None = None
-    _made: dict[tuple[int, ...], Fading] = dataclasses.field(default_factory=dict)
+    _made: dict[tuple[int, ...], GateProducts] = dataclasses.field(default_factory=dict)
 
     @staticmethod
-    def of(decay: Tensor | None, momentum: Tensor | None, live: Tensor) -> Fading:
+    def of(decay: Tensor | None, momentum: Tensor | None, live: Tensor) -> GateProducts:
         """Compute them from α, θ `[.., n]`, 1 at tokens that are not `live` `[.., n]`, where S is not added to M."""
         gamma = Gamma = c = kappa = theta = Theta = None
         if decay is not None:
@@ -47,34 +47,34 @@ class Fading:
             added = every * live[..., None, :]
             c = (added @ theta[..., None])[..., 0]
             kappa = added @ Theta
-        return Fading(gamma, Gamma, c, kappa, theta, Theta)
+        return GateProducts(gamma, Gamma, c, kappa, theta, Theta)
 
-    def unbind(self, dim: int, count: int) -> list[Fading]:
+    def unbind(self, dim: int, count: int) -> list[GateProducts]:
         """One for each of `count` runs."""
         columns = [[None] * count if x is None else x.unbind(dim) for x in self._fields()]
-        return [Fading(*row) for row in zip(*columns, strict=True)]
+        return [GateProducts(*row) for row in zip(*columns, strict=True)]
 
-    def each(self, function: Callable[[Tensor], Tensor]) -> Fading:
+    def each(self, function: Callable[[Tensor], Tensor]) -> GateProducts:
         """Apply `function` to all that is there."""
         gamma, Gamma, c, kappa, theta, Theta = (None if x is None else function(x) for x in self._fields())
-        return Fading(gamma, Gamma, c, kappa, theta, Theta)
+        return GateProducts(gamma, Gamma, c, kappa, theta, Theta)
 
-    def before(self) -> Fading:
+    def before(self) -> GateProducts:
         """One token earlier: what M_{t-1} is made of."""
         if () not in self._made:
             gamma = None if self.gamma is None else shifted(self.gamma[..., None], 1.0)[..., 0]
             c = None if self.c is None else shifted(self.c[..., None])[..., 0]
             Gamma, kappa = (None if x is None else shifted(x) for x in (self.Gamma, self.kappa))
-            self._made[()] = Fading(gamma, Gamma, c, kappa, self.theta, self.Theta)
+            self._made[()] = GateProducts(gamma, Gamma, c, kappa, self.theta, self.Theta)
         return self._made[()]
 
-    def rows(self, first: int, last: int) -> Fading:
+    def rows(self, first: int, last: int) -> GateProducts:
         """Return, of tokens first + 1 … last, what those up to last have to do with them."""
         if (first, last) not in self._made:
             gamma, c, theta = (None if x is None else x[..., first:last] for x in (self.gamma, self.c, self.theta))
             pairs = (self.Gamma, self.kappa, self.Theta)
             Gamma, kappa, Theta = (None if x is None else x[..., first:last, :last] for x in pairs)
-            self._made[first, last] = Fading(gamma, Gamma, c, kappa, theta, Theta)
+            self._made[first, last] = GateProducts(gamma, Gamma, c, kappa, theta, Theta)
         return self._made[first, last]
 
     def _fields(self) -> tuple[Tensor | None, ...]:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestopt.levels.deep.block_weight import Held
+from nestopt.levels.deep.block_weight import BlockWeight
 
-Weights = Sequence[Held]
+Weights = Sequence[BlockWeight]
 """W1 … W_L `[.., out, in]`, the outermost first: the read is k + W1 σ(W2 … σ(W_L k))."""
 
 

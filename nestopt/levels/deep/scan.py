@@ -15,14 +15,14 @@ from nestopt.core.precision import current, matmul, products_in
 from nestopt.core.token_batch import check_choice, check_whole
 from nestopt.core.tree import State
 from nestopt.levels.deep import mlp
-from nestopt.levels.deep.block_weight import Held
-from nestopt.levels.deep.gate_products import Fading
+from nestopt.levels.deep.block_weight import BlockWeight
+from nestopt.levels.deep.gate_products import GateProducts
 from nestopt.levels.deep.own_values import bounded
 from nestopt.levels.deep.step_size import step_sizes
 
 Read = Literal["after", "before", "chunk"]
 
-Now = tuple[list[Tensor], list[Tensor] | None]
+WeightState = tuple[list[Tensor], list[Tensor] | None]
 """The weights and their momenta `[B, H, out, in]`, W1 first; None where there is no momentum."""
 
 
@@ -55,12 +55,12 @@ class Settings:
 
 
 def scan_chunks(
-    now: Now,
+    now: WeightState,
     q: Tensor,
     pending: Mapping[str, Tensor] | None,
     fresh: Mapping[str, Tensor],
     settings: Settings,
-) -> tuple[Tensor, Now, State]:
+) -> tuple[Tensor, WeightState, State]:
     """Run over `fresh` tokens after `pending` ones, which stand at the beginning of a chunk.
 
     Args:
@@ -75,7 +75,7 @@ def scan_chunks(
         y `[B, H, T, D_v]`, the memory at the start of the chunk that is not over, and that chunk's tokens.
     """
     done = 0 if pending is None else pending["k"].shape[2]
-    every = then(pending, fresh)
+    every = concat_tokens(pending, fresh)
     length = done + q.shape[2]
     whole = length - length % settings.chunk
     asked, blocks = _asked(q, done, settings), _blocks(every, whole, settings.chunk)
@@ -90,8 +90,8 @@ def scan_chunks(
         if again:
 
             def run(
-                now: Now, queries: Sequence[Tensor] = queries, part: Sequence[Block] = part
-            ) -> tuple[list[Tensor], Now]:
+                now: WeightState, queries: Sequence[Tensor] = queries, part: Sequence[Block] = part
+            ) -> tuple[list[Tensor], WeightState]:
                 y, now = _through(now, queries, part, settings)
                 return [y], now
 
@@ -107,7 +107,7 @@ def scan_chunks(
     return (y if settings.read == "chunk" or not done else y[:, :, done:]), now, rest
 
 
-def then(pending: Mapping[str, Tensor] | None, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def concat_tokens(pending: Mapping[str, Tensor] | None, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return `pending` tokens, if there are any, and `fresh` ones after them."""
     if pending is None or not pending["k"].shape[2]:
         return dict(fresh)
@@ -147,7 +147,7 @@ class Block:
     """Chunks after which new weights are made."""
 
     chunks: list[Chunk]
-    fading: Fading
+    fading: GateProducts
 
 
 BLOCK = 64
@@ -166,7 +166,7 @@ def _blocks(held: Mapping[str, Tensor], whole: int, chunk: int) -> list[Block]:
 
 def _even_blocks(held: Mapping[str, Tensor], size: int, chunk: int) -> list[Block]:
     blocks = {name: x.unflatten(2, (-1, size)) for name, x in held.items()}
-    fadings = Fading.of(blocks.get("decay"), blocks.get("momentum"), blocks["live"])
+    fadings = GateProducts.of(blocks.get("decay"), blocks.get("momentum"), blocks["live"])
     tokens = (*(blocks[name] for name in ("k", "v", "live", "lr")), damping(blocks))
     columns = [[block.split(chunk, dim=2) for block in x.unbind(2)] for x in tokens]
     return [
@@ -181,34 +181,38 @@ def damping(held: Mapping[str, Tensor]) -> Tensor:
     return share * (1 - held["momentum"]) if "momentum" in held else share
 
 
-def _through(now: Now, asked: Sequence[Tensor], blocks: Sequence[Block], settings: Settings) -> tuple[Tensor, Now]:
+def _through(
+    now: WeightState, asked: Sequence[Tensor], blocks: Sequence[Block], settings: Settings
+) -> tuple[Tensor, WeightState]:
     """Return the answers of these blocks, and the memory after them."""
     answers, queries = [], iter(asked)
     for block in blocks:
-        weights = held(now, block.fading)
+        weights = block_weights(now, block.fading)
         for i, tokens in enumerate(block.chunks):
             if i:
                 for weight in weights:
                     weight.close()
             answers.append(step(weights, next(queries), tokens, settings))
-        now = ended(weights)
+        now = weights_after(weights)
     return torch.cat(answers, dim=2) if len(answers) > 1 else answers[0], now
 
 
-def held(now: Now, fading: Fading) -> list[Held]:
+def block_weights(now: WeightState, fading: GateProducts) -> list[BlockWeight]:
     """Return the weights of a memory in a block of tokens."""
     momenta = [None] * len(now[0]) if now[1] is None else now[1]
-    return [Held(weight, momentum, fading) for weight, momentum in zip(now[0], momenta, strict=True)]
+    return [BlockWeight(weight, momentum, fading) for weight, momentum in zip(now[0], momenta, strict=True)]
 
 
-def ended(weights: Sequence[Held]) -> Now:
+def weights_after(weights: Sequence[BlockWeight]) -> WeightState:
     """Return the memory after its block."""
     ends = [weight.end() for weight in weights]
     momenta = [momentum for _, momentum in ends if momentum is not None]
     return [weight for weight, _ in ends], momenta or None
 
 
-def recomputed(run: Callable[[Now], tuple[list[Tensor], Now]], now: Now) -> tuple[list[Tensor], Now]:
+def recomputed(
+    run: Callable[[WeightState], tuple[list[Tensor], WeightState]], now: WeightState
+) -> tuple[list[Tensor], WeightState]:
     """Call `run(now)`, and again in the backward pass, instead of keeping what it computed."""
     has_momentum, precision = now[1] is not None, current()  # the backward pass may be on another thread
     counts: list[int] = []
@@ -223,18 +227,18 @@ def recomputed(run: Callable[[Now], tuple[list[Tensor], Now]], now: Now) -> tupl
     return list(flat[: counts[0]]), _joined(flat[counts[0] :], has_momentum)
 
 
-def _flat(now: Now) -> list[Tensor]:
+def _flat(now: WeightState) -> list[Tensor]:
     return [*now[0], *(now[1] or ())]
 
 
-def _joined(flat: Sequence[Tensor], has_momentum: bool) -> Now:
+def _joined(flat: Sequence[Tensor], has_momentum: bool) -> WeightState:
     if not has_momentum:
         return list(flat), None
     half = len(flat) // 2
     return list(flat[:half]), list(flat[half:])
 
 
-def step(weights: Sequence[Held], q: Tensor, tokens: Chunk, settings: Settings) -> Tensor:
+def step(weights: Sequence[BlockWeight], q: Tensor, tokens: Chunk, settings: Settings) -> Tensor:
     """Read and write one chunk."""
     if settings.own_values:
         asked = torch.cat([q, tokens.v], dim=-2)
@@ -252,25 +256,25 @@ def step(weights: Sequence[Held], q: Tensor, tokens: Chunk, settings: Settings) 
     return _answers(weights, q, settings)
 
 
-def _read_open(now: Now, q: Tensor, tokens: Mapping[str, Tensor], settings: Settings) -> Tensor:
+def _read_open(now: WeightState, q: Tensor, tokens: Mapping[str, Tensor], settings: Settings) -> Tensor:
     """Read within a chunk that is not over."""
     if settings.read == "chunk":
-        return mlp.read(held(now, Fading()), q, settings.form)
+        return mlp.read(block_weights(now, GateProducts()), q, settings.form)
     (block,) = _even_blocks(tokens, q.shape[2], q.shape[2])
-    weights = held(now, block.fading)
+    weights = block_weights(now, block.fading)
     return step(weights, q, block.chunks[0], settings)
 
 
-def written(now: Now, tokens: Mapping[str, Tensor], settings: Settings) -> Now:
+def write_open(now: WeightState, tokens: Mapping[str, Tensor], settings: Settings) -> WeightState:
     """Return the memory after `tokens` of a chunk that need not be over."""
     size = tokens["k"].shape[2]
     (block,) = _even_blocks(tokens, size, size)
-    weights, chunk = held(now, block.fading), block.chunks[0]
+    weights, chunk = block_weights(now, block.fading), block.chunks[0]
     _write(weights, mlp.linearise(weights, chunk.k, settings.form), chunk, settings)
-    return ended(weights)
+    return weights_after(weights)
 
 
-def _write(weights: Sequence[Held], at: mlp.Linearised, tokens: Chunk, settings: Settings) -> None:
+def _write(weights: Sequence[BlockWeight], at: mlp.Linearised, tokens: Chunk, settings: Settings) -> None:
     """Write the keys that the memory was linearised at."""
     wrong = settings.error(at.y, tokens.v)
     assert wrong is not None
@@ -295,7 +299,7 @@ def _write(weights: Sequence[Held], at: mlp.Linearised, tokens: Chunk, settings:
         weight.write(lr[..., None] * error, strength, products)
 
 
-def _answers(weights: Sequence[Held], q: Tensor, settings: Settings) -> Tensor:
+def _answers(weights: Sequence[BlockWeight], q: Tensor, settings: Settings) -> Tensor:
     """Return the read of each token of the chunk that was written last with the weights as they are by then."""
     activation: Callable[[Tensor], Tensor] = mlp.ACTIVATIONS[settings.form.activation][0]
     x = q

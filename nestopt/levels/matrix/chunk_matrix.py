@@ -21,7 +21,7 @@ from nestopt.levels.matrix.corrections import corrections
 
 
 @dataclasses.dataclass(frozen=True)
-class Shares:
+class GateShares:
     """Of what a memory is made at some times of a chunk; leading dimensions `[B or 1, H or 1, N or 1]`.
 
     Attributes:
@@ -34,39 +34,39 @@ class Shares:
     memory: Tensor | None
     momentum: Tensor | None = None
 
-    def before(self) -> Shares:
+    def before(self) -> GateShares:
         """At the time before each."""
         memory = None if self.memory is None else shifted(self.memory[..., None], 1.0)[..., 0]
         momentum = None if self.momentum is None else shifted(self.momentum[..., None])[..., 0]
-        return Shares(shifted(self.writes), memory, momentum)
+        return GateShares(shifted(self.writes), memory, momentum)
 
-    def times(self, decay: Tensor) -> Shares:
+    def times(self, decay: Tensor) -> GateShares:
         """Return the shares of that memory times a number `[.., X]`."""
         memory, momentum = (None if x is None else x * decay for x in (self.memory, self.momentum))
-        return Shares(self.writes * decay[..., None], memory, momentum)
+        return GateShares(self.writes * decay[..., None], memory, momentum)
 
-    def repeated(self, times: int, writes: int) -> Shares:
+    def repeated(self, times: int, writes: int) -> GateShares:
         """Return the shares where each time counts as some, each write as some that happen at once."""
         memory, momentum = (None if x is None else x.repeat_interleave(times, -1) for x in (self.memory, self.momentum))
-        return Shares(self.writes.repeat_interleave(times, -2).repeat_interleave(writes, -1), memory, momentum)
+        return GateShares(self.writes.repeat_interleave(times, -2).repeat_interleave(writes, -1), memory, momentum)
 
-    def last(self) -> Shares:
+    def last(self) -> GateShares:
         """At the end of the chunk: X = 1."""
         memory = None if self.memory is None else self.memory[..., -1:]
         momentum = None if self.momentum is None else self.momentum[..., -1:]
-        return Shares(self.writes[..., -1:, :], memory, momentum)
+        return GateShares(self.writes[..., -1:, :], memory, momentum)
 
 
-def shares(log_decay: Tensor | None, like: Tensor) -> Shares:
+def shares(log_decay: Tensor | None, like: Tensor) -> GateShares:
     """Return those of $M_t = a_t M_{t-1} + u_t k_t^T$, from logarithms `[.., C]` (None is 0), for keys `like`."""
     if log_decay is None:
-        return Shares(like.new_ones(like.shape[-2], like.shape[-2]).tril()[None, None, None], None)
-    return Shares(*products(log_decay))
+        return GateShares(like.new_ones(like.shape[-2], like.shape[-2]).tril()[None, None, None], None)
+    return GateShares(*products(log_decay))
 
 
 def shares_with_momentum(
     log_decay: Tensor | None, log_momentum: Tensor, live: Tensor
-) -> tuple[Shares, tuple[Shares, Shares]]:
+) -> tuple[GateShares, tuple[GateShares, GateShares]]:
     r"""Return those of $S_t = \theta_t S_{t-1} - u_t k_t^\top$, $M_t = a_t M_{t-1} - S_t$; and of both in the end.
 
     At a token that is not `live` `[.., C]` the momentum does not move the memory.
@@ -74,12 +74,12 @@ def shares_with_momentum(
     log_decay = torch.zeros_like(log_momentum) if log_decay is None else log_decay
     (kept, memory), (pushed, since) = products(log_decay), products(log_momentum)
     kept = kept * live[..., None, :].to(kept.dtype)
-    after = Shares(kept @ pushed, memory, -(kept @ since[..., None])[..., 0])
-    momentum = Shares(-pushed[..., -1:, :], torch.zeros_like(since[..., -1:]), since[..., -1:])
+    after = GateShares(kept @ pushed, memory, -(kept @ since[..., None])[..., 0])
+    momentum = GateShares(-pushed[..., -1:, :], torch.zeros_like(since[..., -1:]), since[..., -1:])
     return after, (after.last(), momentum)
 
 
-def added(k: Tensor, v: Tensor, end: Shares, memory: Tensor) -> tuple[Tensor, Tensor]:
+def added(k: Tensor, v: Tensor, end: GateShares, memory: Tensor) -> tuple[Tensor, Tensor]:
     """Memories `[B, H, N, D_v, D_k]` that the chunks begin with, and the last, where v is written as it is."""
     kept = None if end.memory is None else _end(end.memory, k)
     shape, memory = memory.shape, memory.flatten(0, 1)
@@ -91,7 +91,7 @@ def added(k: Tensor, v: Tensor, end: Shares, memory: Tensor) -> tuple[Tensor, Te
 
 
 def corrected(
-    k: Tensor, v: Tensor, lr: Tensor, error: Shares, ends: tuple[Shares, ...], memory: Tensor
+    k: Tensor, v: Tensor, lr: Tensor, error: GateShares, ends: tuple[GateShares, ...], memory: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Writes that correct what a memory answers: $u_t = \eta_t\,(v_t - \tilde M_t k_t)$, with the shares `error` of M̃.
 
@@ -123,14 +123,14 @@ def _together(memory: Tensor, momentum: Tensor | None) -> Tensor:
     return memory[..., None] if momentum is None else torch.stack([memory, momentum], dim=-1)
 
 
-def answers(q: Tensor, k: Tensor, v: Tensor, read: Shares, begun: Tensor) -> Tensor:
+def answers(q: Tensor, k: Tensor, v: Tensor, read: GateShares, begun: Tensor) -> Tensor:
     """y `[B, H, N, X, D_v]` of memories that began as `begun`, and to which the pairs k, v were added."""
     pairs = matmul(q, k.mT) * read.writes
     start = matmul(_started(q, read), begun.mT)
     return plus_matmul(*(x.flatten(0, 2) for x in (start, pairs, v))).unflatten(0, q.shape[:3])
 
 
-def _started(k: Tensor, at: Shares) -> Tensor:
+def _started(k: Tensor, at: GateShares) -> Tensor:
     """Keys times the shares of what the chunk began with: `[.., D_k]`, or `[.., 2 D_k]` with momentum."""
     if at.memory is None:
         return k
@@ -138,7 +138,7 @@ def _started(k: Tensor, at: Shares) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def _written(k: Tensor, end: Shares) -> Tensor:
+def _written(k: Tensor, end: GateShares) -> Tensor:
     """Keys times their shares of the chunk's end."""
     return k if end.memory is None else k * end.writes.mT
 

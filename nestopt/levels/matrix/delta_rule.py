@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nestopt.core.precision import Precision
 from nestopt.core.token_batch import TokenBatch
-from nestopt.levels.matrix.chunk_matrix import Shares, answers, corrected, shares, shares_with_momentum
+from nestopt.levels.matrix.chunk_matrix import GateShares, answers, corrected, shares, shares_with_momentum
 from nestopt.levels.matrix.segments import chunk_for, chunks_of, first, log_gate, memory_of, operate, rates
 
 
@@ -111,7 +111,7 @@ def delta_scan(
 
 def _shares(
     x: TokenBatch, gates: Mapping[str, Tensor], k: Tensor, size: int, decay_first: bool
-) -> tuple[Shares, Shares, tuple[Shares, ...]]:
+) -> tuple[GateShares, GateShares, tuple[GateShares, ...]]:
     """Return the shares of M after each token, of the memory whose error is taken, and of the chunks' ends."""
     log_decay = log_gate(x, gates, "decay", size)
     log_momentum = log_gate(x, gates, "momentum", size)

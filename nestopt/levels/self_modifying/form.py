@@ -18,10 +18,10 @@ from nestopt.core.token_state import PENDING
 from nestopt.core.tree import State
 from nestopt.levels.closed_form import is_number
 from nestopt.levels.deep import mlp
-from nestopt.levels.deep.gate_products import Fading
-from nestopt.levels.deep.scan import Settings, held
+from nestopt.levels.deep.gate_products import GateProducts
+from nestopt.levels.deep.scan import Settings, block_weights
 from nestopt.levels.self_modifying.level import SelfModifying
-from nestopt.levels.self_modifying.projections import Maker
+from nestopt.levels.self_modifying.projections import ProjectionMemories
 from nestopt.levels.self_modifying.scan import now_of, scan_boxes
 
 _MEANING = ("token_step", "chunk_step", "init_tokens", "made", "own_values", "_piece", "_start")
@@ -54,7 +54,7 @@ class SelfModifyingForm(TokenForm):
     def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
         level, before = self.level, state["level"]
         theta = None if level.momentum is None else self.number(level.momentum, "momentum", gates, tokens.k)
-        maker = Maker(
+        maker = ProjectionMemories(
             level.adaptive,
             {name: (parts["w"], parts["b"]) for name, parts in before["readout"].items()},
             dataclasses.replace(self.settings, chunk=level.projection_chunk),
@@ -66,8 +66,10 @@ class SelfModifyingForm(TokenForm):
     def read(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> Tensor:
         before, asked, form = state["level"], tokens.q, self.settings.form
         if "q" in self.level.adaptive:
-            asked = mlp.read(held(now_of(before["projections"]["q"], tokens.dtype), Fading()), asked, form)
-        memory = held(now_of(before["memory"], tokens.dtype), Fading())
+            asked = mlp.read(
+                block_weights(now_of(before["projections"]["q"], tokens.dtype), GateProducts()), asked, form
+            )
+        memory = block_weights(now_of(before["memory"], tokens.dtype), GateProducts())
         return mlp.read(memory, F.normalize(asked, dim=-1), form)
 
 

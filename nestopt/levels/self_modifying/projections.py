@@ -13,10 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestopt.levels.deep import mlp
-from nestopt.levels.deep.block_weight import Held
-from nestopt.levels.deep.gate_products import Fading
+from nestopt.levels.deep.block_weight import BlockWeight
+from nestopt.levels.deep.gate_products import GateProducts
 from nestopt.levels.deep.own_values import bounded
-from nestopt.levels.deep.scan import Chunk, Now, Settings, damping, ended, held, recomputed, step, then
+from nestopt.levels.deep.scan import (
+    Chunk,
+    Settings,
+    WeightState,
+    block_weights,
+    concat_tokens,
+    damping,
+    recomputed,
+    step,
+    weights_after,
+)
 
 SOURCES = {"k": "k", "v": "v", "q": "q", "eta": "k", "alpha": "k"}
 """What each of these memories is shown."""
@@ -29,7 +39,7 @@ Made = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
-class Maker:
+class ProjectionMemories:
     """What makes of a token what is learned of it.
 
     Attributes:
@@ -44,7 +54,7 @@ class Maker:
     settings: Settings
     eta_max: float
 
-    def made(self, given: Mapping[str, Tensor], reads: Mapping[str, Tensor]) -> Made:
+    def generate(self, given: Mapping[str, Tensor], reads: Mapping[str, Tensor]) -> Made:
         """Make of tokens `given` (q, k, v, live, perhaps momentum), and what the memories read of them by name."""
         at = {name: reads.get(name, given[source]) for name, source in SOURCES.items()}
         normalized, live = self.settings.step == "normalized", given["live"]
@@ -64,13 +74,9 @@ class Maker:
         return ((x @ w[..., None])[..., 0] + b[..., None]).sigmoid()
 
 
-Boxes = dict[str, Now]
-"""The memories by name."""
-
-
 def project(
-    boxes: Boxes, given: Mapping[str, Tensor], pending: Made | None, maker: Maker
-) -> tuple[Made, Boxes, Made | None]:
+    boxes: dict[str, WeightState], given: Mapping[str, Tensor], pending: Made | None, maker: ProjectionMemories
+) -> tuple[Made, dict[str, WeightState], Made | None]:
     """Make of all tokens what is learned of them, and write it.
 
     Args:
@@ -84,16 +90,16 @@ def project(
         its tokens (None if nothing here learns).
     """
     if not boxes:
-        return maker.made(given, {}), boxes, None
+        return maker.generate(given, {}), boxes, None
     chunk, length = maker.settings.chunk, given["k"].shape[2]
     done = 0 if pending is None else pending["k"].shape[2]
     if done + length < chunk:  # nothing is written, and so nothing need be stacked
         reads = {
-            name: mlp.read(held(boxes[name], Fading()), given[SOURCES[name]], maker.settings.form)
+            name: mlp.read(block_weights(boxes[name], GateProducts()), given[SOURCES[name]], maker.settings.form)
             for name in maker.names
         }
-        made = maker.made(given, reads)
-        return made, boxes, then(pending, _kept(made))
+        made = maker.generate(given, reads)
+        return made, boxes, concat_tokens(pending, _kept(made))
     rest = (done + length) % chunk
     sizes = [chunk - done, *[chunk] * ((done + length) // chunk - 1), *([rest] if rest else [])]
     pieces = _pieces(given, sizes)
@@ -133,13 +139,13 @@ def _joined(parts: Sequence[Made]) -> Made:
 # -- all memories as one: their heads side by side ---------------------------------------------------------------------
 
 
-def _stacked(boxes: Sequence[Now]) -> Now:
+def _stacked(boxes: Sequence[WeightState]) -> WeightState:
     weights = [torch.cat(same, dim=1) for same in zip(*(box[0] for box in boxes), strict=True)]
     momenta = [box[1] for box in boxes if box[1] is not None]
     return weights, [torch.cat(same, dim=1) for same in zip(*momenta, strict=True)] or None
 
 
-def _unstacked(stack: Now, count: int) -> list[Now]:
+def _unstacked(stack: WeightState, count: int) -> list[WeightState]:
     weights = zip(*(w.chunk(count, dim=1) for w in stack[0]), strict=True)
     if stack[1] is None:
         return [(list(own), None) for own in weights]
@@ -153,17 +159,17 @@ def _repeated(x: Tensor, count: int) -> Tensor:
 
 
 def _through(
-    stack: Now, pieces: Sequence[Mapping[str, Tensor]], pending: Made | None, maker: Maker
-) -> tuple[Now, Made]:
+    stack: WeightState, pieces: Sequence[Mapping[str, Tensor]], pending: Made | None, maker: ProjectionMemories
+) -> tuple[WeightState, Made]:
     """What is made of these tokens, each piece of which, after the pending ones, is a chunk, but perhaps the last."""
 
-    def run(stack: Now) -> tuple[list[Tensor], Now]:
+    def run(stack: WeightState) -> tuple[list[Tensor], WeightState]:
         found, before = [], pending
         for piece in pieces:
-            weights = held(stack, Fading())
-            made = maker.made(piece, _reads(weights, piece, maker))
+            weights = block_weights(stack, GateProducts())
+            made = maker.generate(piece, _reads(weights, piece, maker))
             found.append(made)
-            tokens = then(before, _kept(made))
+            tokens = concat_tokens(before, _kept(made))
             before = None
             if tokens["k"].shape[2] == maker.settings.chunk:
                 stack = _written(weights, tokens, maker)
@@ -177,22 +183,24 @@ def _through(
     return stack, dict(zip(names, values, strict=True))
 
 
-def _reads(weights: Sequence[Held], piece: Mapping[str, Tensor], maker: Maker) -> dict[str, Tensor]:
+def _reads(weights: Sequence[BlockWeight], piece: Mapping[str, Tensor], maker: ProjectionMemories) -> dict[str, Tensor]:
     asked = torch.cat([piece[SOURCES[name]] for name in maker.names], dim=1)
     answers = mlp.read(weights, asked, maker.settings.form)
     return dict(zip(maker.names, answers.chunk(len(maker.names), dim=1), strict=True))
 
 
-def _written(weights: Sequence[Held], tokens: Made, maker: Maker) -> Now:
+def _written(weights: Sequence[BlockWeight], tokens: Made, maker: ProjectionMemories) -> WeightState:
     """Return the memories after a chunk, each of which writes values of its own."""
     count = len(maker.names)
-    fading = Fading.of(tokens["decay"], tokens.get("momentum"), tokens["live"]).each(lambda x: _repeated(x, count))
+    fading = GateProducts.of(tokens["decay"], tokens.get("momentum"), tokens["live"]).each(
+        lambda x: _repeated(x, count)
+    )
     for weight in weights:
         weight.fading = fading
     each = [tokens[name] for name in ("k", "v", "live", "lr")]
     k, v, live, lr, damped = (_repeated(x, count) for x in (*each, damping(tokens)))
     step(weights, v[:, :, :0], Chunk(k, v, live, lr, damped), maker.settings)
-    return ended(weights)
+    return weights_after(weights)
 
 
-__all__ = ["SOURCES", "Boxes", "Made", "Maker", "Readout", "project"]
+__all__ = ["SOURCES", "Made", "ProjectionMemories", "Readout", "project"]

@@ -17,8 +17,8 @@ from nestopt.core.token_batch import TokenBatch, check_finite, check_range, chec
 from nestopt.core.tree import State
 from nestopt.levels.deep import mlp
 from nestopt.levels.deep.deep_memory import check_pending, check_weights, kept, named
-from nestopt.levels.deep.scan import Now, Settings, scan_chunks
-from nestopt.levels.self_modifying.projections import SOURCES, Maker, Readout, project
+from nestopt.levels.deep.scan import Settings, WeightState, scan_chunks
+from nestopt.levels.self_modifying.projections import SOURCES, ProjectionMemories, Readout, project
 
 
 def self_modifying(
@@ -122,7 +122,7 @@ def self_modifying(
         if momentum is not None:
             check_range("momentum", momentum, 0.0, 1.0, closed="[)")
     names = tuple(name for name in SOURCES if name in starts)
-    maker = Maker(names, readout, dataclasses.replace(settings, chunk=projection_chunk), eta_max)
+    maker = ProjectionMemories(names, readout, dataclasses.replace(settings, chunk=projection_chunk), eta_max)
 
     def run(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> tuple[Tensor, State]:
         return _run(q, k, v, starts, maker, settings, precision, **given)
@@ -149,7 +149,7 @@ def _run(
     k: Tensor,
     v: Tensor,
     starts: Mapping[str, Sequence[Tensor]],
-    maker: Maker,
+    maker: ProjectionMemories,
     settings: Settings,
     precision: Precision,
     *,
@@ -171,7 +171,7 @@ def _run(
 
 
 def scan_boxes(
-    given: TokenBatch, theta: Tensor | None, state: Mapping[str, Any], maker: Maker, settings: Settings
+    given: TokenBatch, theta: Tensor | None, state: Mapping[str, Any], maker: ProjectionMemories, settings: Settings
 ) -> tuple[Tensor, State]:
     """y `[B, H, T, D]` and the state after these tokens, of momenta `theta` `[B, H, T]`."""
     live = given.active
@@ -190,7 +190,7 @@ def scan_boxes(
     return y, {"memory": {**named(memory), "pending": left}, "projections": projections}
 
 
-def now_of(box: Mapping[str, Any], dtype: torch.dtype) -> Now:
+def now_of(box: Mapping[str, Any], dtype: torch.dtype) -> WeightState:
     """Return a memory of a state as the kernels take it."""
     weights = [weight.to(dtype) for weight in box["weights"].values()]
     return weights, [momentum.to(dtype) for momentum in box["momentum"].values()] if "momentum" in box else None
@@ -253,7 +253,7 @@ def _check_shapes(starts: Mapping[str, Sequence[Tensor]], readout: Readout, give
 def _check_state(
     state: Mapping[str, Any],
     starts: Mapping[str, Sequence[Tensor]],
-    maker: Maker,
+    maker: ProjectionMemories,
     given: TokenBatch,
     has_momentum: bool,
     settings: Settings,

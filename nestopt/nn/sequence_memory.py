@@ -229,12 +229,13 @@ class SequenceMemory(nn.Module):
         """
         self._check_tokens(x)
         stats: Stats = {}
-        run = run_in_pieces if return_stats else run_form
 
         def attend(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: State, mask: Tensor | None) -> Any:
             options: dict[str, Any] = {"mask": mask, "learn": learn, "precision": self.precision, "validate": validate}
-            y, state, *seen = run(self.form, q, k, v, gates, state, **options)
-            stats.update(*seen)
+            if not return_stats:
+                return run_form(self.form, q, k, v, gates, state, **options)
+            y, state, seen = run_in_pieces(self.form, q, k, v, gates, state, **options)
+            stats.update(seen)
             return y, state
 
         packed = None

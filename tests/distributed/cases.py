@@ -120,9 +120,9 @@ def iterations(spec: Any, steps: int = 6, **train: Any) -> dict[str, Any]:
     before = {}
 
     def counting(name: str, run: Any) -> Any:
-        def counted(x: Tensor, *args: Any, **options: Any) -> Tensor:
+        def counted(part: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
             counts[name] += x[..., 0, 0].numel()
-            return run(x, *args, **options)
+            return run(part, x, *args, **options)
 
         return counted
 
@@ -130,13 +130,13 @@ def iterations(spec: Any, steps: int = 6, **train: Any) -> dict[str, Any]:
 
     modules = {"muon": sys.modules[muon.__module__], "m3": sys.modules[m3.__module__]}
     for name, module in modules.items():
-        before[name] = module.newton_schulz  # type: ignore[attr-defined]
-        module.newton_schulz = counting(name, before[name])  # type: ignore[attr-defined]
+        before[name] = module.orthogonal  # type: ignore[attr-defined]
+        module.orthogonal = counting(name, before[name])  # type: ignore[attr-defined]
     try:
         level(spec, steps, **train)
     finally:
         for name, module in modules.items():
-            module.newton_schulz = before[name]  # type: ignore[attr-defined]
+            module.orthogonal = before[name]  # type: ignore[attr-defined]
     found = torch.tensor([counts["muon"], counts["m3"]])
     dist.all_reduce(found)
     return {"muon": int(found[0]), "m3": int(found[1])}

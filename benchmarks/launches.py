@@ -57,7 +57,7 @@ class Size:
 
 LARGE, SMALL = Size(8, 4096, 1024, 16), Size(2, 128, 64, 4)
 FEW_TOKENS = 8
-"""Of a layer that the generic machine runs, token by token."""
+"""Of a layer that the reference machine runs, token by token."""
 
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "large": {**nestopt.config.sizes.named("transformer-340m"), "tie": False},
@@ -156,7 +156,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def small_costs(name: str) -> dict[str, Cost]:
-    """Of a layer by mode, few tokens of those that the generic machine runs."""
+    """Of a layer by mode, few tokens of those that the reference machine runs."""
     level = layers()[name]
     size = SMALL if closed(level) else dataclasses.replace(SMALL, tokens=FEW_TOKENS)
     return dict(layer_costs(level, size))

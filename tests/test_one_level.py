@@ -83,7 +83,7 @@ def test_one_momentum_is_an_optimizer_a_layer_and_a_rule() -> None:
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, **exact)
 
-    # as a layer: linear attention with decay, by its fast form, by the generic machine, and as a module
+    # as a layer: linear attention with decay, by its fast form, by the reference machine, and as a module
     q, k, v = (torch.randn(2, 70, 3, width, dtype=torch.float64) for width in (4, 4, 5))
     wanted = linear_attention_by_hand(q, k, v, BETA)
     torch.testing.assert_close(nestopt.ops.run(level, q, k, v)[0], wanted, **exact)

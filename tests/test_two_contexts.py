@@ -153,7 +153,7 @@ def tokens(length: int = 7, dim: int = 4, *, unit_values: bool = False) -> list[
 
 
 def run(level: Level, q: Tensor, k: Tensor, v: Tensor, **given: dict[str, Tensor]) -> Tensor:
-    """`nestopt.ops.run` on one sequence and head; and the generic machine, which must say the same."""
+    """`nestopt.ops.run` on one sequence and head; and the reference machine, which must say the same."""
     q, k, v = (x[None, :, None] for x in (q, k, v))
     y, _ = nestopt.ops.run(level, q, k, v, **given)
     close(y, scan(level, q, k, v, **given)[0])

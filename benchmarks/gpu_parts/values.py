@@ -27,7 +27,7 @@ from nestopt.core.tree import leaves
 
 BATCH, TOKENS, HEADS, DIM = 2, 160, 2, 32
 FEW = 12
-"""Tokens for the generic machine, which goes from one to the next."""
+"""Tokens for the reference machine, which goes from one to the next."""
 
 Inputs = dict[str, Tensor]
 Gates = Mapping[str, tuple[float, float]]
@@ -158,7 +158,7 @@ CASES: dict[str, Case] = {
     "deep_memory, delta, recomputed": _deep(_LR | _DECAY, delta=1.0, chunk=32, checkpoint=2),
     "self_modifying": _self_modifying(),
     "self_modifying, momentum": _self_modifying(momentum=0.5, chunk=32, projection_chunk=32),
-    "run, the generic machine": _run(
+    "run, the reference machine": _run(
         nestopt.levels.associative_memory(memory=Mlp(hidden=DIM), objective=Lp(3.0), lr=0.1)
     ),
     "run, reading only": _run(nestopt.levels.titans(memory=Mlp(hidden=DIM)), learn=False),

@@ -1,4 +1,4 @@
-"""What a level is: parts, composition, clocks, the order of levels, the generic machine and the registry."""
+"""What a level is: parts, composition, clocks, the order of levels, the reference machine and the registry."""
 
 import importlib
 from typing import Any

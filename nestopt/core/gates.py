@@ -21,11 +21,11 @@ def gates_of(part: Part, prefix: str = "") -> dict[str, Gate]:
     return found
 
 
-def per_head(part: Part, like: Tensor) -> dict[str, Tensor]:
-    """Return the constants per head of `part` by dotted path, `[B, H, T]` for tokens like `like` `[B, H, T, D]`."""
+def per_head(gates: Mapping[str, Gate], like: Tensor) -> dict[str, Tensor]:
+    """Return the constants per head among `gates` by dotted path, `[B, H, T]` for tokens like `like` `[B, H, T, D]`."""
     return {
         path: constants(gate.values(like.shape[1]), like)[:, None].expand(like.shape[:3])
-        for path, gate in gates_of(part).items()
+        for path, gate in gates.items()
         if isinstance(gate, Heads)
     }
 

@@ -111,7 +111,7 @@ def scan(
         tokens = dataclasses.replace(tokens, active=tokens.active & live.transpose(1, 2))
     if state is None:
         state = form.init(q.shape[0], q.shape[2], q.shape[-1], v.shape[-1], v, learned or {})
-    given = {**per_head(level, tokens.v), **{path: gate.transpose(1, 2) for path, gate in (gates or {}).items()}}
+    given = {**per_head(form.gates, tokens.v), **{path: gate.transpose(1, 2) for path, gate in (gates or {}).items()}}
     if not learn:
         return tokens.answer(form.read(tokens, given, state)), state
     y, state = form.forward(tokens, given, state)

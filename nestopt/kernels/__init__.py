@@ -1,1 +1,1 @@
-"""Fast exact forms. Each has a slow twin in the generic machine that it is tested against."""
+"""Fast exact forms. Each has a slow twin in the reference machine that it is tested against."""

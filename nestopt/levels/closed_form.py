@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import FunctionType
 
 from torch import Tensor
 
@@ -46,16 +47,29 @@ class LinearRule:
         return (state["of"] if self.wrapped else state)["momentum"]
 
 
+def overridden(level: Level, base: type[Level]) -> str:
+    """Say which method or property of `base`, that a closed form computes, `level` has its own of; empty if none.
+
+    Special methods are left out: they check fields, and compute nothing.
+    """
+    for cls in type(level).__mro__[: type(level).__mro__.index(base)]:
+        for name, value in vars(cls).items():
+            known = isinstance(value, FunctionType | property | classmethod | staticmethod) and hasattr(base, name)
+            if known and not name.startswith("__"):
+                return f"{type(level).__name__}.{name} is its own, and not that of {base.__name__}"
+    return ""
+
+
 def linear_rule(rule: Level) -> LinearRule | None:
     """Return `rule` as a linear recurrence; None if it is none."""
-    step = type(rule).step
-    if rule.period > 1:
+    base = next((cls for cls in (Gd, Momentum, Dgd) if isinstance(rule, cls)), None)
+    if base is None or rule.period > 1 or overridden(rule, base):
         return None
-    if isinstance(rule, Gd) and step is Gd.step:
+    if isinstance(rule, Gd):
         return LinearRule()
-    if isinstance(rule, Momentum) and step is Momentum.step:
+    if isinstance(rule, Momentum):
         return LinearRule(momentum=rule.beta) if is_sum(rule) and rule.dampening == 0 else None
-    if isinstance(rule, Dgd) and step is Dgd.step and rule.solver == "explicit" and not rule.normalize_inputs:
+    if isinstance(rule, Dgd) and rule.solver == "explicit" and not rule.normalize_inputs:
         within = linear_rule(rule.of)
         if within is not None and not within.wrapped and isinstance(rule.delta, int | float):
             return LinearRule(within.momentum, "of.", float(rule.delta), wrapped=True)
@@ -90,28 +104,13 @@ def featured(features: Features, tokens: TokenBatch) -> TokenBatch:
     return tokens.replace(q=features(tokens.q), k=features(tokens.k))
 
 
-_MEANING = (
-    "token_step",
-    "chunk_step",
-    "init_tokens",
-    "gradient",
-    "learn",
-    "rates",
-    "shown",
-    "_answer",
-    "_rules",
-    "_written",
-)
-
-
 def refusal(level: AssociativeMemory, own: type[AssociativeMemory] = AssociativeMemory) -> str:
     """Say what closed forms do not compute of how `level` is read and clocked, and whether it means what its parts say.
 
     Empty where there is nothing. `own` is the class whose methods are computed.
     """
-    for name in _MEANING:
-        if getattr(type(level), name) is not getattr(own, name):
-            return f"{type(level).__name__}.{name} is its own, and not that of {own.__name__}"
+    if why := overridden(level, own):
+        return why
     if level.period > 1:
         return f"period={level.period}: it sums gradients on a clock"
     if type(level.output) is not Plain:

@@ -11,7 +11,7 @@ from torch.func import vmap
 
 from nestopt.core.associative import AssociativeMemory
 from nestopt.core.device import constants
-from nestopt.core.gates import bind, per_head
+from nestopt.core.gates import bind, gates_of, per_head
 from nestopt.core.level import Level
 from nestopt.core.token_form import TokenForm
 from nestopt.core.token_state import PENDING
@@ -111,7 +111,7 @@ def _surprise(
     over_tokens = vmap(error, in_dims=(None, 0, 0, 0))
     k, v = (x.to(dtype).transpose(1, 2) for x in (k, v))
     # all others are at their initial value
-    values = {**per_head(level, v), **{path: gate.to(dtype).transpose(1, 2) for path, gate in gates.items()}}
+    values = {**per_head(gates_of(level), v), **{path: gate.to(dtype).transpose(1, 2) for path, gate in gates.items()}}
     squares = vmap(vmap(over_tokens))(state["level"]["memory"], k, v, values)
     seen = squares.isfinite() if live is None else squares.isfinite() & live[:, None]
     total = torch.where(seen, squares, 0).sum(-1)

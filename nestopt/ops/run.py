@@ -67,8 +67,7 @@ def run(
     Raises:
         ValueError: for shapes that do not fit, no tokens, a gate that the level does not have, padding for a memory
             that keeps every pair and reads before it, a `precision` that the device lacks, or a `form` that does not
-            take the level; with `validate`, for a
-            number that is not finite.
+            take the level; with `validate`, for a number that is not finite.
     """
     check_tokens(q, k, v)
     dtype = torch.promote_types(v.dtype, torch.float32)
@@ -115,7 +114,7 @@ def run_form(
         form.refuse_padding("mask and cu_seqlens are not")
     given = {path: gate.transpose(1, 2).to(form.setting.dtype) for path, gate in gates.items()}
     tokens = TokenBatch.of(q, k, v, mask, *given.values(), widen=form.widens)
-    given = {**per_head(form.level, tokens.k), **given}
+    given = {**per_head(form.gates, tokens.k), **given}
     with no_autocast(q.device), products_in(precision):
         if learn:
             y, state = form.forward(tokens, given, state)

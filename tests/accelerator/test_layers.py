@@ -36,7 +36,7 @@ NO_LAYERS = {"adamw", "dgd", "ggd"}
 
 def made(name: str, dtype: torch.dtype) -> tuple[Any, Tensor]:
     layer = nestopt.layer(ALL[name], dim=8, **({} if name == "cms" else {"heads": 2}))
-    length = 21 if name == "cms" or fast_form(layer.level) else 5  # the generic machine takes token by token
+    length = 21 if name == "cms" or fast_form(layer.level) else 5  # the reference machine takes token by token
     return layer.to(device="meta", dtype=dtype), torch.empty(2, length, 8, dtype=dtype, device="meta")
 
 

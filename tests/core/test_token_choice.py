@@ -164,6 +164,21 @@ def test_a_package_replaces_a_built_in_form_with_a_state_of_its_own() -> None:
 
 
 @pytest.mark.usefixtures("forms")
+def test_a_form_handles_the_rows_of_a_state_of_its_own_layout() -> None:
+    layer = SequenceMemory(deltanet(), 8, 2).double()
+    x = torch.randn(3, 9, 8, dtype=F64)
+    begun, state = layer.init_state(3)["memory"], layer(x)[1]["memory"]
+    one, two = layer.form.index(state, [2]), layer.form.index(state, [0, 1])
+    assert one["matrix"].shape == (1, 2, 4, 4)
+    back = layer.form.index(layer.form.cat([one, two]), [1, 2, 0])
+    torch.testing.assert_close(dict(leaves(back)), dict(leaves(state)), rtol=0, atol=0)
+    anew = layer.form.reset(state, begun, torch.tensor([True, False, True]))
+    for name, leaf in leaves(anew):
+        torch.testing.assert_close(leaf[[0, 2]], dict(leaves(begun))[name][[0, 2]], rtol=0, atol=0)
+        torch.testing.assert_close(leaf[1], dict(leaves(state))[name][1], rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("forms")
 def test_the_form_is_chosen_anew_where_a_layer_moves_to() -> None:
     layer = SequenceMemory(deltanet(), 8, 2)
     assert layer.form.choice.name == "own_delta"

@@ -226,7 +226,7 @@ def test_streaming_causality_and_batch_independence(name, qkv):
     for cut in (1, 3):
         first, middle = again(*(x[:, :cut] for x in (q, k, v)))
         second, last = again(*(x[:, cut:] for x in (q, k, v)), state=middle)
-        # the generic machine takes a chunk's tokens together: in another grouping, sums are rounded otherwise
+        # the reference machine takes a chunk's tokens together: in another grouping, sums are rounded otherwise
         same(torch.cat([first, second], 1), y, 1e-13)
         torch.testing.assert_close(last, state, rtol=1e-13, atol=1e-13)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestopt.core import AssociativeMemory, Gate, Level, chain, gates_of, scan
+from nestopt.core import AssociativeMemory, Gate, Level, Signal, chain, gates_of, scan
 from nestopt.core.features import Elu, Polynomial
 from nestopt.core.memories import Mlp, Window
 from nestopt.core.objectives import L2, Huber, Lp
@@ -321,3 +321,48 @@ def test_a_delta_decay_may_be_a_gate(read: str) -> None:
     other, _ = call(run, level, given | {"rule.delta": later})
     torch.testing.assert_close(other[:, :seen], y[:, :seen])
     assert not torch.allclose(other[:, seen:], y[:, seen:])
+
+
+class StartOfOnes(momentum):
+    def init(self, param: Tensor) -> dict[str, Tensor]:
+        return {"momentum": torch.ones_like(param)}
+
+
+class OwnGain(momentum):
+    @property
+    def steady_gain(self) -> float:
+        return 3.0
+
+
+class Ascent(gd):
+    def step(self, grad: Tensor, state: dict, signal: Signal) -> tuple[Tensor, dict]:
+        return -grad, state
+
+
+class OwnRate(titans):
+    def _rate(self, theta: dict, k: Tensor) -> Tensor:
+        return super()._rate(theta, k) / 2
+
+
+@pytest.mark.parametrize(
+    "level",
+    [
+        titans(rule=StartOfOnes(0.5)),
+        titans(rule=OwnGain(0.5)),
+        deltanet(rule=Ascent()),
+        deltanet(rule=dgd(of=Ascent())),
+        StartOfOnes(0.5),
+        OwnRate(),
+    ],
+    ids=lambda level: repr(level)[:40],
+)
+def test_a_level_that_means_something_else_has_no_fast_form(level: Level) -> None:
+    """A closed form stands for a level's own methods, all of them: `run` gives what the reference machine gives."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 6, 1, 4, dtype=F64) for _ in range(3))
+    torch.manual_seed(1)  # deep memories start at random
+    want, _ = scan(level, q, k, v)
+    torch.manual_seed(1)
+    got, _ = run(level, q, k, v)
+    torch.testing.assert_close(got, want)
+    assert fast_form(level) is None

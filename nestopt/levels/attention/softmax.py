@@ -44,7 +44,7 @@ def attention(
             answered with 0.
         cu_seqlens: where sequences begin that lie end to end in one row (B = 1), and where the last ends.
         precision: of the products: `"bfloat16"` rounds float32 queries, keys and values for torch's kernel, which gives
-            back bfloat16; `"tf32"` leaves that kernel as it is, and is for those of the generic machine.
+            back bfloat16; `"tf32"` leaves that kernel as it is, and is for those of the reference machine.
         validate: refuse numbers that are not finite; waits for the device.
 
     Returns:

@@ -30,6 +30,7 @@ from nestopt.levels.closed_form import (
     is_plain,
     is_sum,
     linear_rule,
+    overridden,
     refusal,
     refusal_of_writes,
 )
@@ -111,8 +112,9 @@ class LinearAttentionForm(MatrixForm):
     def accepts(cls, level: Level, device: torch.device, dtype: torch.dtype) -> Accepted | Refused:
         words = "linear attention, exact and parallel within chunks"
         if isinstance(level, Momentum):
-            own = type(level).step is Momentum.step and type(level).init is Momentum.init
-            if not own or level.of_tokens or not is_sum(level) or not is_number(level.dampening):
+            if why := overridden(level, Momentum):
+                return Refused(why)
+            if level.of_tokens or not is_sum(level) or not is_number(level.dampening):
                 return Refused("its direction is not a sum of gradients with one decay")
             return Accepted(words)
         assert isinstance(level, AssociativeMemory)

@@ -150,7 +150,7 @@ def first(state: Tensor | None, tokens: TokenBatch, shape: tuple[int, ...], name
 
 
 def log_gate(x: TokenBatch, gates: Mapping[str, Tensor], name: str, chunk: int) -> Tensor | None:
-    """Logarithms `[B, H, N, chunk]` of a gate that leaves all as it is at tokens that are not active; None without it.
+    """Return logarithms of a gate, `[B, H, N, chunk]`, 0 at tokens that are not active; None without the gate.
 
     A constant is one number, but where a token is not active.
     """

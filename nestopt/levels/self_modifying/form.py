@@ -16,15 +16,13 @@ from nestopt.core.token_batch import TokenBatch
 from nestopt.core.token_form import Accepted, FormSetting, Refused, TokenForm
 from nestopt.core.token_state import PENDING
 from nestopt.core.tree import State
-from nestopt.levels.closed_form import is_number
+from nestopt.levels.closed_form import is_number, overridden
 from nestopt.levels.deep import mlp
 from nestopt.levels.deep.gate_products import GateProducts
 from nestopt.levels.deep.scan import Settings, block_weights
 from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.levels.self_modifying.projections import ProjectionMemories
 from nestopt.levels.self_modifying.scan import now_of, scan_boxes
-
-_MEANING = ("token_step", "chunk_step", "init_tokens", "made", "own_values", "_piece", "_start")
 
 
 class SelfModifyingForm(TokenForm):
@@ -40,9 +38,8 @@ class SelfModifyingForm(TokenForm):
     @classmethod
     def accepts(cls, level: Level, device: torch.device, dtype: torch.dtype) -> Accepted | Refused:
         assert isinstance(level, SelfModifying)
-        for name in _MEANING:
-            if getattr(type(level), name) is not getattr(SelfModifying, name):
-                return Refused(f"{type(level).__name__}.{name} is its own, and not that of SelfModifying")
+        if why := overridden(level, SelfModifying):
+            return Refused(why)
         if not is_number(level.momentum):
             return Refused("momentum is a tensor with a shape")
         return Accepted("products of matrices, a chunk at a time")

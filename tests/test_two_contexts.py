@@ -16,7 +16,8 @@ import nestopt
 from nestopt.core import Level, scan
 from nestopt.core.memories import Mlp, Window
 from nestopt.core.retentions import Decay, Keep
-from nestopt.core.token_state import begin
+from nestopt.core.token_choice import make_form
+from nestopt.core.token_form import FormSetting
 from nestopt.levels import (
     adam,
     attention,
@@ -338,7 +339,9 @@ def test_deep_momentum_as_the_rule_of_titans() -> None:
     level = titans(rule=rule, lr=0.4, step_size=0.05, retention=Decay(0.9), chunk=1, normalized=False)
     q, k, v = tokens()
     given = [x[None, :, None] for x in (q, k, v)]
-    state = begin(level, 1, 1, given[0].shape[-1], given[2].shape[-1], given[2], {})
+    state = make_form(level, FormSetting(given[0].device)).init(
+        1, 1, given[0].shape[-1], given[2].shape[-1], given[2], {}
+    )
     start = {name: weight[0, 0] for name, weight in state["level"]["memory"].items()}
     steps = [a_deep_momentum(state["level"]["rule"][name]["memory"], 0.4, 0.05) for name in ("W1", "W2")]
     y, _ = nestopt.ops.run(level, *given, state=state)

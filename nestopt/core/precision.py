@@ -16,6 +16,7 @@ theirs.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
@@ -131,13 +132,31 @@ def as_in_forward(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 # -- products ----------------------------------------------------------------------------------------------------------
 
+Product = Callable[[Tensor, Tensor], Tensor]
+"""Multiplies two matrices, or as many of both, as `torch.matmul`."""
+
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a b, as `torch.matmul`; of float32 numbers at the precision that `products_in` says."""
-    precision = _now.precision
+    return _matmul_at(a, b, _now.precision)
+
+
+def product() -> Product:
+    """Return `matmul` at the precision of here and now: for many products, and for their backward passes."""
+    return _PRODUCTS[_now.precision]
+
+
+def _matmul_at(a: Tensor, b: Tensor, precision: Precision) -> Tensor:
     if precision == "float32" or a.dtype != torch.float32 or b.dtype != torch.float32:
         return a @ b
     return _of_any_shape(a, b, precision)
+
+
+_PRODUCTS: dict[Precision, Product] = {
+    "float32": torch.matmul,
+    "tf32": functools.partial(_matmul_at, precision="tf32"),
+    "bfloat16": functools.partial(_matmul_at, precision="bfloat16"),
+}
 
 
 def plus_matmul(total: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nestopt.core.device import number_like
-from nestopt.core.gates import gates_of
+from nestopt.core.gates import bind, gates_of
 from nestopt.core.level import Level
 from nestopt.core.part import Gate, Number
 from nestopt.core.recall import recalled
@@ -115,7 +115,7 @@ class TokenForm(ABC):
 
     def __init__(self, level: Level, setting: FormSetting) -> None:
         self.level, self.setting = level, setting
-        self.gates = gates_of(level)
+        self.gates, self._bound = gates_of(level), bind(level)
         self.chunk = level.chunk_size
 
     @classmethod
@@ -143,7 +143,7 @@ class TokenForm(ABC):
 
         `learned` is the start that a layer has learned, `[H, ..]` each (`Level.learned_start`); empty where it has not.
         """
-        return begin(self.level, batch, heads, dim_k, dim_v, like, learned)
+        return begin(self._bound, self.gates, batch, heads, dim_k, dim_v, like, learned)
 
     @abstractmethod
     def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.func import vmap
 
 from nestopt.core.device import upload
-from nestopt.core.gates import bind, gates_of
 from nestopt.core.level import Level
 from nestopt.core.part import nearest
 from nestopt.core.tree import State, leaves, nested, tree_map
@@ -23,20 +22,26 @@ PAIRS = {"keys", "values"}
 
 
 def begin(
-    level: Level, batch: int, heads: int, dim_k: int, dim_v: int, like: Tensor, learned: Mapping[str, Tensor]
+    bound: Level,
+    gates: Collection[str],
+    batch: int,
+    heads: int,
+    dim_k: int,
+    dim_v: int,
+    like: Tensor,
+    learned: Mapping[str, Tensor],
 ) -> State:
     """Return the state before the first token, as the reference machine has it; tensors as `like` in dtype and device.
 
-    `learned` is the start that a layer learned, `[H, ...]` each. Leaves of the state are `[B, H, ...]`; `"step"`
+    `bound` is a level without gates (`nestopt.core.gates.bind`), `gates` the paths of those it has, and `learned` the
+    start that a layer learned, `[H, ...]` each. Leaves of the state are `[B, H, ...]`; `"step"`
     counts the tokens seen, `[B, H]`. Of a level with a `chunk_size` above 1, `"level"` is the state at the start of a
     chunk that is not over, and `"pending"` has its tokens so far: k, v, which of them are live, and the gates by path,
     `[B, H, n, ..]`; a level that `owns_partial_chunk` has them in a way of its own.
     """
-    gates = gates_of(level)
-    level = bind(level)
 
     def one(learned: State) -> State:
-        return level.init_tokens(dim_k, dim_v, like, learned)
+        return bound.init_tokens(dim_k, dim_v, like, learned)
 
     if learned:
         state = vmap(one, randomness="different")(dict(learned))  # a rule may start at random
@@ -45,7 +50,7 @@ def begin(
         state = tree_map(lambda leaf: leaf.expand(heads, *leaf.shape), first)
     state = tree_map(lambda leaf: leaf.expand(batch, *leaf.shape), state)
     whole: State = {"step": torch.zeros(batch, heads, dtype=torch.int64, device=like.device), "level": state}
-    if level.chunk_size > 1 and not level.owns_partial_chunk:
+    if bound.chunk_size > 1 and not bound.owns_partial_chunk:
         none = (batch, heads, 0)
         whole[PENDING] = {
             "k": like.new_zeros(*none, dim_k),

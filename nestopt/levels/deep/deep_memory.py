@@ -14,7 +14,8 @@ from nestopt.core.precision import Precision, check_products, products_in
 from nestopt.core.token_batch import TokenBatch, check_choice, check_finite, check_range, per_token, run_unpacked
 from nestopt.core.tree import State
 from nestopt.levels.deep import mlp
-from nestopt.levels.deep.scan import Read, Settings, WeightState, scan_chunks
+from nestopt.levels.deep.mlp import Read, Settings
+from nestopt.levels.deep.scan import WeightState, scan_chunks
 
 OBJECTIVES = {"l2": L2(), "dot": Dot()}
 

@@ -21,8 +21,8 @@ from nestopt.core.token_form import Accepted, FormSetting, Refused, TokenForm
 from nestopt.core.token_state import PENDING
 from nestopt.core.tree import State, leaves, nested, tree_map
 from nestopt.levels.closed_form import LinearRule, linear_rule, refusal, refusal_of_writes
-from nestopt.levels.deep.mlp import Form
-from nestopt.levels.deep.scan import Settings, WeightState, scan_chunks, write_open
+from nestopt.levels.deep.mlp import Form, Settings
+from nestopt.levels.deep.scan import WeightState, scan_chunks, write_open
 
 
 class DeepMemoryForm(TokenForm):

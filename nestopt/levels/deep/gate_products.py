@@ -18,12 +18,13 @@ from nestopt.kernels.products import logarithm, products, shifted
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GateProducts:
-    """For tokens 1 … n; everything has leading dimensions of its own. What is asked for again is not computed again.
+    """For tokens 1 … n; everything has leading dimensions of its own.
 
     Attributes:
         gamma, Gamma: of α, `[.., n]` and `[.., n, n]`, lower triangular; None where nothing fades.
         c, kappa: of α and θ; None without momentum, where κ is Γ.
         theta, Theta: ϑ and Θ; None without momentum.
+        diagonal: up to which Γ is ones where there is none (`torch.tril`).
     """
 
     gamma: Tensor | None = None
@@ -32,7 +33,7 @@ class GateProducts:
     kappa: Tensor | None = None
     theta: Tensor | None = None
     Theta: Tensor | None = None
-    _made: dict[tuple[int, ...], GateProducts] = dataclasses.field(default_factory=dict)
+    diagonal: int = 0
 
     @staticmethod
     def of(decay: Tensor | None, momentum: Tensor | None, live: Tensor) -> GateProducts:
@@ -52,30 +53,30 @@ class GateProducts:
     def unbind(self, dim: int, count: int) -> list[GateProducts]:
         """One for each of `count` runs."""
         columns = [[None] * count if x is None else x.unbind(dim) for x in self._fields()]
-        return [GateProducts(*row) for row in zip(*columns, strict=True)]
+        rows = zip(*columns, strict=True)
+        return [
+            GateProducts(gamma, Gamma, c, kappa, theta, Theta, self.diagonal)
+            for gamma, Gamma, c, kappa, theta, Theta in rows
+        ]
 
     def each(self, function: Callable[[Tensor], Tensor]) -> GateProducts:
         """Apply `function` to all that is there."""
         gamma, Gamma, c, kappa, theta, Theta = (None if x is None else function(x) for x in self._fields())
-        return GateProducts(gamma, Gamma, c, kappa, theta, Theta)
+        return GateProducts(gamma, Gamma, c, kappa, theta, Theta, self.diagonal)
 
     def before(self) -> GateProducts:
         """One token earlier: what M_{t-1} is made of."""
-        if () not in self._made:
-            gamma = None if self.gamma is None else shifted(self.gamma[..., None], 1.0)[..., 0]
-            c = None if self.c is None else shifted(self.c[..., None])[..., 0]
-            Gamma, kappa = (None if x is None else shifted(x) for x in (self.Gamma, self.kappa))
-            self._made[()] = GateProducts(gamma, Gamma, c, kappa, self.theta, self.Theta)
-        return self._made[()]
+        gamma = None if self.gamma is None else shifted(self.gamma[..., None], 1.0)[..., 0]
+        c = None if self.c is None else shifted(self.c[..., None])[..., 0]
+        Gamma, kappa = (None if x is None else shifted(x) for x in (self.Gamma, self.kappa))
+        return GateProducts(gamma, Gamma, c, kappa, self.theta, self.Theta, -1)
 
     def rows(self, first: int, last: int) -> GateProducts:
         """Return, of tokens first + 1 … last, what those up to last have to do with them."""
-        if (first, last) not in self._made:
-            gamma, c, theta = (None if x is None else x[..., first:last] for x in (self.gamma, self.c, self.theta))
-            pairs = (self.Gamma, self.kappa, self.Theta)
-            Gamma, kappa, Theta = (None if x is None else x[..., first:last, :last] for x in pairs)
-            self._made[first, last] = GateProducts(gamma, Gamma, c, kappa, theta, Theta)
-        return self._made[first, last]
+        gamma, c, theta = (None if x is None else x[..., first:last] for x in (self.gamma, self.c, self.theta))
+        pairs = (self.Gamma, self.kappa, self.Theta)
+        Gamma, kappa, Theta = (None if x is None else x[..., first:last, :last] for x in pairs)
+        return GateProducts(gamma, Gamma, c, kappa, theta, Theta, self.diagonal + first)
 
     def _fields(self) -> tuple[Tensor | None, ...]:
         return self.gamma, self.Gamma, self.c, self.kappa, self.theta, self.Theta

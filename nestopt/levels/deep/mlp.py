@@ -1,16 +1,22 @@
-"""An MLP memory by hand: its read, and what it takes to write one, layer by layer and without copies per token."""
+"""An MLP memory by hand: its read, and the write of one chunk, layer by layer and without copies per token."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from nestopt.levels.deep.block_weight import BlockWeight
+from nestopt.core.token_batch import check_choice, check_whole
+from nestopt.levels.deep.gate_products import GateProducts
+from nestopt.levels.deep.own_values import bounded
+from nestopt.levels.deep.step_size import step_sizes
+from nestopt.levels.deep.weight import BlockWeight
+
+Read = Literal["after", "before", "chunk"]
 
 Weights = Sequence[BlockWeight]
 """W1 … W_L `[.., out, in]`, the outermost first: the read is k + W1 σ(W2 … σ(W_L k))."""
@@ -23,6 +29,34 @@ class Form:
     activation: str = "silu"
     residual: bool = True
     norm: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The arguments of `nestopt.ops.deep_memory` that are no tensors, checked."""
+
+    form: Form
+    delta: float
+    error: Callable[[Tensor, Tensor], Tensor | None]
+    """The gradient of the objective with respect to the read, from read and value."""
+    step: str
+    bound: float
+    read: Read
+    chunk: int
+    checkpoint: int
+    own_values: bool = False
+    """Of a memory that is read as its `"chunk"` found it: what is written under a key is M(v), the memory's own."""
+
+    def __post_init__(self) -> None:
+        check_choice("step", self.step, ("normalized", "raw"))
+        check_choice("read", self.read, ("after", "before", "chunk"))
+        check_choice("activation", self.form.activation, tuple(ACTIVATIONS))
+        check_whole("chunk", self.chunk, 1)
+        check_whole("checkpoint", self.checkpoint, 0)
+        if not 0 < self.bound < 2:
+            raise ValueError(f"bound={self.bound!r} is not allowed; give a number above 0 and below 2")
+        if not 0 <= self.delta < math.inf:
+            raise ValueError(f"delta={self.delta!r} is not allowed; give a finite number, 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +74,81 @@ class Linearised:
     slopes: list[Tensor]
     output: Tensor
     y: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """The tokens of a chunk `[B, H, C, ..]`, and what the gates of its block come to.
+
+    Attributes:
+        k, v, live, lr: of the tokens.
+        damping: α (1 - θ), by which the normalised step is shortened.
+        now: at each token; None if no read asks.
+        before: one token earlier; None if neither a read nor a delta decay asks.
+        last: at the chunk's last token.
+    """
+
+    k: Tensor
+    v: Tensor
+    live: Tensor
+    lr: Tensor
+    damping: Tensor
+    now: GateProducts | None
+    before: GateProducts | None
+    last: GateProducts
+
+
+# -- a chunk -----------------------------------------------------------------------------------------------------------
+
+
+def step(weights: Weights, q: Tensor, tokens: Chunk, settings: Settings) -> Tensor:
+    """Read and write one chunk: `[B, H, C, D_v]`."""
+    if settings.read == "chunk":
+        asked = torch.cat([q, tokens.v], dim=-2) if settings.own_values else q
+        y, at = read_and_linearise(weights, asked, tokens.k, settings.form)
+        v = tokens.v
+        if settings.own_values:
+            y, v = y.split([q.shape[-2], v.shape[-2]], dim=-2)
+            if settings.step == "normalized":
+                v = bounded(v, tokens.v)
+        write(weights, at, v, tokens, settings)
+        return y
+    write(weights, linearise(weights, tokens.k, settings.form), tokens.v, tokens, settings)
+    # each token reads the weights as they are by then
+    gates, x = tokens.before if settings.read == "before" else tokens.now, q
+    assert gates is not None
+    for i in range(len(weights) - 1, -1, -1):
+        x = weights[i].read(x, gates)
+        if i:
+            x = ACTIVATIONS[settings.form.activation][0](x)
+    return finish(x, q, settings.form)
+
+
+def write(weights: Weights, at: Linearised, v: Tensor, tokens: Chunk, settings: Settings) -> None:
+    """Write values v `[B, H, C, D_v]` under the keys of `tokens`, that the memory was linearised at."""
+    wrong = settings.error(at.y, v)
+    assert wrong is not None
+    found, lr = errors(weights, at, wrong, settings.form), tokens.lr
+    near: Sequence[Tensor | None] = [None] * len(weights)
+    if settings.step == "normalized" or settings.delta:
+        near = [weights[0].product(a, a.mT) for a in at.inputs]
+    if settings.step == "normalized":
+        lr = step_sizes(
+            lr,
+            tokens.damping,
+            [product for product in near if product is not None],
+            sensitivities(weights, at, settings.form),
+            delta=settings.delta,
+            bound=settings.bound,
+            read=settings.read,
+            chunk=settings.chunk,
+        )
+    strength = settings.delta * lr if settings.delta else None
+    for weight, error, products in zip(weights, found, near, strict=True):
+        weight.write(lr[..., None] * error, strength, products, tokens.before)
+
+
+# -- layer by layer ----------------------------------------------------------------------------------------------------
 
 
 def read(weights: Weights, x: Tensor, form: Form) -> Tensor:

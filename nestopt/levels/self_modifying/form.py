@@ -18,8 +18,8 @@ from nestopt.core.token_state import PENDING
 from nestopt.core.tree import State
 from nestopt.levels.closed_form import is_number, overridden
 from nestopt.levels.deep import mlp
-from nestopt.levels.deep.gate_products import GateProducts
-from nestopt.levels.deep.scan import Settings, block_weights
+from nestopt.levels.deep.mlp import Settings
+from nestopt.levels.deep.scan import block_weights
 from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.levels.self_modifying.projections import ProjectionMemories
 from nestopt.levels.self_modifying.scan import now_of, scan_boxes
@@ -63,10 +63,8 @@ class SelfModifyingForm(TokenForm):
     def read(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> Tensor:
         before, asked, form = state["level"], tokens.q, self.settings.form
         if "q" in self.level.adaptive:
-            asked = mlp.read(
-                block_weights(now_of(before["projections"]["q"], tokens.dtype), GateProducts()), asked, form
-            )
-        memory = block_weights(now_of(before["memory"], tokens.dtype), GateProducts())
+            asked = mlp.read(block_weights(now_of(before["projections"]["q"], tokens.dtype)), asked, form)
+        memory = block_weights(now_of(before["memory"], tokens.dtype))
         return mlp.read(memory, F.normalize(asked, dim=-1), form)
 
 

@@ -13,20 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestopt.levels.deep import mlp
-from nestopt.levels.deep.block_weight import BlockWeight
 from nestopt.levels.deep.gate_products import GateProducts
+from nestopt.levels.deep.mlp import Chunk, Settings
 from nestopt.levels.deep.own_values import bounded
-from nestopt.levels.deep.scan import (
-    Chunk,
-    Settings,
-    WeightState,
-    block_weights,
-    concat_tokens,
-    damping,
-    recomputed,
-    step,
-    weights_after,
-)
+from nestopt.levels.deep.scan import WeightState, block_weights, concat_tokens, damping, recomputed, weights_after
+from nestopt.levels.deep.weight import BlockWeight
 
 SOURCES = {"k": "k", "v": "v", "q": "q", "eta": "k", "alpha": "k"}
 """What each of these memories is shown."""
@@ -95,7 +86,7 @@ def project(
     done = 0 if pending is None else pending["k"].shape[2]
     if done + length < chunk:  # nothing is written, and so nothing need be stacked
         reads = {
-            name: mlp.read(block_weights(boxes[name], GateProducts()), given[SOURCES[name]], maker.settings.form)
+            name: mlp.read(block_weights(boxes[name]), given[SOURCES[name]], maker.settings.form)
             for name in maker.names
         }
         made = maker.generate(given, reads)
@@ -166,7 +157,7 @@ def _through(
     def run(stack: WeightState) -> tuple[list[Tensor], WeightState]:
         found, before = [], pending
         for piece in pieces:
-            weights = block_weights(stack, GateProducts())
+            weights = block_weights(stack)
             made = maker.generate(piece, _reads(weights, piece, maker))
             found.append(made)
             tokens = concat_tokens(before, _kept(made))
@@ -192,15 +183,14 @@ def _reads(weights: Sequence[BlockWeight], piece: Mapping[str, Tensor], maker: P
 def _written(weights: Sequence[BlockWeight], tokens: Made, maker: ProjectionMemories) -> WeightState:
     """Return the memories after a chunk, each of which writes values of its own."""
     count = len(maker.names)
-    fading = GateProducts.of(tokens["decay"], tokens.get("momentum"), tokens["live"]).each(
-        lambda x: _repeated(x, count)
-    )
-    for weight in weights:
-        weight.fading = fading
-    each = [tokens[name] for name in ("k", "v", "live", "lr")]
-    k, v, live, lr, damped = (_repeated(x, count) for x in (*each, damping(tokens)))
-    step(weights, v[:, :, :0], Chunk(k, v, live, lr, damped), maker.settings)
-    return weights_after(weights)
+    gates = GateProducts.of(tokens["decay"], tokens.get("momentum"), tokens["live"]).each(lambda x: _repeated(x, count))
+    each = (*(tokens[name] for name in ("k", "v", "live", "lr")), damping(tokens))
+    size = tokens["k"].shape[2]
+    before = gates.before() if maker.settings.delta else None
+    k, v, live, lr, damped = (_repeated(x, count) for x in each)
+    chunk = Chunk(k, v, live, lr, damped, None, before, gates.rows(size - 1, size))
+    mlp.step(weights, v[:, :, :0], chunk, maker.settings)
+    return weights_after(weights, chunk.last)
 
 
 __all__ = ["SOURCES", "Made", "ProjectionMemories", "Readout", "project"]

@@ -17,7 +17,8 @@ from nestopt.core.token_batch import TokenBatch, check_finite, check_range, chec
 from nestopt.core.tree import State
 from nestopt.levels.deep import mlp
 from nestopt.levels.deep.deep_memory import check_pending, check_weights, kept, named
-from nestopt.levels.deep.scan import Settings, WeightState, scan_chunks
+from nestopt.levels.deep.mlp import Settings
+from nestopt.levels.deep.scan import WeightState, scan_chunks
 from nestopt.levels.self_modifying.projections import SOURCES, ProjectionMemories, Readout, project
 
 

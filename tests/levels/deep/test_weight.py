@@ -6,10 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestopt.levels.deep.weights import applied, moved, pulled, squares, squares_since
+from nestopt.levels.deep.weight import _Moved, _Squares, _Times
 
 F64 = torch.float64
 B, C, OUT, IN = 2, 3, 4, 5
+
+
+PRODUCT = torch.matmul
+
+
+def applied(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return _Times.apply(weight, x, False, PRODUCT)
+
+
+def pulled(weight: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    return _Times.apply(weight, d, True, PRODUCT)
 
 
 def case() -> dict[str, Tensor]:
@@ -31,18 +42,18 @@ def chain(given: dict[str, Tensor], gated: bool, remembers: bool) -> list[Tensor
     weight, momentum = given["weight"], given["momentum"] if remembers else None
     y, weight = applied(weight, given["x"])
     b, weight = pulled(weight, given["d"])
-    s, weight = squares(weight)
+    s, weight = _Squares.apply(weight, None, None, None, None, None, PRODUCT)
     z, weight = applied(weight, given["x"].tanh())
-    wide = {name: given[name][:, None, None] for name in ("gamma", "c")}
-    shares = {"gamma": wide["gamma"] if gated else None, "c": wide["c"] if remembers else None}
-    later, weight, momentum = squares_since(weight, momentum, **shares, added=given["added"], inputs=given["x"])
+    wide = {name: given[name][:, None, None] for name in ("gamma", "c", "theta")}
+    gamma = wide["gamma"] if gated else None
+    c, theta, left = (wide["c"], wide["theta"], given["left"]) if remembers else (None, None, None)
+    later, weight, *handed = _Squares.apply(weight, momentum, gamma, c, given["added"], given["x"], PRODUCT)
     outs = [y, b, s, z, later]
-    if momentum is not None:
-        r, momentum = applied(momentum, given["x"])
+    if remembers:
+        r, momentum = applied(handed[0], given["x"])
         outs.append(r)
-    extra = {name: given[name] if remembers else None for name in ("c", "theta", "left")}
-    ends = moved(weight, momentum, given["x"], gamma=given["gamma"] if gated else None, added=given["added"], **extra)
-    return [*outs, *(end for end in ends if end is not None)]
+    ends = _Moved.apply(weight, momentum, given["x"], gamma, given["added"], c, theta, left, PRODUCT)
+    return [*outs, *([ends] if isinstance(ends, Tensor) else ends)]
 
 
 def plain(given: dict[str, Tensor], gated: bool, remembers: bool) -> list[Tensor]:

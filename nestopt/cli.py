@@ -17,12 +17,14 @@ from nestopt.core.part import nearest
 from nestopt.core.precision import PRECISIONS
 from nestopt.core.registry import KINDS, registry
 
-EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `nestopt`. Returns the exit status: 0; 2 where something given can't be used; 130 for an interrupted run."""
-    from nestopt.train.errors import CheckpointError, CorpusError, MissingExtra
+    """Run `nestopt`. Returns the exit status: 0; 1 where training failed; 2 where something given
+    can't be used; 130 for an interrupted run.
+    """
+    from nestopt.train.errors import CheckpointError, CorpusError, MissingExtra, TrainingError
 
     parser = _parser()
     args, more = parser.parse_known_args(argv)
@@ -40,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, CorpusError, CheckpointError, MissingExtra) as error:
         print(f"nestopt: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except TrainingError as error:
+        print(f"nestopt: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
@@ -186,6 +191,13 @@ def _config(given: Sequence[str], base: Config | None = None) -> Config:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from nestopt.train.engines.peers import watching
+
+    with watching():
+        return _train_watched(args)
+
+
+def _train_watched(args: argparse.Namespace) -> int:
     from nestopt.train.loop import train
     from nestopt.train.run import Run
 

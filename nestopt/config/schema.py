@@ -247,6 +247,16 @@ class TrainConfig(Section):
     deepspeed: dict[str, Any] | None = Field(
         default=None, description="other settings of DeepSpeed, as in its JSON; `--deepspeed FILE` puts them here"
     )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="where a loss or gradient is not finite in any process: stop the run, or leave the step "
+        "out in all of them; more than 10 such steps in a row stop it too",
+    )
+    timeout: Finite | None = Field(
+        default=None,
+        gt=0,
+        description="seconds that processes wait for one another at most; null: 30 minutes with gloo, 10 with NCCL",
+    )
     out: str = Field(default="runs", description="folder in which runs are kept")
     threads: Whole | None = Field(default=None, ge=1, description="CPU threads; null: as torch chooses")
 

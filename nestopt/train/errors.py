@@ -14,6 +14,10 @@ class CheckpointError(RuntimeError):
     """A file cannot be read as a checkpoint; the message names the file and the reason."""
 
 
+class TrainingError(RuntimeError):
+    """A run can't go on; the message says what failed, at which step and in which process."""
+
+
 class MissingExtra(ImportError):
     """A package of an extra is not installed; the message names both."""
 

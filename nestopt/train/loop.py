@@ -7,6 +7,7 @@ import math
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,10 @@ from nestopt.train import engines
 from nestopt.train.checkpoints.shards import ShardReader
 from nestopt.train.data import sources
 from nestopt.train.data.source import Batch, HeldOut, merged
+from nestopt.train.data.windows import Windows
+from nestopt.train.engines import peers
+from nestopt.train.engines.alike import facts
+from nestopt.train.engines.engine import device_of
 from nestopt.train.errors import extra
 from nestopt.train.evaluate import bits_per_byte, documents_bits, stream_bits_per_byte
 from nestopt.train.objective import Objective
@@ -70,19 +75,28 @@ def train(config: Config | None = None, *, resume: str | Path | None = None, qui
 
     Raises:
         ConfigError, CorpusError, CheckpointError: something given can't be used; says what and why.
+        TrainingError: a loss, a gradient or a weight is not finite, or another process failed. Where one process fails,
+            all end, within seconds.
     """
-    run = Run.open(resume) if resume is not None else None
-    if config is None:
-        config = Config() if run is None else run.config()
-    engine = engines.make(config)
-    try:
-        training = _Training(config, engine, run, quiet)
+    with peers.watching() as watch:
+        run = Run.open(resume) if resume is not None else None
+        if config is None:
+            config = Config() if run is None else run.config()
+        watch.join(config.train.timeout)
+        if watch.joined:
+            watch.compare(facts(config, device_of(config.train.device), resume))
+        engine = engines.make(config)
         try:
-            return training.run_to_the_end()
-        finally:
-            training.source.close()
-    finally:
+            training = _Training(config, engine, run, quiet)
+            try:
+                result = training.run_to_the_end()
+            finally:
+                training.source.close()
+        except BaseException:
+            engine.abandon()
+            raise
         engine.close()
+        return result
 
 
 class _Training:
@@ -91,6 +105,8 @@ class _Training:
         found = engine.gathered(sources.documents(config) if engine.rank == 0 else None)
         self.source = sources.make(config, engine.rank, engine.world, found[0])
         self.held_out = self.source.held_out(config.train.final_bytes)
+        if (watch := peers.present()).joined:
+            watch.compare({"the digest of the text": self._digest()})
         self.lm = build_model(config).to(engine.device)
         size = sum(param.numel() for param in self.lm.parameters())
         engine.cut_up(self.lm)
@@ -112,6 +128,11 @@ class _Training:
             self._load()
         self.report = Report(self.run, self.source, self.held_out, size, quiet=self.quiet)
 
+    def _digest(self) -> int:
+        """Return a sum of the text that this process has, by which it is told from any other."""
+        found = zlib.crc32(self.held_out.tokens.numpy().data)
+        return zlib.crc32(self.source.training.data, found) if isinstance(self.source, Windows) else found
+
     def run_to_the_end(self) -> Result:
         report = self.report
         if self.step == 0:
@@ -128,6 +149,7 @@ class _Training:
                 log.close()
             report.interrupted(self.step)
             return Result(self.run, self.step, self.elapsed, None, {}, False)
+        self.engine.check_weights()
         report.say(f"measuring on {self.held_out.bytes:,} held-out bytes …")
         score = self._evaluate(self.held_out)
         weights = self.engine.checkpoints.whole_weights(self.run.path)
@@ -151,16 +173,21 @@ class _Training:
             while self._progress() < 1:
                 if self.engine.any(stop.is_set()):
                     return False
+                skipped = self.engine.skipped[0]
+                self.engine.finite.step = self.step + 1
                 loss, norm = self._update()
-                losses.append(loss)
+                if self.engine.skipped[0] == skipped:
+                    losses.append(loss)
                 self.step += 1
                 self.elapsed = self._seconds_since(begin)
                 bar.total = max(self.step, round(self.step / self._progress()))  # fewer, where time ends the run
                 bar.update()
                 if self.step % settings.log_every == 0:
+                    self.engine.check_finite()
                     now = time.monotonic()
                     rate = (self.step - since[1]) * self.config.data.batch * self.config.data.window / (now - since[0])
-                    self._log(log, bar, float(self.engine.mean(torch.stack(losses).mean())), float(norm), rate)
+                    mean = torch.stack(losses).mean() if losses else torch.full_like(loss, math.nan)  # all were skipped
+                    self._log(log, bar, float(self.engine.mean(mean)), float(norm), rate)
                     losses.clear()
                     since = (now, self.step)
                 ended = self._progress() >= 1
@@ -216,12 +243,14 @@ class _Training:
                 "train/loss": loss,
                 "train/bits_per_byte": bits,
                 "train/gradient_norm": norm,
+                "train/skipped": self.engine.skipped[0],
                 "train/tokens_per_second": rate,
                 "lr": self.optimizer.param_groups[0]["lr"],
             }
         )
 
     def _middle(self, log: MetricsLog | None, report: Report, bar: Any) -> None:
+        self.engine.check_finite()
         score = self._evaluate(self.source.held_out(self.config.train.eval_bytes))
         self._sample()
         if log:
@@ -251,9 +280,11 @@ class _Training:
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        self.engine.check_weights()
         losses = [float(loss) for loss in self.losses]
         data = merged(self.engine.gathered(self.source.state_dict()))
-        meta = {"step": self.step, "elapsed": self.elapsed, "losses": losses, "data": data}
+        meta: dict[str, Any] = {"step": self.step, "elapsed": self.elapsed, "losses": losses, "data": data}
+        meta["skipped"] = self.engine.skipped
         self.engine.checkpoints.save(self.run.path, meta, self._own)
 
     def _own(self) -> Iterator[tuple[str, TensorSlice]]:
@@ -274,6 +305,8 @@ class _Training:
                 if key.startswith(prefix)
             }
         self.step, self.elapsed = meta["step"], meta["elapsed"]
+        peers.present().compare({"the checkpoint's step": self.step})
+        self.engine.skipped = list(meta.get("skipped", [0, 0]))
         self.source.load_state_dict(meta["data"])
         self.losses = [torch.tensor(loss, device=self.engine.device) for loss in meta["losses"]]
         restore_random_state(random)

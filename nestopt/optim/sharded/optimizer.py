@@ -71,6 +71,8 @@ class Sharded(Optimizer):
         self._comm: Any = None
         self._units: dict[int, tuple[Unit, Placement]] = {}
         self._attached = self._warned = False
+        self.skipping = False
+        """Whether steps are to be none, as those before `attach`."""
 
     def level(self, group: Group) -> Level:
         """Return the level that a parameter group runs."""
@@ -148,7 +150,7 @@ class Sharded(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._attached:
+        if not self._attached or self.skipping:
             return loss
         for group in self.param_groups:
             for unit, placement in self._units_of(group):
@@ -190,11 +192,11 @@ class Sharded(Optimizer):
         super().zero_grad(set_to_none)
         self.forget_inputs()
 
-    def forget_inputs(self) -> None:
-        """Forget what layers were shown since the last step (of groups with a period, nothing)."""
+    def forget_inputs(self, all_of_them: bool = False) -> None:
+        """Forget what layers were shown since the last step; of groups with a period, only if it is `all_of_them`."""
         if self.nested.watcher is not None:
             for own, group in zip(self.names, self.param_groups, strict=True):
-                if group.get("period", 1) == 1:
+                if all_of_them or group.get("period", 1) == 1:
                     for name in own:
                         self.nested.watcher.take(self.models[name])
 

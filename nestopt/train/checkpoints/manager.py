@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nestopt.optim.sharded.optimizer import Sharded
-from nestopt.optim.sharded.saved import WEIGHTS, CheckpointMismatch, TensorSlice
+from nestopt.optim.sharded.saved import STATE, WEIGHTS, CheckpointMismatch, TensorSlice
 from nestopt.train.checkpoints.shards import ShardReader, ShardWriter
 from nestopt.train.errors import CheckpointError
 
@@ -100,6 +100,10 @@ class CheckpointManager:
         strange = sorted(key for key in parts.keys() if key.startswith(WEIGHTS) and key not in known)  # noqa: SIM118
         if strange:
             raise CheckpointError(f"{parts.path}: the checkpoint is of another model: {strange[0]} is not here")
+        names = [key for key in parts.keys() if key.startswith((WEIGHTS, STATE))]  # noqa: SIM118
+        for name in names[self.rank :: self.world]:  # each process a share
+            if (whole := parts.whole(name)).is_floating_point() and not whole.isfinite().all():
+                raise CheckpointError(f"{parts.path}: {name} is not finite, and can't be gone on with")
         try:
             self.optimizer.load(parts, parts.meta[GROUPS])
         except CheckpointMismatch as error:
@@ -163,9 +167,9 @@ class CheckpointManager:
 def _gathered(tensor: Tensor, write: bool = False) -> Iterator[Tensor]:
     """Put a tensor together for a while, where DeepSpeed or FSDP2 has cut it up."""
     if hasattr(tensor, "ds_shape"):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed  # whose `zero` is an attribute, and no module
 
-        with GatheredParameters([tensor], modifier_rank=0 if write else None):
+        with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0 if write else None):
             yield tensor
     elif hasattr(tensor, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor

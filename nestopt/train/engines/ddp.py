@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from nestopt.config import Config, ConfigError
 from nestopt.core.device import by_contract
 from nestopt.nn import CMS
-from nestopt.train.engines import launch
+from nestopt.train.engines import launch, peers
 from nestopt.train.engines.engine import Engine
 
 log = logging.getLogger("nestopt")
@@ -44,7 +45,7 @@ class Ddp(Engine):
             torch.cuda.set_device(self.device)
         shares = self.world * config.train.accumulate
         if config.data.batch % shares:
-            self.close()
+            self.abandon()
             what = f"{self.world} processes"
             if config.train.accumulate > 1:
                 what += f" times train.accumulate={config.train.accumulate}"
@@ -52,7 +53,12 @@ class Ddp(Engine):
 
     def _initialise(self) -> None:
         if self._begun:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            limit = self.config.train.timeout
+            dist.init_process_group(
+                "nccl" if self.device.type == "cuda" else "gloo",
+                timeout=None if limit is None else timedelta(seconds=limit),
+                **peers.present().group_options(),
+            )
 
     def _wrapped(self, objective: nn.Module) -> nn.Module:
         # a batch without a write does not reach what says how far a write goes
@@ -90,4 +96,9 @@ class Ddp(Engine):
     def close(self) -> None:
         if self._begun:
             dist.barrier()
+            dist.destroy_process_group()
+
+    def abandon(self) -> None:
+        # a group of several may wait for those that have not failed; it ends with its processes
+        if self._begun and dist.get_world_size() == 1:
             dist.destroy_process_group()

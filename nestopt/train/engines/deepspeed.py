@@ -16,6 +16,7 @@ from nestopt.optim.sharded.optimizer import Sharded
 from nestopt.train.checkpoints.manager import CheckpointManager
 from nestopt.train.engines import deepspeed_settings, launch, zero_layout
 from nestopt.train.engines.ddp import Ddp
+from nestopt.train.engines.finite import NORM
 from nestopt.train.engines.fsdp_methods import run_hooks_around, users, weights_used
 
 
@@ -159,33 +160,50 @@ class DeepSpeed(Ddp):
         try:
             self.settings_given = deepspeed_settings.merged(config, self.world)
         except ConfigError:
-            self.close()
+            self.abandon()
             raise
 
     def _check_dtype(self) -> None:
         """Allow any: DeepSpeed scales losses."""
 
     def _initialise(self) -> None:
+        super()._initialise()
         import_deepspeed(self.device.type)
 
     def attach(self, objective: nn.Module, lm: nn.Module, nested: Nested) -> None:
         self.lm = lm
         engine, self.optimizer, *_ = initialized(lm, objective, nested, self.settings_given)
         self.model, self.checkpoints, self.cut = engine, engine.nestopt, engine.nestopt.cut
+        if not self._scales:
+            self.finite.watch(self._leaves())
+
+    @property
+    def _scales(self) -> bool:
+        """Whether losses are scaled by DeepSpeed, which leaves out steps whose gradients overflow, and scales less."""
+        return self.config.train.dtype == "float16"
 
     def update(self, batches: Sequence[tuple[Any, ...]]) -> tuple[Tensor, Tensor]:
         engine: Any = self.model
         losses, norm = [], None
-        for batch in batches:
+        for i, batch in enumerate(batches):
             loss = engine(*batch)
             losses.append(loss.detach())
+            self.finite.note("the loss", losses[-1])
             engine.backward(loss)
             if engine.optimizer is self.optimizer:  # stage 0 in float32: DeepSpeed does not say
                 norm = self._norm()
+            self.optimizer.skipping = i == len(batches) - 1 and not self._goes_on()
             engine.step()
+        skipped, self.optimizer.skipping = self.optimizer.skipping, False
+        if skipped:
+            self.optimizer.forget_inputs(all_of_them=True)
         if engine.optimizer is not self.optimizer:
             norm = engine.get_global_grad_norm()
-        return torch.stack(losses).mean(), torch.as_tensor(float("nan") if norm is None else norm)
+        found = torch.as_tensor(float("nan") if norm is None else norm, device=self.device)
+        if norm is not None and not skipped and not self._scales:
+            self.finite.note(NORM, found)  # of slices added up: each process's own were finite
+            self._goes_on()  # DeepSpeed has left such a step out
+        return torch.stack(losses).mean(), found
 
     def _norm(self) -> Tensor:
         grads = [param.grad for group in self.optimizer.param_groups for param in group["params"]]

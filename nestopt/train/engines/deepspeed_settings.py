@@ -30,6 +30,35 @@ _REFUSED: dict[str, str] = {
     "tensor_parallel": "matrices are not cut up in two ways; leave it out",
 }
 
+_SECTIONS = (
+    "zero_optimization",
+    "zero_optimization.offload_optimizer",
+    "zero_optimization.offload_param",
+    "zero_optimization.zenflow",
+    "bf16",
+    "fp16",
+    "optimizer",
+    "scheduler",
+    "amp",
+    "torch_autocast",
+    "tensor_parallel",
+    "activation_checkpointing",
+    "aio",
+    "comms_logger",
+    "compile",
+    "compression_training",
+    "curriculum_learning",
+    "data_efficiency",
+    "data_types",
+    "elasticity",
+    "flops_profiler",
+    "checkpoint",
+    "csv_monitor",
+    "tensorboard",
+    "wandb",
+)
+"""Keys that hold mappings, outer ones first."""
+
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the JSON of a file.
@@ -59,6 +88,7 @@ def checked(given: Mapping[str, Any], key: str) -> dict[str, Any]:
         ConfigError: for what can't be; `key` is what `given` is called.
     """
     settings = copy.deepcopy(dict(given))
+    _check_sections(settings, key)
     for path, why in _REFUSED.items():
         value = _at(settings, path)
         if value not in (None, False, {}, 1) and not (isinstance(value, Mapping) and value.get("enabled") is False):
@@ -78,10 +108,31 @@ def checked(given: Mapping[str, Any], key: str) -> dict[str, Any]:
     return settings
 
 
-def stage_of(settings: Mapping[str, Any]) -> int:
-    """Return the ZeRO stage that they ask for."""
-    stage = _at(settings, "zero_optimization.stage")
-    return 0 if stage in (None, AUTO) else int(stage)
+def _check_sections(settings: dict[str, Any], key: str) -> None:
+    """Drop sections that are null or, where none may be, false; raise ConfigError for others that are no mappings."""
+    for path in _SECTIONS:
+        *above, last = path.split(".")
+        owner = _at(settings, ".".join(above)) if above else settings
+        if not isinstance(owner, dict) or last not in owner:
+            continue
+        if owner[last] is None or (owner[last] is False and path in _REFUSED):
+            del owner[last]
+        elif not isinstance(owner[last], Mapping):
+            raise ConfigError.refuse(f"{key}.{path}", owner[last], "give a mapping, {…}")
+    stage_of(settings, key)
+
+
+def stage_of(settings: Mapping[str, Any], key: str = "train.deepspeed") -> int:
+    """Return the ZeRO stage that settings ask for. Raises ConfigError for one that there is not."""
+    section = settings.get("zero_optimization")
+    if not isinstance(section, Mapping | None):
+        raise ConfigError.refuse(f"{key}.zero_optimization", section, "give a mapping, {…}")
+    stage = (section or {}).get("stage")
+    if stage is None or stage == AUTO:
+        return 0
+    if type(stage) is not int or not 0 <= stage <= 3:
+        raise ConfigError.refuse(f"{key}.zero_optimization.stage", stage, f'give 0, 1, 2, 3 or "{AUTO}"')
+    return stage
 
 
 def merged(config: Config, world: int) -> dict[str, Any]:
@@ -91,6 +142,7 @@ def merged(config: Config, world: int) -> dict[str, Any]:
         ConfigError: both say something, and not the same; says what to change.
     """
     given = copy.deepcopy(config.train.deepspeed or {})
+    _check_sections(given, "train.deepspeed")
     train, batch = config.train, config.data.batch
     stage = stage_of(given) if train.zero_stage is None else int(train.zero_stage)
     for path, ours, key in _ours(config, batch, world, stage):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,11 +15,17 @@ from nestopt.config import Config, ConfigError
 from nestopt.optim import Nested
 from nestopt.optim.sharded.optimizer import Placement, Sharded
 from nestopt.train.checkpoints.manager import CheckpointManager
+from nestopt.train.engines.finite import NORM, Finite, first_not_finite
+from nestopt.train.engines.peers import processes
+from nestopt.train.errors import TrainingError
 from nestopt.train.run import check_precision
 
 log = logging.getLogger("nestopt")
 
 LOW = (torch.bfloat16, torch.float16)
+
+SKIPS = 10
+"""Steps that may be skipped one after another."""
 
 
 class Engine:
@@ -30,6 +37,8 @@ class Engine:
         cut: whether weights are in pieces, so that all processes must call the model together.
         optimizer: whose groups a schedule changes.
         checkpoints: saves and loads the model and its optimizer.
+        finite: notes what of a step is not finite.
+        skipped: steps that were left out for that, in all; those of them that followed one another last.
     """
 
     name: ClassVar[str] = "single"
@@ -42,9 +51,10 @@ class Engine:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.device = _device(config.train.device)
+        self.device = device_of(config.train.device)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
+        self.finite, self.skipped = Finite(), [0, 0]
         self._check_dtype()
         check_precision(config, self.device)
 
@@ -75,6 +85,11 @@ class Engine:
             wait=self.wait,
             spread=self._spread,
         )
+        self.finite.watch(self._leaves())
+
+    def _leaves(self) -> Iterable[tuple[str, Tensor]]:
+        """Return the tensors that get this process's own gradients, by name."""
+        return [(name, param) for name, param in self.lm.named_parameters() if param.requires_grad]
 
     def _wrapped(self, objective: nn.Module) -> nn.Module:
         return objective
@@ -103,8 +118,9 @@ class Engine:
         for i, batch in enumerate(batches):
             with self._together(i == len(batches) - 1):
                 loss = self.model(*batch) / len(batches)
+                losses.append(loss.detach())
+                self.finite.note("the loss", losses[-1])
                 loss.backward()
-            losses.append(loss.detach())
             for param, master in self._masters:
                 if param.grad is not None:
                     grad = param.grad.float()
@@ -115,9 +131,62 @@ class Engine:
                 if param.grad is None:  # not reached by this batch: zero, as DeepSpeed has it
                     param.grad = torch.zeros_like(param)
         norm = self._clip()
-        self.optimizer.step()
-        self._spread()
+        self.finite.note(NORM, norm)
+        if self._goes_on():
+            self.optimizer.step()
+            self._spread()
+        else:
+            self.optimizer.forget_inputs(all_of_them=True)
         return torch.stack(losses).sum(), norm
+
+    def _goes_on(self) -> bool:
+        """Return whether the step is taken; `check_finite` is later where it would have to wait for an accelerator."""
+        if self.device.type == "cpu" or self.config.train.on_nonfinite == "skip":
+            return self.check_finite()
+        self.finite.end_step()
+        return True
+
+    def check_finite(self) -> bool:
+        """Return whether losses and gradients were finite in all processes since the last call; all must call it.
+
+        Raises:
+            TrainingError: they were not, and are not to be skipped, or too often; says where.
+        """
+        found = self.finite.take()
+        if not self.any(found is not None):
+            self.skipped[1] = 0
+            return True
+        found_by = self.gathered(found)
+        step, what = min((step, what == NORM, what) for step, what in filter(None, found_by))[::2]
+        having = [rank for rank, other in enumerate(found_by) if other is not None and tuple(other) == (step, what)]
+        where = f"step {step}: {what} is not finite in {processes(having)}"
+        if self.config.train.on_nonfinite == "stop":
+            raise TrainingError(
+                f"{where}; it was not taken, and a checkpoint is from before it (train.on_nonfinite=skip leaves it out)"
+            )
+        self.skipped = [count + 1 for count in self.skipped]
+        if self.skipped[1] > SKIPS:
+            raise TrainingError(f"{where}, and so were the {SKIPS} steps before it: none was taken")
+        if self.rank == 0:
+            log.warning("%s; it is skipped", where)
+        return False
+
+    def check_weights(self) -> None:
+        """Raise TrainingError where weights or states are not finite in any process; all must call it."""
+        self.check_finite()
+        items = itertools.chain(self.checkpoints.weights(), self.optimizer.states())
+        found = first_not_finite((name, item.values) for name, item in items)
+        if self.any(found is not None):
+            name, having = next(
+                (name, [rank for rank, other in enumerate(found_by) if other == name])
+                for found_by in [self.gathered(found)]
+                for name in found_by
+                if name is not None
+            )
+            raise TrainingError(
+                f"step {self.finite.step}: {name} is not finite in {processes(having)}; it is not saved, and a "
+                "checkpoint is from before it"
+            )
 
     @contextlib.contextmanager
     def _together(self, last: bool) -> Iterator[None]:
@@ -161,10 +230,14 @@ class Engine:
         """Wait until all processes are here."""
 
     def close(self) -> None:
-        """Leave the group of processes."""
+        """Leave the group of processes, with all others."""
+
+    def abandon(self) -> None:
+        """Leave it where something has failed: without a wait for others."""
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """Return the device that `train.device` names. Raises ConfigError if this machine has none such."""
     if name == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return found or torch.device("cpu")

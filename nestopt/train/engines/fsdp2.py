@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -46,6 +46,16 @@ class Fsdp2(Ddp):
             fully_shard(part, mesh=mesh, mp_policy=policy)
             for method in methods:
                 register_fsdp_forward_method(part, method)
+
+    def _leaves(self) -> Iterator[tuple[str, Tensor]]:
+        # gradients come to the whole weights, which are made when they are first put together, and kept
+        for part in self.lm.modules():
+            if isinstance(part, FSDPModule):
+                part.unshard()
+                for name, param in self.lm.named_parameters():
+                    if param.requires_grad and not isinstance(param, DTensor):
+                        yield name, param
+                part.reshard()
 
     def _wrapped(self, objective: nn.Module) -> nn.Module:
         return objective

@@ -73,6 +73,44 @@ def test_a_json_that_fights_the_configuration_is_refused(given, train, words):
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        *[("zero_optimization.stage", stage) for stage in (9, -1, 4, True, False, "2", "two", 1.5, 2.0, [], {})],
+        *[("zero_optimization", value) for value in (3, True, False, "stage 2", [2], [])],
+        *[(section, value) for section in ("bf16", "fp16", "data_types") for value in (True, 1, "on", [])],
+        *[(f"zero_optimization.{part}", "cpu") for part in ("offload_optimizer", "offload_param")],
+        ("scheduler", "WarmupLR"),
+        ("optimizer", "AdamW"),
+        ("activation_checkpointing", 3),
+    ],
+)
+def test_sections_that_are_no_mappings_and_stages_that_are_none_are_refused(path, value):
+    given = value
+    for key in reversed(path.split(".")):
+        given = {key: given}
+    for key, asked in (
+        ("train.deepspeed", lambda: merged(config(given), world=1)),
+        ("config", lambda: checked(given, "config")),
+    ):
+        with pytest.raises(ConfigError) as error:
+            asked()
+        assert error.value.path == f"{key}.{path}"
+        assert str(error.value).startswith(f"{key}.{path}: {value!r} is not allowed; give")
+    if path.startswith("zero_optimization") and "offload" not in path:
+        with pytest.raises(ConfigError, match="zero_optimization"):
+            stage_of(given)
+
+
+def test_sections_that_are_null_are_not_there():
+    sections = {"zero_optimization": None, "bf16": None, "fp16": None, "optimizer": None, "scheduler": None}
+    assert merged(config(sections), world=1) == merged(config({}), world=1)
+    assert merged(config({"zero_optimization": {"stage": 2, "offload_param": None}}), world=1)["zero_optimization"] == {
+        "stage": 2
+    }
+    assert "amp" not in checked({"amp": False}, "config")
+
+
 def test_a_file_that_is_no_json_is_refused_by_its_name(tmp_path, capsys):
     path = tmp_path / "ds.json"
     path.write_text("{")

@@ -1,0 +1,149 @@
+"""A folder that is written for hours: no links out of it, one writer at a time, and a notice when it is taken away."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from nestopt.train.errors import CheckpointError
+
+log = logging.getLogger("nestopt")
+
+
+def check_file(path: str | os.PathLike[str], *, own: bool = False) -> None:
+    """Check that nothing is at `path`, or a file.
+
+    Args:
+        path: of it; it is not opened, which would wait for ever at a FIFO.
+        own: it will be written to: a link to a file is refused, and one that has another name elsewhere too.
+
+    Raises:
+        CheckpointError: something else is there.
+    """
+    try:
+        found = os.stat(path, follow_symlinks=not own)
+    except FileNotFoundError:
+        return
+    except OSError as error:  # a name that is too long, a file for a folder, a link to itself
+        raise CheckpointError(f"{path}: can't be used: {error.strerror}") from None
+    _check_kind(path, found, own)
+
+
+def _check_kind(path: str | os.PathLike[str], found: os.stat_result, own: bool) -> None:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a link"}
+    if not stat.S_ISREG(found.st_mode):
+        kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
+        how = "written" if own else "read"
+        raise CheckpointError(f"{path}: cannot be {how}, it is {kind}; have a file there, or nothing")
+    if own and found.st_nlink > 1:
+        raise CheckpointError(f"{path}: cannot be written, it is a file that has another name too; have a copy there")
+
+
+def read_file(path: str | os.PathLike[str], most: int = 2**28) -> bytes:
+    """Return what a file holds.
+
+    Raises:
+        CheckpointError: it is no file, or has more than `most` bytes.
+        OSError: it is not there, or can't be read.
+    """
+    check_file(path)
+    with open(path, "rb") as file:
+        found = file.read(most + 1)
+    if len(found) > most:
+        raise CheckpointError(f"{path}: is larger than {most:,} bytes, which no file of this name is")
+    return found
+
+
+def appending(path: str | os.PathLike[str]) -> IO[str]:
+    """Open a file to append text to, in UTF-8; made if it is not there.
+
+    Raises:
+        CheckpointError: it is a link, has another name elsewhere, or is no file.
+    """
+    check_file(path, own=True)
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        handle = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link came in the meantime
+            check_file(path, own=True)
+        raise
+    try:
+        _check_kind(path, os.fstat(handle), own=True)
+        return open(handle, "a", encoding="utf-8", newline="\n")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+class Hold:
+    """The right to write to a folder, which one process at a time has; it ends with the process.
+
+    Args:
+        folder: of a run.
+        file: in it, that stays as long as the run.
+
+    Raises:
+        CheckpointError: another process has it.
+    """
+
+    def __init__(self, folder: Path, file: Path) -> None:
+        self.folder, self.file = folder, file
+        self._seen = os.stat(folder)
+        self._handles: list[int] = []
+        try:
+            self._lock()
+        except BaseException:
+            self.close()
+            raise
+
+    def _lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            log.warning("%s: this system has no locks; let one run at a time write to it", self.folder)
+            return
+        problem: OSError | None = None
+        # NFS locks only what is open for writing, which a folder can't be; where both can't be locked it is said
+        for path, flags in ((self.folder, os.O_RDONLY), (self.file, os.O_RDWR | os.O_NONBLOCK)):
+            try:
+                self._handles.append(os.open(path, flags))  # as long as it is open, no other folder has its number
+                fcntl.flock(self._handles[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                raise CheckpointError(
+                    f"{self.folder}: another run is writing to this folder; stop that one first, or wait for its end"
+                ) from None
+            except OSError as error:
+                problem = error
+        log.warning("%s can't be locked (%s); let one run at a time write to it", self.folder, problem)
+
+    def check(self) -> None:
+        """Raise CheckpointError if the folder has been removed, moved or replaced since."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if os.path.samestat(self._seen, os.stat(self.folder)) and self.file.exists():
+                return
+        raise CheckpointError(
+            f"{self.folder}: the run's folder was removed or replaced while it ran; it stops, and writes no more"
+        )
+
+    def close(self) -> None:
+        while self._handles:
+            os.close(self._handles.pop())
+
+
+@contextlib.contextmanager
+def saying(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Write within this to `path`: an OSError that does not say where says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error

@@ -11,38 +11,54 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from nestopt.config import ConfigError
 from nestopt.train.errors import CheckpointError
 
 log = logging.getLogger("nestopt")
 
+INDEX = "checkpoint.json"
+"""What names the parts that belong together: the checkpoint is what this says, and nothing else."""
 
-def check_file(path: str | os.PathLike[str], *, own: bool = False) -> None:
+
+def check_file(path: str | os.PathLike[str], *, own: bool = False, alone: bool = False) -> None:
     """Check that nothing is at `path`, or a file.
 
     Args:
         path: of it; it is not opened, which would wait for ever at a FIFO.
-        own: it will be written to: a link to a file is refused, and one that has another name elsewhere too.
+        own: it will be written: a link to a file is refused too.
+        alone: it will be written to as it lies there: a file that has another name elsewhere is refused too.
 
     Raises:
         CheckpointError: something else is there.
     """
     try:
-        found = os.stat(path, follow_symlinks=not own)
+        found = os.stat(path, follow_symlinks=not (own or alone))
     except FileNotFoundError:
         return
     except OSError as error:  # a name that is too long, a file for a folder, a link to itself
         raise CheckpointError(f"{path}: can't be used: {error.strerror}") from None
-    _check_kind(path, found, own)
+    _check_kind(path, found, own, alone)
 
 
-def _check_kind(path: str | os.PathLike[str], found: os.stat_result, own: bool) -> None:
+def _check_kind(path: str | os.PathLike[str], found: os.stat_result, own: bool, alone: bool) -> None:
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a link"}
     if not stat.S_ISREG(found.st_mode):
         kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
-        how = "written" if own else "read"
+        how = "written" if own or alone else "read"
         raise CheckpointError(f"{path}: cannot be {how}, it is {kind}; have a file there, or nothing")
-    if own and found.st_nlink > 1:
+    if alone and found.st_nlink > 1:
         raise CheckpointError(f"{path}: cannot be written, it is a file that has another name too; have a copy there")
+
+
+def check_place(option: str, path: Path) -> None:
+    """Check before long work that its file, which an option names, will have a place. Raises ConfigError."""
+    if path.is_dir():
+        raise ConfigError.refuse(option, str(path), "it is a folder; give a file")
+    check_file(path, own=True)
+    if not path.parent.is_dir():
+        raise ConfigError.refuse(option, str(path), f"{path.parent} is no folder")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError.refuse(option, str(path), f"{path.parent} can't be written")
 
 
 def read_file(path: str | os.PathLike[str], most: int = 2**28) -> bytes:
@@ -54,10 +70,9 @@ def read_file(path: str | os.PathLike[str], most: int = 2**28) -> bytes:
     """
     check_file(path)
     with open(path, "rb") as file:
-        found = file.read(most + 1)
-    if len(found) > most:
-        raise CheckpointError(f"{path}: is larger than {most:,} bytes, which no file of this name is")
-    return found
+        if os.fstat(file.fileno()).st_size > most:
+            raise CheckpointError(f"{path}: is larger than {most:,} bytes, which no file of this name is")
+        return file.read()
 
 
 def appending(path: str | os.PathLike[str]) -> IO[str]:
@@ -66,16 +81,16 @@ def appending(path: str | os.PathLike[str]) -> IO[str]:
     Raises:
         CheckpointError: it is a link, has another name elsewhere, or is no file.
     """
-    check_file(path, own=True)
+    check_file(path, alone=True)
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         handle = os.open(path, flags, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:  # a link came in the meantime
-            check_file(path, own=True)
+            check_file(path, alone=True)
         raise
     try:
-        _check_kind(path, os.fstat(handle), own=True)
+        _check_kind(path, os.fstat(handle), own=True, alone=True)
         return open(handle, "a", encoding="utf-8", newline="\n")
     except BaseException:
         os.close(handle)
@@ -133,7 +148,14 @@ class Hold:
             f"{self.folder}: the run's folder was removed or replaced while it ran; it stops, and writes no more"
         )
 
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def close(self) -> None:
+        """Let others write to it."""
         while self._handles:
             os.close(self._handles.pop())
 

@@ -83,7 +83,7 @@ def opened(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> 
 
 def compare(path: str | os.PathLike[str], file: Any, sums: Mapping[str, int] | None) -> None:
     """Raise CheckpointError for a tensor of an open file that is not as it was saved; None has nothing to compare."""
-    for name in file.keys() if sums is not None else ():  # noqa: SIM118 (not a dict)
+    for name in file.keys() if sums is not None else ():
         if checksum(file.get_tensor(name)) != sums.get(name):  # type: ignore[union-attr]
             raise CheckpointError(f"{path}: is damaged, {name} is not as it was saved")
 

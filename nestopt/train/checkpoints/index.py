@@ -15,9 +15,6 @@ from nestopt.train.checkpoints.file import check_json
 from nestopt.train.errors import CheckpointError, damaged, whole_number
 from nestopt.train.folder import read_file
 
-INDEX = "checkpoint.json"
-"""What names the parts that belong together: the checkpoint is what this says, and nothing else."""
-
 FORMAT, VERSION = "nestopt-parts", 2
 _NAME = re.compile(r"checkpoint-(\d+)-part-(\d+)-of-(\d+)\.safetensors|checkpoint-(\d+)\.json", re.ASCII)
 
@@ -120,6 +117,8 @@ def read_index(path: Path) -> Index:
             )
             for item in content.get("kept", [{"number": number, "parts": len(files), "score": None}])
         ]
+        if (kept[-1].number, kept[-1].files) != (number, files):
+            raise ValueError("files are not those of the last that is kept")
         return Index(number, files, content["meta"], kept, content.get("stale", []))
 
 

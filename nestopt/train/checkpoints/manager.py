@@ -108,11 +108,11 @@ class CheckpointManager:
         strange = sorted(key for key in parts.keys() if key.startswith(WEIGHTS) and key not in known)  # noqa: SIM118
         if strange:
             raise CheckpointError(f"{parts.path}: the checkpoint is of another model: {strange[0]} is not here")
-        try:
-            with damaged(parts.path):
+        with damaged(parts.path):
+            try:
                 self.optimizer.load(parts, parts.meta[GROUPS])
-        except CheckpointMismatch as error:
-            raise CheckpointError(f"{parts.path}: the checkpoint is of another optimizer: {error}") from error
+            except CheckpointMismatch as error:
+                raise CheckpointError(f"{parts.path}: the checkpoint is of another optimizer: {error}") from error
         for name, tensor in self._others():
             with _gathered(tensor, write=True) as whole, torch.no_grad():
                 whole.copy_(parts.whole(WEIGHTS + name))
@@ -140,7 +140,8 @@ class CheckpointManager:
             return self._with_ties(found)
         place = folder / ".weights"
         if self.rank == 0:
-            place.mkdir(exist_ok=True)
+            shutil.rmtree(place, ignore_errors=True)  # of a run that was killed; a link stays, and is refused
+            place.mkdir()
         self.wait()
         ShardWriter(place, self.rank, self.shards, self.wait).save(self.weights(), {})
         if self.rank:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from nestopt.optim.sharded.saved import TensorSlice
 from nestopt.train.checkpoints import file as checkpoint
-from nestopt.train.checkpoints.index import INDEX, Kept, after, read_index
+from nestopt.train.checkpoints.index import Kept, after, read_index
 from nestopt.train.errors import CheckpointError, damaged, whole_number
+from nestopt.train.folder import INDEX
 
 __all__ = ["INDEX", "ShardReader", "ShardWriter", "check_like", "load_weights", "put_weights"]
 

@@ -33,7 +33,7 @@ def answer(args: argparse.Namespace) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise ConfigError.refuse("--out", str(folder), "a file is in its way; give a folder") from None
+        raise ConfigError(f"{folder} can't be made, a file is in its way; give a folder", "--out") from None
     for name in ("forgetting.json", "forgetting.png"):
         check_place("--out", folder / name)
     corpus = dataset_of(config).load()

@@ -53,12 +53,12 @@ def _check_kind(path: str | os.PathLike[str], found: os.stat_result, own: bool, 
 def check_place(option: str, path: Path) -> None:
     """Check before long work that its file, which an option names, will have a place. Raises ConfigError."""
     if path.is_dir():
-        raise ConfigError.refuse(option, str(path), "it is a folder; give a file")
+        raise ConfigError(f"{path} is a folder; give a file", option)
     check_file(path, own=True)
     if not path.parent.is_dir():
-        raise ConfigError.refuse(option, str(path), f"{path.parent} is no folder")
+        raise ConfigError(f"{path} has no place, {path.parent} is no folder", option)
     if not os.access(path.parent, os.W_OK):
-        raise ConfigError.refuse(option, str(path), f"{path.parent} can't be written")
+        raise ConfigError(f"{path} has no place, {path.parent} can't be written", option)
 
 
 def read_file(path: str | os.PathLike[str], most: int = 2**28) -> bytes:

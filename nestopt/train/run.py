@@ -34,7 +34,7 @@ class Run:
         try:
             root.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
-            raise ConfigError.refuse("train.out", str(root), "a file is in its way; give a folder") from None
+            raise ConfigError(f"{root} can't be made, a file is in its way; give a folder", "train.out") from None
         numbers = [int(found[1]) for child in root.iterdir() if (found := re.fullmatch(r"(\d+)", child.name))]
         number = max(numbers, default=0) + 1
         while True:

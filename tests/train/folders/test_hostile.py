@@ -158,10 +158,10 @@ def test_a_damaged_index_is_named(copy, refused, key):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", "null", DEEP, '{"format": ' + DEEP + "}", "\0", "ÿ"], ids="012345678"
+    "written", ["", "{", "[]", "3", "null", DEEP, '{"format": ' + DEEP + "}", "\0", "ÿ"], ids="012345678"
 )
-def test_what_is_no_index_is_named(copy, refused, text):
-    (copy.path / "checkpoint.json").write_text(text, encoding="latin-1")
+def test_what_is_no_index_is_named(copy, refused, written):
+    (copy.path / "checkpoint.json").write_text(written, encoding="latin-1")
     assert "checkpoint.json: " in refused("train", "--resume", copy.path, "-q")
 
 

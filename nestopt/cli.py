@@ -10,7 +10,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from nestopt.config import Config, ConfigError, load
-from nestopt.config.files import write
 from nestopt.config.load import default
 from nestopt.config.overrides import apply
 from nestopt.core.part import nearest
@@ -45,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         print(f"nestopt: {error}", file=sys.stderr)
         return EXIT_FAILED
+    except OSError as error:  # a full disk, a folder that can't be written
+        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error
+        print(f"nestopt: {text}", file=sys.stderr)
+        return EXIT_USAGE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
@@ -94,6 +97,15 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     train.add_argument("--out", metavar="FOLDER", help="where runs are kept (default: runs)")
     train.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
     train.add_argument(
+        "--reset-data",
+        action="store_true",
+        help="with --resume: begin the data anew, with other --data or data.*",
+    )
+    train.add_argument(
+        "--init-from", metavar="RUN | FILE", help="begin a new run with these weights, of a run or a safetensors file"
+    )
+    _add_trust(train)
+    train.add_argument(
         "--baseline",
         choices=["transformer"],
         help="then train one with as many parameters on the same bytes, at equal tokens and at equal seconds",
@@ -123,9 +135,18 @@ def _add_generate(generate: argparse.ArgumentParser) -> None:
         help="whether an mlp that learns in context does; mixers remember what was read in any case (default: it does)",
     )
     _add_precision(generate)
+    _add_trust(generate)
     generate.add_argument("--state", metavar="FILE", help="save at the end what the model then remembers")
     generate.add_argument("--from-state", metavar="FILE", help="go on from what --state saved")
     generate.set_defaults(run=_generate)
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="do what the run's config asks for outside of its folder: DeepSpeed's own files, downloads, plugins' data",
+    )
 
 
 def _add_precision(parser: argparse.ArgumentParser) -> None:
@@ -145,6 +166,7 @@ def _add_eval(measure: argparse.ArgumentParser) -> None:
     forgetting.add_argument("--documents", type=int, default=8, help="side by side (default: 8)")
     forgetting.add_argument("--out", metavar="FOLDER", help="for forgetting.png and forgetting.json (default: RUN)")
     _add_precision(forgetting)
+    _add_trust(forgetting)
     forgetting.add_argument("-q", "--quiet", action="store_true", help="no progress")
     forgetting.set_defaults(run=_forgetting)
 
@@ -190,6 +212,13 @@ def _config(given: Sequence[str], base: Config | None = None) -> Config:
     return Config.from_data(apply(base.to_data(), overrides))
 
 
+def _like(path: str) -> Config | None:
+    """Return the configuration of a new run with the model of the run at `path`; None where that is a file."""
+    from nestopt.train.run import Run
+
+    return default().model_copy(update={"model": Run.open(path).config().model}) if Path(path).is_dir() else None
+
+
 def _train(args: argparse.Namespace) -> int:
     from nestopt.train.engines.peers import watching
 
@@ -200,23 +229,28 @@ def _train(args: argparse.Namespace) -> int:
 def _train_watched(args: argparse.Namespace) -> int:
     from nestopt.train.loop import train
     from nestopt.train.run import Run
+    from nestopt.train.trust import check_trusted
 
     given = list(args.given)
     if args.deepspeed:
         from nestopt.train.engines.deepspeed_settings import read
 
         given += ["train.engine=deepspeed", f"train.deepspeed={json.dumps(read(args.deepspeed))}"]
+    given += [f"data.path={json.dumps(args.data)}"] if args.data else []
     if args.resume:
-        fixed = [item for item in given if not item.startswith("train.")]
-        if fixed or args.data or args.out:
-            what = ", ".join(fixed) or "--data or --out"
+        free = ("train.", "data.") if args.reset_data else ("train.",)
+        fixed = [item for item in given if not item.startswith(free)]
+        if fixed or args.out:
+            what = ", ".join(fixed) or "--out"
             raise ConfigError(f"a resumed run has its config already; only train.* can be changed, not {what}")
-        config = _config(given, Run.open(args.resume).config())
+        run = Run.open(args.resume)
+        config = _config(given, run.config())
+        if not args.trust:
+            check_trusted(run.config(), run.path, given=config)
     else:
-        given += [f"data.path={json.dumps(args.data)}"] if args.data else []
         given += [f"train.out={json.dumps(args.out)}"] if args.out else []
-        config = _config(given)
-    result = train(config, resume=args.resume, quiet=args.quiet)
+        config = _config(given, _like(args.init_from) if args.init_from else None)
+    result = train(config, resume=args.resume, init_from=args.init_from, reset_data=args.reset_data, quiet=args.quiet)
     finished = result.finished
     if finished and args.baseline:
         from nestopt.train.compare import compare
@@ -229,11 +263,19 @@ def _generate(args: argparse.Namespace) -> int:
     import torch
 
     from nestopt.train.data.codec import codec_of
+    from nestopt.train.folder import check_place
     from nestopt.train.generation import Writer
     from nestopt.train.run import Run
     from nestopt.train.sampling import choose
+    from nestopt.train.trust import check_trusted
 
+    if not 0 <= args.seed < 2**64:
+        raise ConfigError.refuse("--seed", args.seed, "give 0 to 2**64 - 1")
+    if args.state:
+        check_place("--state", Path(args.state))
     run = Run.open(args.path)
+    if not args.trust:
+        check_trusted(run.config(), run.path, text=False)
     writer = Writer(run.load_model(precision=args.precision), learn=True if args.learn else "mixer")
     prompt = args.prompt
     if prompt is None:
@@ -272,31 +314,9 @@ def _document(path: str) -> bytes:
 
 
 def _forgetting(args: argparse.Namespace) -> int:
-    import torch
+    from nestopt.evidence.command import answer
 
-    from nestopt.evidence import documents_in, forgetting
-    from nestopt.train.data.sources import dataset_of
-    from nestopt.train.run import Run
-
-    run = Run.open(args.path)
-    config = run.config()
-    if args.data:
-        config.data.path = args.data
-    corpus = dataset_of(config).load()
-    text = torch.from_numpy(corpus.held_out).long()
-    size = args.bytes or min(512, max(2, len(text) // (args.documents + 101)))
-    try:
-        model = run.load_model(precision=args.precision)
-        documents, new = documents_in(text, size, args.documents)
-        report = forgetting(model, documents, new, piece=config.data.window, progress=not args.quiet)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    folder = Path(args.out) if args.out else run.path
-    folder.mkdir(parents=True, exist_ok=True)
-    write(json.dumps(report.to_dict(), indent=1) + "\n", folder / "forgetting.json")
-    report.plot(folder / "forgetting.png")
-    print(report.table())
-    print(f"in {folder}: forgetting.png, forgetting.json")
+    print(answer(args))
     return 0
 
 

@@ -59,9 +59,14 @@ def test_train_generate_describe_resume(run, text, tmp_path):
     assert run("describe", folder, "--format", "mermaid")[1].startswith("flowchart")
     assert run("describe", folder, "--format", "svg")[1].startswith("<svg")
 
-    status, out, err = run("train", "--resume", folder, "-q")  # it ended before its first checkpoint was due
-    assert status == 2
-    assert "there is no such checkpoint" in err
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    status, out, err = run("train", "--resume", folder)  # it has ended, before a checkpoint was due
+    assert status == 0, err
+    assert "ended at step 6" in out
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
+    status, _, err = run("train", "--resume", folder, "-q", "train.steps=9")
+    assert status == 0, err
+    assert (folder / "metrics.jsonl").read_bytes().startswith(metrics)
 
 
 def test_generate_takes_another_precision_than_the_run_had(run, text, tmp_path):

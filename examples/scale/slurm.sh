@@ -3,7 +3,7 @@
 #
 #   sbatch --nodes 4 examples/scale/slurm.sh examples/scale/1.3b.yaml model=hope-1.3b train.accumulate=4
 #
-# What follows the script goes to `nestopt train`. With `--resume RUN` an interrupted run goes on, on any number of nodes.
+# What follows the script goes to `nestopt train`. With `--resume RUN --trust` an interrupted run goes on, on any number of nodes.
 #SBATCH --job-name=nestopt
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

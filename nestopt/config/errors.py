@@ -149,10 +149,11 @@ def _allowed(kind: str, context: Mapping[str, Any], message: str, given: object)
         return f"give {context['expected']}{'.' + hint if hint else ''}"
     if kind.startswith(("greater_than", "less_than")):
         (bound,) = context.values()
+        bound = bound if isinstance(bound, int) else f"{bound:g}"
         return {
-            "greater_than": f"give more than {bound:g}",
-            "greater_than_equal": f"give {bound:g} or more",
-            "less_than": f"give less than {bound:g}",
-            "less_than_equal": f"give {bound:g} or less",
+            "greater_than": f"give more than {bound}",
+            "greater_than_equal": f"give {bound} or more",
+            "less_than": f"give less than {bound}",
+            "less_than_equal": f"give {bound} or less",
         }[kind]
     return message[:1].lower() + message[1:]

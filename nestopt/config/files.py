@@ -25,14 +25,18 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     If the block raises, or the process dies, ``path`` is as it was. What a killed process leaves behind is a hidden
     folder beside ``path``, removed by the next writer; so one process at a time may write to a path.
+
+    Raises:
+        OSError: of the block or the system, with ``path`` for its file name.
     """
     target = Path(path)
     # "~" ends the name, so that writing "a" does not clear away what another process is writing to "a.b".
     for leftover in target.parent.glob(f".{glob.escape(target.name)}~*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     # A folder, since a library may make temporary files of its own beside the file that it writes (safetensors does).
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}~", suffix=".tmp", dir=target.parent))
+    folder: Path | None = None
     try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}~", suffix=".tmp", dir=target.parent))
         temporary = folder / "new"
         temporary.touch()
         mode = stat.S_IMODE(temporary.stat().st_mode)
@@ -42,8 +46,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, target)
         _sync_folder(target.parent)
+    except OSError as error:
+        if error.errno is None or error.filename == str(target):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(target)) from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:

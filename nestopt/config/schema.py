@@ -202,7 +202,10 @@ class TrainConfig(Section):
 
     steps: Whole = Field(default=1200, ge=1, description="optimizer steps")
     seconds: Finite | None = Field(
-        default=None, gt=0, description="limit in wall-clock time; the schedule follows whichever of both is further"
+        default=None,
+        gt=0,
+        description="limit of the time in which it trains, without what it takes to measure, draw and save; the "
+        "schedule follows whichever of both is further",
     )
     warmup: Finite = Field(default=0.02, ge=0, le=1, description="share of the run in which the learning rate rises")
     decay: Finite = Field(default=0.8, ge=0, le=1, description="share of the run, at its end, in which it falls to 0")
@@ -210,7 +213,7 @@ class TrainConfig(Section):
         default="linear", description="how it falls: in a straight line, or along half a wave"
     )
     clip: Finite | None = Field(default=1.0, gt=0, description="largest norm of the whole gradient; null for any")
-    seed: Whole = Field(default=0, ge=0, description="of all random numbers")
+    seed: Whole = Field(default=0, ge=0, le=2**64 - 1, description="of all random numbers")
     eval_every: Whole = Field(default=200, ge=0, description="steps between evaluations; 0: at the end only")
     eval_bytes: Whole = Field(default=32768, ge=2, description="held-out bytes per evaluation on the way")
     final_bytes: Whole = Field(default=524288, ge=2, description="held-out bytes for the evaluation at the end")
@@ -226,7 +229,15 @@ class TrainConfig(Section):
         "in context is trained as it starts",
     )
     log_every: Whole = Field(default=10, ge=1, description="steps between lines of metrics.jsonl")
-    save_every: Whole = Field(default=200, ge=0, description="steps between checkpoints; 0: never")
+    save_every: Whole = Field(
+        default=200,
+        ge=0,
+        description="steps between checkpoints, which are also after a minute, at each best evaluation and at the end; "
+        "0: at the end only",
+    )
+    keep: Whole = Field(
+        default=1, ge=1, description="checkpoints that stay: the last so many, and the one with the best evaluation"
+    )
     sample_bytes: Whole = Field(default=400, ge=0, description="bytes of text to generate after each evaluation")
     device: str = Field(
         default="auto", description="cpu, cuda, cuda:1, mps, ..., or auto: an accelerator if there is one"

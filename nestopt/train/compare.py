@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from nestopt.config.files import replacing
 from nestopt.core.memories import Mlp, Window
 from nestopt.levels.continuum.level import Cms
 from nestopt.levels.presets import Attention, WindowAttention
-from nestopt.train.errors import extra
+from nestopt.train.errors import CheckpointError, extra
 from nestopt.train.loop import Result, train
 from nestopt.train.report.metrics import read
 from nestopt.train.tables import grid
@@ -85,6 +86,8 @@ def compare(config: Config, result: Result, *, quiet: bool = False) -> list[Row]
     other = transformer_like(config)
     settings = config.train
     out = str(result.run.path / "baseline")
+    if os.path.islink(out):
+        raise CheckpointError(f"{out}: is a link; runs are written to folders of their own, remove it")
     limits: dict[str, dict[str, Any]] = {
         TOKENS: {"steps": result.step, "seconds": None},
         SECONDS: {"steps": _NEVER, "seconds": result.seconds},

@@ -18,6 +18,7 @@ from nestopt.optim.sharded.optimizer import Sharded
 from nestopt.train.checkpoints.shards import ShardReader
 from nestopt.train.engines import deepspeed_settings
 from nestopt.train.engines.deepspeed import import_deepspeed, initialized
+from nestopt.train.errors import damaged
 
 
 def initialize(
@@ -69,9 +70,11 @@ def load(engine: Any, folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, it can't be read, or it is of another model or optimizer.
     """
-    with ShardReader(folder) as parts:
-        engine.nestopt.load(parts)
-        return dict(parts.meta["own"])
+    manager = engine.nestopt
+    with ShardReader(folder, manager.rank, manager.world) as parts:
+        manager.load(parts)
+        with damaged(parts.path):
+            return dict(parts.meta["own"])
 
 
 @contextlib.contextmanager

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from nestopt.config import ConfigError
 
 
 class CorpusError(ValueError):
@@ -11,7 +14,7 @@ class CorpusError(ValueError):
 
 
 class CheckpointError(RuntimeError):
-    """A file cannot be read as a checkpoint; the message names the file and the reason."""
+    """A run's folder, or a file of a checkpoint, can't be used; the message names it and the reason."""
 
 
 class TrainingError(RuntimeError):
@@ -33,3 +36,26 @@ def extra(name: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise MissingExtra(f"{error.name} is not installed; pip install 'nestopt[{name}]'", name=error.name) from None
+
+
+@contextmanager
+def damaged(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Take apart within this what the file at `path` says.
+
+    Raises:
+        CheckpointError: something is missing in it, or is not of the kind that it must be.
+    """
+    try:
+        yield
+    except (CheckpointError, ConfigError, CorpusError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else repr(error)
+        raise CheckpointError(f"{path}: is damaged, or of another program ({what[:200]})") from error
+
+
+def whole_number(value: object, name: str, least: int = 0) -> int:
+    """Return a value that a file has, if it is a whole number of at least `least`. Raises ValueError."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
+        raise ValueError(f"{name} is {value!r}, not a whole number of {least} or more")
+    return value

@@ -11,6 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestopt.models import HopeLM
+from nestopt.train.errors import extra
+
+with extra("train"):
+    from tqdm import tqdm
 
 
 @contextlib.contextmanager
@@ -27,15 +31,21 @@ def _measured(model: nn.Module, text: Tensor, unit: str) -> Iterator[Tensor]:
         model.train(training)
 
 
-def _dealt(windows: Sequence[int], full: int, batch: int, rank: int, world: int) -> Iterator[tuple[list[int], bool]]:
+def _dealt(
+    windows: Sequence[int], full: int, batch: int, rank: int, world: int, quiet: bool
+) -> Iterator[tuple[list[int], bool]]:
     """Yield groups of a process's windows, and whether each counts; of those from `full` on, each is alone.
 
     Every process has as many: where weights are cut up, all must call the model together.
     """
     groups = [list(windows[i : min(i + batch, full)]) for i in range(0, full, batch)] + [[s] for s in windows[full:]]
-    for i in range(-(-len(groups) // world)):
+    for i in _bar(range(-(-len(groups) // world)), quiet):
         place = rank + i * world
         yield groups[place if place < len(groups) else 0], place < len(groups)
+
+
+def _bar(calls: range, quiet: bool) -> Iterator[int]:
+    yield from tqdm(calls, desc="measuring", leave=False, disable=quiet, dynamic_ncols=True)
 
 
 def bits_per_byte(
@@ -47,6 +57,7 @@ def bits_per_byte(
     rank: int = 0,
     world: int = 1,
     total: Callable[[Tensor], Tensor] = lambda x: x,
+    quiet: bool = True,
 ) -> float:
     """Return the mean bits that `model` needs for each byte of `text` but the first.
 
@@ -60,6 +71,7 @@ def bits_per_byte(
         batch: windows at a time.
         rank, world: which of the windows are this process's.
         total: sums a tensor over processes.
+        quiet: no progress bar.
 
     Raises:
         ValueError: a text of fewer than two bytes.
@@ -68,7 +80,7 @@ def bits_per_byte(
     starts = range(0, max(1, len(text) - 1 - known), window - known)
     full = sum(start + window + 1 <= len(text) for start in starts)
     with _measured(model, text, "bytes") as nats:
-        for group, counts in _dealt(starts, full, batch, rank, world):
+        for group, counts in _dealt(starts, full, batch, rank, world, quiet):
             pieces = torch.stack([text[s : s + window + 1] for s in group]).long()
             logits, _ = model(pieces[:, :-1])
             loss = F.cross_entropy(logits.flatten(0, 1).float(), pieces[:, 1:].flatten(), reduction="none")
@@ -87,6 +99,7 @@ def documents_bits(
     rank: int = 0,
     world: int = 1,
     total: Callable[[Tensor], Tensor] = lambda x: x,
+    quiet: bool = True,
 ) -> float:
     """Return the mean bits that `model` needs for each token of documents but their first, in windows of their own.
 
@@ -96,14 +109,14 @@ def documents_bits(
         starts: `[N]` bool, where each begins, on the CPU.
         window: tokens per window; of the last one, what is left.
         batch: windows at a time.
-        rank, world, total: as of `bits_per_byte`.
+        rank, world, total, quiet: as of `bits_per_byte`.
 
     Raises:
         ValueError: fewer than two tokens.
     """
     firsts = range(0, len(tokens) - 1, window)
     with _measured(model, tokens, "tokens") as nats:
-        for group, counts in _dealt(firsts, (len(tokens) - 1) // window, batch, rank, world):
+        for group, counts in _dealt(firsts, (len(tokens) - 1) // window, batch, rank, world, quiet):
             parts = [slice(first, first + window + 1) for first in group]
             rows = torch.stack([tokens[part] for part in parts]).long()
             begun = torch.stack([starts[part] for part in parts])
@@ -123,6 +136,7 @@ def stream_bits_per_byte(
     rank: int = 0,
     world: int = 1,
     total: Callable[[Tensor], Tensor] = lambda x: x,
+    quiet: bool = True,
 ) -> float:
     """Return the mean bits that `model` needs for each byte of `text` but the first, read with its state throughout.
 
@@ -137,6 +151,7 @@ def stream_bits_per_byte(
         learn: whether the memories are written.
         rank, world: which of the stretches are this process's.
         total: sums a tensor over processes.
+        quiet: no progress bar.
 
     Raises:
         ValueError: a text of fewer than two bytes.
@@ -153,7 +168,7 @@ def stream_bits_per_byte(
             own, counted = own.new_zeros(1), torch.zeros_like(counted)
         inputs, targets, counted = filled[:-1].view(rows, length)[own], filled[1:].view(rows, length)[own], counted[own]
         state = None
-        for first in range(0, length, piece):
+        for first in _bar(range(0, length, piece), quiet):
             part = slice(first, first + piece)
             logits, state = model(inputs[:, part], state, learn=learn)
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets[:, part].flatten(), reduction="none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from nestopt.core.tree import State, leaves, nested
 from nestopt.models import HopeLM
 from nestopt.nn.hope import Learn
 from nestopt.train.checkpoints import file as checkpoint
-from nestopt.train.errors import CheckpointError, extra
+from nestopt.train.errors import CheckpointError, damaged, extra, whole_number
 from nestopt.train.sampling import check_drawn
 
 with extra("train"):
@@ -80,5 +81,16 @@ class Writer:
         tensors, meta = checkpoint.load(path)
         if meta.get("kind") != _KIND:
             raise CheckpointError(f"{Path(path)} is not a state; give a file that --state wrote")
-        self.waiting = list(meta["waiting"])
-        self.state = self.model.fitted(nested(tensors)) if tensors else None
+        with damaged(path):
+            waiting = [whole_number(token, "waiting") for token in list(meta["waiting"])]
+            if len(waiting) > 1 or any(token >= self.model.vocab for token in waiting):
+                raise ValueError(f"waiting is {waiting}, not one token of {self.model.vocab}")
+            parents = {name[: dot.start()] for name in tensors for dot in re.finditer(r"\.", name)}
+            if clash := parents & tensors.keys():
+                raise ValueError(f"{min(clash)} is a tensor, and there are others below it")
+            tree = nested(tensors)
+            first = next((leaf for _, leaf in leaves(tree)), None)
+            if first is not None and first.shape[:1] != (1,):
+                raise ValueError(f"it has {list(first.shape)[:1]} streams, not one")
+        self.state = self.model.fitted(tree) if tensors else None
+        self.waiting = waiting

@@ -4,44 +4,50 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 import threading
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nestopt.config import Config
+from nestopt.config import Config, ConfigError, save
 from nestopt.core.device import upload
 from nestopt.nn.hope import Learn
 from nestopt.optim import optimizer as make_optimizer
 from nestopt.optim.sharded.saved import TensorSlice
 from nestopt.train import engines
-from nestopt.train.checkpoints.shards import ShardReader
+from nestopt.train.checkpoints.shards import ShardReader, put_weights
 from nestopt.train.data import sources
 from nestopt.train.data.source import Batch, HeldOut, merged
 from nestopt.train.data.windows import Windows
 from nestopt.train.engines import peers
 from nestopt.train.engines.alike import facts
 from nestopt.train.engines.engine import device_of
-from nestopt.train.errors import extra
+from nestopt.train.errors import CorpusError, damaged, extra, whole_number
 from nestopt.train.evaluate import bits_per_byte, documents_bits, stream_bits_per_byte
+from nestopt.train.folder import Hold
 from nestopt.train.objective import Objective
 from nestopt.train.report.metrics import MetricsLog
 from nestopt.train.report.report import Report
+from nestopt.train.resume import check_fixed, fixed, saved_random_state, score_at
 from nestopt.train.rng import random_state, restore_random_state
-from nestopt.train.run import Run, build_model
+from nestopt.train.run import Run, build_model, weights_from
 from nestopt.train.schedule import factor
+from nestopt.train.together import agreed, stop_signal
+from nestopt.train.trust import check_trusted
 
 with extra("train"):
     from tqdm import tqdm
 
 RANDOM = "random."
+
+EARLY = 60.0
+"""Seconds of training after which a run first shows what it does, and saves, whatever else it is told."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,33 +71,47 @@ class Result:
     finished: bool
 
 
-def train(config: Config | None = None, *, resume: str | Path | None = None, quiet: bool = False) -> Result:
+def train(
+    config: Config | None = None,
+    *,
+    resume: str | Path | None = None,
+    init_from: str | Path | None = None,
+    reset_data: bool = False,
+    trust: bool = False,
+    quiet: bool = False,
+) -> Result:
     """Train a language model on bytes, or on the tokens of documents.
 
     Args:
         config: the run; None is the default one (or, with `resume`, the one the run was started with).
         resume: the folder of an interrupted run, to go on with exactly where its checkpoint is.
+        init_from: a run's folder or a safetensors file, with whose weights a new run begins.
+        reset_data: with `resume`, begin the data anew, with another seed, text, window or batch if they are others.
+        trust: with `resume` and no `config`, also do what its configuration asks for outside of its folder.
         quiet: no progress bar and no report.
 
     Raises:
         ConfigError, CorpusError, CheckpointError: something given can't be used; says what and why.
         TrainingError: a loss, a gradient or a weight is not finite, or another process failed. Where one process fails,
             all end, within seconds.
+        OSError: something can't be written; says where.
     """
     with peers.watching() as watch:
         run = Run.open(resume) if resume is not None else None
+        if run is not None and init_from is not None:
+            raise ConfigError("a resumed run has its weights already; give resume, or init_from for a new run")
+        if run is None and reset_data:
+            raise ConfigError("reset_data is for a run that is resumed; a new one begins its data anyway")
         if config is None:
             config = Config() if run is None else run.config()
+            if run is not None and not trust:
+                check_trusted(config, run.path)
         watch.join(config.train.timeout)
         if watch.joined:
             watch.compare(facts(config, device_of(config.train.device), resume))
         engine = engines.make(config)
         try:
-            training = _Training(config, engine, run, quiet)
-            try:
-                result = training.run_to_the_end()
-            finally:
-                training.source.close()
+            result = _train(config, engine, run, quiet, init_from, reset_data)
         except BaseException:
             engine.abandon()
             raise
@@ -99,15 +119,51 @@ def train(config: Config | None = None, *, resume: str | Path | None = None, qui
         return result
 
 
+def _train(
+    config: Config,
+    engine: engines.Engine,
+    run: Run | None,
+    quiet: bool,
+    init_from: str | Path | None,
+    reset_data: bool,
+) -> Result:
+    with ExitStack() as end:
+
+        def hold(run: Run) -> Hold | None:
+            if engine.rank:
+                return None
+            run.check_own()
+            return end.enter_context(run.hold())
+
+        held = None if run is None else agreed(engine, lambda: hold(run))
+        training = _Training(config, engine, run, quiet, init_from, reset_data)
+        end.callback(training.close)
+        training.held = held or agreed(engine, lambda: hold(training.run))
+        return training.run_to_the_end()
+
+
 class _Training:
-    def __init__(self, config: Config, engine: engines.Engine, run: Run | None, quiet: bool) -> None:
+    def __init__(
+        self,
+        config: Config,
+        engine: engines.Engine,
+        run: Run | None,
+        quiet: bool,
+        init_from: str | Path | None = None,
+        reset: bool = False,
+    ) -> None:
         self.config, self.engine, self.quiet = config, engine, quiet or engine.rank != 0
         found = engine.gathered(sources.documents(config) if engine.rank == 0 else None)
         self.source = sources.make(config, engine.rank, engine.world, found[0])
         self.held_out = self.source.held_out(config.train.final_bytes)
+        if len(self.held_out.tokens) < 2:
+            raise CorpusError(f"{self.source.name}: one token is held out, which can't be measured; give more text")
         if (watch := peers.present()).joined:
             watch.compare({"the digest of the text": self._digest()})
-        self.lm = build_model(config).to(engine.device)
+        self.lm = build_model(config)
+        if init_from is not None:
+            agreed(engine, lambda: put_weights(self.lm, *weights_from(init_from)))
+        self.lm.to(engine.device)
         size = sum(param.numel() for param in self.lm.parameters())
         engine.cut_up(self.lm)
         nested = make_optimizer(self.lm, config)
@@ -115,17 +171,22 @@ class _Training:
             group["initial_lr"] = group["lr"]
         torch.manual_seed(config.train.seed)
         self.step, self.elapsed = 0, 0.0
+        self.saved, self.best = -1, math.inf  # the step of the last checkpoint, and the best score of one
+        self.held: Hold | None = None
+        self.log: MetricsLog | None = None
+        self.reset = reset
         self.losses: list[Tensor] = []  # since the last line of the log
         learn: Learn = True if config.train.learn == "all" else "mixer"
         engine.attach(Objective(self.lm, learn), self.lm, nested)
         self.lm.lockstep = engine.cut
         self.optimizer = engine.optimizer
         if run is None:
-            made = str(Run.create(config).path) if engine.rank == 0 else None
+            made = agreed(engine, lambda: str(Run.create(config).path) if engine.rank == 0 else "")
             self.run = Run(Path(engine.gathered(made)[0]))
         else:
             self.run = run
-            self._load()
+            if run.begun:
+                self._load(reset)
         self.report = Report(self.run, self.source, self.held_out, size, quiet=self.quiet)
 
     def _digest(self) -> int:
@@ -133,22 +194,43 @@ class _Training:
         found = zlib.crc32(self.held_out.tokens.numpy().data)
         return zlib.crc32(self.source.training.data, found) if isinstance(self.source, Windows) else found
 
+    def close(self) -> None:
+        self.source.close()
+        if self.log is not None:
+            self.log.close()
+
     def run_to_the_end(self) -> Result:
         report = self.report
-        if self.step == 0:
-            report.begin(self.optimizer, self.config)
         writes = self.engine.rank == 0
-        log = MetricsLog(self.run.metrics_file) if writes else None
-        if log:
-            log.truncate_after(self.step)
-        with _stop_signal() as stop:
-            finished = self._steps(log, report, stop)
-        if not finished:
-            self._save()
+        ended = self.saved == self.step and self._progress() >= 1 and not self.reset
+        score = agreed(self.engine, lambda: score_at(self.run, self.step) if ended else None)
+        if score is not None:
+            report.say(f"the run ended at step {self.step}; to go on with it, give it more train.steps (or seconds)")
+            return Result(self.run, self.step, self.elapsed, score, report.baselines if writes else {}, True)
+        with stop_signal() as stop:
+            if self.step == 0:
+                report.begin(self.optimizer, self.config)
+            log = self.log = MetricsLog(self.run.metrics_file) if writes else None
             if log:
-                log.close()
+                # what is measured at the end is measured again, if the run was stopped there
+                again = self._progress() >= 1
+                log.truncate_after(self.step, again="eval/bits_per_byte" if again else None)
+                report.cut_samples(self.step - again)
+            if self.reset:
+                self._begin_data()
+            finished = self._steps(log, report, stop)
+            self._save()
+        if not finished:
             report.interrupted(self.step)
             return Result(self.run, self.step, self.elapsed, None, {}, False)
+        try:
+            score = self._end(log, report)
+        except KeyboardInterrupt:
+            report.interrupted(self.step)
+            raise
+        return Result(self.run, self.step, self.elapsed, score, report.baselines if writes else {}, True)
+
+    def _end(self, log: MetricsLog | None, report: Report) -> float:
         self.engine.check_weights()
         report.say(f"measuring on {self.held_out.bytes:,} held-out bytes …")
         score = self._evaluate(self.held_out)
@@ -156,12 +238,12 @@ class _Training:
         self._sample()
         if log:
             assert weights is not None
-            self.run.save_model(weights, {"step": self.step, "bits_per_byte": score})
+            self._check_folder()
             log.append({"step": self.step, "seconds": self.elapsed, "eval/bits_per_byte": score})
-            log.close()
             report.end(score, self.elapsed)
+            self.run.save_model(weights, {"step": self.step, "bits_per_byte": score})
         self.engine.wait()
-        return Result(self.run, self.step, self.elapsed, score, report.baselines if writes else {}, True)
+        return score
 
     def _steps(self, log: MetricsLog | None, report: Report, stop: threading.Event) -> bool:
         """Train until the end (True) or until asked to stop (False)."""
@@ -169,6 +251,7 @@ class _Training:
         bar = tqdm(total=settings.steps, initial=self.step, disable=self.quiet, unit="step", dynamic_ncols=True)
         begin, since = time.monotonic() - self.elapsed, (time.monotonic(), self.step)
         losses = self.losses
+        early = self.step == 0
         with bar:
             while self._progress() < 1:
                 if self.engine.any(stop.is_set()):
@@ -190,12 +273,21 @@ class _Training:
                     self._log(log, bar, float(self.engine.mean(mean)), float(norm), rate)
                     losses.clear()
                     since = (now, self.step)
-                ended = self._progress() >= 1
-                if settings.eval_every and self.step % settings.eval_every == 0 and not ended:
-                    self._middle(log, report, bar)
-                    since = (time.monotonic(), self.step)
-                if settings.save_every and self.step % settings.save_every == 0 and not ended:
-                    self._save()
+                if self._progress() >= 1:
+                    return True
+                first = early and self.engine.any(self.elapsed >= EARLY)
+                early = early and not first
+                score = None
+                if settings.eval_every and self.step % settings.eval_every == 0:
+                    score = self._middle(log, report, bar)
+                elif first:
+                    self._show(log, report)
+                best = score is not None and score < self.best
+                due = settings.save_every and (first or best or self.step % settings.save_every == 0)
+                if due:
+                    self._save(score)
+                if due or first or score is not None:  # which is no training
+                    begin, since = time.monotonic() - self.elapsed, (time.monotonic(), self.step)
         return True
 
     def _seconds_since(self, begin: float) -> float:
@@ -236,6 +328,7 @@ class _Training:
             return
         bits = loss / math.log(2) / self.held_out.bytes_per_token  # as many bytes as a token has there
         bar.set_postfix_str(f"loss {loss:.3f}, {bits:.3f} bits/byte, {rate:,.0f} tokens/s")
+        self._check_folder()
         log.append(
             {
                 "step": self.step,
@@ -249,15 +342,21 @@ class _Training:
             }
         )
 
-    def _middle(self, log: MetricsLog | None, report: Report, bar: Any) -> None:
+    def _middle(self, log: MetricsLog | None, report: Report, bar: Any) -> float:
         self.engine.check_finite()
         score = self._evaluate(self.source.held_out(self.config.train.eval_bytes))
-        self._sample()
         if log:
+            self._check_folder()
             log.append({"step": self.step, "seconds": self.elapsed, "eval/bits_per_byte": score})
-            report.plot()
             if not self.quiet:
                 bar.write(f"step {self.step}: held out {score:.3f} bits per byte")
+        self._show(log, report)
+        return score
+
+    def _show(self, log: MetricsLog | None, report: Report) -> None:
+        self._sample()
+        if log:
+            report.plot()
 
     def _sample(self) -> None:
         """Let the first process write text of the model's own; where weights are cut up, all must ask for it."""
@@ -267,7 +366,12 @@ class _Training:
     def _evaluate(self, held_out: HeldOut) -> float:
         data, engine = self.config.data, self.engine
         text = held_out.tokens.to(engine.device)
-        shared: dict[str, Any] = {"rank": engine.rank, "world": engine.world, "total": engine.total}
+        shared: dict[str, Any] = {
+            "rank": engine.rank,
+            "world": engine.world,
+            "total": engine.total,
+            "quiet": self.quiet,
+        }
         if held_out.starts is not None:
             rows = max(1, data.batch // (engine.world * self.config.train.accumulate))
             bits = documents_bits(self.lm, text, held_out.starts, window=data.window, batch=rows, **shared)
@@ -277,57 +381,66 @@ class _Training:
             bits = bits_per_byte(self.lm, text, window=data.window, batch=4 * data.batch, **shared)
         return bits / held_out.bytes_per_token
 
+    def _check_folder(self) -> None:
+        if self.held is not None:
+            self.held.check()
+
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def _save(self) -> None:
+    def _save(self, score: float | None = None) -> None:
+        """Save a checkpoint, unless this step has one."""
+        if self.saved == self.step:
+            return
+        self._check_folder()
         self.engine.check_weights()
         losses = [float(loss) for loss in self.losses]
         data = merged(self.engine.gathered(self.source.state_dict()))
-        meta: dict[str, Any] = {"step": self.step, "elapsed": self.elapsed, "losses": losses, "data": data}
-        meta["skipped"] = self.engine.skipped
-        self.engine.checkpoints.save(self.run.path, meta, self._own)
+        meta = {
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "losses": losses,
+            "data": data,
+            "skipped": self.engine.skipped,
+            "config": fixed(self.config),
+        }
+        keep = self.config.train.keep
+        self.engine.checkpoints.save(self.run.path, meta, self._own, score=score, keep=keep, make=False)
+        self.saved, self.best = self.step, min(self.best, math.inf if score is None else score)
+
+    def _begin_data(self) -> None:
+        """Have the folder say what a run that has been given other data is now."""
+        if self.engine.rank == 0:
+            base, now = self.run.config(), self.config
+            settings = base.train.model_copy(update={"seed": now.train.seed})
+            save(base.model_copy(update={"data": now.data, "train": settings}), self.run.config_file)
+        self.saved = -1
+        self._save()
 
     def _own(self) -> Iterator[tuple[str, TensorSlice]]:
         """Yield what a checkpoint has of this process besides the model and its optimizer."""
         for name, state in random_state().items():
             yield f"{RANDOM}{self.engine.rank}.{name}", TensorSlice(state)
 
-    def _load(self) -> None:
-        with ShardReader(self.run.path) as parts:
-            self.engine.checkpoints.load(parts)
-            meta = parts.meta
-            # more processes than there were: those begin as the first one goes on
-            mine = f"{RANDOM}{self.engine.rank}."
-            prefix = mine if any(key.startswith(mine) for key in parts.keys()) else f"{RANDOM}0."  # noqa: SIM118
-            random = {
-                key.removeprefix(prefix): parts.whole(key)
-                for key in parts.keys()  # noqa: SIM118
-                if key.startswith(prefix)
-            }
-        self.step, self.elapsed = meta["step"], meta["elapsed"]
+    def _load(self, reset: bool) -> None:
+        engine = self.engine
+        with agreed(engine, lambda: ShardReader(self.run.path, engine.rank, engine.world)) as parts:
+            engine.checkpoints.load(parts)
+            with damaged(parts.path):
+                self._take(parts, reset)
+
+    def _take(self, parts: ShardReader, reset: bool) -> None:
+        """Take from a checkpoint what it has besides the model and its optimizer."""
+        meta = parts.meta
+        check_fixed(self.config, dict(meta["config"]) if "config" in meta else fixed(self.run.config()), reset)
+        restored = saved_random_state(parts, RANDOM, self.engine.rank)
+        self.step, self.elapsed = whole_number(meta["step"], "step"), float(meta["elapsed"])
         peers.present().compare({"the checkpoint's step": self.step})
-        self.engine.skipped = list(meta.get("skipped", [0, 0]))
-        self.source.load_state_dict(meta["data"])
-        self.losses = [torch.tensor(loss, device=self.engine.device) for loss in meta["losses"]]
-        restore_random_state(random)
-
-
-@contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """Set by the first Ctrl-C or SIGTERM, so that a step is never cut in two; the second acts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        stop.set()
-        for n, before in old.items():
-            signal.signal(n, before)
-
-    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, before in old.items():
-            signal.signal(number, before)
+        self.engine.skipped = [whole_number(n, "skipped") for n in meta.get("skipped", [0, 0])]
+        if not 0 <= self.elapsed < math.inf or not isinstance(meta["losses"], list):
+            raise ValueError(f"elapsed is {self.elapsed}, losses {meta['losses']!r}")
+        self.losses = [torch.tensor(float(loss), device=self.engine.device) for loss in meta["losses"]]
+        if not reset:
+            self.source.load_state_dict(meta["data"])
+        restore_random_state(restored)
+        self.saved = self.step
+        self.best = min((item.score for item in parts.kept if item.score is not None), default=math.inf)

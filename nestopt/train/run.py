@@ -16,6 +16,7 @@ from nestopt.core.part import nearest
 from nestopt.core.precision import Precision, refusal
 from nestopt.models import HopeLM
 from nestopt.optim.sharded.saved import WEIGHTS
+from nestopt.train.folder import INDEX, Hold, check_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,10 @@ class Run:
     def create(cls, config: Config) -> Run:
         """Make a new folder under `train.out`, numbered on from what is there, with the config in it."""
         root = Path(config.train.out)
-        root.mkdir(parents=True, exist_ok=True)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ConfigError(f"{root} can't be made, a file is in its way; give a folder", "train.out") from None
         numbers = [int(found[1]) for child in root.iterdir() if (found := re.fullmatch(r"(\d+)", child.name))]
         number = max(numbers, default=0) + 1
         while True:
@@ -53,6 +57,29 @@ class Run:
             raise ConfigError(f"{run.path} is not a run: it has no config.yaml.{nearest(str(run.path), others)}")
         return run
 
+    def check_own(self) -> None:
+        """Check that whatever a run writes here stays here.
+
+        Raises:
+            CheckpointError: a link is in the place of a file, or anything but a file; or a file that would be written
+                to as it lies there has another name elsewhere.
+        """
+        for path in (self.metrics_file, self.samples_file):
+            check_file(path, alone=True)
+        names = ("config.yaml", "loss.png", "compare.png", "model.safetensors", INDEX)
+        for path in [*(self.path / name for name in names), *self.path.glob("checkpoint-*")]:
+            check_file(path, own=True)
+
+    def hold(self) -> Hold:
+        """Take the right to write here. Raises CheckpointError where another run has it."""
+        return Hold(self.path, self.config_file)
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is something to go on from: without, a run was stopped before its first checkpoint."""
+        later = [path for path in self.path.glob("checkpoint-*") if not path.name.startswith("checkpoint-1-")]
+        return (self.path / INDEX).exists() or self.model_file.exists() or bool(later)
+
     @property
     def config_file(self) -> Path:
         return self.path / "config.yaml"
@@ -62,13 +89,19 @@ class Run:
         return self.path / "metrics.jsonl"
 
     @property
+    def samples_file(self) -> Path:
+        return self.path / "samples.txt"
+
+    @property
     def model_file(self) -> Path:
         return self.path / "model.safetensors"
 
     def config(self) -> Config:
         """Return the configuration the run was started with."""
+        check_file(self.config_file)
         config = load(self.config_file)
-        assert isinstance(config, Config)
+        if not isinstance(config, Config):
+            raise ConfigError(f"{self.config_file} is a stack, not the configuration of a run")
         return config
 
     def save_model(self, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -88,21 +121,43 @@ class Run:
             CheckpointError: there is neither, or it can't be read.
             ConfigError: a precision that the device lacks.
         """
-        from nestopt.train.checkpoints import file as checkpoint
-        from nestopt.train.checkpoints.shards import ShardReader, load_weights
+        from nestopt.train.checkpoints.shards import put_weights
 
         config = self.config()
         if precision is not None:
             config.model.precision = precision
         check_precision(config, torch.device(device), "precision='float32', or --precision float32")
         model = build_model(config)
-        if self.model_file.exists():
-            weights, _ = checkpoint.load(self.model_file)
-            model.load_state_dict(weights)
-        else:
-            with ShardReader(self.path) as parts:
-                load_weights(model, parts, WEIGHTS)
+        put_weights(model, *weights_from(self.path))
         return model.to(device).eval()
+
+
+def weights_from(path: str | Path) -> tuple[dict[str, Tensor], Path]:
+    """Return weights by name, and the file that says which.
+
+    Args:
+        path: of a run's folder (its trained model; while it has not ended, its checkpoint), of a `checkpoint.json`, or
+            of a safetensors file.
+
+    Raises:
+        CheckpointError, ConfigError: there is none, or it can't be read.
+    """
+    from nestopt.train.checkpoints import file as checkpoint
+    from nestopt.train.checkpoints.shards import ShardReader
+
+    path = Path(path)
+    if path.is_dir():
+        run = Run.open(path)
+        path = run.model_file if run.model_file.exists() else run.path / INDEX
+    if path.suffix == ".json":
+        with ShardReader(path) as parts:
+            keys = [key for key in parts.keys() if key.startswith(WEIGHTS)]  # noqa: SIM118 (not a dict)
+            return {key.removeprefix(WEIGHTS): parts.whole(key) for key in keys}, path
+    with checkpoint.opened(path) as file:
+        header = file.metadata() or {}
+        if header.get("format") == checkpoint.FORMAT:
+            checkpoint.compare(path, file, checkpoint.read_header(path, header)[1])
+        return {name: file.get_tensor(name) for name in file.keys()}, path  # noqa: SIM118 (not a dict)
 
 
 def check_precision(config: Config, device: torch.device, how: str = "model.precision=float32") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,34 @@ from nestopt.config import Config
 from nestopt.levels import m3, muon
 from nestopt.optim.sharded import units
 from nestopt.train import engines
+from nestopt.train.checkpoints.shards import ShardReader
 from nestopt.train.loop import _Training, train
 from nestopt.train.report.metrics import read
 from nestopt.train.run import Run
 
 
-def trained(config: dict[str, Any], resume: str | None = None, refuse: bool = False) -> dict[str, Any]:
-    """A run, to its end."""
+def trained(
+    config: dict[str, Any], resume: str | None = None, refuse: bool = False, back_to: int | None = None
+) -> dict[str, Any]:
+    """A run, to its end; its folder is then as it was when this step had been saved, if one is given."""
     run = train(Config.from_data(config), resume=resume, quiet=True).run
+    if back_to is not None and int(os.environ["RANK"]) == 0:
+        put_back(run.path, back_to)
+    dist.barrier()
     return {"folder": str(run.path), "records": read(run.metrics_file)}
+
+
+def put_back(folder: Path, step: int) -> None:
+    """Leave of a folder's checkpoints the one of this step, as the last."""
+    for index in folder.glob("checkpoint-*.json"):
+        with ShardReader(index) as parts:
+            if parts.meta["step"] == step:
+                index.replace(folder / "checkpoint.json")
+                for path in folder.glob("checkpoint-*"):
+                    if path.name not in parts.files:
+                        path.unlink()
+                return
+    raise AssertionError(f"{folder} has no checkpoint of step {step}")
 
 
 def resumed(config: dict[str, Any], folders: list[str], out: str) -> list[list[float]]:

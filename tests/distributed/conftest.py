@@ -171,7 +171,8 @@ def ends(text: str, shards: str | None, out: Path, tmp_path_factory: pytest.Temp
             now.add(
                 ("whole", name, world),
                 "trained",
-                config=run("hope", text, str(where), save_every=SAVED, **engine),
+                config=run("hope", text, str(where), save_every=SAVED, keep=9, **engine),
+                back_to=SAVED,
             )
         taken_up = {key: path for key, path in saves(out).items() if key[1] <= world}
         add_resumed(now, text, out, taken_up)
@@ -206,8 +207,8 @@ def add_documents(now: Together, shards: str, out: Path) -> None:
     for name, engine in ENGINES.items():
         for kind in RUNS:
             where = str(out / f"documents-{name}") if kind == "hope" else str(out / "documents")
-            config = document_run(kind, shards, where, save_every=SAVED, **engine)
-            now.add(("documents", kind, name), "trained", config=config)
+            config = document_run(kind, shards, where, save_every=SAVED, keep=9, **engine)
+            now.add(("documents", kind, name), "trained", config=config, back_to=SAVED)
 
 
 def add_of_two(now: Together, text: str, out: Path) -> None:

@@ -66,7 +66,7 @@ def arm(kind, where, calls):
 
 def main():
     kind, _, where = sys.argv[1].partition(":")
-    if RANK == sys.argv[2] and where:
+    if sys.argv[2] == RANK and where:
         arm(kind, where, {int(call) for call in sys.argv[3].split(",")})
     given = []
     for item in sys.argv[4:]:

@@ -352,9 +352,13 @@ def _put(nested: Nested, param: Tensor, found: dict[str, Tensor], like: Tensor, 
         return
     view = None if level.is_elementwise else group.get("view")
     try:
-        nested.state[param] = checked_state(nested, found, like, level, name, view)
+        state = checked_state(nested, found, like, level, name, view)
     except ValueError as error:
         raise CheckpointMismatch(str(error)) from None
+    for key, value in found.items():  # what goes on bit for bit was in the same dtype
+        if value.dtype != state[key].dtype:
+            raise CheckpointMismatch(f"{name}.{key} is {value.dtype} in the checkpoint, {state[key].dtype} here")
+    nested.state[param] = state
 
 
 def _shaped(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -1,8 +1,13 @@
-"""Checkpoints: one safetensors file with JSON in its header, written whole or not at all, read without pickle."""
+"""Checkpoints: one safetensors file with JSON in its header, written whole or not at all, read without pickle.
+
+Each tensor has a checksum there, over its bytes, dtype and shape, and so has the JSON.
+"""
 
 import json
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,13 +15,15 @@ from torch import Tensor
 
 from nestopt.config.files import replacing
 from nestopt.train.errors import CheckpointError, extra
+from nestopt.train.folder import check_file
 
 with extra("train"):
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
 FORMAT = "nestopt-checkpoint"
-VERSION = 1
+VERSION = 2
+"""1 had no checksums."""
 
 
 def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -35,13 +42,18 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapp
         ValueError: for the name ``"__metadata__"``, which the file format keeps for itself.
     """
     check_json(meta, "meta")
-    header = {"format": FORMAT, "version": str(VERSION), "meta": json.dumps(meta)}
     plain: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
         plain[name] = _plain(name, tensor, storages)
+    text = json.dumps(meta)
+    sums = {"meta": zlib.crc32(text.encode()), "tensors": {name: checksum(tensor) for name, tensor in plain.items()}}
+    header = {"format": FORMAT, "version": str(VERSION), "meta": text, "checksums": json.dumps(sums)}
     with replacing(path) as temporary:
-        save_file(plain, temporary, metadata=header)
+        try:
+            save_file(plain, temporary, metadata=header)
+        except SafetensorError as error:
+            raise OSError(f"{path}: can't be written ({error})") from error
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -50,14 +62,38 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> tu
     Raises:
         CheckpointError: if the file is missing, cut short or damaged, is not one of ours, or is of a newer version.
     """
+    with opened(path, device) as file:
+        meta, sums = read_header(path, file.metadata() or {})
+        compare(path, file, sums)
+        return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118 (not a dict)
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Iterator[Any]:
+    """Open a safetensors file within this. Raises CheckpointError where it is none, or can't be read."""
     try:
+        check_file(path)
         with safe_open(path, framework="pt", device=str(device)) as file:
-            meta = read_header(path, file.metadata() or {})
-            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118 (not a dict)
+            yield file
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: there is no such checkpoint") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read, it is cut short, damaged or no checkpoint ({error})") from error
+
+
+def compare(path: str | os.PathLike[str], file: Any, sums: Mapping[str, int] | None) -> None:
+    """Raise CheckpointError for a tensor of an open file that is not as it was saved; None has nothing to compare."""
+    for name in file.keys() if sums is not None else ():
+        if checksum(file.get_tensor(name)) != sums.get(name):  # type: ignore[union-attr]
+            raise CheckpointError(f"{path}: is damaged, {name} is not as it was saved")
+
+
+def checksum(tensor: Tensor) -> int:
+    """Return the CRC-32 of a contiguous tensor's dtype, shape and bytes."""
+    start = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    flat = tensor.cpu().reshape(-1)
+    flat = flat.as_strided(flat.shape, (1,))  # one number may lie in strides
+    return zlib.crc32(flat.view(torch.uint8).numpy().data, start)
 
 
 def _plain(name: str, tensor: Tensor, storages: set[int]) -> Tensor:
@@ -95,8 +131,14 @@ def check_json(value: Any, name: str) -> None:
         raise TypeError(f"{name}: {value!r} is a {type(value).__name__}, which JSON does not have{hint}")
 
 
-def read_header(path: str | os.PathLike[str], header: Mapping[str, str]) -> dict[str, Any]:
-    """Return the meta in a file's header. Raises CheckpointError where it is none of ours, or of a newer version."""
+def read_header(
+    path: str | os.PathLike[str], header: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, int] | None]:
+    """Return the meta in a file's header and its tensors' checksums; None where it is of version 1.
+
+    Raises:
+        CheckpointError: it is none of ours, damaged, or of a newer version.
+    """
     if header.get("format") != FORMAT:
         raise CheckpointError(f"{path}: is a safetensors file, but no checkpoint of nestopt")
     try:
@@ -105,9 +147,14 @@ def read_header(path: str | os.PathLike[str], header: Mapping[str, str]) -> dict
             raise CheckpointError(
                 f"{path}: was written by a newer nestopt (format version {version}; this one reads up to {VERSION})"
             )
+        if version < 1:
+            raise ValueError(f"version {version}")
+        sums = json.loads(header["checksums"]) if version > 1 else None
+        if sums is not None and zlib.crc32(header["meta"].encode()) != sums["meta"]:
+            raise ValueError("meta is not as it was saved")
         meta = json.loads(header["meta"])
-    except (KeyError, ValueError) as error:
+        if not isinstance(meta, dict):
+            raise ValueError("meta is no object")
+        return meta, None if sums is None else dict(sums["tensors"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its header is damaged ({error!r})") from error
-    if not isinstance(meta, dict):
-        raise CheckpointError(f"{path}: its header is damaged (meta is no object)")
-    return meta

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from nestopt.optim.sharded.optimizer import Sharded
 from nestopt.optim.sharded.saved import STATE, WEIGHTS, CheckpointMismatch, TensorSlice
-from nestopt.train.checkpoints.shards import ShardReader, ShardWriter
-from nestopt.train.errors import CheckpointError
+from nestopt.train.checkpoints.shards import ShardReader, ShardWriter, check_like
+from nestopt.train.errors import CheckpointError, damaged
 
 GROUPS = "groups"
 """Where in a checkpoint's meta the settings of the parameter groups are."""
@@ -57,15 +57,21 @@ class CheckpointManager:
         folder: Path,
         meta: dict[str, Any],
         items: Callable[[], Iterator[tuple[str, TensorSlice]]] = lambda: iter(()),
+        *,
+        score: float | None = None,
+        keep: int = 1,
+        make: bool = True,
     ) -> None:
         """Write the checkpoint of a folder, in place of the one that it has. All processes must call it.
 
         Args:
-            folder: made if it is not there.
+            folder: where it is to be.
             meta: plain values of one's own.
             items: gives what this process keeps besides.
+            score, keep: as of `ShardWriter.save`.
+            make: make the folder if it is not there.
         """
-        if self.rank == 0:
+        if make and self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
         self.wait()
         writer = ShardWriter(folder, self.rank, self.shards, self.wait, self._number(folder))
@@ -75,7 +81,7 @@ class CheckpointManager:
             yield from self.optimizer.states()
             yield from items()
 
-        writer.save(everything(), {**meta, GROUPS: self.optimizer.settings()})
+        writer.save(everything(), {**meta, GROUPS: self.optimizer.settings()}, score=score, keep=keep)
         self._numbers[folder] = writer.number
 
     def _number(self, folder: Path) -> int:
@@ -92,11 +98,13 @@ class CheckpointManager:
         Raises:
             CheckpointError: it is of another model or optimizer. Weights have not been changed then.
         """
-        others = {name for name, _ in self._others()}
-        for name, param in self.optimizer.models.items():
-            if parts.shape(WEIGHTS + name) != tuple(getattr(param, "ds_shape", param.shape)):
-                raise CheckpointError(f"{parts.path}: the checkpoint is of another model: {name} differs")
-        known = {WEIGHTS + name for name in (*self.optimizer.models, *others)}
+        wanted = {**dict(self._others()), **self.optimizer.models}
+        for name, tensor in wanted.items():
+            key, shape = WEIGHTS + name, getattr(tensor, "ds_shape", tensor.shape)
+            check_like(parts.path, name, parts.shape(key), parts.dtype(key), shape, tensor.dtype)
+            if name in self.optimizer.models and parts.dtype(key) not in (tensor.dtype, _kept_as(tensor.dtype)):
+                raise CheckpointError(f"{parts.path}: {name} is {parts.dtype(key)} in it and {tensor.dtype} here")
+        known = {WEIGHTS + name for name in wanted}
         strange = sorted(key for key in parts.keys() if key.startswith(WEIGHTS) and key not in known)  # noqa: SIM118
         if strange:
             raise CheckpointError(f"{parts.path}: the checkpoint is of another model: {strange[0]} is not here")
@@ -104,10 +112,11 @@ class CheckpointManager:
         for name in names[self.rank :: self.world]:  # each process a share
             if (whole := parts.whole(name)).is_floating_point() and not whole.isfinite().all():
                 raise CheckpointError(f"{parts.path}: {name} is not finite, and can't be gone on with")
-        try:
-            self.optimizer.load(parts, parts.meta[GROUPS])
-        except CheckpointMismatch as error:
-            raise CheckpointError(f"{parts.path}: the checkpoint is of another optimizer: {error}") from error
+        with damaged(parts.path):
+            try:
+                self.optimizer.load(parts, parts.meta[GROUPS])
+            except CheckpointMismatch as error:
+                raise CheckpointError(f"{parts.path}: the checkpoint is of another optimizer: {error}") from error
         for name, tensor in self._others():
             with _gathered(tensor, write=True) as whole, torch.no_grad():
                 whole.copy_(parts.whole(WEIGHTS + name))
@@ -135,7 +144,8 @@ class CheckpointManager:
             return self._with_ties(found)
         place = folder / ".weights"
         if self.rank == 0:
-            place.mkdir(exist_ok=True)
+            shutil.rmtree(place, ignore_errors=True)  # of a run that was killed; a link stays, and is refused
+            place.mkdir()
         self.wait()
         ShardWriter(place, self.rank, self.shards, self.wait).save(self.weights(), {})
         if self.rank:
@@ -161,6 +171,10 @@ class CheckpointManager:
         for name, tensor in [*self.lm.named_parameters(), *self.lm.named_buffers()]:
             if name in kept and name not in self.optimizer.models:
                 yield name, tensor
+
+
+def _kept_as(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from nestopt.train.data.dataset import DocumentSet
 from nestopt.train.data.order import Order
 from nestopt.train.data.packing import Packed, Place, Row, held_out
 from nestopt.train.data.source import Batch, HeldOut
-from nestopt.train.errors import CheckpointError, CorpusError
+from nestopt.train.errors import CheckpointError, CorpusError, whole_number
 
 Found = list[Packed] | CorpusError
 """What a worker makes of a step: its rows, or why there are none."""
@@ -105,7 +105,7 @@ class PackedDocuments:
         if state.get("order") != mine:
             raise CheckpointError(
                 f"the place in the data is one in the order {state.get('order')}; this run's is {mine}. Give the data, "
-                "data.batch, train.seed and shuffle that the run was saved with"
+                "data.batch, train.seed and shuffle that the run was saved with, or begin anew with --reset-data"
             )
         missing = [row for row in self.rows if str(row) not in state["rows"]]
         if missing:
@@ -113,7 +113,14 @@ class PackedDocuments:
                 f"the place in the data lacks row {missing[0]} of the batch; give the states of all processes, merged"
             )
         self.close()
-        self._places = {row: dict(state["rows"][str(row)]) for row in self.rows}
+        fields = dataclasses.asdict(Place())
+        places = {row: dict(state["rows"][str(row)]) for row in self.rows}
+        for row, place in places.items():
+            if place.keys() != fields.keys():
+                raise ValueError(f"the place of row {row} has the keys {sorted(place)}")
+            for key, value in place.items():
+                whole_number(value, f"{key} of row {row}")
+        self._places = places
 
     def close(self) -> None:
         self._packed = None  # which ends its workers

@@ -69,7 +69,7 @@ class Row:
         """Return the next `count` tokens, two or more. The last of them is the first that is taken the next time."""
         tokens, starts, filled = np.empty(count, dtype=np.int64), np.zeros(count, dtype=np.bool_), 0
         while filled < count:
-            if self._token == len(self._now):
+            if self._token >= len(self._now):  # a place from a file may be behind the end
                 self.place, self._now = next(self._rest)
                 self._token = self.place.token
             some = self._now[self._token : self._token + count - filled]

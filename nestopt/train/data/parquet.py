@@ -41,7 +41,7 @@ class Shards:
         self.column, self.tokens, self.shuffle, self.held_out = column, tokens, shuffle, held_out
         self.name = path if config is None else f"{path}, {config}"
         self.vocab = tokens.vocab
-        stream = _local(path, config) if _is_local(path) else _on_the_hub(path, config, split)
+        stream = _local(path, config) if is_local(path) else _on_the_hub(path, config, split)
         columns = list(stream.column_names or [])
         if column not in columns:
             raise CorpusError(
@@ -68,7 +68,8 @@ class Shards:
         return self.tokens.decode(tokens)
 
 
-def _is_local(path: str) -> bool:
+def is_local(path: str) -> bool:
+    """Return whether a path of documents is one on this machine, not a name on the hub."""
     expanded = os.path.expanduser(path)
     return os.path.exists(expanded) or os.path.isabs(expanded) or path.startswith(".") or glob.has_magic(path)
 

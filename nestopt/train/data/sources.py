@@ -73,6 +73,11 @@ def make(config: Config, rank: int = 0, world: int = 1, given: DocumentSet | Non
         if data.workers:
             raise ConfigError.refuse("data.workers", data.workers, "it is for documents; text as bytes needs none")
         text = dataset.load()
+        if len(text.train) <= data.window:
+            most = len(text.train) - 1
+            raise ConfigError.refuse(
+                "data.window", data.window, f"{text.name} has {most + 1} bytes to train on; give {most} or less"
+            )
         source = Windows(text, batch=data.batch, window=data.window, seed=config.train.seed, rank=rank, world=world)
         needs = "bytes need 256 or more"
     if config.model.vocab < source.vocab:

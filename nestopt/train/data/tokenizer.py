@@ -17,6 +17,21 @@ if TYPE_CHECKING:
 EXTRA = "documents need the packages datasets and tokenizers: pip install 'nestopt[data]'"
 
 
+def on_disk(tokenizer: str) -> str | None:
+    """Return the path of a tokenizer's file: its own, or that which the hub's cache has of it. None: there is none."""
+    path = Path(os.path.expanduser(tokenizer))
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if file.exists():
+        return str(file)
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(tokenizer, "tokenizer.json")
+    except (ImportError, ValueError):  # a path is no name on the hub
+        return None
+    return found if isinstance(found, str) else None
+
+
 class Vocabulary:
     """Documents as tokens, with a token before and one behind each.
 
@@ -53,10 +68,9 @@ class Vocabulary:
             from tokenizers import Tokenizer
         except ImportError:
             raise CorpusError(EXTRA) from None
-        path = Path(os.path.expanduser(self.tokenizer))
-        file = path / "tokenizer.json" if path.is_dir() else path
+        file = on_disk(self.tokenizer)
         try:
-            return Tokenizer.from_file(str(file)) if file.exists() else Tokenizer.from_pretrained(self.tokenizer)
+            return Tokenizer.from_pretrained(self.tokenizer) if file is None else Tokenizer.from_file(file)
         except Exception as error:  # tokenizers raises Exception itself
             raise CorpusError(
                 f"tokenizer={self.tokenizer!r} is neither a tokenizer.json, a folder with one, nor the name of one on "

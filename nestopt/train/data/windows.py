@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from nestopt.train.data.dataset import Text
 from nestopt.train.data.source import Batch, HeldOut
 from nestopt.train.data.text import held_out_text, windows
+from nestopt.train.errors import CheckpointError, whole_number
 
 
 class Windows:
@@ -53,11 +56,26 @@ class Windows:
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(tokens).decode("utf-8", "replace")
 
+    @functools.cached_property
+    def _checksum(self) -> int:
+        return zlib.crc32(self._train.numpy().data)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self._step}
+        return {"step": self._step, "text": self._checksum}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._step = int(state["step"])
+        """Go on from where a state is.
+
+        Raises:
+            CheckpointError: it is of another text.
+        """
+        step = whole_number(state["step"], "step")
+        if state.get("text", self._checksum) != self._checksum:
+            raise CheckpointError(
+                f"the text {self.name} is not the one that the run was trained on; give that one, or begin anew in "
+                "this one with --reset-data"
+            )
+        self._step = step
 
     def close(self) -> None:
         pass

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from nestopt.config.files import replacing
+from nestopt.train.folder import appending, check_file, saying
 
 _NOT_IN_JSON = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -22,6 +23,9 @@ class MetricsLog:
 
     Args:
         path: the file, made if it is not there. Its folder must exist.
+
+    Raises:
+        CheckpointError: a link is there, or anything but a file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -34,12 +38,20 @@ class MetricsLog:
         Raises:
             TypeError: for a value of another type (a tensor: take its ``.item()``).
         """
-        self._file.write(_encode(record))
-        self._file.flush()
+        line = _encode(record)
+        with saying(self.path):
+            self._file.write(line)
+            self._file.flush()
 
-    def truncate_after(self, step: int) -> None:
-        """Drop the records whose ``"step"`` is greater than ``step``, which a resumed run will measure again."""
+    def truncate_after(self, step: int, *, again: str | None = None) -> None:
+        """Drop the records whose ``"step"`` is greater than ``step``, which a resumed run will measure again.
+
+        Args:
+            step: the last that stays.
+            again: what is measured again at that step itself; None for nothing.
+        """
         kept = [record for record in read(self.path) if record.get("step", step) <= step]
+        kept = [record for record in kept if record.get("step") != step or again not in record]
         self.close()
         with replacing(self.path) as temporary:
             temporary.write_text("".join(map(_encode, kept)), encoding="ascii")
@@ -47,7 +59,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file. A closed log takes no more records."""
-        self._file.close()
+        with saying(self.path):  # what a full disk has refused is tried once more
+            self._file.close()
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -58,11 +71,12 @@ class MetricsLog:
         self.close()
 
     def _open(self) -> None:
+        check_file(self.path, alone=True)
         if self.path.exists():
             text = self.path.read_bytes()
             if not text.endswith(b"\n"):
                 os.truncate(self.path, text.rfind(b"\n") + 1)
-        self._file = open(self.path, "a", encoding="ascii", newline="\n")  # noqa: SIM115 (held open)
+        self._file = appending(self.path)
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -72,12 +86,13 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         FileNotFoundError: if there is no file.
         ValueError: if another line is not a JSON object; the message has its number.
     """
+    check_file(path)
     *lines, _ = Path(path).read_bytes().split(b"\n")  # after the last newline: nothing, or a line cut short
     records = []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number}: not a JSON object")

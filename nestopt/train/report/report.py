@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 
 import torch
+from torch import Tensor
 
 from nestopt.config import Config
+from nestopt.config.files import replacing
 from nestopt.models import HopeLM
 from nestopt.optim.sharded.optimizer import Sharded
 from nestopt.train.data.source import HeldOut, Source
 from nestopt.train.data.windows import Windows
+from nestopt.train.errors import extra
+from nestopt.train.folder import appending, check_file, saying
 from nestopt.train.report.baselines import baselines
 from nestopt.train.report.metrics import read
 from nestopt.train.report.plots import loss_plot
 from nestopt.train.run import Run
 from nestopt.train.sampling import check_drawn, choose
 
+with extra("train"):
+    from tqdm import tqdm
+
 PROMPT = "def "
 """What samples go on from."""
+
+_SAMPLE = re.compile(r"^--- step (\d{1,18}) ---$", re.MULTILINE)
 
 
 class Report:
@@ -70,20 +80,41 @@ class Report:
         device = next(model.parameters()).device
         generator = torch.Generator(device).manual_seed(config.train.seed)
         prompt = torch.tensor([list(self.source.encode(PROMPT))], device=device)
-        tokens, _ = model.generate(prompt, length, lambda z: choose(z.float(), temperature=0.8, generator=generator))
+        with tqdm(total=length, desc="writing", unit=" tokens", leave=False, disable=self.quiet or not write) as bar:
+
+            def next_token(logits: Tensor) -> Tensor:
+                bar.update()
+                return choose(logits.float(), temperature=0.8, generator=generator)
+
+            tokens, _ = model.generate(prompt, length, next_token)
         if not write:
             return
         written = tokens[0].clamp(max=self.source.vocab - 1).tolist()
         check_drawn(written)
         body = self.source.decode(written)
-        with open(self.run.path / "samples.txt", "a", encoding="utf-8") as file:
+        path = self.run.samples_file
+        with saying(path), appending(path) as file:
             file.write(f"--- step {step} ---\n{body}\n\n")
 
+    def cut_samples(self, step: int) -> None:
+        """Drop samples of later steps, which a resumed run will write again."""
+        path = self.run.samples_file
+        check_file(path, alone=True)
+        if not path.exists():
+            return
+        text = path.read_text(encoding="utf-8", errors="replace")
+        later = [mark.start() for mark in _SAMPLE.finditer(text) if int(mark[1]) > step]
+        if later:
+            with replacing(path) as temporary:
+                temporary.write_text(text[: later[0]], encoding="utf-8")
+
     def plot(self) -> None:
-        """Draw loss.png from what has been measured so far."""
+        """Draw loss.png from what has been measured so far, if anything has."""
+        if not (records := read(self.run.metrics_file)):
+            return
         references = {name: bits for name, bits in self.baselines.items() if name != "unigram"}
         loss_plot(
-            read(self.run.metrics_file),
+            records,
             self.run.path / "loss.png",
             references,
             title=f"{self.source.name}, run {self.run.path.name}",

@@ -1,0 +1,69 @@
+"""What a run's folder asks for that reaches out of it: not done for a folder of someone else's without being asked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nestopt.config import Config, ConfigError
+from nestopt.train.data.builtin import Documents, Files, Stdlib
+from nestopt.train.data.parquet import is_local
+from nestopt.train.data.sources import dataset_of
+from nestopt.train.data.tokenizer import on_disk
+
+_STAYS = (
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping "
+    "steps_per_print prescale_gradients gradient_predivide_factor sparse_gradients "
+    "communication_data_type disable_allgather bf16 bfloat16 fp16 data_types zero_optimization "
+    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer activation_checkpointing "
+    "wall_clock_breakdown memory_breakdown dump_state"
+)
+"""Sections of DeepSpeed's JSON that write no files and go to no network."""
+
+_PLACE = re.compile(r"path|file|dir|folder|url", re.IGNORECASE)
+
+
+def check_trusted(config: Config, folder: Path, *, given: Config | None = None, text: bool = True) -> None:
+    """Check that what a run's configuration asks for stays in its folder, but for reading local text.
+
+    Args:
+        config: of the folder.
+        folder: of the run.
+        given: what it has become by what the user has said; None is the same. What the user has said is the user's.
+        text: whether its text will be read, or only its tokenizer used.
+
+    Raises:
+        ConfigError: something reaches out of the folder, or the machine; says what.
+    """
+    given = config if given is None else given
+    found = []
+    if config.train.deepspeed and given.train.deepspeed == config.train.deepspeed:
+        found += [f"train.deepspeed.{path} can write anywhere" for path in _reaching(config.train.deepspeed)]
+    if (given.data.path, given.data.dataset) == (config.data.path, config.data.dataset):
+        found += _sources(config, text)
+    if found:
+        raise ConfigError(
+            f"{folder}: {', '.join(found)}; give --trust (trust=True) if you know where this folder comes from"
+        )
+
+
+def _reaching(settings: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for key, value in settings.items():
+        here = f"{path}{key}"
+        if (not path and key not in _STAYS.split()) or (isinstance(value, str) and _PLACE.search(str(key))):
+            yield here
+        elif isinstance(value, Mapping):
+            yield from _reaching(value, f"{here}.")
+
+
+def _sources(config: Config, text: bool) -> Iterator[str]:
+    dataset = dataset_of(config)
+    if isinstance(dataset, Documents):
+        if text and not is_local(dataset.path):
+            yield f"data.dataset.path={dataset.path!r} is read from the network"
+        if on_disk(dataset.tokenizer) is None:
+            yield f"data.dataset.tokenizer={dataset.tokenizer!r} is fetched from the network"
+    elif not isinstance(dataset, Stdlib | Files):
+        yield f"data.dataset={dataset.label} is of a plugin, and reads what it wants"

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from nestopt.config import ConfigError
 
 
@@ -47,7 +49,7 @@ def damaged(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     try:
         yield
-    except (CheckpointError, ConfigError, CorpusError):
+    except (CheckpointError, ConfigError, CorpusError, torch.cuda.OutOfMemoryError):
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         what = "it is nested too deeply" if isinstance(error, RecursionError) else repr(error)

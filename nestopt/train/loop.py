@@ -138,7 +138,7 @@ def _train(
         held = None if run is None else agreed(engine, lambda: hold(run))
         training = _Training(config, engine, run, quiet, init_from, reset_data)
         end.callback(training.close)
-        training.held = held or agreed(engine, lambda: hold(training.run))
+        training.held = agreed(engine, lambda: hold(training.run)) if run is None else held
         return training.run_to_the_end()
 
 
@@ -212,9 +212,9 @@ class _Training:
                 report.begin(self.optimizer, self.config)
             log = self.log = MetricsLog(self.run.metrics_file) if writes else None
             if log:
-                # what is measured at the end is measured again, if the run was stopped there
-                again = self._progress() >= 1
-                log.truncate_after(self.step, again="eval/bits_per_byte" if again else None)
+                again = self._progress() >= 1  # what is measured at the end, if the run was stopped there
+                with damaged(log.path):
+                    log.truncate_after(self.step, again="eval/bits_per_byte" if again else None)
                 report.cut_samples(self.step - again)
             if self.reset:
                 self._begin_data()

@@ -16,6 +16,7 @@ from nestopt.core.part import nearest
 from nestopt.core.precision import Precision, refusal
 from nestopt.models import HopeLM
 from nestopt.optim.sharded.saved import WEIGHTS
+from nestopt.train.errors import CheckpointError
 from nestopt.train.folder import INDEX, Hold, check_file
 
 
@@ -154,9 +155,13 @@ def weights_from(path: str | Path) -> tuple[dict[str, Tensor], Path]:
             keys = [key for key in parts.keys() if key.startswith(WEIGHTS)]  # noqa: SIM118 (not a dict)
             return {key.removeprefix(WEIGHTS): parts.whole(key) for key in keys}, path
     with checkpoint.opened(path) as file:
-        header = file.metadata() or {}
+        header: dict[str, str] = file.metadata() or {}
+        meta: dict[str, Any] = {}
         if header.get("format") == checkpoint.FORMAT:
-            checkpoint.compare(path, file, checkpoint.read_header(path, header)[1])
+            meta, sums = checkpoint.read_header(path, header)
+            checkpoint.compare(path, file, sums)
+        if "stretches" in meta:
+            raise CheckpointError(f"{path}: is a part of a checkpoint; give the checkpoint*.json that names it")
         return {name: file.get_tensor(name) for name in file.keys()}, path  # noqa: SIM118 (not a dict)
 
 

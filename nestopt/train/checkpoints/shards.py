@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nestopt.optim.sharded.saved import TensorSlice
 from nestopt.train.checkpoints import file as checkpoint
-from nestopt.train.checkpoints.index import Kept, after, read_index
+from nestopt.train.checkpoints.index import Index, Kept, after, read_index
 from nestopt.train.errors import CheckpointError, damaged, whole_number
 from nestopt.train.folder import INDEX
 
@@ -44,6 +44,16 @@ class ShardReader:
         self.path = Path(path) if Path(path).suffix == ".json" else Path(path) / INDEX
         self.folder = self.path.parent
         index = read_index(self.path)
+        while True:
+            try:
+                self._read(index, rank, world)
+                return
+            except CheckpointError:
+                before, index = index, read_index(self.path)
+                if index.number == before.number:  # else a run has written another in the meantime
+                    raise
+
+    def _read(self, index: Index, rank: int, world: int) -> None:
         self.number, self.files, self.meta, self.kept = index.number, index.files, index.meta, index.kept
         self._where: dict[str, list[tuple[int, int, int]]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}

@@ -15,7 +15,7 @@ from nestopt.models import HopeLM
 from nestopt.optim.sharded.optimizer import Sharded
 from nestopt.train.data.source import HeldOut, Source
 from nestopt.train.data.windows import Windows
-from nestopt.train.errors import extra
+from nestopt.train.errors import damaged, extra
 from nestopt.train.folder import appending, check_file, saying
 from nestopt.train.report.baselines import baselines
 from nestopt.train.report.metrics import read
@@ -110,15 +110,11 @@ class Report:
 
     def plot(self) -> None:
         """Draw loss.png from what has been measured so far, if anything has."""
-        if not (records := read(self.run.metrics_file)):
-            return
-        references = {name: bits for name, bits in self.baselines.items() if name != "unigram"}
-        loss_plot(
-            records,
-            self.run.path / "loss.png",
-            references,
-            title=f"{self.source.name}, run {self.run.path.name}",
-        )
+        title = f"{self.source.name}, run {self.run.path.name}"
+        with damaged(self.run.metrics_file):
+            if records := read(self.run.metrics_file):
+                references = {name: bits for name, bits in self.baselines.items() if name != "unigram"}
+                loss_plot(records, self.run.path / "loss.png", references, title=title)
 
     def interrupted(self, step: int) -> None:
         self.say(f"stopped at step {step}; the checkpoint is saved. Go on with: nestopt train --resume {self.run.path}")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,6 +169,31 @@ def test_an_error_while_it_is_taken_up_changes_nothing(copy, text):
     assert content(copy.path) == before
 
 
+def test_a_checkpoint_is_read_while_a_run_writes_the_next(text, tmp_path, monkeypatch):
+    from nestopt.train.checkpoints import shards
+
+    config = small(text, tmp_path, train__steps=3, train__save_every=1, train__eval_every=0)
+    run = train(config, quiet=True).run
+    opened, config.train.steps = shards._opened, 5
+
+    def late(path: Path) -> Any:
+        monkeypatch.setattr(shards, "_opened", opened)
+        train(config, resume=run.path, quiet=True)
+        return opened(path)
+
+    monkeypatch.setattr(shards, "_opened", late)
+    with ShardReader(run.path) as parts:
+        assert parts.meta["step"] == 5
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"step": "x"}', "[" * 100_000, '{"step": null}'])
+def test_damaged_metrics_are_named(copy, refused, line):
+    copy.metrics_file.write_text(copy.metrics_file.read_text() + line + "\n")
+    before = content(copy.path)
+    assert "metrics.jsonl: is damaged" in refused("train", "--resume", copy.path, "-q", "train.steps=20")
+    assert content(copy.path) == before
+
+
 def wait_for(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while not ready():
@@ -177,7 +203,7 @@ def wait_for(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
 
 
 KILLED = """
-import os, signal, sys, threading
+import json, os, signal, sys, threading
 from pathlib import Path
 from nestopt.config import load
 from nestopt.train.loop import train
@@ -191,7 +217,8 @@ for moment in moments:
     status = os.waitpid(child, 0)[1]
     if not os.WIFSIGNALED(status):
         break
-    print(moment, flush=True)
+    index = folder / "checkpoint.json"
+    print(json.loads(index.read_text())["meta"]["step"] if index.exists() else "none", flush=True)
 """
 
 
@@ -203,17 +230,17 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_was_not(text, tmp_path
     config.train.out = str(tmp_path / "killed")
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     chance = random.Random(0)
-    done, killed = 0, 0
-    while killed < times:
+    done, killed = 0, []
+    while len(killed) < times:
         folder = tmp_path / "killed" / f"{done + 1:03d}"
-        moments = [f"{chance.uniform(0.0, 1.5):.4f}" for _ in range(times - killed)] + ["3600"]
+        moments = [f"{chance.uniform(0.0, 2.5):.4f}" for _ in range(times - len(killed))] + ["3600"]
         command = [sys.executable, "-c", KILLED, str(tmp_path / "config.yaml"), str(folder), *moments]
         found = subprocess.run(command, capture_output=True, text=True, check=False)
         assert found.returncode == 0, found.stderr
         assert "Error" not in found.stderr, found.stderr
-        killed += len(found.stdout.split())
+        killed += found.stdout.split()
         assert same_ends(Run(folder), whole.run)
         assert not list(folder.glob(".*"))
         done += 1
-    print(f"{killed} kills in {done} runs: the ends are the same bit for bit")
+    print(f"{len(killed)} kills in {done} runs, whose checkpoints were then of the steps {' '.join(killed)}")
     assert os.listdir(tmp_path / "killed")

@@ -19,7 +19,7 @@ from nestopt.train.checkpoints import file
 from nestopt.train.data.windows import Windows
 from nestopt.train.objective import Objective
 
-RANK = os.environ["RANK"]
+RANK = os.environ.get("RANK", "0")
 WHERE = {
     "step": (Objective, "forward"),
     "optimizer": (Sharded, "step"),

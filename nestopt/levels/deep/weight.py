@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestopt.core.precision import Product
+from nestopt.core.precision import Product, plus_matmul_
 from nestopt.kernels.functions import batched, may_write
 from nestopt.levels.deep.gate_products import GateProducts
 
@@ -233,10 +233,8 @@ def _plus_product(grad: Tensor | None, left: Tensor, right: Tensor, product: Pro
         return product(left.mT, right)
     if not may_write() or grad.ndim < 3 or not grad.is_contiguous():
         return grad + product(left.mT, right)
-    if product is not torch.matmul:
-        return grad.add_(product(left.mT, right))
     one, two = (x.reshape(-1, *x.shape[-2:]) for x in (left.mT, right))
-    grad.view(-1, *grad.shape[-2:]).baddbmm_(one, two)
+    plus_matmul_(grad.view(-1, *grad.shape[-2:]), one, two, product)
     return grad
 
 

@@ -10,7 +10,7 @@ triangular solves) is float32 whatever it is, and so is what a product gives:
 
 An operation that runs memories says which it is to be by `products_in`, and multiplies by `matmul`. Backward passes run
 later, and on a GPU on another thread: every product keeps the precision that it was made at for its gradients, and
-theirs.
+theirs. An autograd function that multiplies is given `product()`, and multiplies by that in both passes.
 """
 
 from __future__ import annotations
@@ -118,18 +118,6 @@ class products_in:
         _now.precision = self.before
 
 
-def as_in_forward(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """The `backward` of an autograd function, with products as in its forward pass, whose `ctx.precision` that was."""
-
-    def run(ctx: Any, *grads: Any) -> Any:
-        if ctx.precision == _now.precision:  # torch 2.11 compiles no backward pass that sets something
-            return backward(ctx, *grads)
-        with products_in(ctx.precision):
-            return backward(ctx, *grads)
-
-    return run
-
-
 # -- products ----------------------------------------------------------------------------------------------------------
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -159,18 +147,16 @@ _PRODUCTS: dict[Precision, Product] = {
 }
 
 
-def plus_matmul(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total + a b, as `torch.baddbmm`."""
-    if _now.precision == "float32":
-        return torch.baddbmm(total, a, b)
-    return total + matmul(a, b)
+def plus_matmul(total: Tensor, a: Tensor, b: Tensor, multiply: Product | None = None) -> Tensor:
+    """total + a b, as `torch.baddbmm`; `multiply` is a `product()`, by default that of here and now."""
+    multiply = multiply or product()
+    return torch.baddbmm(total, a, b) if multiply is torch.matmul else total + multiply(a, b)
 
 
-def plus_matmul_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def plus_matmul_(total: Tensor, a: Tensor, b: Tensor, multiply: Product | None = None) -> Tensor:
     """`plus_matmul`, in place."""
-    if _now.precision == "float32":
-        return total.baddbmm_(a, b)
-    return total.add_(matmul(a, b))
+    multiply = multiply or product()
+    return total.baddbmm_(a, b) if multiply is torch.matmul else total.add_(multiply(a, b))
 
 
 def _of_any_shape(a: Tensor, b: Tensor, precision: Precision) -> Tensor:

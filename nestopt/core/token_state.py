@@ -33,8 +33,8 @@ def begin(
 ) -> State:
     """Return the state before the first token, as the reference machine has it; tensors as `like` in dtype and device.
 
-    `bound` is a level without gates (`nestopt.core.gates.bind`), `gates` the paths of those it has, and `learned` the
-    start that a layer learned, `[H, ...]` each. Leaves of the state are `[B, H, ...]`; `"step"`
+    `bound` is the level with numbers in the place of its gates (`nestopt.core.gates.bind`), `gates` are their paths,
+    and `learned` is the start that a layer learned, `[H, ...]` each. Leaves of the state are `[B, H, ...]`; `"step"`
     counts the tokens seen, `[B, H]`. Of a level with a `chunk_size` above 1, `"level"` is the state at the start of a
     chunk that is not over, and `"pending"` has its tokens so far: k, v, which of them are live, and the gates by path,
     `[B, H, n, ..]`; a level that `owns_partial_chunk` has them in a way of its own.

@@ -13,17 +13,12 @@ def may_write() -> bool:
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def plus(total: Tensor, x: Tensor) -> Tensor:
-    """total + x: on `total`, which the caller made and gives up, unless a compiler traces it.
+def plus_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total + a ⊙ b: on `total`, which the caller made and gives up, unless a compiler traces it.
 
     A compiler saves that memory by itself; and that of torch 2.11 gives an autograd function no gradients if its output
     was written on.
     """
-    return total + x if torch.compiler.is_compiling() else total.add_(x)
-
-
-def plus_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total + a ⊙ b, on `total` as `plus`."""
     return torch.addcmul(total, a, b) if torch.compiler.is_compiling() else total.addcmul_(a, b)
 
 

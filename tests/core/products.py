@@ -18,7 +18,7 @@ class Products(TorchDispatchMode):
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm", "dot", "mv"):
+        if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm", "baddbmm_", "dot", "mv"):
             factors = [x for x in args if isinstance(x, Tensor)][-2:]
             short = {str(x.dtype).removeprefix("torch.") for x in factors}
             self.seen.append("tf32" if short == {"float32"} and tf32_is_on() else "/".join(sorted(short)))

@@ -12,21 +12,24 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nestopt.core import Level
 from nestopt.core import precision as precisions
 from nestopt.core.precision import (
     PRECISIONS,
     EveryProduct,
     Precision,
-    as_in_forward,
     check_precision,
     check_products,
     current,
     matmul,
     plus_matmul,
     plus_matmul_,
+    product,
     products_in,
     tf32_is_on,
 )
+from nestopt.levels import deltanet, dgd, self_modifying, titans
+from nestopt.nn import SequenceMemory
 from tests.core.products import Products
 
 SHAPES = {
@@ -201,26 +204,30 @@ def test_a_backward_pass_on_another_thread_has_its_forwards(precision: Precision
     assert seen == [precision] * 2
 
 
-def test_a_function_of_ones_own_multiplies_backwards_as_forwards() -> None:
-    class Times(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-            ctx.save_for_backward(a, b)
-            ctx.precision = current()
-            return matmul(a, b)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_product_multiplies_elsewhere_as_where_it_was_asked_for(precision: Precision) -> None:
+    a, b, _ = factors("meta")
+    with products_in(precision):
+        multiply = product()
+    with torch.no_grad(), Products() as products, products_in("tf32" if precision == "float32" else "float32"):
+        multiply(a, b)
+        plus_matmul(torch.empty(2, 3, 4, device="meta"), a, b, multiply)
+        plus_matmul_(torch.empty(2, 3, 4, device="meta"), a, b, multiply)
+    assert products.seen == [precision] * 3
 
-        @staticmethod
-        @as_in_forward
-        def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-            a, b = ctx.saved_tensors
-            return matmul(dy, b.mT), matmul(a.mT, dy)
 
-    a, b, _ = factors()
-    with products_in("bfloat16"):
-        y = Times.apply(a, b)
-    with Products() as products:
-        y.sum().backward()
-    assert products.seen == ["bfloat16"] * 2
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("level", [titans(chunk=4), titans(rule=dgd(), chunk=4), deltanet(), self_modifying(chunk=4)])
+def test_a_kernel_multiplies_backwards_as_forwards(level: Level, precision: Precision) -> None:
+    """Wherever the backward pass is called from, its gradients are the same to the bit."""
+    layer = SequenceMemory(level, 8, 2, precision=precision)
+    x = torch.randn(2, 70, 8)
+    gradients = []
+    for elsewhere in ("float32", "bfloat16"):
+        y = layer(x)[0].square().sum()
+        with products_in(elsewhere):
+            gradients.append(torch.autograd.grad(y, list(layer.parameters()), allow_unused=True))
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("before", ["none", "ieee", "tf32"])

@@ -81,7 +81,7 @@ class Chunk:
     """The tokens of a chunk `[B, H, C, ..]`, and what the gates of its block come to.
 
     Attributes:
-        k, v, live, lr: of the tokens.
+        k, v, lr: of the tokens.
         damping: α (1 - θ), by which the normalised step is shortened.
         now: at each token; None if no read asks.
         before: one token earlier; None if neither a read nor a delta decay asks.
@@ -90,7 +90,6 @@ class Chunk:
 
     k: Tensor
     v: Tensor
-    live: Tensor
     lr: Tensor
     damping: Tensor
     now: GateProducts | None

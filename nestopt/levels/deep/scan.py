@@ -119,17 +119,17 @@ def _even_blocks(held: Mapping[str, Tensor], size: int, settings: Settings) -> l
     gates = GateProducts.of(blocks.get("decay"), blocks.get("momentum"), blocks["live"])
     asked = settings.delta > 0 or settings.read == "before"
     earlier = gates.before().unbind(2, count) if asked else [None] * count
-    tokens = (*(blocks[name] for name in ("k", "v", "live", "lr")), damping(blocks))
+    tokens = (*(blocks[name] for name in ("k", "v", "lr")), damping(blocks))
     columns = [[block.split(chunk, dim=2) for block in x.unbind(2)] for x in tokens]
     found = []
     for at, then, *parts in zip(gates.unbind(2, count), earlier, *columns, strict=True):
         block = []
-        for i, (k, v, live, lr, damped) in enumerate(zip(*parts, strict=True)):
+        for i, (k, v, lr, damped) in enumerate(zip(*parts, strict=True)):
             first, end = i * chunk, (i + 1) * chunk
             now = at.rows(first, end) if settings.read == "after" else None
             before = None if then is None else then.rows(first, end)
-            last = now if now is not None and chunk == 1 else at.rows(end - 1, end)
-            block.append(Chunk(k, v, live, lr, damped, now, before, last))
+            last = now if now is not None and chunk == 1 else at.rows(end - 1, end)  # of one token they are the same
+            block.append(Chunk(k, v, lr, damped, now, before, last))
         found.append(block)
     return found
 

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestopt.core.precision import Product
+from nestopt.core.precision import Product, plus_matmul_
 from nestopt.kernels.functions import batched, may_write
 from nestopt.levels.deep.gate_products import GateProducts
 
@@ -189,13 +189,12 @@ def _weigh(near: Tensor, at: GateProducts) -> Tensor:
 
 
 class _Use(torch.autograd.Function):
-    """Takes tensors, what is no tensor, and the product last. Leading dimensions may be any."""
+    """Takes tensors, and the product last. Leading dimensions may be any."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *given, ctx.product = inputs
-        ctx.transposed = given.pop() if isinstance(given[-1], bool) else None
-        ctx.save_for_backward(*given)
+        ctx.product = inputs[-1]
+        ctx.save_for_backward(*inputs[:-1])
         ctx.set_materialize_grads(False)
 
     @classmethod
@@ -209,6 +208,12 @@ class _Times(_Use):
     @staticmethod
     def forward(weight: Tensor, x: Tensor, transposed: bool, product: Product) -> tuple[Tensor, Tensor]:
         return product(x, weight if transposed else weight.mT), weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        weight, x, ctx.transposed, ctx.product = inputs
+        ctx.save_for_backward(weight, x)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -228,10 +233,8 @@ def _plus_product(grad: Tensor | None, left: Tensor, right: Tensor, product: Pro
         return product(left.mT, right)
     if not may_write() or grad.ndim < 3 or not grad.is_contiguous():
         return grad + product(left.mT, right)
-    if product is not torch.matmul:
-        return grad.add_(product(left.mT, right))
     one, two = (x.reshape(-1, *x.shape[-2:]) for x in (left.mT, right))
-    grad.view(-1, *grad.shape[-2:]).baddbmm_(one, two)
+    plus_matmul_(grad.view(-1, *grad.shape[-2:]), one, two, product)
     return grad
 
 

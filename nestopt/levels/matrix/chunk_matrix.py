@@ -127,7 +127,8 @@ def answers(q: Tensor, k: Tensor, v: Tensor, read: GateShares, begun: Tensor) ->
     """y `[B, H, N, X, D_v]` of memories that began as `begun`, and to which the pairs k, v were added."""
     pairs = matmul(q, k.mT) * read.writes
     start = matmul(_started(q, read), begun.mT)
-    return plus_matmul(*(x.flatten(0, 2) for x in (start, pairs, v))).unflatten(0, q.shape[:3])
+    start, pairs, v = (x.flatten(0, 2) for x in (start, pairs, v))
+    return plus_matmul(start, pairs, v).unflatten(0, q.shape[:3])
 
 
 def _started(k: Tensor, at: GateShares) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestopt.core.precision import as_in_forward, current, matmul, plus_matmul, plus_matmul_
+from nestopt.core.precision import Product, plus_matmul, plus_matmul_, product
 
 
 def corrections(
@@ -44,7 +44,7 @@ def corrections(
     Returns:
         u `[B, H, N, C, D_v]`, the memories that the chunks begin with `[B, H, N, D_v, m D_k]`, and the last.
     """
-    u, begun, end, _ = _Corrections.apply(k, v, lr, pairs, starts, writes, turn, memory)
+    u, begun, end, _ = _Corrections.apply(k, v, lr, pairs, starts, writes, turn, memory, product())
     return u, begun, end
 
 
@@ -101,45 +101,45 @@ class _Corrections(torch.autograd.Function):
         writes: Tensor | None,
         turn: Tensor | None,
         memory: Tensor,
+        multiply: Product,
     ) -> tuple[Tensor, ...]:
-        inverse = _inverse(matmul(k, k.mT) * (pairs * lr[..., None]))
+        inverse = _inverse(multiply(k, k.mT) * (pairs * lr[..., None]))
         known = _scaled(k, -lr[..., None] if starts is None else -lr[..., None] * starts)
         chunks = _by_chunk(inverse, v * lr[..., None], known, _scaled(k, writes))
         batch, memory = memory.shape[0], memory.flatten(0, 1)
         us, begun = [], []
         for (solve, value, key, write), turned in zip(chunks, _turns(turn, len(chunks)), strict=True):
             begun.append(memory)
-            us.append(matmul(solve.mT, plus_matmul(value, key, memory.mT)))
-            memory = plus_matmul(_turned(memory, turned), us[-1].mT, write)
+            us.append(multiply(solve.mT, plus_matmul(value, key, memory.mT, multiply)))
+            memory = plus_matmul(_turned(memory, turned), us[-1].mT, write, multiply)
         return _joined(us, batch), _joined(begun, batch), memory.unflatten(0, (batch, -1)), inverse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         u, begun, _, inverse = output
         ctx.mark_non_differentiable(inverse)
-        ctx.save_for_backward(*inputs[:-1], u, begun, inverse)
-        ctx.precision = current()
+        ctx.save_for_backward(*inputs[:-2], u, begun, inverse)
+        ctx.multiply = inputs[-1]
 
     @staticmethod
-    @as_in_forward
     def backward(ctx: Any, to_u: Tensor, to_begun: Tensor, to_end: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         k, v, lr, pairs, starts, writes, turn, u, begun, inverse = ctx.saved_tensors
-        eta = lr[..., None]
-        gram = matmul(k, k.mT)
+        eta, multiply = lr[..., None], ctx.multiply
+        gram = multiply(k, k.mT)
         if torch.is_grad_enabled():  # the saved one is a constant; this will be differentiated
             inverse = _inverse(gram * (pairs * eta))
         starts_by_lr = -eta if starts is None else -eta * starts
         z, to_ends, to_memory = _backwards(
-            to_u, to_begun, to_end, inverse, _scaled(k, starts_by_lr), _scaled(k, writes), turn
+            to_u, to_begun, to_end, inverse, _scaled(k, starts_by_lr), _scaled(k, writes), turn, multiply
         )
-        to_known, to_written = matmul(z, begun), matmul(u, to_ends)
+        to_known, to_written = multiply(z, begun), multiply(u, to_ends)
         below = torch.ones_like(gram[0, 0, 0]).tril(-1)
-        to_lower = matmul(z, u.mT) * -below
+        to_lower = multiply(z, u.mT) * -below
         to_pairs = to_lower * gram
         to_gram = to_lower * (pairs * eta)
         by_start, by_write = _dots(to_known, k), _dots(to_written, k)
         to_k = _plus_gathered(_gathered(to_written, writes), to_known, starts_by_lr)
-        to_k = _plus_product(to_k, to_gram + to_gram.mT, k)
+        to_k = _plus_product(to_k, to_gram + to_gram.mT, k, multiply)
         to_lr = (to_pairs * pairs).sum(-1) + (z * v).sum(-1)
         to_lr = to_lr - (by_start if starts is None else by_start * starts).sum(-1)
         return (
@@ -151,19 +151,27 @@ class _Corrections(torch.autograd.Function):
             None if writes is None else by_write,
             None if turn is None else _to_turn(to_ends, begun, turn.shape[-1]),
             to_memory,
+            None,
         )
 
 
-def _plus_product(grad: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def _plus_product(grad: Tensor, left: Tensor, right: Tensor, multiply: Product) -> Tensor:
     """grad + left right, in place where nobody will differentiate this."""
     if torch.is_grad_enabled():
-        return grad + matmul(left, right)
-    plus_matmul_(grad.flatten(0, 2), left.flatten(0, 2), right.flatten(0, 2))
+        return grad + multiply(left, right)
+    plus_matmul_(grad.flatten(0, 2), left.flatten(0, 2), right.flatten(0, 2), multiply)
     return grad
 
 
 def _backwards(
-    to_u: Tensor, to_begun: Tensor, to_end: Tensor, inverse: Tensor, known: Tensor, written: Tensor, turn: Tensor | None
+    to_u: Tensor,
+    to_begun: Tensor,
+    to_end: Tensor,
+    inverse: Tensor,
+    known: Tensor,
+    written: Tensor,
+    turn: Tensor | None,
+    multiply: Product,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loop over chunks, from the last: gradients of the solved systems, of chunks' ends and of the first memory."""
     batch, to_memory = to_end.shape[0], to_end.flatten(0, 1)
@@ -172,8 +180,8 @@ def _backwards(
     zs, to_ends = [], []
     for (to_write, to_start, solve, key, write), turned in zip(chunks[::-1], turns[::-1], strict=True):
         to_ends.append(to_memory)
-        zs.append(matmul(solve, plus_matmul(to_write, write, to_memory.mT)))
-        to_memory = plus_matmul(_turned(to_memory, turned) + to_start, zs[-1].mT, key)
+        zs.append(multiply(solve, plus_matmul(to_write, write, to_memory.mT, multiply)))
+        to_memory = plus_matmul(_turned(to_memory, turned) + to_start, zs[-1].mT, key, multiply)
     return _joined(zs[::-1], batch), _joined(to_ends[::-1], batch), to_memory.unflatten(0, (batch, -1))
 
 

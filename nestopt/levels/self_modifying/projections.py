@@ -184,11 +184,11 @@ def _written(weights: Sequence[BlockWeight], tokens: Made, maker: ProjectionMemo
     """Return the memories after a chunk, each of which writes values of its own."""
     count = len(maker.names)
     gates = GateProducts.of(tokens["decay"], tokens.get("momentum"), tokens["live"]).each(lambda x: _repeated(x, count))
-    each = (*(tokens[name] for name in ("k", "v", "live", "lr")), damping(tokens))
+    each = (*(tokens[name] for name in ("k", "v", "lr")), damping(tokens))
     size = tokens["k"].shape[2]
     before = gates.before() if maker.settings.delta else None
-    k, v, live, lr, damped = (_repeated(x, count) for x in each)
-    chunk = Chunk(k, v, live, lr, damped, None, before, gates.rows(size - 1, size))
+    k, v, lr, damped = (_repeated(x, count) for x in each)
+    chunk = Chunk(k, v, lr, damped, None, before, gates.rows(size - 1, size))
     mlp.step(weights, v[:, :, :0], chunk, maker.settings)
     return weights_after(weights, chunk.last)
 

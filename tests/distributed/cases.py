@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,15 @@ class Net(nn.Module):
 def net() -> Net:
     torch.manual_seed(0)
     return Net()
+
+
+def frozen_net(pattern: str, moved: bool) -> Net:
+    """One whose weights of this pattern are not trained, and are elsewhere if `moved`: a checkpoint tells where."""
+    model = net()
+    for name, param in model.named_parameters():
+        if re.search(pattern, name):
+            param.requires_grad_(False).add_(0.5 if moved else 0.0)
+    return model
 
 
 def batch(step: int, rank: int, world: int, count: int = 8) -> Tensor:
@@ -156,6 +166,7 @@ def initialized(
     saved: str | None = None,
     loaded: str | None = None,
     theirs: bool = False,
+    frozen: str | None = None,
     refuse: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
@@ -178,7 +189,7 @@ def initialized(
             for param, other in zip(model.parameters(), whole.parameters(), strict=True):
                 param.data.copy_(other.data)
     else:
-        model = net()
+        model = net() if frozen is None else frozen_net(frozen, moved=not loaded)
     if recompute:
         run = model.up.forward
         model.up.forward = lambda x: torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)  # type: ignore

@@ -134,19 +134,20 @@ class _Training:
         return zlib.crc32(self.source.training.data, found) if isinstance(self.source, Windows) else found
 
     def run_to_the_end(self) -> Result:
-        report = self.report
         if self.step == 0:
-            report.begin(self.optimizer, self.config)
-        writes = self.engine.rank == 0
-        log = MetricsLog(self.run.metrics_file) if writes else None
-        if log:
+            self.report.begin(self.optimizer, self.config)
+        if self.engine.rank:
+            return self._run(None)
+        with MetricsLog(self.run.metrics_file) as log:
             log.truncate_after(self.step)
+            return self._run(log)
+
+    def _run(self, log: MetricsLog | None) -> Result:
+        report = self.report
         with _stop_signal() as stop:
             finished = self._steps(log, report, stop)
         if not finished:
             self._save()
-            if log:
-                log.close()
             report.interrupted(self.step)
             return Result(self.run, self.step, self.elapsed, None, {}, False)
         self.engine.check_weights()
@@ -158,10 +159,9 @@ class _Training:
             assert weights is not None
             self.run.save_model(weights, {"step": self.step, "bits_per_byte": score})
             log.append({"step": self.step, "seconds": self.elapsed, "eval/bits_per_byte": score})
-            log.close()
             report.end(score, self.elapsed)
         self.engine.wait()
-        return Result(self.run, self.step, self.elapsed, score, report.baselines if writes else {}, True)
+        return Result(self.run, self.step, self.elapsed, score, report.baselines if log else {}, True)
 
     def _steps(self, log: MetricsLog | None, report: Report, stop: threading.Event) -> bool:
         """Train until the end (True) or until asked to stop (False)."""
@@ -250,7 +250,7 @@ class _Training:
         )
 
     def _middle(self, log: MetricsLog | None, report: Report, bar: Any) -> None:
-        self.engine.check_finite()
+        self.engine.check_weights()
         score = self._evaluate(self.source.held_out(self.config.train.eval_bytes))
         self._sample()
         if log:

@@ -25,7 +25,7 @@ from nestopt.train.data.windows import Windows
 from nestopt.train.engines import alike
 from nestopt.train.objective import Objective
 
-RANK = os.environ["RANK"]
+RANK = os.environ.get("RANK")
 WHERE = {
     "step": (Objective, "forward"),
     "optimizer": (Sharded, "step"),

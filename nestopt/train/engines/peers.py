@@ -128,6 +128,9 @@ class Watch:
         self._left.set()
         if self.joined:
             self._send({"left": True})
+            if self.rank:
+                with contextlib.suppress(OSError):
+                    self._others[0].shutdown(socket.SHUT_RDWR)
 
     def blamed(self, error: BaseException) -> str | None:
         """Return what failed elsewhere where that is why a call of torch's here has failed, else None."""
@@ -150,12 +153,12 @@ class Watch:
 
     def _serve(self, listener: socket.socket, token: str) -> None:
         """Hear all others, and pass on to all of them what fails."""
-        with selectors.DefaultSelector() as selector:
+        with selectors.DefaultSelector() as selector, listener:
             selector.register(listener, selectors.EVENT_READ)
             pending: dict[socket.socket, bytes] = {}
             ranks: dict[socket.socket, int] = {}
-            while True:
-                for key, _ in selector.select():
+            while not self._left.is_set() or self._others:
+                for key, _ in selector.select(1.0):
                     if key.fileobj is listener:
                         connection, _ = listener.accept()
                         pending[connection] = b""
@@ -273,7 +276,7 @@ def _received(connection: socket.socket, pending: bytes) -> tuple[list[dict[str,
     try:
         more = connection.recv(1 << 16)
         *lines, rest = (pending + more).split(b"\n")
-        return [json.loads(line) for line in lines], rest, not more
+        return [found for line in lines if isinstance(found := json.loads(line), dict)], rest, not more
     except (OSError, ValueError):
         return [], b"", True
 

@@ -55,18 +55,18 @@ class Job:
         with open(self.said, "w") as said:
             begun = [subprocess.Popen(c, env=e, stdout=said, stderr=subprocess.STDOUT) for c, e in starts]
         try:
-            deadline = time.monotonic() + 120
-            while (failed := self._failed_at()) is None and not all(p.poll() is not None for p in begun):
+            deadline, first = time.monotonic() + 120, None
+            while any(process.poll() is None for process in begun):
                 assert time.monotonic() < deadline, self.text
                 time.sleep(0.02)
-            while any(p.poll() is None for p in begun):
-                assert time.monotonic() < deadline, self.text
-                time.sleep(0.02)
+                if first is None and any(process.poll() is not None for process in begun):
+                    first = time.time()
+            last = time.time()
         finally:
             for process in begun:
                 process.kill()
                 process.wait()
-        self.seconds = time.time() - (failed or time.time())
+        self.seconds = last - (self._failed_at() or first or last)
         self.status = [process.returncode for process in begun]
 
     def _failed_at(self) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -40,16 +41,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except (ConfigError, CorpusError, CheckpointError, MissingExtra) as error:
         print(f"nestopt: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        status = EXIT_USAGE
     except TrainingError as error:
         print(f"nestopt: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        status = EXIT_FAILED
     except OSError as error:  # a full disk, a folder that can't be written
         text = f"{error.filename}: {error.strerror}" if error.filename is not None else error
         print(f"nestopt: {text}", file=sys.stderr)
-        return EXIT_USAGE
+        status = EXIT_USAGE
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        status = EXIT_INTERRUPTED
+    except Exception:
+        if not _one_of_several(args):
+            raise
+        sys.excepthook(*sys.exc_info())
+        status = EXIT_FAILED
+    if _one_of_several(args):  # torch's threads, in collectives that have failed, abort in the interpreter's own end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _one_of_several(args: argparse.Namespace) -> bool:
+    return hasattr(args, "watch") and args.watch.joined
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -222,7 +237,7 @@ def _like(path: str) -> Config | None:
 def _train(args: argparse.Namespace) -> int:
     from nestopt.train.engines.peers import watching
 
-    with watching():
+    with watching() as args.watch:
         return _train_watched(args)
 
 

@@ -343,7 +343,7 @@ class _Training:
         )
 
     def _middle(self, log: MetricsLog | None, report: Report, bar: Any) -> float:
-        self.engine.check_finite()
+        self.engine.check_weights()
         score = self._evaluate(self.source.held_out(self.config.train.eval_bytes))
         if log:
             self._check_folder()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,15 @@ def net() -> Net:
     return Net()
 
 
+def frozen_net(pattern: str, moved: bool) -> Net:
+    """One whose weights of this pattern are not trained, and are elsewhere if `moved`: a checkpoint tells where."""
+    model = net()
+    for name, param in model.named_parameters():
+        if re.search(pattern, name):
+            param.requires_grad_(False).add_(0.5 if moved else 0.0)
+    return model
+
+
 def batch(step: int, rank: int, world: int, count: int = 8) -> Tensor:
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(17, (count, 5), generator=generator)
@@ -176,6 +186,7 @@ def initialized(
     saved: str | None = None,
     loaded: str | None = None,
     theirs: bool = False,
+    frozen: str | None = None,
     refuse: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
@@ -198,7 +209,7 @@ def initialized(
             for param, other in zip(model.parameters(), whole.parameters(), strict=True):
                 param.data.copy_(other.data)
     else:
-        model = net()
+        model = net() if frozen is None else frozen_net(frozen, moved=not loaded)
     if recompute:
         run = model.up.forward
         model.up.forward = lambda x: torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)  # type: ignore

@@ -110,6 +110,9 @@ LOOPS = [
 SPEC = {"level": "m3", "slow_period": 2, "dtype": "float32"}
 OPTIONS = {"lr": 0.05, "rest": {"stack": "adamw", "lr": 0.01}}
 
+FROZEN = ("norm", "embedding|up.weight", "^(?!head)")
+"""What is not trained: vectors, matrices, all but one layer."""
+
 REFUSED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "another optimizer": (
         "initialized",
@@ -239,6 +242,14 @@ def add_of_two(now: Together, text: str, out: Path) -> None:
         first, then = ({"zero_optimization": {"stage": stage, **sizes}} for stage in (save, load))
         now.add(("saved", save, load), "initialized", spec=SPEC, config=first, steps=3, saved=folder, **OPTIONS)
         now.add(("loaded", save, load), "initialized", spec=SPEC, config=then, steps=6, loaded=folder, **OPTIONS)
+    for pattern in FROZEN:
+        for save, load in ((3, 3), (3, 0), (0, 3), (2, 1)):
+            folder = str(out / f"frozen-{pattern[:4]}-{save}-{load}")
+            first, then = ({"zero_optimization": {"stage": stage, **sizes}} for stage in (save, load))
+            what = {"spec": SPEC, "frozen": pattern, **OPTIONS}
+            key = (pattern, save, load)
+            now.add(("frozen", "saved", *key), "initialized", config=first, steps=3, saved=folder, **what)
+            now.add(("frozen", "loaded", *key), "initialized", config=then, steps=6, loaded=folder, **what)
     for stage in range(4):
         given = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
         folder = str(out / f"theirs-{stage}")

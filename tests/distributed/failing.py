@@ -3,9 +3,12 @@
 What is given as `RANK:key=value` is given to that process only.
 """
 
+import dataclasses
 import os
 import signal
 import sys
+import time
+import types
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -13,10 +16,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 from nestopt import cli
+from nestopt.core.registry import registry
 from nestopt.optim.sharded.optimizer import Sharded
 from nestopt.train import loop
 from nestopt.train.checkpoints import file
+from nestopt.train.data.builtin import Files
 from nestopt.train.data.windows import Windows
+from nestopt.train.engines import alike
 from nestopt.train.objective import Objective
 
 RANK = os.environ.get("RANK", "0")
@@ -59,15 +65,31 @@ def arm(kind, where, calls):
         found = whole(*args, **kwargs)
         if count not in calls:
             return found
+        print(f"\nFAULT AT {time.time()}", file=sys.stderr, flush=True)
         return fault(kind, (args[0].lm, found) if kind in ("gradient", "backward") else found)
 
     setattr(owner, name, failing)
+
+
+def differ(what):
+    """Let this process have another version of something, a plugin more, or another text."""
+    if what == "torch":
+        torch.__version__ = "2.9.0"
+    elif what == "nestopt":
+        alike.VERSION = "0.0.1"
+    elif what == "plugin":
+        registry.add(types.SimpleNamespace(), "failing")
+    elif what == "text":
+        whole = Files.load
+        Files.load = lambda self: dataclasses.replace(text := whole(self), train=text.train[::-1].copy())
 
 
 def main():
     kind, _, where = sys.argv[1].partition(":")
     if sys.argv[2] == RANK and where:
         arm(kind, where, {int(call) for call in sys.argv[3].split(",")})
+    elif sys.argv[2] == RANK and kind.startswith("differ-"):
+        differ(kind.removeprefix("differ-"))
     given = []
     for item in sys.argv[4:]:
         rank, colon, own = item.partition(":")

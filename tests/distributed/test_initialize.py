@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 import nestopt
-from tests.distributed.cases import batch, net
-from tests.distributed.conftest import LOOPS, OPTIONS, REFUSED, SPEC
+from tests.distributed.cases import batch, frozen_net, net
+from tests.distributed.conftest import FROZEN, LOOPS, OPTIONS, REFUSED, SPEC
 
 pytestmark = pytest.mark.distributed
 
 
-def alone(spec=SPEC, steps=4, clip=None, gamma=1.0, accumulate=1, **options):
+def alone(spec=SPEC, steps=4, clip=None, gamma=1.0, accumulate=1, model=None, **options):
     """The losses of a plain loop in one process."""
     options = {**OPTIONS, **options}
-    model = net()
+    model = model or net()
     optimizer = nestopt.optimizer(model, spec, **options)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
     losses = []
@@ -80,6 +80,15 @@ def test_what_one_stage_saved_another_loads(ends, save, load):
     assert ends["saved", save, load]["gave"]["losses"] == pytest.approx(whole[:3], rel=1e-5)
     assert ends["loaded", save, load]["gave"]["losses"] == pytest.approx(whole[3:], rel=1e-5)
     assert ends["loaded", save, load]["gave"]["steps"] == [6]
+
+
+@pytest.mark.parametrize(("save", "load"), [(3, 3), (3, 0), (0, 3), (2, 1)])
+@pytest.mark.parametrize("pattern", FROZEN)
+def test_weights_that_are_not_trained_are_saved_and_loaded_too(ends, pattern, save, load):
+    whole = alone(steps=6, model=frozen_net(pattern, moved=True))
+    assert whole != pytest.approx(alone(steps=6, model=frozen_net(pattern, moved=False)), rel=1e-3)
+    assert ends["frozen", "saved", pattern, save, load]["gave"]["losses"] == pytest.approx(whole[:3], rel=1e-5)
+    assert ends["frozen", "loaded", pattern, save, load]["gave"]["losses"] == pytest.approx(whole[3:], rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -152,6 +152,8 @@ class Engine:
         Raises:
             TrainingError: they were not, and are not to be skipped, or too often; says where.
         """
+        if not self.finite.noted:
+            return True
         found = self.finite.take()
         if not self.any(found is not None):
             self.skipped[1] = 0

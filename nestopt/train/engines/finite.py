@@ -40,6 +40,11 @@ class Finite:
         self._names.append((self.step, what))
         self._flags.append(is_finite(tensor))
 
+    @property
+    def noted(self) -> bool:
+        """Whether there are notes that nobody has asked for."""
+        return bool(self._names)
+
     def end_step(self) -> None:
         """Keep what the step has noted in one tensor, where it is not asked for at once."""
         if len(self._flags) > 1:
@@ -50,8 +55,6 @@ class Finite:
         self.end_step()
         flags, names = self._flags, self._names
         self._flags, self._names = [], []
-        if not flags:
-            return None
         with by_contract("finite"):
             known: list[bool] = flags[0].reshape(-1).tolist()
         return next((name for name, finite in zip(names, known, strict=True) if not finite), None)

@@ -105,9 +105,9 @@ class Watch:
         self._store.set(f"{key}/{self.rank}", json.dumps(facts))
         if self.rank == 0:
             found = [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.world)]
-            self._store.set(key, json.dumps(_differences(found)))
-        if differences := json.loads(self._store.get(key)):
-            raise ConfigError.of([ConfigError(problem, path) for path, problem in differences])
+            self._store.set(key, json.dumps(differences(found)))
+        if found := json.loads(self._store.get(key)):
+            raise ConfigError.of([ConfigError(problem, path) for path, problem in found])
 
     def fail(self, error: BaseException) -> None:
         """Tell the others that this process has failed, also before it has joined them."""
@@ -128,6 +128,9 @@ class Watch:
         self._left.set()
         if self.joined:
             self._send({"left": True})
+            if self.rank:
+                with contextlib.suppress(OSError):
+                    self._others[0].shutdown(socket.SHUT_RDWR)
 
     def blamed(self, error: BaseException) -> str | None:
         """Return what failed elsewhere where that is why a call of torch's here has failed, else None."""
@@ -150,12 +153,12 @@ class Watch:
 
     def _serve(self, listener: socket.socket, token: str) -> None:
         """Hear all others, and pass on to all of them what fails."""
-        with selectors.DefaultSelector() as selector:
+        with selectors.DefaultSelector() as selector, listener:
             selector.register(listener, selectors.EVENT_READ)
             pending: dict[socket.socket, bytes] = {}
             ranks: dict[socket.socket, int] = {}
-            while True:
-                for key, _ in selector.select():
+            while not self._left.is_set() or self._others:
+                for key, _ in selector.select(1.0):
                     if key.fileobj is listener:
                         connection, _ = listener.accept()
                         pending[connection] = b""
@@ -273,24 +276,26 @@ def _received(connection: socket.socket, pending: bytes) -> tuple[list[dict[str,
     try:
         more = connection.recv(1 << 16)
         *lines, rest = (pending + more).split(b"\n")
-        return [json.loads(line) for line in lines], rest, not more
+        return [found for line in lines if isinstance(found := json.loads(line), dict)], rest, not more
     except (OSError, ValueError):
         return [], b"", True
 
 
-def _differences(found: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def differences(found: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Return the keys whose values are not the same in all processes, each with who has what."""
-    differences = []
+    names = []
     for key in dict.fromkeys(key for facts in found for key in facts):
         having: dict[str, list[int]] = {}
         for rank, facts in enumerate(found):
-            having.setdefault(show(facts[key]) if key in facts else "nothing", []).append(rank)
-        if any(facts.get(key) != found[0].get(key) or (key in facts) != (key in found[0]) for facts in found):
+            having.setdefault(json.dumps(facts[key]) if key in facts else "", []).append(rank)
+        if len(having) > 1:
             said = ", ".join(
-                f"{processes(ranks)} {'has' if len(ranks) == 1 else 'have'} {v}" for v, ranks in having.items()
+                f"{processes(ranks)} {'has' if len(ranks) == 1 else 'have'} "
+                + (show(json.loads(value)) if value else "nothing")
+                for value, ranks in having.items()
             )
-            differences.append((key, f"{said}; start all processes with the same"))
-    return differences
+            names.append((key, f"{said}; start all processes with the same"))
+    return names
 
 
 def processes(ranks: list[int]) -> str:

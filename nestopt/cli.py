@@ -11,8 +11,7 @@ from pathlib import Path
 
 from nestopt.config import Config, ConfigError, load
 from nestopt.config.files import write
-from nestopt.config.load import default
-from nestopt.config.overrides import apply
+from nestopt.config.load import load_saved
 from nestopt.core.part import nearest
 from nestopt.core.precision import PRECISIONS
 from nestopt.core.registry import KINDS, registry
@@ -180,9 +179,9 @@ def _config(given: Sequence[str], base: Config | None = None) -> Config:
         if not isinstance(loaded, Config):
             raise ConfigError(f"{files[0]} is a stack; put it under optimizer: stack: to train with it")
         return loaded
-    if base is None:
-        return default(overrides)
-    return Config.from_data(apply(base.to_data(), overrides))
+    found = load({} if base is None else base.to_data(), overrides)
+    assert isinstance(found, Config)
+    return found
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -294,7 +293,7 @@ def _describe(args: argparse.Namespace) -> int:
     from nestopt.train.run import Run, build_model
 
     path = Path(args.path)
-    loaded = load(Run.open(path).config_file if path.is_dir() else path, args.given)
+    loaded = load_saved(Run.open(path).config_file, args.given) if path.is_dir() else load(path, args.given)
     if isinstance(loaded, Config):
         model = build_model(loaded)
         found = describe(model, optimizer(model, loaded))

@@ -11,7 +11,8 @@ from nestopt.core.part import nearest
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
-_short.maxdict = _short.maxlist = _short.maxlevel = 8
+_short.maxdict = _short.maxlist = 8
+_short.maxlevel = 4  # deeper, what is shown would multiply
 
 
 class ConfigError(ValueError):
@@ -74,7 +75,10 @@ class ConfigError(ValueError):
 
 def show(value: object) -> str:
     """Return `value` for a message: its repr, cut where it is long."""
-    return _short.repr(value)
+    try:
+        return _short.repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number that is too long to show"
 
 
 def join(path: str, *keys: object) -> str:
@@ -148,11 +152,12 @@ def _allowed(kind: str, context: Mapping[str, Any], message: str, given: object)
         hint = nearest(given, re.findall(r"'([^']*)'", context["expected"])) if isinstance(given, str) else ""
         return f"give {context['expected']}{'.' + hint if hint else ''}"
     if kind.startswith(("greater_than", "less_than")):
-        (bound,) = context.values()
+        (given,) = context.values()
+        bound = f"{given:g}" if isinstance(given, float) else given
         return {
-            "greater_than": f"give more than {bound:g}",
-            "greater_than_equal": f"give {bound:g} or more",
-            "less_than": f"give less than {bound:g}",
-            "less_than_equal": f"give {bound:g} or less",
+            "greater_than": f"give more than {bound}",
+            "greater_than_equal": f"give {bound} or more",
+            "less_than": f"give less than {bound}",
+            "less_than_equal": f"give {bound} or less",
         }[kind]
     return message[:1].lower() + message[1:]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nestopt.config.errors import ConfigError
+from nestopt.config.errors import ConfigError, show
 from nestopt.config.files import write
-from nestopt.config.overrides import apply
+from nestopt.config.overrides import apply, rivals
 from nestopt.config.schema import Config
 from nestopt.config.spec import build, to_spec
+from nestopt.config.values import check_size
 from nestopt.core import Level
 from nestopt.core.part import nearest
 
@@ -37,6 +37,7 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable
     0.5
     """
     data, name = (source, "") if isinstance(source, Mapping) else (_read(Path(source)), str(source))
+    check_size(data)
     data = apply({} if data is None else data, overrides, complete=_complete)
     if isinstance(data, str | list) or (isinstance(data, Mapping) and "level" in data):
         try:
@@ -46,16 +47,19 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable
     return Config.from_data(data, name)
 
 
-def default(overrides: Iterable[str] = ()) -> Config:
-    """Return the configuration of the run that `nestopt train` starts when it is given none.
+def load_saved(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
+    """Load the configuration that a run was saved with.
 
-    Args:
-        overrides: as of `load`.
+    As `load`, but a key beside another that stands in its place, which older versions let be, is left out.
+
+    Raises:
+        ConfigError: as `load`; for a stack, too.
     """
-    with importlib.resources.as_file(importlib.resources.files("nestopt.config") / "default.yaml") as path:
-        found = load(path, overrides)
-    assert isinstance(found, Config)
-    return found
+    data, name = _read(Path(path)), str(path)
+    for _, section, key, other, nothing in rivals(data):
+        if section.get(other, nothing) != nothing:
+            section.pop(key, None)
+    return Config.from_data(apply({} if data is None else data, overrides, complete=_complete), name)
 
 
 def save(what: Config | Level, path: str | os.PathLike[str]) -> None:
@@ -99,3 +103,8 @@ def _read(path: Path) -> Any:
         ) from None
     except IsADirectoryError:
         raise ConfigError(f"{str(path)!r} is a folder; give a YAML file", value=str(path)) from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        problem = getattr(error, "strerror", None) or error  # a ValueError: NUL in a path
+        raise ConfigError(f"{show(str(path))} can't be read: {problem}", value=str(path)) from None

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from torch import Tensor
 
 from nestopt.config.errors import ConfigError, join, show
-from nestopt.config.values import convert, number
+from nestopt.config.values import check_size, convert, number
 from nestopt.core import Gate, Heads, Level, Part, UnknownName, chain, registry
 from nestopt.core.part import FieldError, is_subclass
 from nestopt.core.registry import KINDS, base_of
@@ -49,6 +49,8 @@ def build(kind: str, spec: object, path: str = "") -> Part:
     Momentum(period=16, beta=0.5, dampening=0.0, nesterov=False, undamped_start=False)
     """
     base = base_of(kind)
+    if not path:
+        check_size(spec)
     if isinstance(spec, Part):
         if isinstance(spec, base):
             return spec

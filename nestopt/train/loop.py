@@ -30,7 +30,7 @@ from nestopt.train.objective import Objective
 from nestopt.train.report.metrics import MetricsLog
 from nestopt.train.report.report import Report
 from nestopt.train.rng import random_state, restore_random_state
-from nestopt.train.run import Run, build_model
+from nestopt.train.run import Run, build_model, check_batch
 from nestopt.train.schedule import factor
 
 with extra("train"):
@@ -50,6 +50,7 @@ class Result:
         bits_per_byte: on the held-out text, or None where the run was interrupted.
         baselines: those of simple models on the same text; in the first process only.
         finished: False if it was interrupted (its checkpoint is saved, and `train(resume=…)` goes on).
+        ended: what ended it: its steps, its time or a signal.
     """
 
     run: Run
@@ -58,6 +59,7 @@ class Result:
     bits_per_byte: float | None
     baselines: dict[str, float]
     finished: bool
+    ended: str
 
 
 def train(config: Config | None = None, *, resume: str | Path | None = None, quiet: bool = False) -> Result:
@@ -88,6 +90,7 @@ def train(config: Config | None = None, *, resume: str | Path | None = None, qui
 class _Training:
     def __init__(self, config: Config, engine: engines.Engine, run: Run | None, quiet: bool) -> None:
         self.config, self.engine, self.quiet = config, engine, quiet or engine.rank != 0
+        check_batch(config, engine.world, engine.device)
         found = engine.gathered(sources.documents(config) if engine.rank == 0 else None)
         self.source = sources.make(config, engine.rank, engine.world, found[0])
         self.held_out = self.source.held_out(config.train.final_bytes)
@@ -126,8 +129,9 @@ class _Training:
             self._save()
             if log:
                 log.close()
-            report.interrupted(self.step)
-            return Result(self.run, self.step, self.elapsed, None, {}, False)
+            ended = f"{stop.name} at step {self.step:,}"
+            report.interrupted(ended)
+            return Result(self.run, self.step, self.elapsed, None, {}, False, ended)
         report.say(f"measuring on {self.held_out.bytes:,} held-out bytes …")
         score = self._evaluate(self.held_out)
         weights = self.engine.checkpoints.whole_weights(self.run.path)
@@ -137,11 +141,20 @@ class _Training:
             self.run.save_model(weights, {"step": self.step, "bits_per_byte": score})
             log.append({"step": self.step, "seconds": self.elapsed, "eval/bits_per_byte": score})
             log.close()
-            report.end(score, self.elapsed)
+            report.end(score, self.elapsed, self._ended())
         self.engine.wait()
-        return Result(self.run, self.step, self.elapsed, score, report.baselines if writes else {}, True)
+        baselines = report.baselines if writes else {}
+        return Result(self.run, self.step, self.elapsed, score, baselines, True, self._ended())
 
-    def _steps(self, log: MetricsLog | None, report: Report, stop: threading.Event) -> bool:
+    def _ended(self) -> str:
+        """Say what ended a run that was not interrupted."""
+        settings = self.config.train
+        if self.step >= settings.steps:
+            return f"its steps are done (train.steps={settings.steps})"
+        of = f"{self.step:,} of {settings.steps:,} steps"
+        return f"its time is over (train.seconds={settings.seconds:g}) after {of}; train.seconds=null sets no limit"
+
+    def _steps(self, log: MetricsLog | None, report: Report, stop: _Stop) -> bool:
         """Train until the end (True) or until asked to stop (False)."""
         settings = self.config.train
         bar = tqdm(total=settings.steps, initial=self.step, disable=self.quiet, unit="step", dynamic_ncols=True)
@@ -279,15 +292,22 @@ class _Training:
         restore_random_state(random)
 
 
+class _Stop(threading.Event):
+    """Whether to stop, and the name of the signal that asked for it."""
+
+    name = "a signal to another process"
+
+
 @contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
+def _stop_signal() -> Iterator[_Stop]:
     """Set by the first Ctrl-C or SIGTERM, so that a step is never cut in two; the second acts at once."""
-    stop = threading.Event()
+    stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def ask(number: int, frame: Any) -> None:
+        stop.name = signal.Signals(number).name
         stop.set()
         for n, before in old.items():
             signal.signal(n, before)

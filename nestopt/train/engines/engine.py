@@ -43,8 +43,8 @@ class Engine:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.device = _device(config.train.device)
-        if config.train.threads:
-            torch.set_num_threads(config.train.threads)
+        if threads := config.threads:
+            torch.set_num_threads(threads)
         self._check_dtype()
         check_precision(config, self.device)
 

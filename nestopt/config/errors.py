@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from nestopt.core.part import nearest
 
-_short = reprlib.Repr()
+
+class _Repr(reprlib.Repr):
+    """As Python writes a value, but for what YAML has other words for."""
+
+    def repr_NoneType(self, value: None, level: int) -> str:
+        return "null"
+
+    def repr_bool(self, value: bool, level: int) -> str:
+        return "true" if value else "false"
+
+
+_short = _Repr()
 _short.maxstring = _short.maxother = 80
 _short.maxdict = _short.maxlist = 8
 _short.maxlevel = 4  # deeper, what is shown would multiply
@@ -62,12 +73,20 @@ class ConfigError(ValueError):
             join(path, key), value, f"{owner} has no key {str(key)!r}.{hint} Its keys: {', '.join(allowed)}"
         )
 
+    def said_in(self, source: Callable[[ConfigError], str]) -> ConfigError:
+        """Return this error with the source of each problem that has none."""
+        found = [ConfigError(e.problem, e.path, e.value, e.source or source(e)) for e in self.errors]
+        sources = {e.source for e in found}
+        if len(sources) > 1:
+            return ConfigError.of(found)
+        return ConfigError.of([ConfigError(e.problem, e.path, e.value) for e in found], sources.pop())
+
     def under(self, path: str, source: str = "") -> ConfigError:
         """Return this error for a configuration that stands at `path` of a larger one."""
         return ConfigError.of([ConfigError(e.problem, join(path, e.path), e.value) for e in self.errors], source)
 
     def __str__(self) -> str:
-        lines = [f"{e.path}: {e.problem}" if e.path else e.problem for e in self.errors]
+        lines = [": ".join(filter(None, [e.source if e is not self else "", e.path, e.problem])) for e in self.errors]
         if not self.source:
             return "\n".join(lines)
         return "\n  ".join([f"{self.source}:", *lines]) if len(lines) > 1 else f"{self.source}: {lines[0]}"

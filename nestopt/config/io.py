@@ -78,16 +78,16 @@ def parse(text: str, source: str = "") -> Any:
         check_size(data)
         return data
     except RecursionError:
-        raise ConfigError(f"{source or 'YAML'}: nested more than {DEPTH} deep", value=text) from None
+        raise ConfigError(f"nested more than {DEPTH} deep", value=text, source=source or "YAML") from None
     except ConfigError as error:
         raise error.under("", source or "YAML") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         context = f" {error.context}" if error.context else ""
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{source or 'YAML'}{line}: {error.problem}{context}", value=text) from None
+        raise ConfigError(f"{error.problem}{context}", value=text, source=f"{source or 'YAML'}{line}") from None
     except (yaml.YAMLError, ValueError) as error:  # a character, or a date, that can't be
-        raise ConfigError(f"{source or 'YAML'}: {error}", value=text) from None
+        raise ConfigError(str(error), value=text, source=source or "YAML") from None
 
 
 def read(path: str | os.PathLike[str]) -> Any:
@@ -96,7 +96,9 @@ def read(path: str | os.PathLike[str]) -> Any:
         with open(path, encoding="utf-8") as file:
             text = file.read(LONGEST + 1)  # a device may go on for ever
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})", value=str(path)) from None
+        raise ConfigError(
+            f"not UTF-8 text ({error.reason} at byte {error.start})", value=str(path), source=str(path)
+        ) from None
     return parse(text, str(path))
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from nestopt.config.errors import ConfigError, show
-from nestopt.config.files import write
+from nestopt.config.files import nearest_file, write
 from nestopt.config.overrides import apply, rivals
 from nestopt.config.schema import Config
 from nestopt.config.spec import build, to_spec
 from nestopt.config.values import check_size
 from nestopt.core import Level
-from nestopt.core.part import nearest
 
 
 def load(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable[str] = ()) -> Config | Level:
@@ -38,13 +37,15 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable
     """
     data, name = (source, "") if isinstance(source, Mapping) else (_read(Path(source)), str(source))
     check_size(data)
+    overrides = [overrides] if isinstance(overrides, str) else list(overrides)
     data = apply({} if data is None else data, overrides, complete=_complete)
-    if isinstance(data, str | list) or (isinstance(data, Mapping) and "level" in data):
-        try:
+    try:
+        if isinstance(data, str | list) or (isinstance(data, Mapping) and "level" in data):
             return build("level", data)
-        except ConfigError as error:
-            raise error.under("", name) from None
-    return Config.from_data(data, name)
+        return Config.from_data(data)
+    except ConfigError as error:
+        keys = [override.partition("=")[0].strip() for override in overrides]
+        raise error.said_in(lambda e: "" if any(_is_below(e.path, key) for key in keys) else name) from None
 
 
 def load_saved(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
@@ -72,9 +73,12 @@ def save(what: Config | Level, path: str | os.PathLike[str]) -> None:
     write(what.to_yaml() if isinstance(what, Config) else dump(to_spec(what)), path)
 
 
+_YAML = (".yaml", ".yml")
+
+
 def names_file(spec: object) -> bool:
     """Return whether a spec is the path of a file: a path object, or a string that ends in `.yaml` or `.yml`."""
-    return isinstance(spec, os.PathLike) or (isinstance(spec, str) and Path(spec).suffix in (".yaml", ".yml"))
+    return isinstance(spec, os.PathLike) or (isinstance(spec, str) and Path(spec).suffix in _YAML)
 
 
 def _complete(data: Any) -> Any:
@@ -85,6 +89,11 @@ def _complete(data: Any) -> Any:
         return Config().to_data()
 
 
+def _is_below(path: str, key: str) -> bool:
+    """Return whether a problem at `path` is one of what an override has put at `key`."""
+    return path == key or path.startswith((f"{key}.", f"{key}["))
+
+
 def _read(path: Path) -> Any:
     from nestopt.config.io import read
 
@@ -92,15 +101,12 @@ def _read(path: Path) -> Any:
         return read(path)
     except FileNotFoundError:
         folder = path.parent
-        there = [p.name for p in folder.iterdir() if p.is_file()] if folder.is_dir() else None
         where = (
-            f"the folder {str(folder)!r} does not exist"
-            if there is None
-            else f"it is not in {str(folder.absolute())!r}"
+            f"it is not in {str(folder.absolute())!r}"
+            if folder.is_dir()
+            else f"the folder {str(folder)!r} does not exist"
         )
-        raise ConfigError(
-            f"no file {str(path)!r}: {where}.{nearest(path.name, there or [])}", value=str(path)
-        ) from None
+        raise ConfigError(f"no file {str(path)!r}: {where}.{nearest_file(path, _YAML)}", value=str(path)) from None
     except IsADirectoryError:
         raise ConfigError(f"{str(path)!r} is a folder; give a YAML file", value=str(path)) from None
     except (OSError, ValueError) as error:

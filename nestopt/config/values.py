@@ -49,6 +49,8 @@ Finite = Annotated[float, AllowInfNan(False), no_bool("give a number")]
 
 def _can_be_path(value: str) -> str:
     """Refuse what no file system takes."""
+    if not value:
+        raise ValueError("give a path")
     if "\0" in value:
         raise ValueError("give a path without NUL")
     if len(os.fsencode(value)) > 4095 or any(len(os.fsencode(part)) > 255 for part in Path(value).parts):

@@ -51,8 +51,8 @@ class Run:
         run = cls(Path(path))
         if not os.path.isfile(run.config_file):  # a Path raises where a name is too long
             parent = run.path.parent
-            others = [str(parent / child.name) for child in parent.iterdir()] if os.path.isdir(parent) else []
-            raise ConfigError(f"{run.path} is not a run: it has no config.yaml.{nearest(str(run.path), others)}")
+            others = [child.parent.name for child in parent.glob("*/config.yaml")] if os.path.isdir(parent) else []
+            raise ConfigError(f"{run.path} is not a run: it has no config.yaml.{nearest(run.path.name, others)}")
         return run
 
     @property

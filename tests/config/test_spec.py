@@ -271,7 +271,7 @@ def test_an_unknown_key_at_any_depth(spec: Any, path: str) -> None:
         ("coefficients", [1, "b", 2], "coefficients", "give"),
         ("scale", "orignal", "scale", "or 'spectral_unclamped'. Did you mean 'original'?"),
         ("dtype", 32, "dtype", "give text"),
-        ("dtype", "floaty", "dtype", "give one of [None, 'bfloat16', 'float32', 'float64', 'float16']"),
+        ("dtype", "floaty", "dtype", "give one of [null, 'bfloat16', 'float32', 'float64', 'float16']"),
     ],
 )
 def test_a_value_that_is_not_allowed(field: str, value: Any, path: str, allowed: str) -> None:
@@ -291,8 +291,8 @@ def test_what_a_part_checks_itself_is_told_at_its_field() -> None:
 
 
 def test_bools_inside_lists_are_not_numbers() -> None:
-    refused({"level": "cms", "periods": [1, True]}, "optimizer.stack.periods[1]", "True", "give a whole number")
-    refused({"level": "cms", "weights": [True, 1]}, "optimizer.stack.weights[0]", "True", "give a number")
+    refused({"level": "cms", "periods": [1, True]}, "optimizer.stack.periods[1]", "true", "give a whole number")
+    refused({"level": "cms", "weights": [True, 1]}, "optimizer.stack.weights[0]", "true", "give a number")
 
 
 @pytest.mark.parametrize(
@@ -431,7 +431,7 @@ def test_errors_in_a_plugin_level() -> None:
     refused({"level": "exotic", "stores": ["mlp", "adam"]}, "optimizer.stack.stores[1]", "no memory is called 'adam'")
     refused({"level": "exotic", "named": ["mlp"]}, "optimizer.stack.named", "give a list or a mapping")
     refused({"level": "exotic", "share": 2}, "optimizer.stack.share", "2 is not allowed; give 1 or less")
-    refused({"level": "exotic", "mode": True}, "optimizer.stack.mode", "True", "give one of 0, 1")
+    refused({"level": "exotic", "mode": True}, "optimizer.stack.mode", "true", "give one of 0, 1")
     refused({"level": "exotic", "size": "al"}, "optimizer.stack.size", "give a whole number; or give 'all'", "'all'?")
     refused({"level": "exotic", "pair": [1]}, "optimizer.stack.pair", "give a list of 2")
     refused({"level": "exotic", "shares": {"a": "b"}}, "optimizer.stack.shares.a", "give a number")

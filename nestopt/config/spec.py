@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import numbers
+import re
 import types
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, overload
@@ -111,9 +112,16 @@ def _make(cls: type[Part], fields: dict[str, Any], path: str) -> Part:
     try:
         return cls(**fields)
     except FieldError as error:
-        raise ConfigError(f"{show(error.value)} {error.problem}", join(path, error.key), error.value) from error
+        raise ConfigError(
+            f"{show(error.value)} {_as_yaml(error.problem)}", join(path, error.key), error.value
+        ) from error
     except (ValueError, TypeError) as error:
-        raise ConfigError(str(error), path, fields) from error
+        raise ConfigError(_as_yaml(str(error)), path, fields) from error
+
+
+def _as_yaml(text: str) -> str:
+    """Return what a level says to those who write Python as those who write YAML would have it."""
+    return re.sub(r"\bNone\b", "null", text)
 
 
 def _field(hint: Any, value: object, path: str) -> Any:

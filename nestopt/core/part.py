@@ -217,8 +217,7 @@ class Part(metaclass=_PartType):
         value, allowed = getattr(self, key), list(allowed)
         if value not in allowed:
             hint = nearest(value, [a for a in allowed if isinstance(a, str)]) if isinstance(value, str) else ""
-            shown = ", ".join("null" if a is None else repr(a) for a in allowed)
-            raise FieldError(self.label, key, value, f"is not allowed; give one of [{shown}].{hint}")
+            raise FieldError(self.label, key, value, f"is not allowed; give one of {allowed}.{hint}")
 
 
 def _none_is(cls: type) -> None:

@@ -11,13 +11,10 @@ from nestopt.core.part import nearest
 
 
 class _Repr(reprlib.Repr):
-    """As Python writes a value, but for what YAML has other words for."""
+    """As Python writes a value, but for nothing, which those who write YAML call null."""
 
     def repr_NoneType(self, value: None, level: int) -> str:
         return "null"
-
-    def repr_bool(self, value: bool, level: int) -> str:
-        return "true" if value else "false"
 
 
 _short = _Repr()

@@ -291,8 +291,8 @@ def test_what_a_part_checks_itself_is_told_at_its_field() -> None:
 
 
 def test_bools_inside_lists_are_not_numbers() -> None:
-    refused({"level": "cms", "periods": [1, True]}, "optimizer.stack.periods[1]", "true", "give a whole number")
-    refused({"level": "cms", "weights": [True, 1]}, "optimizer.stack.weights[0]", "true", "give a number")
+    refused({"level": "cms", "periods": [1, True]}, "optimizer.stack.periods[1]", "True", "give a whole number")
+    refused({"level": "cms", "weights": [True, 1]}, "optimizer.stack.weights[0]", "True", "give a number")
 
 
 @pytest.mark.parametrize(
@@ -431,7 +431,7 @@ def test_errors_in_a_plugin_level() -> None:
     refused({"level": "exotic", "stores": ["mlp", "adam"]}, "optimizer.stack.stores[1]", "no memory is called 'adam'")
     refused({"level": "exotic", "named": ["mlp"]}, "optimizer.stack.named", "give a list or a mapping")
     refused({"level": "exotic", "share": 2}, "optimizer.stack.share", "2 is not allowed; give 1 or less")
-    refused({"level": "exotic", "mode": True}, "optimizer.stack.mode", "true", "give one of 0, 1")
+    refused({"level": "exotic", "mode": True}, "optimizer.stack.mode", "True", "give one of 0, 1")
     refused({"level": "exotic", "size": "al"}, "optimizer.stack.size", "give a whole number; or give 'all'", "'all'?")
     refused({"level": "exotic", "pair": [1]}, "optimizer.stack.pair", "give a list of 2")
     refused({"level": "exotic", "shares": {"a": "b"}}, "optimizer.stack.shares.a", "give a number")

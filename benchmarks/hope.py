@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from benchmarks.machine import describe
 from benchmarks.report import grid, write
 from benchmarks.timing import Call, Timing, interleave, ratio
-from nestopt.config import Config, ModelConfig
-from nestopt.config.load import default
+from nestopt.config import Config, ModelConfig, load
 from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.models import build_model
 from nestopt.optim import optimizer
@@ -141,7 +140,8 @@ def main(given: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything")
     args = parser.parse_args(given)
     torch.set_num_threads(1)
-    config = default(args.set)
+    config = load({}, args.set)
+    assert isinstance(config, Config)
     config.train.final_bytes, config.train.threads = args.bytes, 1
     rows = [row for row in variants(config) if not args.only or row.name in (TRANSFORMER, *args.only)]
     command = shlex.join(["python", "benchmarks/hope.py", *(sys.argv[1:] if given is None else given)])

@@ -61,7 +61,14 @@ FEW_TOKENS = 8
 
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "large": {**nestopt.config.sizes.named("transformer-340m"), "tie": False},
-    "small": {"dim": 64, "blocks": 2, "heads": 4, "mixer": "attention"},
+    "small": {
+        "dim": 64,
+        "blocks": 2,
+        "heads": 4,
+        "mixer": "attention",
+        "mlp": {"level": "cms", "periods": [1]},
+        "gate_output": False,
+    },
 }
 
 

@@ -1,4 +1,5 @@
 """The command line."""
+# PYTHON_ARGCOMPLETE_OK
 
 from __future__ import annotations
 
@@ -7,15 +8,17 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
+from nestopt import terminal
+from nestopt._version import VERSION
 from nestopt.config import Config, ConfigError, load
-from nestopt.config.load import default
-from nestopt.config.overrides import apply
+from nestopt.config.load import load_saved, names_file
+from nestopt.core import Level
 from nestopt.core.part import nearest
 from nestopt.core.precision import PRECISIONS
-from nestopt.core.registry import KINDS, registry
+from nestopt.core.registry import registry
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -27,12 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nestopt.train.errors import CheckpointError, CorpusError, MissingExtra, TrainingError
 
     parser = _parser()
+    terminal.complete(parser)
     args, more = parser.parse_known_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help()
+        return 0
     if more:  # key=value may come after options too, which argparse does not foresee
         if not hasattr(args, "given") or any(item.startswith("-") for item in more):
             parser.error(f"unknown: {' '.join(more)}")
         args.given += more
-    for option in args.plugin or []:
+    for option in (option for key, given in vars(args).items() if key.startswith("plugin ") for option in given):
         if not option.startswith("no:"):
             print(f"nestopt: -p {option} is not allowed; give no:NAME to switch a plugin off", file=sys.stderr)
             return EXIT_USAGE
@@ -71,43 +78,50 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nestopt", description="Nested learning: levels that are optimizers and layers."
     )
-    parser.add_argument("-p", dest="plugin", action="append", metavar="no:NAME", help="switch the plugin NAME off")
+    parser.add_argument("--version", action="version", version=f"nestopt {VERSION}")
+    terminal.add_plugin_switch(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher puts it there
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(metavar="COMMAND")
 
     _add_train(
-        commands.add_parser(
-            "train", help="train a language model (alone: on Python's standard library, about 4 minutes)"
+        terminal.add_command(
+            commands, "train", "train a language model (alone: on Python's standard library, about 4 minutes)"
         )
     )
-    _add_generate(commands.add_parser("generate", help="let a trained model write"))
-    _add_eval(commands.add_parser("eval", help="measure what a trained model does"))
+    _add_generate(terminal.add_command(commands, "generate", "let a trained model write"))
+    _add_eval(terminal.add_command(commands, "eval", "measure what a trained model does"))
 
-    describe = commands.add_parser("describe", help="the levels of a config or a run, in order")
-    describe.add_argument("path", metavar="CONFIG.yaml | RUN")
-    describe.add_argument("given", nargs="*", metavar="key=value")
+    describe = terminal.add_command(commands, "describe", "the levels of a config, a run or a level's name, in order")
+    terminal.completes(describe.add_argument("path", metavar="CONFIG.yaml | RUN | LEVEL"), terminal.level_names)
+    terminal.completes(
+        describe.add_argument("given", nargs="*", metavar="key=value"), terminal.config_keys, files=False
+    )
     describe.add_argument("--format", choices=["text", "mermaid", "svg"], default="text")
     describe.set_defaults(run=_describe)
 
     _add_plan(
-        commands.add_parser("plan", help="what a training step costs, per number of levels and period of the mlp")
+        terminal.add_command(commands, "plan", "what a training step costs, per number of levels and period of the mlp")
     )
-    levels = commands.add_parser("levels", help="the levels and parts that can be used by name")
-    levels.add_argument(
+    levels = terminal.add_command(commands, "levels", "the levels and parts that can be used by name")
+    pattern = levels.add_argument(
         "pattern", nargs="?", default="*", metavar="PATTERN", help='such as "*momentum*" (default: all)'
     )
-    levels.set_defaults(run=_levels)
-    plugins = commands.add_parser("plugins", help="the plugins that were found, and what is wrong with those skipped")
-    plugins.set_defaults(run=_plugins)
-    doctor = commands.add_parser("doctor", help="versions, devices, and what is missing")
+    terminal.completes(pattern, terminal.level_names, files=False)
+    levels.set_defaults(run=lambda args: terminal.show_levels(args.pattern))
+    plugins = terminal.add_command(
+        commands, "plugins", "the plugins that were found, and what is wrong with those skipped"
+    )
+    plugins.set_defaults(run=lambda args: terminal.show_plugins())
+    doctor = terminal.add_command(commands, "doctor", "versions, devices, and what is missing")
     doctor.set_defaults(run=_doctor)
     return parser
 
 
 def _add_train(train: argparse.ArgumentParser) -> None:
-    train.add_argument(
+    given = train.add_argument(
         "given", nargs="*", metavar="CONFIG.yaml | key=value", help="a config file, and values that go before it"
     )
+    terminal.completes(given, terminal.config_keys)
     train.add_argument("--data", metavar="PATH", help="train on this file or folder of text")
     train.add_argument("--out", metavar="FOLDER", help="where runs are kept (default: runs)")
     train.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
@@ -138,11 +152,15 @@ def _add_generate(generate: argparse.ArgumentParser) -> None:
         "--prompt", help="text to go on from (default: 'def '; none, after --prompt-file or --from-state)"
     )
     generate.add_argument("--prompt-file", metavar="FILE", help="read this document, of any length, before the prompt")
-    generate.add_argument("--length", type=int, default=400, help="tokens to add (default: 400)")
-    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest byte (default: 0.8)")
-    generate.add_argument("--top-k", type=int, help="choose among the k likeliest")
-    generate.add_argument("--top-p", type=float, help="choose among the fewest with this probability together")
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--length", type=terminal.whole(0), default=400, help="tokens to add (default: 400)")
+    generate.add_argument(
+        "--temperature", type=terminal.number(0), default=0.8, help="0: the likeliest byte (default: 0.8)"
+    )
+    generate.add_argument("--top-k", type=terminal.whole(1), help="choose among the k likeliest")
+    generate.add_argument(
+        "--top-p", type=terminal.number(0, 1, above=True), help="choose among the fewest with this probability together"
+    )
+    generate.add_argument("--seed", type=terminal.whole(0), default=0)
     generate.add_argument(
         "--learn",
         action=argparse.BooleanOptionalAction,
@@ -172,13 +190,15 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
 
 def _add_eval(measure: argparse.ArgumentParser) -> None:
     reports = measure.add_subparsers(required=True, metavar="REPORT")
-    forgetting = reports.add_parser(
-        "forgetting", help="what learning while reading gives, and how much is left after more text"
+    forgetting = terminal.add_command(
+        reports, "forgetting", "what learning while reading gives, and how much is left after more text"
     )
     forgetting.add_argument("path", metavar="RUN")
     forgetting.add_argument("--data", metavar="PATH", help="read this file or folder, not the run's held-out text")
-    forgetting.add_argument("--bytes", type=int, metavar="N", help="of each document (default: 512, or what there is)")
-    forgetting.add_argument("--documents", type=int, default=8, help="side by side (default: 8)")
+    forgetting.add_argument(
+        "--bytes", type=terminal.whole(1), metavar="N", help="of a document (default: 512, or what there is)"
+    )
+    forgetting.add_argument("--documents", type=terminal.whole(1), default=8, help="side by side (default: 8)")
     forgetting.add_argument("--out", metavar="FOLDER", help="for forgetting.png and forgetting.json (default: RUN)")
     _add_precision(forgetting)
     _add_trust(forgetting)
@@ -187,7 +207,8 @@ def _add_eval(measure: argparse.ArgumentParser) -> None:
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
-    plan.add_argument("given", nargs="*", metavar="CONFIG.yaml | key=value", help="a config file, and values")
+    given = plan.add_argument("given", nargs="*", metavar="CONFIG.yaml | key=value", help="a config file, and values")
+    terminal.completes(given, terminal.config_keys)
     plan.add_argument(
         "--periods", nargs="+", metavar="C,C", help="choices to compare, such as 16 16,64; static is one static mlp"
     )
@@ -218,20 +239,28 @@ def _config(given: Sequence[str], base: Config | None = None) -> Config:
     if len(files) > 1:
         raise ConfigError(f"give one config file, not {len(files)}: {', '.join(files)}")
     if files:
-        loaded = load(Path(files[0]), overrides)
+        loaded = _load(Path(files[0]), overrides)
         if not isinstance(loaded, Config):
             raise ConfigError(f"{files[0]} is a stack; put it under optimizer: stack: to train with it")
         return loaded
-    if base is None:
-        return default(overrides)
-    return Config.from_data(apply(base.to_data(), overrides))
+    found = _load({} if base is None else base.to_data(), overrides)
+    assert isinstance(found, Config)
+    return found
+
+
+def _load(source: Path | dict[str, Any], overrides: Sequence[str]) -> Config | Level:
+    """Load it, or say of what is wrong whether it is in the file or on the command line."""
+    try:
+        return load(source, overrides)
+    except ConfigError as error:
+        raise error.said_in(lambda _: "on the command line") from None
 
 
 def _like(path: str) -> Config | None:
     """Return the configuration of a new run with the model of the run at `path`; None where that is a file."""
     from nestopt.train.run import Run
 
-    return default().model_copy(update={"model": Run.open(path).config().model}) if Path(path).is_dir() else None
+    return Config().model_copy(update={"model": Run.open(path).config().model}) if Path(path).is_dir() else None
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -247,15 +276,15 @@ def _train_watched(args: argparse.Namespace) -> int:
     from nestopt.train.trust import check_trusted
 
     given = list(args.given)
-    if args.deepspeed:
+    if args.deepspeed is not None:
         from nestopt.train.engines.deepspeed_settings import read
 
         given += ["train.engine=deepspeed", f"train.deepspeed={json.dumps(read(args.deepspeed))}"]
-    given += [f"data.path={json.dumps(args.data)}"] if args.data else []
-    if args.resume:
+    given += [f"data.path={json.dumps(args.data)}"] if args.data is not None else []
+    if args.resume is not None:
         free = ("train.", "data.") if args.reset_data else ("train.",)
         fixed = [item for item in given if not item.startswith(free)]
-        if fixed or args.out:
+        if fixed or args.out is not None:
             what = ", ".join(fixed) or "--out"
             raise ConfigError(f"a resumed run has its config already; only train.* can be changed, not {what}")
         run = Run.open(args.resume)
@@ -263,8 +292,8 @@ def _train_watched(args: argparse.Namespace) -> int:
         if not args.trust:
             check_trusted(run.config(), run.path, given=config)
     else:
-        given += [f"train.out={json.dumps(args.out)}"] if args.out else []
-        config = _config(given, _like(args.init_from) if args.init_from else None)
+        given += [f"train.out={json.dumps(args.out)}"] if args.out is not None else []
+        config = _config(given, _like(args.init_from) if args.init_from is not None else None)
     result = train(config, resume=args.resume, init_from=args.init_from, reset_data=args.reset_data, quiet=args.quiet)
     finished = result.finished
     if finished and args.baseline:
@@ -294,7 +323,7 @@ def _generate(args: argparse.Namespace) -> int:
     writer = Writer(run.load_model(precision=args.precision), learn=True if args.learn else "mixer")
     prompt = args.prompt
     if prompt is None:
-        prompt = "" if args.prompt_file or args.from_state else "def "
+        prompt = "" if args.prompt_file is not None or args.from_state is not None else "def "
     generator = torch.Generator().manual_seed(args.seed)
     text = codec_of(run.config())
 
@@ -306,9 +335,9 @@ def _generate(args: argparse.Namespace) -> int:
         return chosen
 
     try:
-        if args.from_state:
+        if args.from_state is not None:
             writer.load(args.from_state)
-        if args.prompt_file:
+        if args.prompt_file is not None:
             writer.read(text.encode(_document(args.prompt_file)), quiet=not sys.stderr.isatty())
         writer.read(text.encode(prompt.encode()))
         print(prompt, end="", flush=True)
@@ -316,7 +345,7 @@ def _generate(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     print(text.end())
-    if args.state:
+    if args.state is not None:
         writer.save(args.state)
     return 0
 
@@ -341,7 +370,14 @@ def _describe(args: argparse.Namespace) -> int:
     from nestopt.train.run import Run, build_model
 
     path = Path(args.path)
-    loaded = load(Run.open(path).config_file if path.is_dir() else path, args.given)
+    if os.path.isdir(path):
+        loaded: Config | Level = load_saved(Run.open(path).config_file, args.given)
+    elif os.path.exists(path) or names_file(args.path) or os.sep in args.path:
+        loaded = _load(path, args.given)
+    elif args.path in terminal.level_names():
+        loaded = _load({"level": args.path}, args.given)
+    else:
+        raise ConfigError(f"no file, run or level is called {args.path!r}.{nearest(args.path, terminal.level_names())}")
     if isinstance(loaded, Config):
         model = build_model(loaded)
         found = describe(model, optimizer(model, loaded))
@@ -351,36 +387,6 @@ def _describe(args: argparse.Namespace) -> int:
     return 0
 
 
-def _levels(args: argparse.Namespace) -> int:
-    found = {kind: [name for name in registry.names(kind) if fnmatchcase(name, args.pattern)] for kind in KINDS}
-    if not any(found.values()):
-        hint = nearest(args.pattern, [name for kind in KINDS for name in registry.names(kind)])
-        raise ConfigError(f"nothing is called {args.pattern!r}.{hint}")
-    for kind, names in found.items():
-        if not names:
-            continue
-        print(f"{kind}:")
-        width = max(map(len, names))
-        for name in names:
-            owner = registry.owner(kind, name)
-            line = (registry.get(kind, name).__doc__ or "").strip().splitlines() or [""]
-            print(f"  {name:<{width}}  {line[0]}" + ("" if owner.startswith("nestopt") else f"  [plugin {owner}]"))
-    return 0
-
-
-def _plugins(args: argparse.Namespace) -> int:
-    broken = 0
-    for plugin in registry.plugins():
-        if plugin.error:
-            broken += 1
-            print(f"{plugin.name} ({plugin.source}): SKIPPED: {plugin.error}")
-        elif plugin.blocked:
-            print(f"{plugin.name} ({plugin.source}): switched off")
-        else:
-            print(f"{plugin.name} ({plugin.source}): {', '.join(f'{kind} {name}' for kind, name in plugin.provides)}")
-    return 1 if broken else 0
-
-
 _SCALE = ("gpus", "engine", "zero", "memory", "rates", "tflops", "bandwidth", "launch", "share", "tokens", "ranks")
 
 
@@ -388,7 +394,8 @@ def _plan(args: argparse.Namespace) -> int:
     from nestopt.train.planning import periods as plan
 
     config = _config(args.given)
-    asked = {name: getattr(args, name) for name in _SCALE if getattr(args, name) not in (None, False)}
+    # 0 is given, too; it is equal to False
+    asked = {name: value for name in _SCALE if (value := getattr(args, name)) is not None and value is not False}
     if asked:
         from nestopt.train.planning.command import answer
 

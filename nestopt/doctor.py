@@ -15,6 +15,7 @@ from nestopt.core.registry import registry
 NEEDED = ("torch", "numpy", "pluggy", "pydantic", "pyyaml")
 OPTIONAL = {
     **dict.fromkeys(("matplotlib", "safetensors", "tqdm"), "training and plots: pip install 'nestopt[train]'"),
+    **dict.fromkeys(("argcomplete", "rich"), "completion and tables in a terminal: pip install 'nestopt[cli]'"),
     "datasets": "documents, such as FineWeb-Edu: pip install 'nestopt[data]'",
     "deepspeed": "train.engine=deepspeed: pip install 'nestopt[deepspeed]'",
     "transformers": "Hugging Face models: pip install 'nestopt[hf]'",

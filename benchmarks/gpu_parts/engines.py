@@ -56,7 +56,15 @@ def _config(setting: Setting, dtype: str, seed: int = 0) -> Config:
     dim, blocks, window, vocab = size
     return Config.from_data(
         {
-            "model": {"mixer": "deltanet", "dim": dim, "blocks": blocks, "vocab": vocab, "tie": True},
+            "model": {
+                "mixer": "deltanet",
+                "mlp": {"level": "cms", "periods": [1]},
+                "gate_output": False,
+                "dim": dim,
+                "blocks": blocks,
+                "vocab": vocab,
+                "tie": True,
+            },
             "optimizer": {"stack": "muon"},
             "data": {"batch": 4, "window": window},
             "train": {"device": setting.device, "dtype": dtype, "seed": seed, **ENGINES[setting.part]},

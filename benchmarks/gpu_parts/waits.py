@@ -99,7 +99,8 @@ def _layer(setting: Setting, name: str, spec: Any, options: dict[str, Any]) -> R
 
 def _model(setting: Setting, name: str, section: dict[str, Any]) -> Row:
     """Training as the loop does it, in bfloat16, and reading on from a state."""
-    sizes = {"vocab": 97, "dim": 32, "blocks": 2, "heads": 2}
+    sizes: dict[str, Any] = {"vocab": 97, "dim": 32, "blocks": 2, "heads": 2}
+    sizes |= {"mlp": {"level": "cms", "periods": [1]}, "gate_output": False}
     model = _made(setting, lambda: nestopt.model({**sizes, **section})).to(torch.bfloat16)
     tokens = torch.randint(97, (2, 65), generator=generator(0)).to(setting.device)
 

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from nestopt.core.part import nearest
 
-_short = reprlib.Repr()
+
+class _Repr(reprlib.Repr):
+    """As Python writes a value, but for nothing, which those who write YAML call null."""
+
+    def repr_NoneType(self, value: None, level: int) -> str:
+        return "null"
+
+
+_short = _Repr()
 _short.maxstring = _short.maxother = 80
-_short.maxdict = _short.maxlist = _short.maxlevel = 8
+_short.maxdict = _short.maxlist = 8
+_short.maxlevel = 4  # deeper, what is shown would multiply
 
 
 class ConfigError(ValueError):
@@ -61,12 +70,20 @@ class ConfigError(ValueError):
             join(path, key), value, f"{owner} has no key {str(key)!r}.{hint} Its keys: {', '.join(allowed)}"
         )
 
+    def said_in(self, source: Callable[[ConfigError], str]) -> ConfigError:
+        """Return this error with the source of each problem that has none."""
+        found = [ConfigError(e.problem, e.path, e.value, e.source or source(e)) for e in self.errors]
+        sources = {e.source for e in found}
+        if len(sources) > 1:
+            return ConfigError.of(found)
+        return ConfigError.of([ConfigError(e.problem, e.path, e.value) for e in found], sources.pop())
+
     def under(self, path: str, source: str = "") -> ConfigError:
         """Return this error for a configuration that stands at `path` of a larger one."""
         return ConfigError.of([ConfigError(e.problem, join(path, e.path), e.value) for e in self.errors], source)
 
     def __str__(self) -> str:
-        lines = [f"{e.path}: {e.problem}" if e.path else e.problem for e in self.errors]
+        lines = [": ".join(filter(None, [e.source if e is not self else "", e.path, e.problem])) for e in self.errors]
         if not self.source:
             return "\n".join(lines)
         return "\n  ".join([f"{self.source}:", *lines]) if len(lines) > 1 else f"{self.source}: {lines[0]}"
@@ -74,7 +91,10 @@ class ConfigError(ValueError):
 
 def show(value: object) -> str:
     """Return `value` for a message: its repr, cut where it is long."""
-    return _short.repr(value)
+    try:
+        return _short.repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number that is too long to show"
 
 
 def join(path: str, *keys: object) -> str:
@@ -148,8 +168,8 @@ def _allowed(kind: str, context: Mapping[str, Any], message: str, given: object)
         hint = nearest(given, re.findall(r"'([^']*)'", context["expected"])) if isinstance(given, str) else ""
         return f"give {context['expected']}{'.' + hint if hint else ''}"
     if kind.startswith(("greater_than", "less_than")):
-        (bound,) = context.values()
-        bound = bound if isinstance(bound, int) else f"{bound:g}"
+        (given,) = context.values()
+        bound = f"{given:g}" if isinstance(given, float) else given
         return {
             "greater_than": f"give more than {bound}",
             "greater_than_equal": f"give {bound} or more",

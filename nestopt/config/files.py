@@ -7,9 +7,11 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from nestopt.core.part import nearest
 
 
 def write(text: str, path: str | os.PathLike[str]) -> None:
@@ -17,6 +19,16 @@ def write(text: str, path: str | os.PathLike[str]) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def nearest_file(path: Path, suffixes: Iterable[str]) -> str:
+    """Return ` Did you mean 'x.yaml'?` for the file beside `path` whose name is closest, or nothing."""
+    try:
+        there = [other.name for other in path.parent.iterdir() if other.suffix in suffixes]
+    except OSError:
+        return ""
+    # that both end in .yaml makes them no more alike
+    return nearest(path.name, [name for name in there if nearest(path.stem, [Path(name).stem])])
 
 
 @contextmanager

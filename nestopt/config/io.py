@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from nestopt.config.errors import ConfigError
+from nestopt.config.values import DEPTH, ITEMS, check_size
+
+LONGEST = 2**18
+"""Characters of a file."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, which YAML forbids and PyYAML lets pass."""
+    """Refuses a key that is given twice, which YAML forbids and PyYAML lets pass; and what PyYAML can't build."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception as error:  # of whatever kind: `!!float ''` is an IndexError
+            problem = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
+            if isinstance(error, ValueError):
+                problem += f" ({error})"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
+
+    def flatten_mapping(self, node: Any) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > ITEMS:  # merged mappings multiply
+            raise yaml.MarkedYAMLError(problem=f"more than {ITEMS:,} keys", problem_mark=node.start_mark)
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -53,22 +72,33 @@ _Dumper.add_representer(str, _text)
 def parse(text: str, source: str = "") -> Any:
     """Return the data that YAML `text` holds. Raises ConfigError with `source` and the line where it is not YAML."""
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader
+        if len(text) > LONGEST:
+            raise yaml.YAMLError(f"more than {LONGEST:,} characters")
+        data = yaml.load(text, _Loader)  # a SafeLoader
+        check_size(data)
+        return data
+    except RecursionError:
+        raise ConfigError(f"nested more than {DEPTH} deep", value=text, source=source or "YAML") from None
+    except ConfigError as error:
+        raise error.under("", source or "YAML") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         context = f" {error.context}" if error.context else ""
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{source or 'YAML'}{line}: {error.problem}{context}", value=text) from None
+        raise ConfigError(f"{error.problem}{context}", value=text, source=f"{source or 'YAML'}{line}") from None
     except (yaml.YAMLError, ValueError) as error:  # a character, or a date, that can't be
-        raise ConfigError(f"{source or 'YAML'}: {error}", value=text) from None
+        raise ConfigError(str(error), value=text, source=source or "YAML") from None
 
 
 def read(path: str | os.PathLike[str]) -> Any:
     """Return the data in a YAML file. Raises ConfigError where that is not YAML, OSError where it can't be read."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)  # a device may go on for ever
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})", value=str(path)) from None
+        raise ConfigError(
+            f"not UTF-8 text ({error.reason} at byte {error.start})", value=str(path), source=str(path)
+        ) from None
     return parse(text, str(path))
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nestopt.config.errors import ConfigError
-from nestopt.config.files import write
-from nestopt.config.overrides import apply
+from nestopt.config.errors import ConfigError, show
+from nestopt.config.files import nearest_file, write
+from nestopt.config.overrides import apply, rivals
 from nestopt.config.schema import Config
 from nestopt.config.spec import build, to_spec
+from nestopt.config.values import check_size
 from nestopt.core import Level
-from nestopt.core.part import nearest
 
 
 def load(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable[str] = ()) -> Config | Level:
@@ -37,25 +36,31 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable
     0.5
     """
     data, name = (source, "") if isinstance(source, Mapping) else (_read(Path(source)), str(source))
+    check_size(data)
+    overrides = [overrides] if isinstance(overrides, str) else list(overrides)
     data = apply({} if data is None else data, overrides, complete=_complete)
-    if isinstance(data, str | list) or (isinstance(data, Mapping) and "level" in data):
-        try:
+    try:
+        if isinstance(data, str | list) or (isinstance(data, Mapping) and "level" in data):
             return build("level", data)
-        except ConfigError as error:
-            raise error.under("", name) from None
-    return Config.from_data(data, name)
+        return Config.from_data(data)
+    except ConfigError as error:
+        keys = [override.partition("=")[0].strip() for override in overrides]
+        raise error.said_in(lambda e: "" if any(_is_below(e.path, key) for key in keys) else name) from None
 
 
-def default(overrides: Iterable[str] = ()) -> Config:
-    """Return the configuration of the run that `nestopt train` starts when it is given none.
+def load_saved(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
+    """Load the configuration that a run was saved with.
 
-    Args:
-        overrides: as of `load`.
+    As `load`, but a key beside another that stands in its place, which older versions let be, is left out.
+
+    Raises:
+        ConfigError: as `load`; for a stack, too.
     """
-    with importlib.resources.as_file(importlib.resources.files("nestopt.config") / "default.yaml") as path:
-        found = load(path, overrides)
-    assert isinstance(found, Config)
-    return found
+    data, name = _read(Path(path)), str(path)
+    for _, section, key, other, nothing in rivals(data):
+        if section.get(other, nothing) != nothing:
+            section.pop(key, None)
+    return Config.from_data(apply({} if data is None else data, overrides, complete=_complete), name)
 
 
 def save(what: Config | Level, path: str | os.PathLike[str]) -> None:
@@ -68,9 +73,12 @@ def save(what: Config | Level, path: str | os.PathLike[str]) -> None:
     write(what.to_yaml() if isinstance(what, Config) else dump(to_spec(what)), path)
 
 
+_YAML = (".yaml", ".yml")
+
+
 def names_file(spec: object) -> bool:
     """Return whether a spec is the path of a file: a path object, or a string that ends in `.yaml` or `.yml`."""
-    return isinstance(spec, os.PathLike) or (isinstance(spec, str) and Path(spec).suffix in (".yaml", ".yml"))
+    return isinstance(spec, os.PathLike) or (isinstance(spec, str) and Path(spec).suffix in _YAML)
 
 
 def _complete(data: Any) -> Any:
@@ -81,6 +89,11 @@ def _complete(data: Any) -> Any:
         return Config().to_data()
 
 
+def _is_below(path: str, key: str) -> bool:
+    """Return whether a problem at `path` is one of what an override has put at `key`."""
+    return path == key or path.startswith((f"{key}.", f"{key}["))
+
+
 def _read(path: Path) -> Any:
     from nestopt.config.io import read
 
@@ -88,14 +101,16 @@ def _read(path: Path) -> Any:
         return read(path)
     except FileNotFoundError:
         folder = path.parent
-        there = [p.name for p in folder.iterdir() if p.is_file()] if folder.is_dir() else None
         where = (
-            f"the folder {str(folder)!r} does not exist"
-            if there is None
-            else f"it is not in {str(folder.absolute())!r}"
+            f"it is not in {str(folder.absolute())!r}"
+            if folder.is_dir()
+            else f"the folder {str(folder)!r} does not exist"
         )
-        raise ConfigError(
-            f"no file {str(path)!r}: {where}.{nearest(path.name, there or [])}", value=str(path)
-        ) from None
+        raise ConfigError(f"no file {str(path)!r}: {where}.{nearest_file(path, _YAML)}", value=str(path)) from None
     except IsADirectoryError:
         raise ConfigError(f"{str(path)!r} is a folder; give a YAML file", value=str(path)) from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        problem = getattr(error, "strerror", None) or error  # a ValueError: NUL in a path
+        raise ConfigError(f"{show(str(path))} can't be read: {problem}", value=str(path)) from None

@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 from nestopt.config.errors import ConfigError, join, show
+from nestopt.config.schema import Config
+from nestopt.config.section import Section
 from nestopt.config.sizes import named
 from nestopt.config.spec import field_default, field_hints, kind_of, kind_of_items, to_spec
+from nestopt.config.values import DEPTH
 from nestopt.core import Part, UnknownName, registry
+from nestopt.core.part import is_subclass
 
 Key = str | int
 Complete = Callable[[Any], Any]
@@ -22,6 +26,9 @@ _STEP = re.compile(r"\[(\d+)\]|[^.\[\]]+")
 
 _KINDS = {"stack": "level", "mixer": "level", "mlp": "level", "rest": "level", "dataset": "dataset"}
 """The keys of the schema that hold parts. (What holds parts within a part, its class says.)"""
+
+_ITEMS = {"mixers": "level"}
+"""Those that hold lists of them."""
 
 _REST = ("stack", "lr")
 """Keys of the section `rest` even where that is written as a bare level, whose other keys are the level's."""
@@ -45,7 +52,8 @@ class _Place:
 def apply(data: Any, overrides: Iterable[str], complete: Complete | None = None) -> Any:
     """Return `data` with the `overrides`, such as `optimizer.stack[0].period=4`, in order; `data` is not changed.
 
-    Values are YAML. A part that is written as a bare name becomes a mapping where a key of it is set
+    Values are YAML. A key takes the place of one that would stand in its own (`model.mixer` of `model.mixers`), unless
+    both are overridden. A part that is written as a bare name becomes a mapping where a key of it is set
     (`optimizer.stack.beta=0.5` on `stack: momentum`), and a list of levels a chain; a part that is not written at all
     starts from its default. Keys may be new.
 
@@ -59,14 +67,30 @@ def apply(data: Any, overrides: Iterable[str], complete: Complete | None = None)
     """
     if isinstance(overrides, str):
         overrides = [overrides]
-    data = copy.deepcopy(data)
+    data, done = copy.deepcopy(data), set[str]()
     for override in overrides:
         keys, value = _split(override)
         bare = not isinstance(data, dict) or "level" in data
         root = _Place(kind="level" if bare else None)
         # lazily, and of the data as they are by now: few overrides reach into a default
         data = _put(data, root, keys, value, None if bare or complete is None else partial(complete, data))
+        done.add(here := join("", *keys))
+        for name, section, key, other, nothing in rivals(data):
+            ours, theirs = f"{name}.{key}", f"{name}.{other}"
+            if here == ours and theirs not in done:
+                section.pop(other, None)
+            elif here == theirs and value != nothing and ours not in done:
+                section.pop(key, None)
     return data
+
+
+def rivals(data: Any) -> Iterator[tuple[str, dict[str, Any], str, str, Any]]:
+    """Yield of a configuration the name of a section, the section, a key, another that stands in its place, and this
+    one's value where it does not.
+    """
+    for name, field in Config.model_fields.items() if isinstance(data, dict) else ():
+        if isinstance(section := data.get(name), dict) and is_subclass(cls := field.annotation, Section):
+            yield from ((name, section, key, other, nothing) for key, (other, nothing) in cls.rivals.items())
 
 
 def _split(override: str) -> tuple[list[Key], Any]:
@@ -76,6 +100,8 @@ def _split(override: str) -> tuple[list[Key], Any]:
         raise ConfigError.refuse("", override, "an override is KEY=VALUE, such as optimizer.lr=0.01")
     if not _PATH.fullmatch(name):
         raise ConfigError.refuse("", override, f"{name!r} is not a key; write it like optimizer.stack[0].period")
+    if name.count(".") + name.count("[") > DEPTH:
+        raise ConfigError.refuse("", override, f"it leads more than {DEPTH} deep")
     keys: list[Key] = [int(step[1]) if step[1] else step[0] for step in _STEP.finditer(name)]
     from nestopt.config.io import parse
 
@@ -141,7 +167,7 @@ def _below(place: _Place, key: str, cls: type[Part] | None) -> _Place:
     if cls is not None:
         hint = field_hints(cls).get(key)
         return place.at(key, kind_of(hint), kind_of_items(hint))
-    return place.at(key, place.items or _KINDS.get(key))
+    return place.at(key, place.items or _KINDS.get(key), _ITEMS.get(key))
 
 
 def _default(place: _Place, cls: type[Part] | None, complete: Callable[[], Any] | None) -> Any:
@@ -149,7 +175,8 @@ def _default(place: _Place, cls: type[Part] | None, complete: Callable[[], Any] 
     if cls is not None:
         default = field_default(cls, str(place.keys[-1])) if place.keys[-1] in field_hints(cls) else None
         return to_spec(default) if isinstance(default, Part) else {}
-    found = complete() if complete else {}
+    # of a section, only what is given is written, so that it can be told from defaults
+    found = complete() if complete and len(place.keys) > 1 else {}
     for key in place.keys:
         try:
             found = found[key]

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
-    ValidationError,
     field_validator,
     model_validator,
 )
 from typing_extensions import Self
 
-from nestopt.config.errors import ConfigError, join, translate
+from nestopt.config.errors import ConfigError, join
+from nestopt.config.patterns import check_pattern
+from nestopt.config.section import Section
 from nestopt.config.sizes import named
 from nestopt.config.spec import build, to_spec
-from nestopt.config.values import Bool, Finite, Whole, no_bool
+from nestopt.config.values import Bool, FilePath, Finite, Whole, check_size, no_bool
 from nestopt.core import Level, Part
 from nestopt.core.precision import Precision
 
@@ -35,60 +33,44 @@ def _spec(default: object) -> Any:
     return default
 
 
-class Section(BaseModel):
-    """A part of a configuration. Unknown keys are refused, and what is assigned is checked. Raises ConfigError."""
+_ATTENTION = {"level": "window_attention", "memory": {"memory": "window", "size": 128}}
+_HOPE = {"level": "self_modifying", "adaptive": ["k"], "keep": 0.99, "chunk": 16, "projection_chunk": 64}
 
-    model_config = ConfigDict(
-        extra="forbid", validate_assignment=True, validate_default=True, arbitrary_types_allowed=True
-    )
 
-    def __init__(self, **data: Any) -> None:
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise self._translate(error, data) from None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        before = self.__dict__.copy()
-        try:
-            super().__setattr__(name, value)
-        except ValidationError as error:
-            # pydantic has assigned it already where it is a check of several fields that fails
-            object.__setattr__(self, "__dict__", before)
-            raise self._translate(error, {name: value}) from None
-
-    @classmethod
-    def _translate(cls, error: ValidationError, data: dict[str, Any]) -> ConfigError:
-        found: list[ConfigError] = []
-        by_key: dict[str, list[Any]] = {}
-        for item in error.errors(include_url=False):
-            by_key.setdefault(str(item["loc"][0]) if item["loc"] else "", []).append(item)
-        for key, items in by_key.items():
-            if items[0]["type"] in ("extra_forbidden", "no_such_attribute"):
-                owner = cls.__name__.removesuffix("Config").lower() or "a configuration"
-                found.append(ConfigError.unknown_key("", key, items[0]["input"], owner, cls.model_fields))
-            elif items[0]["type"] == "missing":
-                found.append(ConfigError(f"missing; give {cls.model_fields[key].description}", key))
-            else:
-                found += translate([{**item, "loc": item["loc"][1:]} for item in items], key, data.get(key)).errors
-        return ConfigError.of(found)
+_NEAR = 10_000
 
 
 class ModelConfig(Section):
-    """The language model."""
+    """The language model: by default a small Hope, whose MLPs go on learning as it reads."""
 
-    mixer: LevelSpec = Field(default=_spec("attention"), description="what mixes tokens in each block: any level")
+    rivals: ClassVar[Mapping[str, tuple[str, Any]]] = {"mixer": ("mixers", [])}
+
+    mixer: LevelSpec = Field(
+        default=_spec("attention"),
+        description="what mixes tokens in each block: any level; given without `mixers`, all blocks have it",
+    )
     mixers: list[LevelSpec] = Field(
-        default=[], description="a mixer for each block, from the first on, again and again; empty: all have `mixer`"
+        default=_spec([_ATTENTION, _HOPE, _ATTENTION]),
+        description="a mixer for each block, from the first on, again and again; empty: all have `mixer`",
     )
     mlp: LevelSpec = Field(
-        default=_spec({"level": "cms", "periods": [1]}), description="what follows it, token by token: a cms"
+        default=_spec(
+            {
+                "level": "cms",
+                "periods": [32],
+                "learn": "context",
+                "teach": "loss",
+                "rate": 0.08,
+                "through": "first_order",
+            }
+        ),
+        description="what follows it, token by token: a cms",
     )
     dim: Whole = Field(default=128, gt=0, description="width: numbers per token")
-    blocks: Whole = Field(default=3, ge=1, description="how many blocks, each a mixer and an mlp")
+    blocks: Whole = Field(default=3, ge=1, le=1024, description="how many blocks, each a mixer and an mlp")
     heads: Whole = Field(default=4, ge=1, description="memories side by side in a mixer; must divide dim")
     conv: Whole = Field(default=4, ge=0, description="width of the causal depthwise convolution; 0 for none")
-    gate_output: Bool = Field(default=False, description="multiply each mixer's read by silu(W x)")
+    gate_output: Bool = Field(default=True, description="multiply each mixer's read by silu(W x)")
     vocab: Whole = Field(default=256, ge=1, description="how many different tokens; 256 for bytes")
     tie: Bool = Field(default=False, description="let the head have the embedding's weights")
     segment: Whole = Field(
@@ -102,9 +84,9 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _heads_divide_dim(self) -> Self:
         if self.dim % self.heads:
-            divisors = [n for n in range(1, self.dim + 1) if self.dim % n == 0]
-            below = max(n for n in divisors if n < self.heads)
-            above = [n for n in divisors if n > self.heads][:1]
+            top = min(self.heads - 1, self.dim)  # looked for near it only: of a large number that would take hours
+            below = next((n for n in range(top, max(0, top - _NEAR), -1) if self.dim % n == 0), 1)
+            above = [n for n in range(self.heads + 1, self.heads + _NEAR) if self.dim % n == 0][:1]
             near = " or ".join(str(n) for n in [below, *above])
             raise ConfigError.refuse("heads", self.heads, f"give a divisor of dim={self.dim}, such as {near}")
         return self
@@ -134,10 +116,7 @@ class GroupConfig(Section):
     @field_validator("match")
     @classmethod
     def _compiles(cls, match: str) -> str:
-        try:
-            re.compile(match)
-        except re.error as error:
-            raise ValueError(f"give a regular expression ({error})") from None
+        check_pattern(match)
         return match
 
 
@@ -188,24 +167,29 @@ class OptimizerConfig(Section):
 class DataConfig(Section):
     """The text."""
 
+    rivals: ClassVar[Mapping[str, tuple[str, Any]]] = {"dataset": ("path", None)}
+
     dataset: DatasetSpec | None = Field(default=_spec("stdlib"), description="the dataset, by name")
-    path: str | None = Field(default=None, description="own text: a file or a folder, in place of the dataset")
+    path: FilePath | None = Field(default=None, description="own text: a file or a folder, in place of the dataset")
     window: Whole = Field(default=128, ge=1, description="tokens per sequence")
     batch: Whole = Field(default=8, ge=1, description="sequences per step")
     workers: Whole = Field(
-        default=0, ge=0, description="processes that read and tokenize documents ahead; 0: the training process does it"
+        default=0,
+        ge=0,
+        le=1024,
+        description="processes that read and tokenize documents ahead; 0: the training process does it",
     )
 
 
 class TrainConfig(Section):
     """The run."""
 
-    steps: Whole = Field(default=1200, ge=1, description="optimizer steps")
+    steps: Whole = Field(default=2000, ge=1, description="optimizer steps")
     seconds: Finite | None = Field(
-        default=None,
+        default=180,
         gt=0,
         description="limit of the time in which it trains, without what it takes to measure, draw and save; the "
-        "schedule follows whichever of both is further",
+        "schedule follows whichever of both is further; null for none, as it is where only `steps` is given",
     )
     warmup: Finite = Field(default=0.02, ge=0, le=1, description="share of the run in which the learning rate rises")
     decay: Finite = Field(default=0.8, ge=0, le=1, description="share of the run, at its end, in which it falls to 0")
@@ -214,23 +198,23 @@ class TrainConfig(Section):
     )
     clip: Finite | None = Field(default=1.0, gt=0, description="largest norm of the whole gradient; null for any")
     seed: Whole = Field(default=0, ge=0, le=2**64 - 1, description="of all random numbers")
-    eval_every: Whole = Field(default=200, ge=0, description="steps between evaluations; 0: at the end only")
-    eval_bytes: Whole = Field(default=32768, ge=2, description="held-out bytes per evaluation on the way")
-    final_bytes: Whole = Field(default=524288, ge=2, description="held-out bytes for the evaluation at the end")
+    eval_every: Whole = Field(default=500, ge=0, description="steps between evaluations; 0: at the end only")
+    eval_bytes: Whole = Field(default=16384, ge=2, description="held-out bytes per evaluation on the way")
+    final_bytes: Whole = Field(default=131072, ge=2, description="held-out bytes for the evaluation at the end")
     eval_streams: Whole = Field(
-        default=0,
+        default=16,
         ge=0,
         description="read held-out text as so many stretches side by side, each with the state carried from its start "
         "to its end; 0: in windows, each from a new state",
     )
     learn: Literal["all", "mixer"] = Field(
-        default="all",
+        default="mixer",
         description="what writes its memories in training windows: all, or the mixers only, while an mlp that learns "
         "in context is trained as it starts",
     )
     log_every: Whole = Field(default=10, ge=1, description="steps between lines of metrics.jsonl")
     save_every: Whole = Field(
-        default=200,
+        default=500,
         ge=0,
         description="steps between checkpoints, which are also after a minute, at each best evaluation and at the end; "
         "0: at the end only",
@@ -268,8 +252,18 @@ class TrainConfig(Section):
         gt=0,
         description="seconds that processes wait for one another at most; null: 30 minutes with gloo, 10 with NCCL",
     )
-    out: str = Field(default="runs", description="folder in which runs are kept")
-    threads: Whole | None = Field(default=None, ge=1, description="CPU threads; null: as torch chooses")
+    out: FilePath = Field(default="runs", description="folder in which runs are kept")
+    threads: Annotated[Whole, Field(ge=1, le=1024)] | Literal["auto"] | None = Field(
+        default="auto",
+        description="CPU threads; null: as torch chooses; auto: that, or 1 for a model of `dim` 128 or less, whose "
+        "threads would spend more time waiting for each other than they save",
+    )
+
+    @model_validator(mode="after")
+    def _steps_alone_have_no_limit(self) -> Self:
+        if "steps" in self.model_fields_set and "seconds" not in self.model_fields_set:
+            self.__dict__["seconds"] = None
+        return self
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:
@@ -319,10 +313,17 @@ class Config(Section):
         try:
             if not isinstance(data, Mapping):
                 raise ConfigError.refuse("", data, f"give a mapping with the sections {', '.join(cls.model_fields)}")
+            check_size(data)
             _check_keys(data, "")
             return cls(**data)
         except ConfigError as error:
             raise error.under("", source) from None
+
+    @property
+    def threads(self) -> int | None:
+        """How many CPU threads torch is to use, or None: as it chooses."""
+        given = self.train.threads
+        return given if given != "auto" else 1 if self.model.dim <= 128 else None
 
     def to_data(self) -> dict[str, Any]:
         """Return every key, as plain data: `from_data` makes an equal configuration of it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import numbers
+import re
 import types
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, overload
@@ -16,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from torch import Tensor
 
 from nestopt.config.errors import ConfigError, join, show
-from nestopt.config.values import convert, number
+from nestopt.config.values import check_size, convert, number
 from nestopt.core import Gate, Heads, Level, Part, UnknownName, chain, registry
 from nestopt.core.part import FieldError, is_subclass
 from nestopt.core.registry import KINDS, base_of
@@ -49,6 +50,8 @@ def build(kind: str, spec: object, path: str = "") -> Part:
     Momentum(period=16, beta=0.5, dampening=0.0, nesterov=False, undamped_start=False)
     """
     base = base_of(kind)
+    if not path:
+        check_size(spec)
     if isinstance(spec, Part):
         if isinstance(spec, base):
             return spec
@@ -109,9 +112,16 @@ def _make(cls: type[Part], fields: dict[str, Any], path: str) -> Part:
     try:
         return cls(**fields)
     except FieldError as error:
-        raise ConfigError(f"{show(error.value)} {error.problem}", join(path, error.key), error.value) from error
+        raise ConfigError(
+            f"{show(error.value)} {_as_yaml(error.problem)}", join(path, error.key), error.value
+        ) from error
     except (ValueError, TypeError) as error:
-        raise ConfigError(str(error), path, fields) from error
+        raise ConfigError(_as_yaml(str(error)), path, fields) from error
+
+
+def _as_yaml(text: str) -> str:
+    """Return what a level says to those who write Python as those who write YAML would have it."""
+    return re.sub(r"\bNone\b", "null", text)
 
 
 def _field(hint: Any, value: object, path: str) -> Any:

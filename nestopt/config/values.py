@@ -7,11 +7,23 @@ not 1, and 1.5 is not a whole number.
 from __future__ import annotations
 
 import functools
+import os
 import types
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import AllowInfNan, BeforeValidator, ConfigDict, PydanticUserError, Strict, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    AllowInfNan,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PydanticUserError,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+)
 from torch import Tensor
 
 from nestopt.config.errors import ConfigError, join, translate
@@ -30,9 +42,26 @@ def no_bool(allowed: str) -> BeforeValidator:
 
 
 Bool = Annotated[bool, Strict()]
-Whole = Annotated[int, no_bool("give a whole number")]
+Whole = Annotated[int, no_bool("give a whole number"), Field(le=2**63 - 1)]
 Real = Annotated[float, no_bool("give a number")]
 Finite = Annotated[float, AllowInfNan(False), no_bool("give a number")]
+
+
+def _can_be_path(value: str) -> str:
+    """Refuse what no file system takes."""
+    if not value:
+        raise ValueError("give a path")
+    if "\0" in value:
+        raise ValueError("give a path without NUL")
+    if len(os.fsencode(value)) > 4095 or any(len(os.fsencode(part)) > 255 for part in Path(value).parts):
+        raise ValueError("give a path of at most 4,095 bytes, 255 in each of its parts")
+    return value
+
+
+FilePath = Annotated[str, AfterValidator(_can_be_path)]
+
+DEPTH, ITEMS = 40, 100_000
+"""How deep plain data may be nested, and how many items they may have."""
 
 _LEAVES: dict[Any, Any] = {bool: Bool, int: Whole, float: Real}
 
@@ -71,6 +100,25 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
         return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
     except PydanticUserError:  # the type brings a configuration of its own
         return TypeAdapter(hint)
+
+
+def check_size(data: object) -> None:
+    """Raise ConfigError for data that are nested without end, or have more items than a configuration could mean.
+
+    An item counts as often as it is there: YAML's aliases make many of few.
+    """
+    waiting, seen = [(data, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        seen += 1
+        if depth > DEPTH:
+            raise ConfigError(f"nested more than {DEPTH} deep")  # without the data, which nobody could write out
+        if seen > ITEMS:
+            raise ConfigError(f"more than {ITEMS:,} items")
+        if isinstance(value, Mapping):
+            waiting += ((item, depth + 1) for item in value.values())
+        elif isinstance(value, list | tuple):
+            waiting += ((item, depth + 1) for item in value)
 
 
 def convert(hint: Any, value: object, path: str) -> Any:

@@ -114,9 +114,12 @@ Number = float | Tensor | Gate
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?` for the allowed name closest to `name`, or nothing."""
-    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    """Return ` Did you mean 'x'?` for the allowed name closest to `name`, in whatever case, or nothing."""
+    by_case = {other.lower(): other for other in sorted(allowed)}
+    given = name.lower()
+    close = [given] if given in by_case else difflib.get_close_matches(given, by_case, n=1, cutoff=0.65)
+    close = close or [other for other in by_case if len(given) > 2 and other.startswith(given)][:1]
+    return f" Did you mean {by_case[close[0]]!r}?" if close else ""
 
 
 def snake_case(name: str) -> str:

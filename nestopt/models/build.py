@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import torch
+
 from nestopt.config import ConfigError, ModelConfig
+from nestopt.core.level import Level
 from nestopt.levels.continuum.level import Cms
 from nestopt.models.hope import HopeLM
+from nestopt.models.size import check_fits
+from nestopt.nn.hope import HopeBlock
 
 
 def build_model(section: ModelConfig) -> HopeLM:
     """Return the language model that the section `model` of a configuration describes.
 
     Raises:
-        ConfigError: its `mlp` is not a `cms`.
+        ConfigError: its `mlp` is not a `cms`, a level can't mix tokens, or there is not as much memory.
     """
     if not isinstance(section.mlp, Cms):
-        raise ConfigError.refuse("model.mlp", section.mlp, "give a cms, such as {level: cms, periods: [1, 16]}")
-    return HopeLM(**{name: getattr(section, name) for name in ModelConfig.model_fields})
+        raise ConfigError.refuse("model.mlp", section.mlp.label, "give a cms, such as {level: cms, periods: [1, 16]}")
+    try:
+        check_fits(section)
+        return HopeLM(**{name: getattr(section, name) for name in ModelConfig.model_fields})
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error), _at_fault(section)) from error
+
+
+def _at_fault(section: ModelConfig) -> str:
+    """Return the key of the first mixer with which no block can be made; if there is none, the section's."""
+    given: dict[str, Level] = {f"model.mixers[{i}]": level for i, level in enumerate(section.mixers)}
+    for path, level in (given or {"model.mixer": section.mixer}).items():
+        try:
+            with torch.device("meta"):
+                HopeBlock(section.dim, section.heads, level, conv=section.conv, gate_output=section.gate_output)
+        except (ValueError, TypeError):
+            return path
+    return "model"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from nestopt.config import Config, load
+from nestopt.config import Config, ConfigError, load
 from nestopt.config.load import names_file
 from nestopt.config.schema import GroupConfig, OptimizerConfig
 from nestopt.core.inputs import INPUTS
@@ -102,22 +103,35 @@ def optimizer(
     elif layer_of is not None:
         raise ValueError("layer_of is given without a layer_decay below 1, which alone asks for layers")
     top = max(depths.values())
-    places = {
-        name: place(name, param, known[name], settings, chosen, depths[name], top) for name, param in named.items()
-    }
-    check(settings, places, named)
     rate = lr if isinstance(lr, Tensor) else settings.lr
-    built = Nested(
-        _groups(places, named, rate, settings.weight_decay, maximize),
-        settings.stack,
-        rate,
-        settings.weight_decay,
-        maximize=maximize,
-        **options,
-    )
+    with _said_of(spec):
+        places = {
+            name: place(name, param, known[name], settings, chosen, depths[name], top) for name, param in named.items()
+        }
+        check(settings, places, named)
+        built = Nested(
+            _groups(places, named, rate, settings.weight_decay, maximize),
+            settings.stack,
+            rate,
+            settings.weight_decay,
+            maximize=maximize,
+            **options,
+        )
     if model is not None and any(INPUTS in built.level(group).needs for group in built.param_groups):
         built.watch(model)
     return built
+
+
+@contextmanager
+def _said_of(spec: object) -> Iterator[None]:
+    """Raise what is wrong as a ConfigError at its key, where it is a configuration that was given."""
+    try:
+        yield
+    except ValueError as error:
+        if not isinstance(spec, Config):
+            raise
+        found = error if isinstance(error, ConfigError) else ConfigError(str(error), "stack", spec.optimizer.stack)
+        raise found.under("optimizer") from error
 
 
 def _groups(

@@ -17,9 +17,10 @@ from nestopt.core.memories import Mlp, Window
 from nestopt.levels.continuum.level import Cms
 from nestopt.levels.presets import Attention, WindowAttention
 from nestopt.train.errors import CheckpointError, extra
-from nestopt.train.loop import Result, train
+from nestopt.train.loop import train
 from nestopt.train.report.metrics import read
 from nestopt.train.tables import grid
+from nestopt.train.training import Result
 
 with extra("train"):
     from matplotlib.figure import Figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from nestopt import models
-from nestopt.config import Config, ConfigError, load, save
+from nestopt.config import Config, ConfigError, save
+from nestopt.config.load import load_saved
 from nestopt.core.part import nearest
 from nestopt.core.precision import Precision, refusal
-from nestopt.models import HopeLM
+from nestopt.models import HopeLM, size
 from nestopt.optim.sharded.saved import WEIGHTS
 from nestopt.train.errors import CheckpointError
 from nestopt.train.folder import INDEX, Hold, check_file
@@ -52,10 +54,10 @@ class Run:
     def open(cls, path: str | Path) -> Run:
         """Open an existing run folder. Raises ConfigError if it is none."""
         run = cls(Path(path))
-        if not run.config_file.is_file():
+        if not os.path.isfile(run.config_file):  # a Path raises where a name is too long
             parent = run.path.parent
-            others = [str(parent / child.name) for child in parent.iterdir()] if parent.is_dir() else []
-            raise ConfigError(f"{run.path} is not a run: it has no config.yaml.{nearest(str(run.path), others)}")
+            others = [child.parent.name for child in parent.glob("*/config.yaml")] if os.path.isdir(parent) else []
+            raise ConfigError(f"{run.path} is not a run: it has no config.yaml.{nearest(run.path.name, others)}")
         return run
 
     def check_own(self) -> None:
@@ -100,10 +102,7 @@ class Run:
     def config(self) -> Config:
         """Return the configuration the run was started with."""
         check_file(self.config_file)
-        config = load(self.config_file)
-        if not isinstance(config, Config):
-            raise ConfigError(f"{self.config_file} is a stack, not the configuration of a run")
-        return config
+        return load_saved(self.config_file)
 
     def save_model(self, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Write `model.safetensors`: weights by name, readable by any safetensors reader."""
@@ -173,6 +172,22 @@ def check_precision(config: Config, device: torch.device, how: str = "model.prec
     precision = config.model.precision
     if problem := refusal(precision, device, getattr(torch, config.train.dtype)):
         raise ConfigError.refuse("model.precision", precision, f"{problem}; give float32 ({how})")
+
+
+def check_batch(config: Config, world: int, device: torch.device) -> None:
+    """Raise ConfigError, saying how much it would take, where a process's share of a batch does not fit in memory.
+
+    What is counted is what must be there: the batch's tokens, and of a micro-batch what each block adds to.
+    """
+    data, train, model = config.data, config.train, config.model
+    tokens, kept = data.batch // world * data.window, 1 if model.segment else model.blocks
+    stream = kept * model.dim * getattr(torch, train.dtype).itemsize
+    for at, needed in ((device, tokens * stream // train.accumulate), (torch.device("cpu"), tokens * 8)):
+        there = size.available(at)
+        if there is not None and needed > there:
+            given = {"data.batch": (data.batch, 8), "data.window": (data.window, 128), "model.dim": (model.dim, 1024)}
+            key = max(given, key=lambda key: given[key][0] / given[key][1])
+            size.refuse(key, given[key][0], f"a step of {tokens:,} tokens", needed, there)
 
 
 def build_model(config: Config) -> HopeLM:

@@ -28,15 +28,22 @@ def agreed(engine: Engine, do: Callable[[], T]) -> T:
     return found
 
 
+class Stop(threading.Event):
+    """Whether to stop, and the name of the signal that asked for it."""
+
+    name = "a signal to another process"
+
+
 @contextmanager
-def stop_signal() -> Iterator[threading.Event]:
+def stop_signal() -> Iterator[Stop]:
     """Set by the first Ctrl-C or SIGTERM, so that a step is never cut in two; the second acts at once."""
-    stop = threading.Event()
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def ask(number: int, frame: Any) -> None:
+        stop.name = signal.Signals(number).name
         stop.set()
         for n, before in old.items():
             signal.signal(n, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -135,7 +136,9 @@ def test_what_is_not_written_starts_from_its_default() -> None:
     expected = Config()
     expected.optimizer.stack = L.muon(0.5)
     expected.optimizer.rest.lr = 0.1  # and its betas stay those of the default
-    expected.model.mlp = L.cms((1,), memory=build("memory", {"memory": "mlp", "residual": False, "hidden": 3}))
+    expected.model.mlp = dataclasses.replace(
+        expected.model.mlp, memory=build("memory", {"memory": "mlp", "residual": False, "hidden": 3})
+    )
     expected.train.steps = 7
     assert config == expected
 
@@ -158,6 +161,59 @@ def test_rest_is_a_section_or_a_level() -> None:
     assert apply(section, ["optimizer.rest.stack.eps=1", "optimizer.rest.lr=2"]) == {
         "optimizer": {"rest": {"stack": {"level": "adamw", "eps": 1}, "lr": 2}}
     }
+
+
+ATTENTION = {"level": "window_attention", "memory": {"memory": "window", "size": 9}}
+
+
+@pytest.mark.parametrize("written", [{}, {"model": {"mixers": ["deltanet"]}}, {"model": {"mixer": "titans"}}])
+def test_an_override_of_what_another_key_stands_for_acts(written: Any) -> None:
+    one = load(written, ["model.mixer=linear_attention"]).model
+    assert (one.mixer, one.mixers) == (L.linear_attention(), [])
+    each = load(written, ["model.mixers=[titans, deltanet]"]).model
+    assert (each.mixer, each.mixers) == (L.attention(), [L.titans(), L.deltanet()])
+    whole = Config.from_data(written).to_data()  # as a run is saved
+    assert load(whole, ["model.mixer=linear_attention"]).model.mixers == []
+    assert load(whole, ["model=hope-340m", "model.mixers=[gd]"]).model.mixers == [L.gd()]
+    one.mixers = [L.gd()]
+    assert (one.mixer, one.mixers) == (L.attention(), [L.gd()])
+    one.mixer = L.titans()
+    assert (one.mixer, one.mixers) == (L.titans(), [])
+
+
+def test_an_override_reaches_into_a_list_of_mixers() -> None:
+    assert load({}, ["model.mixers[0].memory.size=9"]).model.mixers[0] == build("level", ATTENTION)
+    assert load({"model": {"mixers": ["titans"]}}, ["model.mixers[0].period=3"]).model.mixers == [L.titans(period=3)]
+
+
+def test_a_dataset_and_a_path_of_which_one_is_overridden() -> None:
+    other = {"dataset": "fineweb_edu", "path": "y"}
+    assert load({"data": {"path": "x"}}, ["data.dataset=stdlib"]).data.path is None
+    found = load({"data": {"dataset": other}}, ["data.path=x"]).data
+    assert (found.dataset, found.path) == (Config().data.dataset, "x")
+    assert load({"data": {"dataset": other}}, ["data.path=null"]).data.dataset == build("dataset", other)
+
+
+@pytest.mark.parametrize(
+    ("data", "overrides", "key"),
+    [
+        ({"model": {"mixer": "titans", "mixers": ["gd"]}}, [], "model.mixer"),
+        ({}, ["model.mixer=titans", "model.mixers=[gd]"], "model.mixer"),
+        ({}, ["model.mixers=[gd]", "model.mixer=titans"], "model.mixer"),
+        ({}, ["data.path=x", "data.dataset=fineweb_edu"], "data.dataset"),
+    ],
+)
+def test_two_keys_of_which_one_would_do_nothing(data: Any, overrides: list[str], key: str) -> None:
+    with pytest.raises(ConfigError, match="does nothing beside") as caught:
+        load(data, overrides)
+    assert caught.value.path == key
+
+
+def test_steps_alone_have_no_limit_in_time() -> None:
+    assert load({}, ["train.seed=1"]).train.seconds == 180
+    assert load({}, ["train.steps=7"]).train.seconds is None
+    assert load({}, ["train.steps=7", "train.seconds=9"]).train.seconds == 9
+    assert load({"train": {"seconds": 9}}, ["train.steps=7"]).train.seconds == 9
 
 
 def test_a_dataset_by_name_and_its_fields() -> None:

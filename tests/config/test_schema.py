@@ -43,12 +43,14 @@ def errors_of(data: Any) -> dict[str, str]:
 
 def test_the_default_run() -> None:
     config = Config()
-    assert (config.model.mixer, config.model.mlp) == (L.attention(), L.cms(periods=(1,)))
+    assert [mixer.label for mixer in config.model.mixers] == ["window_attention", "self_modifying", "window_attention"]
+    assert config.model.mlp == L.cms((32,), learn="context", teach="loss", rate=0.08, through="first_order")
     assert (config.model.dim, config.model.blocks, config.model.heads, config.model.vocab) == (128, 3, 4, 256)
     assert (config.optimizer.stack, config.optimizer.lr) == (L.muon(), 0.02)
     assert config.optimizer.rest == RestConfig(stack=L.adamw((0.9, 0.95), weight_decay=0.0), lr=0.003)
     assert isinstance(config.data.dataset, Dataset)
-    assert (config.train.steps, config.train.decay, config.train.engine) == (1200, 0.8, "single")
+    assert (config.train.steps, config.train.decay, config.train.engine) == (2000, 0.8, "single")
+    assert (config.train.seconds, config.threads, config.train.learn) == (180, 1, "mixer")
     assert Config.from_data(None) == Config.from_data({}) == Config.from_data({"model": None, "train": {}}) == config
 
 
@@ -96,7 +98,7 @@ def test_defaults_are_not_shared() -> None:
                     "groups": st.lists(
                         st.fixed_dictionaries(
                             {"match": st.sampled_from(["", "é", "a|b", r"^blocks\.\d+\.", "'#: "])},
-                            optional={"stack": st.just("gd"), "period": st.integers(1)},
+                            optional={"stack": st.just("gd"), "period": st.integers(1, 2**63 - 1)},
                         )
                     ),
                     "lr": st.floats(0, 10),
@@ -106,11 +108,11 @@ def test_defaults_are_not_shared() -> None:
             "train": st.fixed_dictionaries(
                 {},
                 optional={
-                    "steps": st.integers(1),
+                    "steps": st.integers(1, 2**63 - 1),
                     "seconds": st.none() | st.floats(1, 1e9),
                     "clip": st.none() | st.floats(0.1, 9),
                     "zero_stage": st.just(0),
-                    "out": st.text(),
+                    "out": st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=60),
                 },
             ),
         },
@@ -233,7 +235,8 @@ def test_values_that_are_not_allowed(key: str, value: Any, allowed: str) -> None
     section, name = key.split(".")
     lines = errors_of({section: {name: value}})
     assert list(lines) == [key]
-    assert lines[key].startswith(f"{key}: {value!r} is not allowed; ")
+    shown = "null" if value is None else repr(value)
+    assert lines[key].startswith(f"{key}: {shown} is not allowed; ")
     assert allowed in lines[key]
 
 

@@ -271,7 +271,7 @@ def test_an_unknown_key_at_any_depth(spec: Any, path: str) -> None:
         ("coefficients", [1, "b", 2], "coefficients", "give"),
         ("scale", "orignal", "scale", "or 'spectral_unclamped'. Did you mean 'original'?"),
         ("dtype", 32, "dtype", "give text"),
-        ("dtype", "floaty", "dtype", "give one of [None, 'bfloat16', 'float32', 'float64', 'float16']"),
+        ("dtype", "floaty", "dtype", "give one of [null, 'bfloat16', 'float32', 'float64', 'float16']"),
     ],
 )
 def test_a_value_that_is_not_allowed(field: str, value: Any, path: str, allowed: str) -> None:

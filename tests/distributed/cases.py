@@ -19,9 +19,10 @@ from nestopt.levels import m3, muon
 from nestopt.optim.sharded import units
 from nestopt.train import engines
 from nestopt.train.checkpoints.shards import ShardReader
-from nestopt.train.loop import _Training, train
+from nestopt.train.loop import train
 from nestopt.train.report.metrics import read
 from nestopt.train.run import Run
+from nestopt.train.training import Training
 
 
 def trained(
@@ -54,7 +55,7 @@ def resumed(config: dict[str, Any], folders: list[str], out: str) -> list[list[f
     settled = Config.from_data(config)
     for i, folder in enumerate(folders):
         engine = engines.make(settled)
-        training = _Training(settled, engine, Run(Path(folder)), True)
+        training = Training(settled, engine, Run(Path(folder)), True)
         copy = Path(out) / str(i)
         engine.checkpoints.save(copy, {"step": training.step, "elapsed": 0.0, "losses": []}, training._own)
         losses = []

@@ -18,12 +18,13 @@ import torch
 from nestopt import cli
 from nestopt.core.registry import registry
 from nestopt.optim.sharded.optimizer import Sharded
-from nestopt.train import loop
+from nestopt.train import training
 from nestopt.train.checkpoints import file
 from nestopt.train.data.builtin import Files
 from nestopt.train.data.windows import Windows
 from nestopt.train.engines import alike
 from nestopt.train.objective import Objective
+from nestopt.train.training import Training
 
 RANK = os.environ.get("RANK", "0")
 WHERE = {
@@ -31,9 +32,9 @@ WHERE = {
     "optimizer": (Sharded, "step"),
     "data": (Windows, "batch"),
     "save": (file, "save"),
-    "evaluate": (loop, "bits_per_byte"),
-    "build": (loop, "build_model"),
-    "sample": (loop._Training, "_sample"),
+    "evaluate": (training, "bits_per_byte"),
+    "build": (training, "build_model"),
+    "sample": (Training, "_sample"),
 }
 
 

@@ -28,7 +28,14 @@ HOPE = {
     "segment": 16,
     "mlp": {"level": "cms", "periods": [8], "learn": "context", "teach": "loss", "through": "first_order"},
 }
-TRANSFORMER = {"dim": 16, "blocks": 2, "heads": 2, "mlp": {"level": "cms", "periods": [1, 2]}}
+TRANSFORMER = {
+    "mixer": "attention",
+    "gate_output": False,
+    "dim": 16,
+    "blocks": 2,
+    "heads": 2,
+    "mlp": {"level": "cms", "periods": [1, 2]},
+}
 
 # in float32: bfloat16, where Newton-Schulz would be by default, rounds away what is compared
 M3 = {"level": "m3", "slow_period": 3, "dtype": "float32"}
@@ -68,6 +75,8 @@ def run(kind: str, text: str, out: str, **train: Any) -> dict[str, Any]:
             "clip": 0.5,
             "device": "cpu",
             "threads": 1,
+            "learn": "all",
+            "eval_streams": 0,
             "out": out,
             **train,
         },

@@ -186,9 +186,9 @@ def test_a_run_that_is_killed_goes_on_on_another_stage_and_with_other_processes(
 def continued(config, folder, last):
     """The losses up to a step."""
     from nestopt.train import engines
-    from nestopt.train.loop import _Training
+    from nestopt.train.training import Training
 
-    training = _Training(config, engines.make(config), None if folder is None else Run(folder), True)
+    training = Training(config, engines.make(config), None if folder is None else Run(folder), True)
     found = []
     while training.step < last:
         found.append(float(training._update()[0]))

@@ -175,10 +175,10 @@ def test_skipped_steps_are_none_to_any_process(text, tmp_path, engine):
 def without_steps(text, out, skipped):
     """The weights of one process, whose optimizer takes no step at some."""
     from nestopt.train import engines
-    from nestopt.train.loop import _Training
+    from nestopt.train.training import Training
 
     config = Config.from_data(run("transformer", text, str(out)))
-    training = _Training(config, engines.make(config), None, True)
+    training = Training(config, engines.make(config), None, True)
     for step in range(STEPS):
         training.optimizer.skipping = step in skipped
         training._update()

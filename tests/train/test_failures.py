@@ -10,7 +10,6 @@ import torch
 from nestopt.cli import main
 from nestopt.core.device import WaitError, no_exceptions
 from nestopt.optim.sharded.optimizer import Sharded
-from nestopt.train import loop
 from nestopt.train.checkpoints import file as checkpoint
 from nestopt.train.checkpoints.shards import ShardReader
 from nestopt.train.engines import peers
@@ -22,6 +21,7 @@ from nestopt.train.loop import train
 from nestopt.train.objective import Objective
 from nestopt.train.report.metrics import read
 from nestopt.train.run import Run
+from nestopt.train.training import Training
 from tests.train.test_loop import config, rows
 
 
@@ -118,7 +118,7 @@ KEYS = ["model.embedding.weight", "model.head.weight", "optimizer.embedding.weig
 @pytest.mark.parametrize("key", KEYS)
 def test_what_is_not_finite_is_not_saved(text, tmp_path, monkeypatch, key):
     """Also where the optimizer's own step has made it so: at the next evaluation or save, and at the end."""
-    update = loop._Training._update
+    update = Training._update
 
     def wrong(self):
         found = update(self)
@@ -127,7 +127,7 @@ def test_what_is_not_finite_is_not_saved(text, tmp_path, monkeypatch, key):
             items[key].values.view(-1)[3] = math.inf if key.startswith("model") else math.nan
         return found
 
-    monkeypatch.setattr(loop._Training, "_update", wrong)
+    monkeypatch.setattr(Training, "_update", wrong)
     said = rf"^step 10: {re.escape(key)} is not finite in process 0; it is not saved"
     for settings in ({}, {"train__save_every": 0}, {"train__eval_every": 0, "train__steps": 10}):
         with pytest.raises(TrainingError, match=said):

@@ -18,6 +18,7 @@ from nestopt.train.evaluate import bits_per_byte
 from nestopt.train.loop import train
 from nestopt.train.report.metrics import read
 from nestopt.train.run import Run
+from nestopt.train.training import Training
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def text(tmp_path_factory):
 
 def config(text, out, **changes):
     data = {
-        "model": {"dim": 16, "blocks": 1, "heads": 2},
+        "model": {"mixer": "attention", "dim": 16, "blocks": 1, "heads": 2},
         "optimizer": {"stack": "muon", "lr": 0.02},
         "data": {"path": str(text), "window": 32, "batch": 4},
         "train": {
@@ -41,6 +42,7 @@ def config(text, out, **changes):
             "eval_every": 10,
             "eval_bytes": 500,
             "final_bytes": 500,
+            "eval_streams": 0,
             "log_every": 5,
             "save_every": 10,
             "sample_bytes": 20,
@@ -67,6 +69,14 @@ def test_a_run_learns_and_leaves_what_it_says(text, tmp_path, capsys):
     printed = capsys.readouterr().out
     for word in ("unigram", "trigram", "gzip -9", "this model", f"{result.bits_per_byte:.3f}", str(result.run.path)):
         assert word in printed
+    assert f"the run has ended: {result.ended}" in printed
+    assert result.ended == "its steps are done (train.steps=60)"
+
+
+def test_a_run_says_that_its_time_is_over(text, tmp_path):
+    result = train(config(text, tmp_path, train__steps=100_000, train__seconds=0.5, train__eval_every=0), quiet=True)
+    assert result.finished
+    assert result.ended.startswith(f"its time is over (train.seconds=0.5) after {result.step:,} of 100,000 steps")
 
 
 def test_the_saved_model_is_the_one_that_was_measured(text, tmp_path):
@@ -95,20 +105,20 @@ def test_an_interrupted_run_goes_on_exactly(text, tmp_path, stack, monkeypatch):
     whole = train(config(text, tmp_path / "whole", optimizer__stack=stack), quiet=True)
 
     # stopped at step 13, in the middle of periods, by the signal that Ctrl-C sends
-    from nestopt.train import loop
 
-    update = loop._Training._update
+    update = Training._update
 
     def interrupting(self):
         if self.step == 12:
             signal.raise_signal(signal.SIGINT)
         return update(self)
 
-    monkeypatch.setattr(loop._Training, "_update", interrupting)
+    monkeypatch.setattr(Training, "_update", interrupting)
     part = train(config(text, tmp_path / "parts", optimizer__stack=stack), quiet=True)
     monkeypatch.undo()
     assert not part.finished
     assert part.step == 13
+    assert part.ended == "SIGINT at step 13"
     result = train(resume=part.run.path, quiet=True)
     assert result.finished
     assert rows(result.run) == rows(whole.run)

@@ -10,12 +10,12 @@ import torch
 
 from nestopt.cli import main
 from nestopt.config import Config
-from nestopt.train import loop
 from nestopt.train.data.codec import Bytes, codec_of
 from nestopt.train.data.sources import make
 from nestopt.train.evaluate import documents_bits
 from nestopt.train.loop import train
 from nestopt.train.report.metrics import read
+from nestopt.train.training import Training
 from tests.train.data.parquet import write_shards
 
 pytest.importorskip("datasets")
@@ -69,14 +69,14 @@ def test_a_run_that_is_interrupted_goes_on_at_the_next_sample(folder, tmp_path, 
     assert whole.baselines == {}
     losses = [row["train/loss"] for row in rows(whole.run) if "train/loss" in row]
     assert losses[-1] < losses[0] - 0.3
-    update = loop._Training._update
+    update = Training._update
 
     def interrupting(self):
         if self.step == 12:
             signal.raise_signal(signal.SIGINT)
         return update(self)
 
-    monkeypatch.setattr(loop._Training, "_update", interrupting)
+    monkeypatch.setattr(Training, "_update", interrupting)
     part = train(config(folder, tmp_path / "parts"), quiet=True)
     monkeypatch.undo()
     assert part.step == 13

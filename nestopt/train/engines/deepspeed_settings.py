@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nestopt.config import Config, ConfigError
-from nestopt.core.part import nearest
+from nestopt.config.files import nearest_file
 
 AUTO = "auto"
 """In the JSON, "as nestopt says"."""
@@ -69,11 +69,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        folder = Path(path).parent
-        others = [str(child) for child in folder.glob("*.json")] if folder.is_dir() else []
-        raise ConfigError.refuse(
-            "--deepspeed", str(path), f"it can't be read: {error.strerror}.{nearest(str(path), others)}"
-        ) from None
+        hint = nearest_file(Path(path), [".json"])
+        raise ConfigError.refuse("--deepspeed", str(path), f"it can't be read: {error.strerror}.{hint}") from None
     except ValueError as error:
         raise ConfigError.refuse("--deepspeed", str(path), f"it is no JSON: {error}") from None
     if not isinstance(found, dict):

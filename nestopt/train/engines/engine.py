@@ -52,8 +52,8 @@ class Engine:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.device = device_of(config.train.device)
-        if config.train.threads:
-            torch.set_num_threads(config.train.threads)
+        if threads := config.threads:
+            torch.set_num_threads(threads)
         self.finite, self.skipped = Finite(), [0, 0]
         self._check_dtype()
         check_precision(config, self.device)

@@ -182,8 +182,8 @@ def plan(
     """
     check_precision(config, torch.device("cpu"))
     section, data = config.model, config.data
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)  # as training will
+    if threads := config.threads:
+        torch.set_num_threads(threads)  # as training will
     machine = Machine.measured(section, data.batch, data.window) if machine is None else machine
     rows = []
     for choice in tqdm(periods, desc="planning", leave=False, disable=quiet):

@@ -116,15 +116,16 @@ class Report:
                 references = {name: bits for name, bits in self.baselines.items() if name != "unigram"}
                 loss_plot(records, self.run.path / "loss.png", references, title=title)
 
-    def interrupted(self, step: int) -> None:
-        self.say(f"stopped at step {step}; the checkpoint is saved. Go on with: nestopt train --resume {self.run.path}")
+    def interrupted(self, ended: str) -> None:
+        self.say(f"stopped by {ended}; the checkpoint is saved. Go on with: nestopt train --resume {self.run.path}")
 
-    def end(self, score: float, seconds: float) -> None:
-        """Draw the picture and print the table."""
+    def end(self, score: float, seconds: float, ended: str) -> None:
+        """Draw the picture, say what `ended` the run, and print the table."""
         self.plot()
         rows = {**self.baselines, "this model": score}
         width = max(map(len, rows))
         lines = [f"  {name:<{width}}  {bits:.3f}" for name, bits in sorted(rows.items(), key=lambda row: -row[1])]
+        self.say(f"the run has ended: {ended}")
         self.say(
             "\n".join(
                 [f"bits per byte on {self.held_out.bytes:,} held-out bytes, after {seconds:.0f} s of training:", *lines]

@@ -76,7 +76,7 @@ def test_text_as_bytes_has_no_documents(text: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": {"dataset": None}}, "data.dataset: None is not allowed; give a dataset, or data.path"),
+        ({"data": {"dataset": None}}, "data.dataset: null is not allowed; give a dataset, or data.path"),
         ({"data": {"workers": 1}}, "data.workers: 1 is not allowed; it is for documents"),
         ({"model": {"vocab": 255}}, "model.vocab: 255 is not allowed; bytes need 256 or more"),
         ({"data": {"dataset": Made(), "workers": 9}}, "data.workers: 9 is not allowed; give at most 8"),

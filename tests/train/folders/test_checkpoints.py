@@ -10,13 +10,14 @@ import torch
 
 from nestopt.cli import main
 from nestopt.config import ConfigError
-from nestopt.train import loop
+from nestopt.train import training
 from nestopt.train.checkpoints import file as checkpoint
 from nestopt.train.checkpoints.shards import ShardReader
 from nestopt.train.errors import CheckpointError
 from nestopt.train.loop import train
 from nestopt.train.report.metrics import read
 from nestopt.train.run import Run
+from nestopt.train.training import Training
 from tests.train.folders.small import content, rows, same_ends, small
 
 
@@ -47,7 +48,7 @@ def test_the_last_stay_and_the_best(text, tmp_path, keep, monkeypatch):
     scores = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0])
     config = small(text, tmp_path, train__steps=24, train__keep=keep, train__save_every=2)
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Training, "_evaluate", lambda self, held_out: next(scores))
+        patch.setattr(Training, "_evaluate", lambda self, held_out: next(scores))
         run = train(config, quiet=True).run
     with ShardReader(run.path) as last:
         numbers = [item.number for item in last.kept]
@@ -72,7 +73,7 @@ def test_ctrl_c_while_measuring_loses_nothing(text, tmp_path, ended, monkeypatch
 
     config = small(text, tmp_path, train__save_every=5, train__eval_every=0)
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Training, "_evaluate", interrupted)
+        patch.setattr(Training, "_evaluate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(config)
     assert f"--resume {tmp_path / '001'}" in capsys.readouterr().out
@@ -204,14 +205,14 @@ def test_another_text_is_refused_or_meant(copy, tmp_path, refused):
 
 def test_a_run_that_is_stopped_before_its_first_step_goes_on(text, tmp_path, monkeypatch):
     whole = train(small(text, tmp_path / "whole"), quiet=True).run
-    begin = loop.Report.begin
+    begin = training.Report.begin
 
     def stopped(self, *args):
         signal.raise_signal(signal.SIGTERM)
         begin(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Report, "begin", stopped)
+        patch.setattr(training.Report, "begin", stopped)
         result = train(small(text, tmp_path / "parts"), quiet=True)
     assert (result.finished, result.step) == (False, 0)
     assert same_ends(train(resume=result.run.path, quiet=True).run, whole)
@@ -221,8 +222,8 @@ def test_a_run_that_is_stopped_before_its_first_step_goes_on(text, tmp_path, mon
 
 def test_measuring_is_no_training_and_something_is_to_be_seen_early(text, tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
-    update, evaluate = loop._Training._update, loop._Training._evaluate
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
+    update, evaluate = Training._update, Training._evaluate
 
     def a_second(self):
         clock[0] += 1
@@ -232,15 +233,15 @@ def test_measuring_is_no_training_and_something_is_to_be_seen_early(text, tmp_pa
         clock[0] += 3600
         return evaluate(self, held_out)
 
-    monkeypatch.setattr(loop._Training, "_update", a_second)
-    monkeypatch.setattr(loop._Training, "_evaluate", an_hour)
+    monkeypatch.setattr(Training, "_update", a_second)
+    monkeypatch.setattr(Training, "_evaluate", an_hour)
     config = small(text, tmp_path, train__steps=10**6, train__seconds=30.0, train__eval_every=10)
     result = train(config, quiet=True)
     assert (result.step, result.seconds) == (30, 30.0)
 
     seen = []
     monkeypatch.setattr(
-        loop._Training, "_update", lambda self: (seen.append(sorted(content(self.run.path))), a_second(self))[1]
+        Training, "_update", lambda self: (seen.append(sorted(content(self.run.path))), a_second(self))[1]
     )
     train(small(text, tmp_path, train__steps=62, train__eval_every=0, train__save_every=1000), quiet=True)
     early = {"checkpoint.json", "loss.png", "samples.txt"}

@@ -17,24 +17,24 @@ from typing import Any
 import pytest
 
 from nestopt.config import ConfigError
-from nestopt.train import loop
 from nestopt.train.checkpoints.shards import ShardReader
 from nestopt.train.errors import CheckpointError
 from nestopt.train.loop import train
 from nestopt.train.run import Run
+from nestopt.train.training import Training
 from tests.train.folders.small import content, same_ends, small
 
 
 def after(step: int, do: Callable[[Run], Any], patch: pytest.MonkeyPatch) -> None:
     """Have something happen to a run's folder once it has taken so many steps."""
-    update = loop._Training._update
+    update = Training._update
 
     def changed(self):
         if self.step == step:
             do(self.run)
         return update(self)
 
-    patch.setattr(loop._Training, "_update", changed)
+    patch.setattr(Training, "_update", changed)
 
 
 def start(*args: object, **options: Any) -> subprocess.Popen[str]:

@@ -16,7 +16,18 @@ from nestopt.train.planning.periods import Machine, choice, plan, table, with_pe
 
 def small(**model: object) -> Config:
     return Config.from_data(
-        {"model": {"dim": 16, "blocks": 1, "heads": 2, **model}, "data": {"window": 32, "batch": 2}}
+        {
+            "model": {
+                "mixer": "attention",
+                "mlp": {"level": "cms", "periods": [1]},
+                "gate_output": False,
+                "dim": 16,
+                "blocks": 1,
+                "heads": 2,
+                **model,
+            },
+            "data": {"window": 32, "batch": 2},
+        }
     )
 
 

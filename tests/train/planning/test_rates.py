@@ -50,7 +50,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a dtype's": ({"flops_per_s": {**FLOPS, "tf32": 0.0}}, "rates.flops_per_s.tf32: 0.0 is not allowed"),
     "a dtype left out": (
         {"flops_per_s": {"float32": 1.0, "bfloat16": 1.0}},
-        "rates.flops_per_s.tf32: None is not allowed",
+        "rates.flops_per_s.tf32: null is not allowed",
     ),
     "another dtype": (
         {"flops_per_s": {**FLOPS, "float64": 1.0}},

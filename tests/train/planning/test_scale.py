@@ -39,8 +39,12 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
 
 
 def small(blocks: int = 2, **more: Any) -> Config:
-    model = {"dim": 16, "blocks": blocks, "heads": 2, **more.pop("model", {})}
-    return Config.from_data({"model": model, "data": {"window": 16, "batch": 8}, **more})
+    transformer = {"mixer": "attention", "mlp": {"level": "cms", "periods": [1]}, "gate_output": False}
+    model = {**transformer, "dim": 16, "blocks": blocks, "heads": 2, **more.pop("model", {})}
+    if "mixers" in model:
+        del model["mixer"]
+    train = {"learn": "all", **more.pop("train", {})}
+    return Config.from_data({"model": model, "data": {"window": 16, "batch": 8}, "train": train, **more})
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -29,7 +29,10 @@ from nestopt.train.planning.ranks import traffic
 from nestopt.train.planning.scale import rank_memory
 from nestopt.train.run import build_model
 
+STATIC = {"mlp": {"level": "cms", "periods": [1]}, "gate_output": False}
+TRANSFORMER = {"mixer": "attention", **STATIC}
 HOPE = {
+    "gate_output": False,
     "dim": 32,
     "blocks": 2,
     "heads": 2,
@@ -45,22 +48,22 @@ RUNS: dict[str, dict[str, Any]] = {
         "optimizer": {"stack": "m3"},
     },
     "transformer, m3: states count most": {
-        "model": {"dim": 192, "blocks": 3, "heads": 4},  # from 256 on CPUs save on symmetric products
+        "model": {**TRANSFORMER, "dim": 192, "blocks": 3, "heads": 4},  # from 256 on CPUs save on symmetric products
         "data": {"batch": 1, "window": 32},
         "optimizer": {"stack": "m3"},
     },
     "transformer, adamw": {
-        "model": {"dim": 256, "blocks": 2, "heads": 4},
+        "model": {**TRANSFORMER, "dim": 256, "blocks": 2, "heads": 4},
         "data": {"batch": 1, "window": 32},
         "optimizer": {"stack": "adamw"},
     },
     "transformer, muon: activations count most": {
-        "model": {"dim": 64, "blocks": 4, "heads": 4},
+        "model": {**TRANSFORMER, "dim": 64, "blocks": 4, "heads": 4},
         "data": {"batch": 4, "window": 256},
         "optimizer": {"stack": "muon"},
     },
     "deltanet, m3": {
-        "model": {"dim": 128, "blocks": 2, "heads": 4, "mixer": "deltanet"},
+        "model": {"dim": 128, "blocks": 2, "heads": 4, "mixer": "deltanet", **STATIC},
         "data": {"batch": 2, "window": 128},
         "optimizer": {"stack": "m3"},
     },
@@ -68,6 +71,11 @@ RUNS: dict[str, dict[str, Any]] = {
 NARROW = {
     "transformer, muon, bfloat16": {**RUNS["transformer, muon: activations count most"], "train": {"dtype": "bfloat16"}}
 }
+
+
+def with_learning(run: dict[str, Any]) -> dict[str, Any]:
+    """With MLPs that learn in training windows, too."""
+    return {**run, "train": {"learn": "all", **run.get("train", {})}}
 
 
 def allocated(run: Callable[[], object]) -> int:
@@ -99,14 +107,14 @@ def steps(config: Config, count: int) -> Callable[[], object]:
 
 @pytest.mark.parametrize("name", [*RUNS, *NARROW])
 def test_memory_is_what_training_allocates(name: str) -> None:
-    config = Config.from_data({**RUNS, **NARROW}[name])
+    config = Config.from_data(with_learning({**RUNS, **NARROW}[name]))
     plan = scale(config, Sharing.of(config, 1), device="cpu")
     assert plan.memory.total == pytest.approx(allocated(steps(config, 2)), rel=0.1)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_operations_are_those_of_training(name: str) -> None:
-    config = Config.from_data(RUNS[name])
+    config = Config.from_data(with_learning(RUNS[name]))
     plan = scale(config, Sharing.of(config, 1), device="cpu")
     model = build_model(config)
     optimizer = make_optimizer(model, config)

@@ -160,7 +160,7 @@ def _add_generate(generate: argparse.ArgumentParser) -> None:
     generate.add_argument(
         "--top-p", type=terminal.number(0, 1, above=True), help="choose among the fewest with this probability together"
     )
-    generate.add_argument("--seed", type=terminal.whole(0), default=0)
+    generate.add_argument("--seed", type=terminal.whole(0, 2**64 - 1), default=0)
     generate.add_argument(
         "--learn",
         action=argparse.BooleanOptionalAction,
@@ -313,9 +313,7 @@ def _generate(args: argparse.Namespace) -> int:
     from nestopt.train.sampling import choose
     from nestopt.train.trust import check_trusted
 
-    if not 0 <= args.seed < 2**64:
-        raise ConfigError.refuse("--seed", args.seed, "give 0 to 2**64 - 1")
-    if args.state:
+    if args.state is not None:
         check_place("--state", Path(args.state))
     run = Run.open(args.path)
     if not args.trust:

@@ -40,7 +40,7 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable
     overrides = [overrides] if isinstance(overrides, str) else list(overrides)
     data = apply({} if data is None else data, overrides, complete=_complete)
     try:
-        if isinstance(data, str | list) or (isinstance(data, Mapping) and "level" in data):
+        if _is_stack(data):
             return build("level", data)
         return Config.from_data(data)
     except ConfigError as error:
@@ -57,6 +57,8 @@ def load_saved(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> C
         ConfigError: as `load`; for a stack, too.
     """
     data, name = _read(Path(path)), str(path)
+    if _is_stack(data):
+        raise ConfigError(f"{name} is a stack, not the configuration of a run")
     for _, section, key, other, nothing in rivals(data):
         if section.get(other, nothing) != nothing:
             section.pop(key, None)
@@ -87,6 +89,10 @@ def _complete(data: Any) -> Any:
         return Config.from_data(data).to_data()
     except ConfigError:
         return Config().to_data()
+
+
+def _is_stack(data: Any) -> bool:
+    return isinstance(data, str | list) or (isinstance(data, Mapping) and "level" in data)
 
 
 def _is_below(path: str, key: str) -> bool:

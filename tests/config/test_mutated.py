@@ -178,7 +178,7 @@ def test_a_batch_that_does_not_fit_is_refused(key: str, tmp_path: Path) -> None:
 
 def test_a_run_whose_config_is_a_stack(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("[momentum, adam]\n")
-    with pytest.raises(ConfigError, match="give a mapping with the sections"):
+    with pytest.raises(ConfigError, match="is a stack, not the configuration of a run"):
         Run(tmp_path).config()
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import signal
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from nestopt.cli import main
 from nestopt.core.device import WaitError, no_exceptions
 from nestopt.optim.sharded.optimizer import Sharded
 from nestopt.train.checkpoints import file as checkpoint
+from nestopt.train.checkpoints.index import read_index
 from nestopt.train.checkpoints.shards import ShardReader
 from nestopt.train.engines import peers
 from nestopt.train.engines.alike import facts
 from nestopt.train.engines.finite import Finite
 from nestopt.train.engines.peers import differences
 from nestopt.train.errors import TrainingError
+from nestopt.train.folder import INDEX
 from nestopt.train.loop import train
 from nestopt.train.objective import Objective
 from nestopt.train.report.metrics import read
@@ -98,10 +101,22 @@ def test_a_skipped_step_is_none_to_weights_and_clocks(text, tmp_path, monkeypatc
     ours, theirs = (checkpoint.load(one.model_file)[0] for one in (run, other))
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
-    with ShardReader(run.path) as parts:
+    poisoned(monkeypatch, loss=(5,))
+
+    def interrupting(self):
+        if self.step == 6:
+            signal.raise_signal(signal.SIGINT)
+        return go_on(self)
+
+    go_on = Training._update
+    monkeypatch.setattr(Training, "_update", interrupting)
+    part = train(skipping, quiet=True)
+    monkeypatch.undo()
+    assert part.step == 7
+    with ShardReader(part.run.path) as parts:
         assert parts.meta["skipped"] == [1, 0]
-    poisoned(monkeypatch, gradient=(2,))  # step 8
-    again = train(resume=run.path, quiet=True).run
+    poisoned(monkeypatch, gradient=(1,))  # step 8
+    again = train(resume=part.run.path, quiet=True).run
     assert rows(again) == rows(run)
     assert all(torch.equal(checkpoint.load(again.model_file)[0][name], value) for name, value in ours.items())
 
@@ -140,7 +155,7 @@ def test_what_is_not_finite_is_not_saved(text, tmp_path, monkeypatch, key):
 @pytest.mark.parametrize("key", KEYS)
 def test_what_is_not_finite_is_not_gone_on_with(text, tmp_path, key, value):
     run = train(config(text, tmp_path), quiet=True).run
-    (part,) = run.path.glob("checkpoint-*.safetensors")
+    part = run.path / read_index(run.path / INDEX).files[0]
     tensors, meta = checkpoint.load(part)
     tensors[key].view(-1)[-1] = value
     checkpoint.save(part, tensors, meta)

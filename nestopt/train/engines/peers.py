@@ -107,6 +107,12 @@ class Watch:
             found = [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(self.world)]
             self._store.set(key, json.dumps(differences(found)))
         if found := json.loads(self._store.get(key)):
+            heard = [f"{key}/{rank}/heard" for rank in range(1, self.world)]
+            if self.rank:
+                self._store.set(heard[self.rank - 1], "")
+            else:  # the store ends with this process, and with it what the others read there
+                with contextlib.suppress(dist.DistError, RuntimeError):
+                    self._store.wait(heard, timedelta(seconds=GRACE))
             raise ConfigError.of([ConfigError(problem, path) for path, problem in found])
 
     def fail(self, error: BaseException) -> None:

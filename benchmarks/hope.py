@@ -25,7 +25,7 @@ from nestopt.config import Config, ModelConfig, load
 from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.models import build_model
 from nestopt.optim import optimizer
-from nestopt.train.compare import parameters, transformer_like
+from nestopt.train.compare import like, parameters
 from nestopt.train.data.text import held_out_text
 from nestopt.train.evaluate import stream_bits_per_byte
 from nestopt.train.loop import train
@@ -61,7 +61,7 @@ class Row:
 def variants(config: Config) -> list[Row]:
     """The Transformer of as many parameters, and Hope with all six memories, each switched off, and without any."""
     section = config.model
-    found = {TRANSFORMER: transformer_like(config).model}
+    found = {TRANSFORMER: like(config, "transformer").model}
     for name, change in _changes(section).items():
         mixers = [change(level) if isinstance(level, SelfModifying) else level for level in section.mixers]
         found[name] = section.model_copy(update={"mixers": mixers})
@@ -104,8 +104,6 @@ def trained(config: Config, row: Row, steps: int, folder: str) -> tuple[float, f
     result = train(run, quiet=True)
     learning = result.bits_per_byte
     assert learning is not None
-    if row.name == TRANSFORMER:
-        return learning, learning
     model = result.run.load_model()
     corpus = config.data.dataset.load()
     text = torch.from_numpy(held_out_text(corpus.held_out, config.train.final_bytes))

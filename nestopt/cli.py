@@ -136,8 +136,17 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     _add_trust(train)
     train.add_argument(
         "--baseline",
-        choices=["transformer"],
-        help="then train one with as many parameters on the same bytes, at equal tokens and at equal seconds",
+        type=lambda names: names.split(","),
+        metavar="NAME,...",
+        help="then train models of as many parameters on the same text, for as many tokens and for as many seconds, "
+        "and measure all still and learning as they read: transformer, deltanet, titans, any level on tokens",
+    )
+    train.add_argument(
+        "--seeds",
+        type=terminal.whole(1),
+        default=1,
+        metavar="N",
+        help="with --baseline: train all so often (default: 1)",
     )
     train.add_argument(
         "--deepspeed", metavar="FILE.json", help="train with DeepSpeed, under these settings of its own (any stage)"
@@ -294,12 +303,22 @@ def _train_watched(args: argparse.Namespace) -> int:
     else:
         given += [f"train.out={json.dumps(args.out)}"] if args.out is not None else []
         config = _config(given, _like(args.init_from) if args.init_from is not None else None)
+    if args.baseline:
+        from nestopt.train.compare import like
+
+        if args.resume is None and not any(item.startswith("train.clock=") for item in given):
+            config.train.clock = (
+                "cpu"  # other programs take seconds of a clock on the wall, from one model and not the next
+            )
+        for name in args.baseline:
+            like(config, name)
     result = train(config, resume=args.resume, init_from=args.init_from, reset_data=args.reset_data, quiet=args.quiet)
     finished = result.finished
     if finished and args.baseline:
         from nestopt.train.compare import compare
 
-        finished = all(row.result.finished for row in compare(config, result, quiet=args.quiet))
+        rows = compare(config, result, args.baseline, seeds=args.seeds, quiet=args.quiet)
+        finished = len(rows) == args.seeds * (1 + 2 * len(args.baseline))
     return 0 if finished else EXIT_INTERRUPTED
 
 

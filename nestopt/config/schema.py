@@ -191,6 +191,9 @@ class TrainConfig(Section):
         description="limit of the time in which it trains, without what it takes to measure, draw and save; the "
         "schedule follows whichever of both is further; null for none, as it is where only `steps` is given",
     )
+    clock: Literal["wall", "cpu"] = Field(
+        default="wall", description="what `seconds` are: of a clock on the wall, or of the CPU, of all threads together"
+    )
     warmup: Finite = Field(default=0.02, ge=0, le=1, description="share of the run in which the learning rate rises")
     decay: Finite = Field(default=0.8, ge=0, le=1, description="share of the run, at its end, in which it falls to 0")
     decay_shape: Literal["linear", "cosine"] = Field(

@@ -1,66 +1,143 @@
-"""A run beside a Transformer of as many parameters, trained on the same bytes: at equal tokens and at equal seconds."""
+"""Models side by side, on the same bytes: each still, and learning as it reads, under one rule for all of them."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import os
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nestopt import models
-from nestopt.config import Config, ModelConfig
-from nestopt.config.files import replacing
+from nestopt.config import Config, ConfigError, ModelConfig
+from nestopt.config.files import replacing, write
+from nestopt.config.spec import build
+from nestopt.core import Level
 from nestopt.core.memories import Mlp, Window
-from nestopt.levels.continuum.level import Cms
+from nestopt.levels.continuum.level import Cms, level_names
 from nestopt.levels.presets import Attention, WindowAttention
-from nestopt.train.errors import CheckpointError, extra
+from nestopt.levels.self_modifying.level import SelfModifying
+from nestopt.models import HopeLM
+from nestopt.train.data import sources
+from nestopt.train.data.source import HeldOut
+from nestopt.train.engines.engine import device_of
+from nestopt.train.errors import CheckpointError, CorpusError, extra
+from nestopt.train.evaluate import measured
 from nestopt.train.loop import train
-from nestopt.train.report.metrics import read
 from nestopt.train.tables import grid
 from nestopt.train.training import Result
 
 with extra("train"):
     from matplotlib.figure import Figure
+    from tqdm import tqdm
 
-TOKENS, SECONDS = "Transformer, equal tokens", "Transformer, equal seconds"
+THIS, TOKENS, SECONDS = "this run", "equal tokens", "equal seconds"
+
+FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""Of the rate at which MLPs learn as they read: each model has the one that is best on text of its own for that."""
+
+TUNING = 32768
+"""Bytes of that text, at most: held out, and not among those that are measured."""
+
+NEAR = 0.02
+"""How far the parameters of two models that are compared may differ, of the one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One run of a comparison.
+    """One run, measured.
 
     Attributes:
-        name: of its model.
+        model: its name.
+        limit: what it was trained as long as: `THIS`, `TOKENS` or `SECONDS`.
+        seed: of the run.
         parameters: of its model.
-        result: how it ended.
+        steps, seconds: of training.
+        still: bits per byte of held-out text, read with its MLPs as they are.
+        learning: the same, read with each MLP learning; None where its MLPs can't.
+        rate: at which they do.
+        still_s, learning_s: CPU seconds of both readings.
     """
 
-    name: str
+    model: str
+    limit: str
+    seed: int
     parameters: int
-    result: Result
+    steps: int
+    seconds: float
+    still: float
+    learning: float | None
+    rate: float
+    still_s: float
+    learning_s: float
 
 
-def transformer_like(config: Config) -> Config:
-    """Return `config` with a Transformer of as many parameters, by the width of its MLPs, in its model's place.
+def like(config: Config, name: str) -> Config:
+    """Return `config` with another model in the place of its own: as many parameters, by the width of its MLPs.
 
-    Where held-out text is read in streams, its attention is to the last `data.window` tokens, as long as it was
-    trained on: it reads streams, too.
+    All else is the same for both: width, blocks, heads, convolutions, gates and the optimizer. Its MLPs are trained as
+    the start of every sequence's own, which is how any MLP is trained.
+
+    Args:
+        config: of the run.
+        name: `transformer` (`hope-attention` is it, once its MLPs learn as it reads), `hope`, or any level on tokens.
+            Where held-out text is read in streams, attention is to the last `data.window` tokens, as in training.
+
+    Raises:
+        ConfigError: there is no such level, or no model of it comes within 2 % of the parameters.
     """
     section = config.model
-    attention = WindowAttention(memory=Window(config.data.window)) if config.train.eval_streams else Attention()
+    rule, mixer = reading_rule(_continuum(section)), _mixer(config, name)
     wanted = parameters(section)
+    fastest = next(iter(rule.chain().values()))
+    rule = dataclasses.replace(rule, periods=(fastest,), variant="sequential", weights=None)
 
-    def like(hidden: int) -> ModelConfig:
-        mlp = Cms(periods=(1,), memory=Mlp(hidden=hidden, residual=False))
-        return section.model_copy(update={"mixer": attention, "mixers": [], "mlp": mlp, "gate_output": False})
+    def of(hidden: int) -> ModelConfig:
+        mlp = dataclasses.replace(rule, memory=Mlp(hidden=hidden, residual=False))
+        return section.model_copy(update={"mixer": mixer, "mixers": [], "mlp": mlp})
 
-    least = parameters(like(1))
-    each = parameters(like(2)) - least
-    hidden = max(1, 1 + round((wanted - least) / each))
-    return config.model_copy(update={"model": like(hidden)})
+    least = parameters(of(1))
+    hidden = max(1, 1 + round((wanted - least) / (parameters(of(2)) - least)))
+    found = parameters(of(hidden))
+    if abs(found - wanted) > NEAR * wanted:
+        raise ConfigError.refuse(
+            "--baseline", name, f"it has {found:,} parameters or more, and the model {wanted:,}; give a larger model"
+        )
+    settings = config.train.model_copy(update={"learn": "mixer"})
+    return config.model_copy(update={"model": of(hidden), "train": settings})
+
+
+def _mixer(config: Config, name: str) -> Level:
+    if name in ("transformer", "hope-attention"):
+        return WindowAttention(memory=Window(config.data.window)) if config.train.eval_streams else Attention()
+    if name == "hope":
+        own = [level for level in config.model.mixers or [config.model.mixer] if isinstance(level, SelfModifying)]
+        return own[0] if own else SelfModifying()
+    try:
+        level: Level = build("level", name)
+        models.build_model(config.model.model_copy(update={"mixer": level, "mixers": [], "blocks": 1}))
+    except ConfigError as error:
+        raise ConfigError.of([ConfigError(problem.problem, "--baseline") for problem in error.errors]) from None
+    return level
+
+
+def reading_rule(mlp: Cms) -> Cms:
+    """Return how MLPs learn as they read: as they do, or, of those that don't, from the loss, every 32 tokens."""
+    if mlp.learn == "context":
+        return mlp
+    periods = (32,) if len(mlp.periods) == 1 else mlp.periods
+    return dataclasses.replace(mlp, periods=periods, learn="context", teach="loss", rate=0.08, through="first_order")
+
+
+def _continuum(section: ModelConfig) -> Cms:
+    assert isinstance(section.mlp, Cms)
+    return section.mlp
 
 
 def parameters(section: ModelConfig) -> int:
@@ -69,76 +146,215 @@ def parameters(section: ModelConfig) -> int:
         return sum(p.numel() for p in models.build_model(section).parameters())
 
 
-def compare(config: Config, result: Result, *, quiet: bool = False) -> list[Row]:
-    """Train the Transformer of `transformer_like` twice: on as many tokens as `result`'s run, and for as long.
+def compare(
+    config: Config, result: Result, names: Sequence[str] = ("transformer",), *, seeds: int = 1, quiet: bool = False
+) -> list[Row]:
+    """Train other models on as many tokens as a run, and for as long, and measure all of them in the same way.
 
-    Its runs are kept in the folder `baseline` of the run, whose `compare.png` shows all three.
+    Every model is read twice on the same held-out text: still, and with its MLPs learning from the loss, at the rate
+    that is best for it on other held-out text. The runs are kept in the folder `baseline` of the run; `compare.png` and
+    `compare.json` show them.
 
     Args:
         config: of the finished run.
         result: of it.
+        names: of the other models, as for `like`.
+        seeds: how often all are trained, each time from another seed; that of the config is the first.
         quiet: no progress bar and no report.
 
     Returns:
-        The run itself, and both Transformers.
+        The rows, the run's own first; fewer, if a run was interrupted.
+
+    Raises:
+        ConfigError: as `like`.
+        CorpusError: there is too little held-out text.
     """
     if not result.finished:
         raise ValueError("compare: the run was interrupted; go on with it first")
-    other = transformer_like(config)
-    settings = config.train
-    out = str(result.run.path / "baseline")
+    out = result.run.path / "baseline"
     if os.path.islink(out):
         raise CheckpointError(f"{out}: is a link; runs are written to folders of their own, remove it")
-    limits: dict[str, dict[str, Any]] = {
-        TOKENS: {"steps": result.step, "seconds": None},
-        SECONDS: {"steps": _NEVER, "seconds": result.seconds},
-    }
-    rows = [Row("this model", parameters(config.model), result)]
-    for name, limit in limits.items():
-        if not quiet:
-            print(f"{name}:", flush=True)
-        run = other.model_copy(update={"train": settings.model_copy(update={"out": out, **limit})})
-        found = train(run, quiet=quiet)
-        rows.append(Row(name, parameters(other.model), found))
+    tune, test = _texts(config)
+    rows: list[Row] = []
+    for name, limit, run, found in _runs(config, result, names, seeds, out, quiet):
         if not found.finished:
             break
+        rows.append(_measure(name, limit, run, found, tune, test, quiet))
     comparison_plot(rows, result.run.path / "compare.png")
+    write(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n", result.run.path / "compare.json")
     if not quiet:
-        print(table(rows), flush=True)
+        print(table(rows, len(tune.tokens), test.bytes), flush=True)
     return rows
+
+
+def _runs(
+    config: Config, result: Result, names: Sequence[str], seeds: int, out: Path, quiet: bool
+) -> Iterator[tuple[str, str, Config, Result]]:
+    """Train one after another; gives each with its name, limit and configuration."""
+
+    def trained(what: str, base: Config, **settings: Any) -> tuple[Config, Result]:
+        if not quiet:
+            print(f"{what}:", flush=True)
+        run = base.model_copy(update={"train": base.train.model_copy(update={"out": str(out), **settings})})
+        return run, train(run, quiet=quiet)
+
+    for i in range(seeds):
+        seed = config.train.seed + i
+        own = (config, result) if i == 0 else trained(f"this model, seed {seed}", config, seed=seed)
+        yield "this model", THIS, *own
+        for name in names:
+            limits: Mapping[str, Mapping[str, Any]] = {
+                TOKENS: {"steps": own[1].step, "seconds": None},
+                SECONDS: {"steps": _NEVER, "seconds": own[1].seconds},
+            }
+            for limit, given in limits.items():
+                what = f"{name}, {limit}" + (f", seed {seed}" if seeds > 1 else "")
+                yield name, limit, *trained(what, like(config, name), seed=seed, **given)
 
 
 _NEVER = 10**9
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Return the comparison as text."""
-    lines = [("", "parameters", "steps", "seconds", "bits per byte")]
+def _texts(config: Config) -> tuple[HeldOut, HeldOut]:
+    """Return the text that rates are chosen by, and the one that is measured."""
+    source = sources.make(config)
+    try:
+        tested = config.train.final_bytes
+        test, tune = source.held_out(tested), source.beside(tested, TUNING)
+    finally:
+        source.close()
+    if len(tune.tokens) * 8 < min(TUNING, len(test.tokens)):  # all is tested: a quarter of it is not, then
+        cut = len(test.tokens) // 4
+        parts = [
+            (test.tokens[s], None if test.starts is None else test.starts[s]) for s in (slice(cut), slice(cut, None))
+        ]
+        tune, test = (HeldOut(*part, round(len(part[0]) * test.bytes_per_token)) for part in parts)
+    if min(len(tune.tokens), len(test.tokens)) < 2:
+        raise CorpusError(f"{source.name}: {test.bytes} held-out bytes are too few to compare models; give more text")
+    return tune, test
+
+
+def _measure(name: str, limit: str, config: Config, result: Result, tune: HeldOut, test: HeldOut, quiet: bool) -> Row:
+    still = result.run.load_model(device_of(config.train.device))
+    learner = _learner(config, still)
+    best, rate, bits, learning_s = 1.0, math.nan, None, math.nan
+
+    def read(model: HopeLM, text: HeldOut, learn: Any) -> tuple[float, float]:
+        begin = time.process_time()
+        found = measured(model, text, config, learn=learn)
+        return found, time.process_time() - begin
+
+    still_bits, still_s = read(still, test, "mixer")
+    if learner is not None:
+        rates = [p for key, p in learner.named_parameters() if key.endswith(".rate")]
+        first = [p.detach().clone() for p in rates]
+
+        def at(factor: float) -> HopeLM:
+            with torch.no_grad():
+                for p, start in zip(rates, first, strict=True):
+                    p.copy_(start + math.log(factor))  # a rate is kept as its logarithm
+            return learner
+
+        bar = tqdm(FACTORS, desc=f"{name}: rates", leave=False, disable=quiet, dynamic_ncols=True)
+        found = {factor: read(at(factor), tune, True)[0] for factor in bar}
+        best = min(found, key=lambda factor: found[factor])
+        bits, learning_s = read(at(best), test, True)
+        rate = math.exp(statistics.fmean(float(p.detach().mean()) for p in rates))
+    return Row(
+        name,
+        limit,
+        config.train.seed,
+        sum(p.numel() for p in still.parameters()),
+        result.step,
+        result.seconds,
+        still_bits,
+        bits,
+        rate,
+        still_s,
+        learning_s,
+    )
+
+
+def _learner(config: Config, model: HopeLM) -> HopeLM | None:
+    """Return the trained model with MLPs that learn as it reads: the same weights under the names that these have."""
+    mlp = _continuum(config.model)
+    rule = reading_rule(mlp)
+    if rule is mlp:
+        return model
+    if len(mlp.periods) > 1:
+        return None  # their periods are of the optimizer's steps
+    fresh = models.build_model(config.model.model_copy(update={"mlp": rule}))
+    (old,), (new,) = level_names(mlp.periods), level_names(rule.periods)
+    trained = {key.replace(f".levels.{old}.", f".levels.{new}."): value for key, value in model.state_dict().items()}
+    fresh.load_state_dict(fresh.state_dict() | trained)
+    return fresh.to(next(model.parameters())).eval()
+
+
+def table(rows: Sequence[Row], tuning: int, tested: int) -> str:
+    """Return the comparison as text: a line a model and limit, of several seeds their mean and deviation."""
+    lines = [("", "parameters", "steps", "seconds", "still", "reading", "learning", "at rate", "reading")]
+    for (model, limit), same in _grouped(rows).items():
+        learning = [row.learning for row in same if row.learning is not None]
+        lines.append(
+            (
+                model if limit == THIS else f"{model}, {limit}",
+                f"{same[0].parameters:,}",
+                f"{statistics.fmean(row.steps for row in same):,.0f}",
+                f"{statistics.fmean(row.seconds for row in same):.0f}",
+                spread([row.still for row in same]),
+                f"{statistics.fmean(row.still_s for row in same):.0f} s",
+                spread(learning) if learning else "–",
+                f"{statistics.fmean(row.rate for row in same):.3g}" if learning else "–",
+                f"{statistics.fmean(row.learning_s for row in same):.0f} s" if learning else "–",
+            )
+        )
+    seeds = len({row.seed for row in rows})
+    said = f"bits per byte of {tested:,} held-out bytes, read with MLPs as they are (still), and with each learning from "
+        f"bits per byte of {tested:,} held-out bytes, read with MLPs as they are (still), and with each MLP learning "
+    )
+    said += f"from the loss (learning) at the rate that is best on {tuning:,} other bytes; reading: CPU seconds"
+    return "\n".join([*grid(lines, left=1), said + (f"; mean and deviation of {seeds} seeds" if seeds > 1 else "")])
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return `1.234`, or of several `1.234 ± 0.005`, the standard deviation."""
+    mean = f"{statistics.fmean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+
+def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        found, bits = row.result, row.result.bits_per_byte
-        score = "interrupted" if bits is None else f"{bits:.3f}"
-        lines.append((row.name, f"{row.parameters:,}", f"{found.step:,}", f"{found.seconds:.0f}", score))
-    return "\n".join(grid(lines, left=1))
+        found.setdefault((row.model, row.limit), []).append(row)
+    return found
 
 
 def comparison_plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw held-out bits per byte of all runs, over tokens and over seconds."""
-    figure = Figure(figsize=(9, 3.8), dpi=150, layout="constrained")
-    for axes, key, label in zip(figure.subplots(1, 2, sharey=True), ("step", "seconds"), _LABELS, strict=True):
-        for row, colour in zip(rows, _COLOURS, strict=False):
-            points = [r for r in read(row.result.run.metrics_file) if "eval/bits_per_byte" in r]
-            values = [r["eval/bits_per_byte"] for r in points]
-            last = f"{row.name} ({values[-1]:.3f})" if values else row.name
-            axes.plot([r[key] for r in points], values, "o-", markersize=4, color=colour, label=last)
-        axes.set_xlabel(label)
-        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("bits per byte, held out")
-    figure.axes[1].legend(frameon=False)
+    """Draw bits per byte of all models, still and learning."""
+    groups = list(_grouped(rows).items())
+    figure = Figure(figsize=(8, 1.2 + 0.45 * len(groups)), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for y, ((_, _), same) in enumerate(groups):
+        ends = [statistics.fmean(row.still for row in same)]
+        for row in same:
+            axes.plot(row.still, y, "o", color=_STILL, markersize=6, label="still" if row is rows[0] else None)
+            if row.learning is not None:
+                label = "learning as it reads" if row is rows[0] else None
+                axes.plot(row.learning, y, "o", color=_LEARNING, markersize=6, label=label)
+        ends += [statistics.fmean(row.learning for row in same if row.learning is not None)] if same[0].learning else []
+        axes.plot(ends, [y] * len(ends), "-", color="#bbbbbb", linewidth=1.5, zorder=0)
+        for bits in ends:
+            axes.annotate(f"{bits:.3f}", (bits, y), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+    names = [model if limit == THIS else f"{model}, {limit}" for (model, limit), _ in groups]
+    axes.set_yticks(range(len(groups)), names)
+    axes.set_ylim(len(groups) - 0.5, -0.6)
+    axes.set_xlabel("bits per byte, held out")
+    axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
-_LABELS = ("optimizer steps, of equal tokens", "seconds of training")
-_COLOURS = ("#c1440e", "#4c72b0", "#7f9fd1")
+_STILL, _LEARNING = "#7f9fd1", "#c1440e"

@@ -5,16 +5,53 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nestopt.config import Config
 from nestopt.models import HopeLM
+from nestopt.nn.hope import Learn
+from nestopt.train.data.source import HeldOut
 from nestopt.train.errors import extra
 
 with extra("train"):
     from tqdm import tqdm
+
+
+def measured(
+    model: HopeLM,
+    held_out: HeldOut,
+    config: Config,
+    *,
+    learn: Learn = True,
+    rank: int = 0,
+    world: int = 1,
+    total: Callable[[Tensor], Tensor] = lambda x: x,
+    quiet: bool = True,
+) -> float:
+    """Return the mean bits that `model` needs for each byte of held-out text, read as `train.eval_streams` says.
+
+    Args:
+        model: on any device.
+        held_out: the text.
+        config: of its run.
+        learn: what writes its memories, as for `HopeLM.forward`.
+        rank, world, total, quiet: as of `bits_per_byte`.
+    """
+    data, settings = config.data, config.train
+    text = held_out.tokens.to(next(model.parameters()).device)
+    shared: dict[str, Any] = {"learn": learn, "rank": rank, "world": world, "total": total, "quiet": quiet}
+    if held_out.starts is not None:
+        rows = max(1, data.batch // (world * settings.accumulate))
+        bits = documents_bits(model, text, held_out.starts, window=data.window, batch=rows, **shared)
+    elif settings.eval_streams:
+        bits = stream_bits_per_byte(model, text, streams=settings.eval_streams, piece=data.window, **shared)
+    else:
+        bits = bits_per_byte(model, text, window=data.window, batch=4 * data.batch, **shared)
+    return bits / held_out.bytes_per_token
 
 
 @contextlib.contextmanager
@@ -54,6 +91,7 @@ def bits_per_byte(
     *,
     window: int,
     batch: int,
+    learn: Learn = True,
     rank: int = 0,
     world: int = 1,
     total: Callable[[Tensor], Tensor] = lambda x: x,
@@ -65,10 +103,11 @@ def bits_per_byte(
     quarter of a window before it (but at the start), and counted once.
 
     Args:
-        model: tokens `[B, T]` to (logits `[B, T, V]`, state).
+        model: tokens `[B, T]` and `learn` to (logits `[B, T, V]`, state).
         text: `[N]` bytes, on the model's device.
         window: bytes per window.
         batch: windows at a time.
+        learn: what writes the model's memories, as for `HopeLM.forward`.
         rank, world: which of the windows are this process's.
         total: sums a tensor over processes.
         quiet: no progress bar.
@@ -82,7 +121,7 @@ def bits_per_byte(
     with _measured(model, text, "bytes") as nats:
         for group, counts in _dealt(starts, full, batch, rank, world, quiet):
             pieces = torch.stack([text[s : s + window + 1] for s in group]).long()
-            logits, _ = model(pieces[:, :-1])
+            logits, _ = model(pieces[:, :-1], learn=learn)
             loss = F.cross_entropy(logits.flatten(0, 1).float(), pieces[:, 1:].flatten(), reduction="none")
             for start, row in zip(group, loss.view(len(group), -1), strict=True):
                 nats += row[(0 if start == 0 else known) :].sum(dtype=torch.float64) * counts
@@ -96,6 +135,7 @@ def documents_bits(
     *,
     window: int,
     batch: int,
+    learn: Learn = True,
     rank: int = 0,
     world: int = 1,
     total: Callable[[Tensor], Tensor] = lambda x: x,
@@ -109,7 +149,7 @@ def documents_bits(
         starts: `[N]` bool, where each begins, on the CPU.
         window: tokens per window; of the last one, what is left.
         batch: windows at a time.
-        rank, world, total, quiet: as of `bits_per_byte`.
+        learn, rank, world, total, quiet: as of `bits_per_byte`.
 
     Raises:
         ValueError: fewer than two tokens.
@@ -120,7 +160,7 @@ def documents_bits(
             parts = [slice(first, first + window + 1) for first in group]
             rows = torch.stack([tokens[part] for part in parts]).long()
             begun = torch.stack([starts[part] for part in parts])
-            loss, _ = model.loss(rows, starts=begun, reduction="sum")
+            loss, _ = model.loss(rows, starts=begun, learn=learn, reduction="sum")
             nats += loss * counts
     counted = len(tokens) - 1 - int(starts[1:].sum())
     return float(total(nats)) / max(1, counted) / math.log(2)
@@ -132,7 +172,7 @@ def stream_bits_per_byte(
     *,
     streams: int,
     piece: int,
-    learn: bool = True,
+    learn: Learn = True,
     rank: int = 0,
     world: int = 1,
     total: Callable[[Tensor], Tensor] = lambda x: x,
@@ -148,7 +188,7 @@ def stream_bits_per_byte(
         text: `[N]` bytes, on the model's device.
         streams: how many stretches, at most one for each byte to predict.
         piece: bytes of each stretch per call.
-        learn: whether the memories are written.
+        learn: what writes the model's memories, as for `HopeLM.forward`.
         rank, world: which of the stretches are this process's.
         total: sums a tensor over processes.
         quiet: no progress bar.

@@ -25,7 +25,7 @@ from nestopt.train.data.source import Batch, HeldOut, merged
 from nestopt.train.data.windows import Windows
 from nestopt.train.engines import peers
 from nestopt.train.errors import CorpusError, damaged, extra, whole_number
-from nestopt.train.evaluate import bits_per_byte, documents_bits, stream_bits_per_byte
+from nestopt.train.evaluate import measured
 from nestopt.train.folder import Hold
 from nestopt.train.objective import Objective
 from nestopt.train.report.metrics import MetricsLog
@@ -104,6 +104,7 @@ class Training:
         self.held: Hold | None = None
         self.log: MetricsLog | None = None
         self.reset = reset
+        self._now = time.process_time if config.train.clock == "cpu" else time.monotonic
         self.losses: list[Tensor] = []  # since the last line of the log
         learn: Learn = True if config.train.learn == "all" else "mixer"
         engine.attach(Objective(self.lm, learn), self.lm, nested)
@@ -191,7 +192,7 @@ class Training:
         """Train until the end (True) or until asked to stop (False)."""
         settings = self.config.train
         bar = tqdm(total=settings.steps, initial=self.step, disable=self.quiet, unit="step", dynamic_ncols=True)
-        begin, since = time.monotonic() - self.elapsed, (time.monotonic(), self.step)
+        begin, since = self._now() - self.elapsed, (time.monotonic(), self.step)
         losses = self.losses
         early = self.step == 0
         with bar:
@@ -229,12 +230,12 @@ class Training:
                 if due:
                     self._save(score)
                 if due or first or score is not None:  # which is no training
-                    begin, since = time.monotonic() - self.elapsed, (time.monotonic(), self.step)
+                    begin, since = self._now() - self.elapsed, (time.monotonic(), self.step)
         return True
 
     def _seconds_since(self, begin: float) -> float:
         """Return this process's time; where time limits the run, the mean of all processes', so that they act alike."""
-        elapsed = time.monotonic() - begin
+        elapsed = self._now() - begin
         if self.config.train.seconds is None:
             return elapsed
         return self.engine.agreed(elapsed)
@@ -306,22 +307,9 @@ class Training:
             self.report.sample(self.lm, self.step, self.config, write=self.engine.rank == 0)
 
     def _evaluate(self, held_out: HeldOut) -> float:
-        data, engine = self.config.data, self.engine
-        text = held_out.tokens.to(engine.device)
-        shared: dict[str, Any] = {
-            "rank": engine.rank,
-            "world": engine.world,
-            "total": engine.total,
-            "quiet": self.quiet,
-        }
-        if held_out.starts is not None:
-            rows = max(1, data.batch // (engine.world * self.config.train.accumulate))
-            bits = documents_bits(self.lm, text, held_out.starts, window=data.window, batch=rows, **shared)
-        elif streams := self.config.train.eval_streams:
-            bits = stream_bits_per_byte(self.lm, text, streams=streams, piece=data.window, **shared)
-        else:
-            bits = bits_per_byte(self.lm, text, window=data.window, batch=4 * data.batch, **shared)
-        return bits / held_out.bytes_per_token
+        engine = self.engine
+        shared: dict[str, Any] = {"rank": engine.rank, "world": engine.world, "total": engine.total}
+        return measured(self.lm, held_out, self.config, quiet=self.quiet, **shared)
 
     def _check_folder(self) -> None:
         if self.held is not None:

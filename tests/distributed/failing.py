@@ -32,7 +32,7 @@ WHERE = {
     "optimizer": (Sharded, "step"),
     "data": (Windows, "batch"),
     "save": (file, "save"),
-    "evaluate": (training, "bits_per_byte"),
+    "evaluate": (training, "measured"),
     "build": (training, "build_model"),
     "sample": (Training, "_sample"),
 }

@@ -8,13 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nestopt.cli import main
-from nestopt.config import Config
-from nestopt.levels import attention, cms, deltanet, window_attention
+from nestopt.levels import cms, deltanet
 from nestopt.models import HopeLM
-from nestopt.train.compare import parameters, transformer_like
 from nestopt.train.evaluate import stream_bits_per_byte
-from nestopt.train.report.metrics import read
 
 
 def make() -> HopeLM:
@@ -51,51 +47,3 @@ def test_what_it_reads_it_learns() -> None:
 def test_one_byte_is_no_text() -> None:
     with pytest.raises(ValueError, match="1 bytes can't be measured"):
         stream_bits_per_byte(make(), torch.zeros(1, dtype=torch.uint8), streams=1, piece=4)
-
-
-def test_a_transformer_of_as_many_parameters() -> None:
-    config = Config.from_data({"model": {"mixer": "deltanet", "gate_output": True, "dim": 32, "heads": 2}})
-    config.train.eval_streams = 0
-    other = transformer_like(config)
-    assert other.model.mixer == attention()
-    assert parameters(other.model) == pytest.approx(parameters(config.model), rel=0.005)
-    assert other.optimizer == config.optimizer
-    assert other.data == config.data
-    streaming = config.model_copy(update={"train": config.train.model_copy(update={"eval_streams": 4})})
-    mixer = transformer_like(streaming).model.mixer
-    assert isinstance(mixer, window_attention)
-    assert mixer.memory.size == config.data.window
-
-
-def test_a_run_beside_its_baseline(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("one level two level three level " * 400)
-    given = "model.dim=8 model.blocks=1 model.heads=2 data.window=16 data.batch=2 train.steps=6 train.eval_every=3"
-    more = "train.final_bytes=300 train.eval_bytes=300 train.eval_streams=2 train.sample_bytes=0"
-    assert (
-        main(
-            [
-                "train",
-                *given.split(),
-                *more.split(),
-                f"train.out={tmp_path}/runs",
-                "--data",
-                str(text),
-                "--baseline",
-                "transformer",
-            ]
-        )
-        == 0
-    )
-    said = capsys.readouterr().out
-    lines = said[said.index("parameters  steps") :].splitlines()
-    assert [line.rpartition("  ")[0].split("  ")[0].strip() for line in lines[1:4]] == [
-        "this model",
-        "Transformer, equal tokens",
-        "Transformer, equal seconds",
-    ]
-    run = tmp_path / "runs" / "001"
-    assert (run / "compare.png").stat().st_size > 10_000
-    tokens, seconds = (read(run / "baseline" / name / "metrics.jsonl") for name in ("001", "002"))
-    assert tokens[-1]["step"] == 6
-    assert seconds[-1]["step"] >= 1

@@ -80,10 +80,18 @@ class PackedDocuments:
         return Batch(tokens, starts)
 
     def held_out(self, most: int) -> HeldOut:
-        texts, size = held_out(self.documents, most)
+        return self._encoded(*held_out(self.documents, most))
+
+    def beside(self, tested: int, most: int) -> HeldOut:
+        first, size = held_out(self.documents, tested)
+        texts, all_ = held_out(self.documents, size + most)
+        return self._encoded(texts[len(first) :], all_ - size)
+
+    def _encoded(self, texts: Sequence[str], size: int) -> HeldOut:
         tokens = [torch.tensor(list(self.documents.encode(text)), dtype=torch.int64) for text in texts]
         starts = [torch.arange(len(one)) == 0 for one in tokens]
-        return HeldOut(torch.cat(tokens), torch.cat(starts), size)
+        none = torch.zeros(0, dtype=torch.int64)
+        return HeldOut(torch.cat([none, *tokens]), torch.cat([none.bool(), *starts]), size)
 
     def encode(self, text: str) -> Sequence[int]:
         return self.documents.encode_prompt(text)

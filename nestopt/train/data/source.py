@@ -67,6 +67,10 @@ class Source(Protocol):
         """Return held-out text of at most so many bytes."""
         ...
 
+    def beside(self, tested: int, most: int) -> HeldOut:
+        """Return at most so many bytes of held-out text that `held_out(tested)` has not, to choose settings by."""
+        ...
+
     def encode(self, text: str) -> Sequence[int]:
         """Return text as tokens, such as a prompt: what begins a document before it, and nothing behind it."""
         ...

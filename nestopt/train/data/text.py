@@ -1,6 +1,7 @@
 """Byte corpora: text split into a training and a held-out part, and training windows drawn from it."""
 
 import hashlib
+import itertools
 import logging
 import os
 import platform
@@ -203,13 +204,24 @@ STRETCHES = 16
 
 def held_out_text(held_out: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
     """Return `size` bytes of the held-out text in a few long stretches (all of it, if it is no longer)."""
-    if len(held_out) <= size:
-        return held_out
-    length, over = divmod(size, STRETCHES)
-    gap = (len(held_out) - size) / max(1, STRETCHES - 1)
-    pieces, position = [], 0.0
+    return np.concatenate([held_out[stretch] for stretch in _stretches(len(held_out), size)])
+
+
+def text_beside(held_out: npt.NDArray[np.uint8], tested: int, size: int) -> npt.NDArray[np.uint8]:
+    """Return at most `size` bytes of the held-out text that `held_out_text(held_out, tested)` has not."""
+    stretches = _stretches(len(held_out), tested)
+    between = [held_out[a.stop : b.start] for a, b in itertools.pairwise(stretches)]
+    return held_out_text(np.concatenate([*between, held_out[stretches[-1].stop :]]), size)
+
+
+def _stretches(length: int, size: int) -> list[slice]:
+    if length <= size:
+        return [slice(0, length)]
+    each, over = divmod(size, STRETCHES)
+    gap = (length - size) / max(1, STRETCHES - 1)
+    found, position = [], 0.0
     for i in range(STRETCHES):
-        n = length + (i < over)
-        pieces.append(held_out[round(position) : round(position) + n])
+        n = each + (i < over)
+        found.append(slice(round(position), round(position) + n))
         position += n + gap
-    return np.concatenate(pieces)
+    return found

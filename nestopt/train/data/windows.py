@@ -13,7 +13,7 @@ import torch
 
 from nestopt.train.data.dataset import Text
 from nestopt.train.data.source import Batch, HeldOut
-from nestopt.train.data.text import held_out_text, windows
+from nestopt.train.data.text import held_out_text, text_beside, windows
 from nestopt.train.errors import CheckpointError, whole_number
 
 
@@ -48,6 +48,10 @@ class Windows:
 
     def held_out(self, most: int) -> HeldOut:
         tokens = torch.from_numpy(held_out_text(self._held_out, most))
+        return HeldOut(tokens, None, len(tokens))
+
+    def beside(self, tested: int, most: int) -> HeldOut:
+        tokens = torch.from_numpy(text_beside(self._held_out, tested, most))
         return HeldOut(tokens, None, len(tokens))
 
     def encode(self, text: str) -> Sequence[int]:

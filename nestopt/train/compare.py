@@ -309,10 +309,8 @@ def table(rows: Sequence[Row], tuning: int, tested: int) -> str:
             )
         )
     seeds = len({row.seed for row in rows})
-    said = f"bits per byte of {tested:,} held-out bytes, read with MLPs as they are (still), and with each learning from "
-        f"bits per byte of {tested:,} held-out bytes, read with MLPs as they are (still), and with each MLP learning "
-    )
-    said += f"from the loss (learning) at the rate that is best on {tuning:,} other bytes; reading: CPU seconds"
+    said = f"bits per byte of {tested:,} held-out bytes, read with MLPs as they are (still), and with each "
+    said += f"learning from the loss, at the rate that is best on {tuning:,} other bytes; reading: CPU seconds"
     return "\n".join([*grid(lines, left=1), said + (f"; mean and deviation of {seeds} seeds" if seeds > 1 else "")])
 
 

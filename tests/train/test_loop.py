@@ -188,7 +188,7 @@ class Unigram(torch.nn.Module):
         super().__init__()
         self.logits = torch.nn.Parameter((counts / counts.sum()).log())
 
-    def forward(self, tokens):
+    def forward(self, tokens, learn):
         return self.logits.expand(*tokens.shape, -1), None
 
 

@@ -91,6 +91,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(terminal.add_command(commands, "generate", "let a trained model write"))
     _add_eval(terminal.add_command(commands, "eval", "measure what a trained model does"))
 
+    tune = terminal.add_command(
+        commands, "tune-reading", "choose how fast a trained model learns as it reads: rate, period, keep; no training"
+    )
+    tune.add_argument("path", metavar="RUN")
+    tune.add_argument("--bytes", type=terminal.whole(2), default=32768, help="held out, to choose by (default: 32768)")
+    tune.add_argument("--out", metavar="FOLDER", help="write the model with these settings, as a run of its own")
+    _add_trust(tune)
+    tune.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    tune.set_defaults(run=_tune_reading)
+
     describe = terminal.add_command(commands, "describe", "the levels of a config, a run or a level's name, in order")
     terminal.completes(describe.add_argument("path", metavar="CONFIG.yaml | RUN | LEVEL"), terminal.level_names)
     terminal.completes(
@@ -378,6 +388,20 @@ def _forgetting(args: argparse.Namespace) -> int:
     from nestopt.evidence.command import answer
 
     print(answer(args))
+    return 0
+
+
+def _tune_reading(args: argparse.Namespace) -> int:
+    from nestopt.train.reading import tune
+    from nestopt.train.run import Run
+    from nestopt.train.trust import check_trusted
+
+    run, out = Run.open(args.path), None if args.out is None else Path(args.out)
+    if not args.trust:
+        check_trusted(run.config(), run.path)
+    if out is not None and os.path.lexists(out):
+        raise ConfigError.refuse("--out", args.out, "give a folder that is not there yet")
+    print(tune(run, out=out, tuning=args.bytes, quiet=args.quiet))
     return 0
 
 

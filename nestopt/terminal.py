@@ -30,6 +30,9 @@ EXAMPLES = {
     "forgetting": """
   nestopt eval forgetting runs/001
   nestopt eval forgetting runs/001 --data my/texts --bytes 1024 --documents 4""",
+    "tune-reading": """
+  nestopt tune-reading runs/001
+  nestopt tune-reading runs/001 --out runs/tuned""",
     "describe": """
   nestopt describe adamw                                a level by its name
   nestopt describe stack.yaml [0].period=4              a stack, or a config, in a file

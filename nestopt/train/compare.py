@@ -7,8 +7,8 @@ import json
 import math
 import os
 import statistics
-import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,13 @@ from nestopt.config.files import replacing, write
 from nestopt.config.spec import build
 from nestopt.core import Level
 from nestopt.core.memories import Mlp, Window
-from nestopt.levels.continuum.level import Cms, level_names
 from nestopt.levels.presets import Attention, WindowAttention
 from nestopt.levels.self_modifying.level import SelfModifying
-from nestopt.models import HopeLM
-from nestopt.train.data import sources
 from nestopt.train.data.source import HeldOut
 from nestopt.train.engines.engine import device_of
-from nestopt.train.errors import CheckpointError, CorpusError, extra
-from nestopt.train.evaluate import measured
+from nestopt.train.errors import CheckpointError, extra
 from nestopt.train.loop import train
+from nestopt.train.reading import at_best_rate, continuum, learner, read, reading_rule, texts
 from nestopt.train.tables import grid
 from nestopt.train.training import Result
 
@@ -38,12 +35,6 @@ with extra("train"):
     from tqdm import tqdm
 
 THIS, TOKENS, SECONDS = "this run", "equal tokens", "equal seconds"
-
-FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Of the rate at which MLPs learn as they read: each model has the one that is best on text of its own for that."""
-
-TUNING = 32768
-"""Bytes of that text, at most: held out, and not among those that are measured."""
 
 NEAR = 0.02
 """How far the parameters of two models that are compared may differ, of the one."""
@@ -93,7 +84,7 @@ def like(config: Config, name: str) -> Config:
         ConfigError: there is no such level, or no model of it comes within 2 % of the parameters.
     """
     section = config.model
-    rule, mixer = reading_rule(_continuum(section)), _mixer(config, name)
+    rule, mixer = reading_rule(continuum(section)), _mixer(config, name)
     wanted = parameters(section)
     fastest = next(iter(rule.chain().values()))
     rule = dataclasses.replace(rule, periods=(fastest,), variant="sequential", weights=None)
@@ -125,19 +116,6 @@ def _mixer(config: Config, name: str) -> Level:
     except ConfigError as error:
         raise ConfigError.of([ConfigError(problem.problem, "--baseline") for problem in error.errors]) from None
     return level
-
-
-def reading_rule(mlp: Cms) -> Cms:
-    """Return how MLPs learn as they read: as they do, or, of those that don't, from the loss, every 32 tokens."""
-    if mlp.learn == "context":
-        return mlp
-    periods = (32,) if len(mlp.periods) == 1 else mlp.periods
-    return dataclasses.replace(mlp, periods=periods, learn="context", teach="loss", rate=0.08, through="first_order")
-
-
-def _continuum(section: ModelConfig) -> Cms:
-    assert isinstance(section.mlp, Cms)
-    return section.mlp
 
 
 def parameters(section: ModelConfig) -> int:
@@ -174,7 +152,7 @@ def compare(
     out = result.run.path / "baseline"
     if os.path.islink(out):
         raise CheckpointError(f"{out}: is a link; runs are written to folders of their own, remove it")
-    tune, test = _texts(config)
+    tune, test = texts(config)
     rows: list[Row] = []
     for name, limit, run, found in _runs(config, result, names, seeds, out, quiet):
         if not found.finished:
@@ -215,51 +193,15 @@ def _runs(
 _NEVER = 10**9
 
 
-def _texts(config: Config) -> tuple[HeldOut, HeldOut]:
-    """Return the text that rates are chosen by, and the one that is measured."""
-    source = sources.make(config)
-    try:
-        tested = config.train.final_bytes
-        test, tune = source.held_out(tested), source.beside(tested, TUNING)
-    finally:
-        source.close()
-    if len(tune.tokens) * 8 < min(TUNING, len(test.tokens)):  # all is tested: a quarter of it is not, then
-        cut = len(test.tokens) // 4
-        parts = [
-            (test.tokens[s], None if test.starts is None else test.starts[s]) for s in (slice(cut), slice(cut, None))
-        ]
-        tune, test = (HeldOut(*part, round(len(part[0]) * test.bytes_per_token)) for part in parts)
-    if min(len(tune.tokens), len(test.tokens)) < 2:
-        raise CorpusError(f"{source.name}: {test.bytes} held-out bytes are too few to compare models; give more text")
-    return tune, test
-
-
 def _measure(name: str, limit: str, config: Config, result: Result, tune: HeldOut, test: HeldOut, quiet: bool) -> Row:
     still = result.run.load_model(device_of(config.train.device))
-    learner = _learner(config, still)
-    best, rate, bits, learning_s = 1.0, math.nan, None, math.nan
-
-    def read(model: HopeLM, text: HeldOut, learn: Any) -> tuple[float, float]:
-        begin = time.process_time()
-        found = measured(model, text, config, learn=learn)
-        return found, time.process_time() - begin
-
-    still_bits, still_s = read(still, test, "mixer")
-    if learner is not None:
-        rates = [p for key, p in learner.named_parameters() if key.endswith(".rate")]
-        first = [p.detach().clone() for p in rates]
-
-        def at(factor: float) -> HopeLM:
-            with torch.no_grad():
-                for p, start in zip(rates, first, strict=True):
-                    p.copy_(start + math.log(factor))  # a rate is kept as its logarithm
-            return learner
-
-        bar = tqdm(FACTORS, desc=f"{name}: rates", leave=False, disable=quiet, dynamic_ncols=True)
-        found = {factor: read(at(factor), tune, True)[0] for factor in bar}
-        best = min(found, key=lambda factor: found[factor])
-        bits, learning_s = read(at(best), test, True)
-        rate = math.exp(statistics.fmean(float(p.detach().mean()) for p in rates))
+    still_bits, still_s = read(config, still, test, "mixer")
+    model = learner(config, still, reading_rule(continuum(config.model)))
+    bits, learning_s, rate = None, math.nan, math.nan
+    if model is not None:
+        bar = partial(tqdm, desc=f"{name}: rates", leave=False, disable=quiet, dynamic_ncols=True)
+        rate = min(at_best_rate(config, model, tune, bar=bar), key=lambda found: found.bits).rate
+        bits, learning_s = read(config, model, test)
     return Row(
         name,
         limit,
@@ -273,21 +215,6 @@ def _measure(name: str, limit: str, config: Config, result: Result, tune: HeldOu
         still_s,
         learning_s,
     )
-
-
-def _learner(config: Config, model: HopeLM) -> HopeLM | None:
-    """Return the trained model with MLPs that learn as it reads: the same weights under the names that these have."""
-    mlp = _continuum(config.model)
-    rule = reading_rule(mlp)
-    if rule is mlp:
-        return model
-    if len(mlp.periods) > 1:
-        return None  # their periods are of the optimizer's steps
-    fresh = models.build_model(config.model.model_copy(update={"mlp": rule}))
-    (old,), (new,) = level_names(mlp.periods), level_names(rule.periods)
-    trained = {key.replace(f".levels.{old}.", f".levels.{new}."): value for key, value in model.state_dict().items()}
-    fresh.load_state_dict(fresh.state_dict() | trained)
-    return fresh.to(next(model.parameters())).eval()
 
 
 def table(rows: Sequence[Row], tuning: int, tested: int) -> str:

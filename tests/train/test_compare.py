@@ -14,9 +14,10 @@ from nestopt.cli import main
 from nestopt.config import Config, ConfigError
 from nestopt.levels import attention, cms, deltanet, self_modifying, window_attention
 from nestopt.models import build_model
-from nestopt.train.compare import FACTORS, Row, _learner, like, parameters, reading_rule, spread, table
+from nestopt.train.compare import Row, like, parameters, spread, table
 from nestopt.train.data.text import held_out_text, text_beside
 from nestopt.train.evaluate import stream_bits_per_byte
+from nestopt.train.reading import FACTORS, learner, reading_rule
 from nestopt.train.report.metrics import read
 
 
@@ -83,19 +84,20 @@ def test_the_same_weights_learn_as_they_read() -> None:
     config = Config.from_data({"model": section})
     torch.manual_seed(0)
     model = build_model(config.model).eval()
-    learner = _learner(config, model)
+    learning = learner(config, model, reading_rule(config.model.mlp))
+    assert learning is not None
     text = torch.tensor(list(b"abcab") * 60, dtype=torch.uint8)
     whole = dict(model.state_dict())
-    for key, value in learner.state_dict().items():
+    for key, value in learning.state_dict().items():
         if not key.endswith(".rate"):
             assert torch.equal(value, whole[key.replace("every_32", "every_1")])
     bits = stream_bits_per_byte(model, text, streams=2, piece=16)
-    still = stream_bits_per_byte(learner, text, streams=2, piece=16, learn="mixer")
+    still = stream_bits_per_byte(learning, text, streams=2, piece=16, learn="mixer")
     assert still == pytest.approx(bits, abs=1e-6)
-    assert stream_bits_per_byte(learner, text, streams=2, piece=16) < still - 0.05
+    assert stream_bits_per_byte(learning, text, streams=2, piece=16) < still - 0.05
     assert reading_rule(cms(periods=(4, 16))).periods == (4, 16)
     two = Config.from_data({"model": {**section, "mlp": {"level": "cms", "periods": [1, 4]}}})
-    assert _learner(two, build_model(two.model)) is None
+    assert learner(two, build_model(two.model), reading_rule(two.model.mlp)) is None
 
 
 @pytest.mark.parametrize(("length", "tested"), [(1000, 300), (1000, 997), (1000, 1000), (1000, 2000), (40, 16), (1, 1)])

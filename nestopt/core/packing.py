@@ -44,10 +44,11 @@ class Packing:
             raise ValueError(
                 f"{owner}: cu_seqlens is for sequences end to end in one row; x has the shape {list(x.shape)}"
             )
-        rising = all(a < b for a, b in itertools.pairwise(ends))
+        rising = all(a < b for a, b in itertools.pairwise(ends)) and all(isinstance(end, int) for end in ends)
         if len(ends) < 2 or ends[0] != 0 or ends[-1] != x.shape[1] or not rising:
             raise ValueError(
-                f"{owner}: cu_seqlens={ends} is not allowed; give rising numbers from 0 to the {x.shape[1]} tokens of x"
+                f"{owner}: cu_seqlens={ends} is not allowed; give rising whole numbers from 0 to the {x.shape[1]} "
+                "tokens of x"
             )
         longest = max(b - a for a, b in itertools.pairwise(ends))
         given = upload(ends, x.device)
@@ -73,8 +74,9 @@ class Packing:
         return y.flatten(0, 1)[self.back][None]
 
 
-def _ends(cu_seqlens: Any) -> list[int]:
+def _ends(cu_seqlens: Any) -> list[Any]:
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type != "cpu":
         with by_contract("documents"):
             return cu_seqlens.tolist()
-    return [int(end) for end in cu_seqlens]
+    ends = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else [float(end) for end in cu_seqlens]
+    return [int(end) if end == int(end) else end for end in ends]

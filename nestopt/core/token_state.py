@@ -321,6 +321,9 @@ def fitted(
             found[key] = _fitted_leaf(state[key], shape, batch, owner, f"{path}[{key!r}]", dtype, device)
         elif not shape.optional:
             raise ValueError(f"{owner}: {path}[{key!r}] is missing. Is it the state of another layer?")
+        leaf = found.get(key)
+        if isinstance(leaf, Tensor) and torch.is_grad_enabled() and leaf.is_inference():
+            found[key] = leaf.clone()  # which autograd can save
     return found
 
 

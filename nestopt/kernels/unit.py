@@ -15,7 +15,10 @@ from nestopt.kernels.functions import batched, may_write
 
 
 def unit(x: Tensor) -> Tensor:
-    """x `[.., D]` over its length, as `torch.nn.functional.normalize` on the last dimension."""
+    """x `[.., D]` over its length, as `torch.nn.functional.normalize` on the last dimension.
+
+    Vectors shorter than 1e-12 are divided by that; in float16, which has no such number, those shorter than 2^-10.
+    """
     return _unit(x, None)
 
 
@@ -24,42 +27,40 @@ def unit_rms(x: Tensor, eps: float) -> Tensor:
     return _unit(x, eps)
 
 
-def _unit(x: Tensor, eps: float | None) -> Tensor:
+def _unit(x: Tensor, eps: float | None, least: float = 1e-12) -> Tensor:
+    if x.dtype == torch.float16:  # which has no room for squares, nor for what a short vector is multiplied with
+        return _unit(x.float(), eps, 2.0**-10).half()
     # without a graph, as for a token alone, the function by itself: to apply it takes as long again
-    return _Unit.apply(x, eps) if torch.is_grad_enabled() else x * _inverse(x, eps)
+    return _Unit.apply(x, eps, least) if torch.is_grad_enabled() else x * _inverse(x, eps, least)
 
 
-def _inverse(x: Tensor, eps: float | None) -> Tensor:
-    """r `[.., 1]`."""
+def _inverse(x: Tensor, eps: float | None, least: float) -> Tensor:
+    """r `[.., 1]`, of vectors no shorter than `least`."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if eps is None:
-        return length.clamp_min(_LEAST).reciprocal()
+        return length.clamp_min(least).reciprocal()
     return (length.square() / x.shape[-1] + eps).rsqrt()
-
-
-_LEAST = 1e-12
-"""Of a length that is divided by; shorter vectors are divided by this."""
 
 
 class _Unit(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, eps: float | None) -> Tensor:
-        return x * _inverse(x, eps)
+    def forward(x: Tensor, eps: float | None, least: float) -> Tensor:
+        return x * _inverse(x, eps, least)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float | None], output: Tensor) -> None:
-        x, ctx.eps = inputs
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float | None, float], output: Tensor) -> None:
+        x, ctx.eps, ctx.least = inputs
         ctx.save_for_backward(x)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        r = _inverse(x, ctx.eps)
+        r = _inverse(x, ctx.eps, ctx.least)
         along = (x * dy).sum(-1, keepdim=True) * r**3
-        along = torch.where(r * _LEAST < 1, along, 0) if ctx.eps is None else along / x.shape[-1]
+        along = torch.where(r * ctx.least < 1, along, 0) if ctx.eps is None else along / x.shape[-1]
         if may_write():
-            return (dy * r).addcmul_(x, along, value=-1), None
-        return dy * r - x * along, None
+            return (dy * r).addcmul_(x, along, value=-1), None, None
+        return dy * r - x * along, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:

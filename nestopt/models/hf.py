@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class HopeConfig(PretrainedConfig):
     """
 
     model_type = "nestopt_hope"
-    keys_to_ignore_at_inference = ("cache",)
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache"]
 
     def __init__(self, model: Mapping[str, Any] | None = None, **options: Any) -> None:
         section = ModelConfig(**(model or {}))

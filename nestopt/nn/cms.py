@@ -142,8 +142,12 @@ class CMS(nn.Module):
             raise ValueError(f"CMS: x has the shape {list(x.shape)}; its last dimension must be dim={self.dim}")
         if state is not None:
             state = fitted(state, self._shapes, x.shape[0], "CMS")
+        if mask is not None:
+            check_mask(mask, *x.shape[:2])
         if not self.learns or not learn:
-            return self.read(x, state), dict(state or {})
+            # NaN in padding is none in the gradient of the weights
+            shown = x if mask is None else torch.where(mask[..., None], x, 0)
+            return self.read(shown, state), dict(state or {})
         if self.taught:
             raise ValueError(
                 'CMS: teach="loss" is taught by a language model: put it in a HopeLM, or give the level teach="local", '
@@ -153,7 +157,6 @@ class CMS(nn.Module):
         state = self.init_state(x.shape[0]) if state is None else state
         if mask is None:
             return self._learned(x, state, phases, None)
-        check_mask(mask, *x.shape[:2])
         rows = Rows.of(mask)
         y, state = self._learned(rows.moved(x), state, phases, rows.front)
         return rows.back(y), state
@@ -164,7 +167,7 @@ class CMS(nn.Module):
         for part, at in between_writes(length, phases, [self]):
             found.append(self.read(x[:, part], state))
             lived = None if live is None else live[:, part]
-            state = self.observe(x[:, part], None, state, lived, phases=at, ahead=length - part.stop)
+            state = self.observe(x[:, part], None, state, lived, phases=at, ahead=max(0, length - 1 - part.stop))
         return torch.cat(found, dim=1) if found else x, state
 
     # -- step by step --------------------------------------------------------------------------------------------------
@@ -202,7 +205,7 @@ class CMS(nn.Module):
             state: before these tokens.
             live: `[B, n]`, which are observed: in each row the first ones, or all. None is all.
             phases: tokens that the rows had learned from before. None asks `state`, and waits for the device.
-            ahead: tokens still to come in this call: `through="truncated"` asks.
+            ahead: tokens still to be learned from in this call before its last is read: `through="truncated"` asks.
 
         Raises:
             ValueError: for tokens beyond the next moment of a clock.

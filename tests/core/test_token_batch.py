@@ -105,10 +105,12 @@ def test_packed_hands_on_rows_with_their_gates_and_state() -> None:
     assert torch.equal(gradient, torch.full_like(v, 2))
 
 
-@pytest.mark.parametrize("ends", [[0], [0, 6], [1, 7], [0, 3, 3, 7], [0, 5, 4, 7]])
-def test_says_what_ends_are_not_allowed(ends: list[int]) -> None:
+@pytest.mark.parametrize("ends", [[0], [0, 6], [1, 7], [0, 3, 3, 7], [0, 5, 4, 7], [0, 2.5, 7]])
+def test_says_what_ends_are_not_allowed(ends: list[float]) -> None:
     q, k, v = (torch.randn(1, 7, 2, 3) for _ in range(3))
-    with pytest.raises(ValueError, match=r"cu_seqlens=\[.*rising numbers from 0 to the 7 tokens"):
+    with pytest.raises(ValueError, match=r"cu_seqlens=\[.*rising whole numbers from 0 to the 7 tokens"):
+        run_unpacked(lambda *_: None, q, k, v, torch.tensor(ends))  # type: ignore[arg-type,return-value]
+    with pytest.raises(ValueError, match=r"cu_seqlens=\[.*rising whole numbers from 0 to the 7 tokens"):
         run_unpacked(lambda *_: None, q, k, v, ends)  # type: ignore[arg-type,return-value]
 
 

@@ -82,3 +82,24 @@ def test_short_vectors_have_the_gradient_of_what_they_are_divided_by() -> None:
     (own,) = torch.autograd.grad(unit(x), x, dy)
     (other,) = torch.autograd.grad(normalize(x), x, dy)
     torch.testing.assert_close(own, other, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1e-3, 1.0, 3e3])
+@pytest.mark.parametrize("own", [unit, own_rms])
+def test_float16_has_numbers_of_any_size(own: Function, size: float) -> None:
+    """Squares that float16 can't hold, and vectors of zeros: as in float32, but for vectors shorter than 2^-10."""
+    x = (torch.randn(4, 8) * size).half()
+    x[1] = 0
+    wide = x.double().requires_grad_()
+    narrow = x.clone().requires_grad_()
+    y = own(narrow)
+    weight = torch.randn(4, 8)
+    (y.float() * weight).sum().backward()
+    length = wide.norm(dim=-1, keepdim=True).clamp_min(2.0**-10)
+    want = wide / length if own is unit else rms(wide)
+    (want * weight).sum().backward()
+    assert narrow.grad is not None
+    assert wide.grad is not None
+    torch.testing.assert_close(y.double(), want, rtol=2e-3, atol=1e-4)
+    scale = float(wide.grad.abs().max())
+    torch.testing.assert_close(narrow.grad.double(), wide.grad, rtol=4e-3, atol=2e-3 * scale)

@@ -216,8 +216,11 @@ def test_it_learns_in_a_trainer(tmp_path: Path) -> None:
     arguments = transformers.TrainingArguments(
         str(tmp_path), max_steps=30, learning_rate=0.02, report_to=[], save_strategy="no", use_cpu=True, logging_steps=5
     )
-    trainer = transformers.Trainer(make("two", mlp={"level": "cms", "periods": [1]}), arguments, train_dataset=data)
+    model = make("two", mlp={"level": "cms", "periods": [1]})
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+    before = trainer.evaluate()["eval_loss"]
     trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.5 * before
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.5 * losses[0]
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import nestopt
 from nestopt.core.tree import leaves
 from nestopt.levels import attention, titans
 from nestopt.nn import SequenceMemory, index
-from tests.nn.tools import F64, LEVELS, in_steps, make, same, same_states
+from tests.nn.tools import F64, LEVELS, in_steps, level_of, make, same, same_states
 
 LENGTHS = [6, 3, 1, 9]
 PATTERNS = {
@@ -145,3 +146,34 @@ def test_says_what_does_not_fit() -> None:
         before(x, mask=torch.ones(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"q\[0, 1, 0, 0\] is nan"):
         module(torch.full((1, 2, 8), torch.nan).index_fill(1, torch.tensor([0]), 0.0), validate=True)
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_padding_and_tokens_of_zeros_have_gradients_in_float16(name: str) -> None:
+    torch.manual_seed(0)
+    module = SequenceMemory(level_of(name), 16, 2).half()
+    x, mask = torch.randn(2, 10, 16).half(), torch.ones(2, 10, dtype=torch.bool)
+    mask[0, 7:], mask[1, :2] = False, False
+    x[0, 3] = 0
+    x[1, 5:] = 0
+    for options in ({}, {"mask": mask}):
+        given = x.clone().requires_grad_()
+        y, _ = module(given, **options)
+        module.zero_grad()
+        y.float().square().mean().backward()
+        found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None} | {"x": given.grad}
+        assert not [name for name, grad in found.items() if not grad.isfinite().all()]
+
+
+@pytest.mark.parametrize("learn", ["static", "context"])
+def test_padding_of_nan_is_in_no_gradient_of_a_continuum(learn: str) -> None:
+    module = nestopt.layer(nestopt.levels.cms(periods=(2, 4), learn=learn), dim=8)
+    alone = [torch.randn(n, 8) for n in LENGTHS]
+    x, mask = padded("right", alone, junk=torch.nan)
+    y, _ = module(x, mask=mask)
+    y[mask].square().sum().backward()
+    grads = [p.grad.clone() for p in module.parameters() if p.grad is not None]
+    assert grads
+    module.zero_grad()
+    sum(module(one[None])[0].square().sum() for one in alone).backward()
+    torch.testing.assert_close(grads, [p.grad for p in module.parameters() if p.grad is not None])

@@ -53,7 +53,7 @@ class TokenCounts:
         size: how many.
         count: how many of them each row has, `[B]`: all, unless the row is over. None: all in every row.
         phases: what the rows had seen before.
-        ahead: tokens still to come in this call, for `through="truncated"`.
+        ahead: tokens still to be learned from before the last of this call is read, for `through="truncated"`.
     """
 
     size: int
@@ -81,7 +81,7 @@ class Clocks:
         writer: one step of the learner.
         nested: whether each level also learns where the next faster one starts (NL eq. 72).
         through: how the outer gradient passes a write (`nestopt.levels.continuum.level`).
-        last: writes of each level in a call that it passes whole, with `through="truncated"`.
+        last: writes of each level that a call reads, and that it passes whole, with `through="truncated"`.
     """
 
     chain: Mapping[str, int | Auto]

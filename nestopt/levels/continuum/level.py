@@ -154,8 +154,8 @@ class Cms(Level):
         keep: what is left, at each write, of the way from the learned start, from 0 to 1.
         through: how the outer gradient passes a write. `"full"`: through all of it (second order).
             `"first_order"`: what was written is a constant, but for its rate. `"truncated"`: as `"full"` for the last
-            `last` writes of each level in a call, as `"first_order"` for those before. `"stop"`: nowhere, and the
-            starts get no gradient at all. Targets $V_\ell$ are learned only by `"full"` and `"truncated"`.
+            `last` writes of each level that a call reads, as `"first_order"` for those before. `"stop"`: nowhere, and
+            the starts get no gradient at all. Targets $V_\ell$ are learned only by `"full"` and `"truncated"`.
         last: writes, for `"truncated"`.
     """
 

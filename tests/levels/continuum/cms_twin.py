@@ -128,7 +128,7 @@ class Twin:
     def step(self, clock: str, weights: Weights, home: Weights, own: dict) -> Weights:  # type: ignore[type-arg]
         """One write, by the rate and at the time of the level `clock`."""
         count, rate = self.seen // self.periods[clock], self.cut(self.module.levels[clock].rate.exp())
-        writes = self.length // self.periods[clock]
+        writes = (self.length - 1) // self.periods[clock]  # that a token reads
         constant = self.level.through in ("first_order", "stop") or (
             self.level.through == "truncated" and count <= writes - self.level.last
         )

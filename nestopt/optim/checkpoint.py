@@ -17,11 +17,13 @@ from nestopt.config.errors import ConfigError
 from nestopt.config.spec import build, to_spec
 from nestopt.core.compose import Parallel
 from nestopt.core.gates import bind
+from nestopt.core.inputs import request_of
 from nestopt.core.level import Level
 from nestopt.core.part import Part
 from nestopt.core.tree import leaves
 from nestopt.optim.checks import check_group, check_parameters
 from nestopt.optim.execute.update import STEP, SUM
+from nestopt.optim.layer_inputs.sums import KEPT, layout_of_totals
 from nestopt.optim.views import Split, layout, work_dtype
 
 LATER = frozenset({"maximize", "decoupled_weight_decay", "differentiable", "ns_form", "coupled"})
@@ -150,6 +152,10 @@ def checked_state(
     expected = dict(leaves(layout(level, param, view)))
     if SUM in found:
         expected[SUM] = torch.empty_like(param, device="meta", dtype=work_dtype(param))
+        if (wants := request_of(level)) is not None and any(key.startswith(KEPT) for key in found):
+            # groups of a convolution: as many as there were
+            sizes = layout_of_totals(wants, param.shape, work_dtype(param), 0)
+            expected |= {KEPT + key: torch.empty(size, dtype=d, device="meta") for key, (size, d) in sizes.items()}
     missing, surplus = expected.keys() - found, found.keys() - expected
     if missing or surplus:
         raise ValueError(

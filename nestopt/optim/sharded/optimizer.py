@@ -11,11 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nestopt.core.inputs import INPUTS, LayerInputs
+from nestopt.core.inputs import INPUTS
 from nestopt.core.level import Level
 from nestopt.optim.checkpoint import merged_group, plain_groups
 from nestopt.optim.checks import names
-from nestopt.optim.layer_inputs.watcher import Watcher
+from nestopt.optim.layer_inputs.sums import Totals
+from nestopt.optim.layer_inputs.watcher import Watcher, shown
 from nestopt.optim.optimizer import Nested, warn_unseen
 from nestopt.optim.sharded.owners import owners, step_cost
 from nestopt.optim.sharded.saved import CheckpointMismatch, Saved, SavedState, StateKeys, TensorSlice
@@ -87,6 +88,8 @@ class Sharded(Optimizer):
             RuntimeError: the processes have other levels, or slices that do not make the parameters up.
         """
         self._comm = comm
+        if isinstance(self.nested._watcher, Watcher):
+            self.nested._watcher.elsewhere = True
         tables: list[list[Sequence[Slice] | None]] = [[some.table for some in placements]]
         if comm is not None:
             self._check_alike(comm)
@@ -153,8 +156,7 @@ class Sharded(Optimizer):
         for group in self.param_groups:
             for unit, placement in self._units_of(group):
                 group[TAKEN] = unit.taken = unit.taken + 1
-                # a group with a period sums gradients until it is over, and so do those who watch layers
-                inputs = {} if unit.taken % group.get("period", 1) else self._inputs(unit, group)
+                inputs = self._inputs(unit, group)
                 pairs = zip(placement.handles, placement.tensors, strict=True)
                 unit.step([_gradient(handle, tensor) for handle, tensor in pairs], group, inputs)
         return loss
@@ -171,18 +173,19 @@ class Sharded(Optimizer):
             found[id(unit)] = unit, placement
         return list(found.values())
 
-    def _inputs(self, unit: Unit, group: Group) -> dict[str, LayerInputs | None]:
-        level, watcher, shapes = self.level(group), self.nested.watcher, unit.shapes()
+    def _inputs(self, unit: Unit, group: Group) -> dict[str, Totals | None]:
+        level, watcher, shapes = self.level(group), self.nested._watcher, unit.shapes()
         if INPUTS not in level.needs:
             return {}
-        found: dict[str, LayerInputs | None] = dict.fromkeys(shapes)
+        found: dict[str, Totals | None] = dict.fromkeys(shapes)
         if isinstance(watcher, Watcher):
             for name in sorted(shapes):
-                found[name] = watcher.take_total(self.models[name], torch.Size(shapes[name]), self._comm)
-        unseen = [name for name, inputs in found.items() if inputs is None and len(shapes[name]) > 1]
-        if unseen and not self._warned:
-            self._warned = True
-            warn_unseen(level, unseen)
+                found[name] = watcher.totals_of(self.models[name], torch.Size(shapes[name]), self._comm)
+        if unit.taken == 1 and not self._warned:
+            unseen = [name for name, inputs in found.items() if len(shapes[name]) > 1 and not shown(inputs)]
+            self._warned = bool(unseen)
+            if unseen:
+                warn_unseen(level, unseen)
         return found
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -191,12 +194,9 @@ class Sharded(Optimizer):
         self.forget_inputs()
 
     def forget_inputs(self) -> None:
-        """Forget what layers were shown since the last step (of groups with a period, nothing)."""
-        if self.nested.watcher is not None:
-            for own, group in zip(self.names, self.param_groups, strict=True):
-                if group.get("period", 1) == 1:
-                    for name in own:
-                        self.nested.watcher.take(self.models[name])
+        """Forget what layers were shown since the last step."""
+        if isinstance(self.nested._watcher, Watcher):
+            self.nested._watcher.forget()
 
     def explain(self) -> Any:
         """Explain as `Nested.explain` does."""

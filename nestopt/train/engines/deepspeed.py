@@ -77,7 +77,7 @@ def initialized(
     nested.tell_loss_scale(1 / engine.gradient_accumulation_steps())
     placements, comm = zero_layout.placements(engine, optimizer)
     optimizer.attach(placements, comm)
-    if nested.watcher is not None:
+    if any(INPUTS in optimizer.level(group).needs for group in optimizer.param_groups):
         called.register_forward_pre_hook(lambda module, args: _begin_step(engine, optimizer))
     engine.nestopt = CheckpointManager(
         model,

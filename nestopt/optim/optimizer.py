@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import is_
 from typing import Any, ClassVar, Literal, get_args
@@ -18,8 +19,7 @@ from nestopt.core.gates import bind
 from nestopt.core.inputs import INPUTS
 from nestopt.core.level import Level
 from nestopt.core.part import nearest
-from nestopt.optim import checkpoint
-from nestopt.optim.checks import check_gradients, check_group, check_inputs, check_parameters, names, raise_nonfinite
+from nestopt.optim import checkpoint, checks
 from nestopt.optim.execute.capturable import begin_on_device, check_capturable, step_capturable
 from nestopt.optim.execute.update import UpdateSettings
 from nestopt.optim.explain import Explanation, explain
@@ -140,24 +140,30 @@ class Nested(Optimizer):
         self._plan = Plan(self.complete, self._accept, self._totals, note, compiled=compiled, seed=seed)
         self._accepted: set[int] = set()
         self._watcher: Seen | None = None
+        self._model: weakref.ref[nn.Module] | None = None
         self._unseen: list[str] | None = []  # None once a step has said so
         self._skipped = 0
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in torch; it may have its own `stack`. Nothing is added if anything in it is wrong."""
+        """Add a group, as in torch; it may have its own `stack`. Nothing is added if anything in it is wrong.
+
+        Where the others have names, parameters without are called as the model calls them, or by their places.
+        """
+        model = self._model() if self._model is not None else None
+        param_group = checks.named_as(self.param_groups, param_group, model)
         group = {**self.defaults, **param_group}
         if "stack" in group:
             group["stack"] = build("level", group["stack"], f"param_groups[{len(self.param_groups)}].stack")
             param_group = {**param_group, "stack": group["stack"]}
-        check_group(group)
+        checks.check_group(group)
         index = len(self.param_groups)
         super().add_param_group(param_group)
         added = self.param_groups[index]
         try:
             level = self.level(added)
-            check_parameters(added, index, level)
+            checks.check_parameters(added, index, level)
             if INPUTS in level.needs:
-                check_inputs(added, level, capturable=self.options.capturable)
+                checks.check_inputs(added, level, capturable=self.options.capturable)
             if self.options.capturable:
                 self._check_capturable(added, index)
         except Exception:
@@ -170,7 +176,7 @@ class Nested(Optimizer):
     def _check_capturable(self, group: dict[str, Any], index: int) -> None:
         level, seen = bind(self.level(group)), set()
         view = None if level.is_elementwise else group.get("view")
-        for name, param in zip(names(group, index), group["params"], strict=True):
+        for name, param in zip(checks.names(group, index), group["params"], strict=True):
             kind = (param.shape, param.dtype, param.device)
             if kind not in seen and param.numel():
                 seen.add(kind)
@@ -219,7 +225,7 @@ class Nested(Optimizer):
         grads = [[param.grad for param in group["params"]] for group in self.param_groups]
         if self.options.on_nonfinite != "ignore" and not finite(grads):
             if self.options.on_nonfinite == "raise":
-                raise_nonfinite(self.param_groups, grads)
+                checks.raise_nonfinite(self.param_groups, grads)
             self._skipped += 1
             return loss
         levels = [self.level(group) for group in self.param_groups]
@@ -260,7 +266,7 @@ class Nested(Optimizer):
 
     def _step_capturable(self) -> None:
         for index, group in enumerate(self.param_groups):
-            check_gradients(group, index, [param.grad for param in group["params"]])
+            checks.check_gradients(group, index, [param.grad for param in group["params"]])
         for index, group in enumerate(self.param_groups):
             level, settings = bind(self.level(group)), self._update_settings(group)
             view = None if level.is_elementwise else group.get("view")
@@ -289,8 +295,13 @@ class Nested(Optimizer):
                 a group of processes is up, those of a DistributedDataParallel given as the model, else all. A process
                 that trains by itself gives a group of its own.
         """
+        self.of_model(model)
         levels = {param: self.level(group) for group in self.param_groups for param in group["params"]}
         self._watcher = Watcher(model, levels, loss_scale=loss_scale, group=group)
+
+    def of_model(self, model: nn.Module) -> None:
+        """Call parameters that are added without names as `model` does, which is not kept alive."""
+        self._model = weakref.ref(model)
 
     def tell_loss_scale(self, scale: Scale) -> None:
         """Say what the mean loss is multiplied with from now on, unless `watch` was told."""
@@ -364,12 +375,12 @@ class Nested(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        watcher, accepted = self.__dict__.get("_watcher"), self.__dict__.get("_accepted")
+        watcher, model, accepted = (self.__dict__.get(key) for key in ("_watcher", "_model", "_accepted"))
         self._settle()
         if accepted is None:  # a copy
             accepted = {id(param) for group in self.param_groups for param in group["params"]}
         self._accepted = accepted
-        self._watcher = watcher  # loading leaves the model as it is
+        self._watcher, self._model = watcher, model  # loading leaves the model as it is
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "options": self.options}

@@ -153,6 +153,7 @@ def initialized(
     cut_from_the_start: bool = False,
     scheduler: bool = False,
     recompute: bool = False,
+    frozen: str | None = None,
     saved: str | None = None,
     loaded: str | None = None,
     theirs: bool = False,
@@ -179,6 +180,10 @@ def initialized(
                 param.data.copy_(other.data)
     else:
         model = net()
+    if frozen:
+        layer = model.get_submodule(frozen).requires_grad_(False)
+        if loaded:  # what it is comes from the checkpoint
+            nn.init.zeros_(layer.weight)
     if recompute:
         run = model.up.forward
         model.up.forward = lambda x: torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)  # type: ignore

@@ -119,9 +119,10 @@ def check(settings: OptimizerConfig, places: Mapping[str, Place], named: Mapping
             raise _unmatched(group, i, named)
         if group.view is not None:
             _check_view(group, f"groups[{i}].view", {name: (places[name], named[name]) for name in mine})
-    if any(found.kind == STACK for found in places.values()):
+    trained = [name for name, param in named.items() if param.requires_grad]
+    if any(places[name].kind == STACK for name in trained):
         return
-    text = f"{settings.stack.label} gets none of the {len(named)} parameters{_only(settings.stack.needs)}"
+    text = f"{settings.stack.label} gets none of the {len(trained)} parameters{_only(settings.stack.needs)}"
     if settings.strict:
         raise ValueError(f"{text}; give another stack, a model whose roles can be seen, route= or groups=")
     log.warning("%s: print(optimizer.explain()) shows where they are", text)
@@ -138,7 +139,7 @@ def _unmatched(group: GroupConfig, i: int, named: Mapping[str, Tensor]) -> Confi
         problem = f"all parameters that {group.match!r} matches belong to groups before it; put it before them"
     else:
         hint = nearest(group.match, named) or f" Names look like {next(iter(named))!r}."
-        problem = f"{group.match!r} matches no parameter that requires a gradient.{hint}"
+        problem = f"{group.match!r} matches no parameter that can be trained.{hint}"
     return ConfigError(problem, f"groups[{i}].match", group.match)
 
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from nestopt.core.inputs import INPUTS
 from nestopt.core.level import Level
-from nestopt.optim.checkpoint import merged_group, plain_groups
+from nestopt.optim.checkpoint import OWN, merged_group, plain_groups
 from nestopt.optim.checks import names
 from nestopt.optim.layer_inputs.sums import Totals
 from nestopt.optim.layer_inputs.watcher import Watcher, shown
@@ -62,13 +62,17 @@ class Sharded(Optimizer):
                 "leave out on_nonfinite, capturable and metrics"
             )
         self.nested = nested
-        self.names = [names(group, i) for i, group in enumerate(nested.param_groups)]
-        self.models = {
-            name: param
-            for own, group in zip(self.names, nested.param_groups, strict=True)
-            for name, param in zip(own, group["params"], strict=True)
-        }
-        super().__init__([{**g, "params": list(g["params"])} for g in nested.param_groups], nested.defaults)
+        # frozen parameters stay the model's: engines have no slices of them
+        pairs = [zip(names(group, i), group["params"], strict=True) for i, group in enumerate(nested.param_groups)]
+        trained = [{name: param for name, param in own if param.requires_grad} for own in pairs]
+        groups = [(own, group) for own, group in zip(trained, nested.param_groups, strict=True) if own]
+        self.names = [list(own) for own, _ in groups]
+        self.models = {name: param for own, _ in groups for name, param in own.items()}
+        settings = [{key: value for key, value in group.items() if key not in OWN} for _, group in groups]
+        super().__init__(
+            [{**own, "params": list(params.values())} for own, (params, _) in zip(settings, groups, strict=True)],
+            nested.defaults,
+        )
         self._comm: Any = None
         self._units: dict[int, tuple[Unit, Placement]] = {}
         self._attached = self._warned = False
@@ -237,8 +241,10 @@ class Sharded(Optimizer):
             unit.load_weights(saved)
 
     def _load_states(self, saved: Saved, settings: Sequence[dict[str, Any]]) -> None:
-        if [list(group["param_names"]) for group in settings] != self.names:
+        of = {frozenset(group["param_names"]): group for group in settings}
+        if of.keys() != set(map(frozenset, self.names)) or len(of) != len(settings):
             raise CheckpointMismatch("it has its parameters in other groups")
+        settings = [of[frozenset(own)] for own in self.names]
         keys = StateKeys(saved)
         if strange := keys.names() - self.models.keys():
             raise CheckpointMismatch(f"it has a state of {min(strange)}, which has none here")

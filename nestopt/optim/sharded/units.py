@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nestopt.core.gates import bind
 from nestopt.core.inputs import INPUTS
 from nestopt.core.level import Level
-from nestopt.optim.checkpoint import checked_state
+from nestopt.optim.checkpoint import OWN, checked_state
 from nestopt.optim.layer_inputs.sums import Totals
 from nestopt.optim.optimizer import Nested
 from nestopt.optim.sharded.exchange import Exchange, Pending
@@ -29,9 +29,6 @@ from nestopt.optim.sharded.saved import (
     whole_state,
 )
 from nestopt.optim.sharded.slices import Slice, check_cover, held
-
-KEPT = frozenset({"params", "param_names", "why"})
-"""What a parameter group has of its own, wherever its parameters lie; all else is a setting."""
 
 Group = dict[str, Any]
 
@@ -335,14 +332,14 @@ def held_in_rounds(own: Sequence[int], sliced: Sequence[int], work: int = 0) -> 
 
 def _inner(nested: Nested, group: Group, names: Sequence[str], tensors: Sequence[Tensor], seed: int) -> Nested:
     """Return an optimizer of the same kind for these tensors, with the settings of a group."""
-    settings = {key: value for key, value in group.items() if key not in KEPT}
+    settings = {key: value for key, value in group.items() if key not in OWN}
     return nested.like([{**settings, "params": list(zip(names, tensors, strict=True))}], seed)
 
 
 def _settings(nested: Nested, group: Group) -> None:
     """Learning rate and all else as the group says now: schedules change it there."""
     for own in nested.param_groups:
-        own.update((key, value) for key, value in group.items() if key not in KEPT)
+        own.update((key, value) for key, value in group.items() if key not in OWN)
 
 
 def _put(nested: Nested, param: Tensor, found: dict[str, Tensor], like: Tensor, name: str) -> None:

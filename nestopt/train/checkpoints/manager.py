@@ -163,7 +163,7 @@ class CheckpointManager:
 def _gathered(tensor: Tensor, write: bool = False) -> Iterator[Tensor]:
     """Put a tensor together for a while, where DeepSpeed or FSDP2 has cut it up."""
     if hasattr(tensor, "ds_shape"):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters  # `deepspeed.zero` is a name, and no module
 
         with GatheredParameters([tensor], modifier_rank=0 if write else None):
             yield tensor

@@ -67,7 +67,7 @@ def plain_groups(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Split):
-        return {"split": value.parts, "dim": value.dim}
+        return {"split": value.parts, "dim": value.dim} | ({"transposed": True} if value.transposed else {})
     if not isinstance(value, Level):
         return value
     try:
@@ -161,7 +161,10 @@ def merged_group(optimizer: Host, saved: dict[str, Any], group: dict[str, Any], 
     if "stack" in group:
         new["stack"] = _level(saved["stack"], group["stack"], f"{path}.stack")
     if saved.get("view") != _plain(group.get("view")):
-        raise ValueError(f"{path}.view: the checkpoint's is {saved.get('view')}, this optimizer's {group.get('view')}")
+        raise ValueError(
+            f"{path}.view: the checkpoint's is {saved.get('view')}, this optimizer's {group.get('view')}; give the "
+            "group the view that it was saved with"
+        )
     if "view" in group:
         new["view"] = group["view"]
     check_group(new)
@@ -203,8 +206,8 @@ def checked_state(
     if SUM in found:
         expected[SUM] = torch.empty_like(param, device="meta", dtype=work_dtype(param))
         if (wants := request_of(level)) is not None and any(key.startswith(KEPT) for key in found):
-            # groups of a convolution: as many as there were
-            sizes = layout_of_totals(wants, param.shape, work_dtype(param), 0)
+            # of groups and inputs there are as many as there were
+            sizes = layout_of_totals(wants, param.shape, work_dtype(param), 0, 0)
             expected |= {KEPT + key: torch.empty(size, dtype=d, device="meta") for key, (size, d) in sizes.items()}
     missing, surplus = expected.keys() - found, found.keys() - expected
     if missing or surplus:

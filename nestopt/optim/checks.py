@@ -53,7 +53,7 @@ def check_parameters(group: dict[str, Any], index: int, level: Level) -> None:
     needs_matrices, seen, view = "matrix" in level.needs, set(), group.get("view")
     if view is not None and not isinstance(view, Split):
         raise TypeError(f"view={view!r} is not a view; give nestopt.optim.Split(parts, dim)")
-    if view is not None and INPUTS in level.needs:
+    if view is not None and view.stacked and INPUTS in level.needs:
         raise ValueError(f"{level.label} takes layer inputs, which are not split; leave out view={view!r}")
     for name, param in zip(names(group, index), group["params"], strict=True):
         if param in seen:

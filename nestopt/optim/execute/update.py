@@ -177,10 +177,10 @@ class Executor:
             grad = settings.gradient(grad.to(self.dtype), wide)
             shown, inputs = matrix_view(grad, level, view), None
             if self.inputs is not None:
-                inputs = means(self.inputs(param) if settings.period == 1 else kept(slot.state), grad)
+                inputs = means(self.inputs(param) if settings.period == 1 else kept(slot.state), grad, view)
             note = self.note(param) if self.note else None
             signal = Signal(step, matrix_view(wide, level, view), settings.lr, inputs, note)
-            run = advance_ if view is None else advance_stack_
+            run = advance_stack_ if view is not None and view.stacked else advance_
             direction = run(level, shown, slot.tree, signal)
             if direction.shape != shown.shape:
                 raise wrong_shape(level, direction, shown)

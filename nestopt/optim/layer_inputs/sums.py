@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nestopt.core.inputs import InputRequest, LayerInputs
 from nestopt.optim.layer_inputs.rows import Rows
+from nestopt.optim.views import Split
 
 Totals = dict[str, Tensor]
 """Sums over rows by name, and their number `n`."""
@@ -22,12 +23,14 @@ class Sums:
 
     Attributes:
         groups: of the layer: 1 but for grouped convolutions.
+        transposed: whether the layer's weight is `[in, out]`; sums are `[out, in]`, totals as the weight.
         n: rows.
         sums: what was added, by name.
         rows: those that are kept as they are while they are few.
     """
 
     groups: int = 1
+    transposed: bool = False
 
     def __init__(self, wants: InputRequest, dtype: torch.dtype) -> None:
         self.wants, self.dtype = wants, dtype
@@ -81,14 +84,19 @@ class Sums:
     def totals(self, device: torch.device) -> Totals:
         """Return the sums; they are written over as more rows are added."""
         found = {**self.sums, "n": torch.full((), self.n, dtype=torch.int64, device=device)}
+        if self.transposed:
+            found |= {key: found[key].mT for key in ("wxx", "grad") if key in found}
         return found | {"rows": torch.cat(self.rows, dim=1)} if self.rows else found
 
     def totals_of_all(self, shape: torch.Size, device: torch.device, reduce: Callable[[Tensor], object]) -> Totals:
         """Return the sums of all processes, for a weight of this shape; `reduce` makes a tensor the sum over them."""
         found, here = {}, _by_columns(self.totals(device))
-        for key, (size, dtype) in layout_of_totals(self.wants, shape, self.dtype, self.groups).items():
+        side = shape[0] if self.transposed else shape[1:].numel()
+        for key, (size, dtype) in layout_of_totals(self.wants, shape, self.dtype, self.groups, side).items():
             # zeros where no row came by here
-            found[key] = here[key].clone() if key in here else torch.zeros(size, dtype=dtype, device=device)
+            found[key] = torch.zeros(size, dtype=dtype, device=device)
+            if key in here:
+                found[key].copy_(here[key])
             reduce(found[key])
         return found
 
@@ -133,10 +141,14 @@ def _product(rows: Rows, e: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def layout_of_totals(
-    wants: InputRequest, shape: torch.Size, dtype: torch.dtype, groups: int
+    wants: InputRequest, shape: torch.Size, dtype: torch.dtype, groups: int, side: int
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Return shape and dtype of each total of a weight of this shape, as several processes or steps add them up."""
-    side = shape[1:].numel()
+    """Return shape and dtype of each total of a weight of this shape, as several processes or steps add them up.
+
+    Args:
+        groups: of the layer.
+        side: how many inputs each has.
+    """
     sizes: dict[str, tuple[int, ...]] = {}
     if wants.wxx:
         sizes |= {"wxx": shape, "mean_square": (groups,)}
@@ -158,8 +170,10 @@ def kept(state: MutableMapping[str, Tensor]) -> Totals | None:
     return {key.removeprefix(KEPT): state.pop(key) for key in list(state) if key.startswith(KEPT)} or None
 
 
-def means(totals: Mapping[str, Tensor] | None, grad: Tensor) -> LayerInputs | None:
-    """Return what a level is told of a weight with this gradient; of no rows, that it had nothing but the gradient."""
+def means(totals: Mapping[str, Tensor] | None, grad: Tensor, view: Split | None = None) -> LayerInputs | None:
+    """Return what a level is told of a weight with this gradient, as the view shows it; where there were no rows, that
+    it had nothing but the gradient.
+    """
     if totals is None:
         return None
     n, shape = totals["n"].clamp(min=1), grad.shape
@@ -170,6 +184,8 @@ def means(totals: Mapping[str, Tensor] | None, grad: Tensor) -> LayerInputs | No
         found["mean_square"] = of_outputs if len(square) > 1 else square.reshape(())
     if "grad" in found:
         found["grad"] = torch.where(totals["n"] > 0, found["grad"], grad.to(found["grad"].dtype))
+    if view is not None:
+        found |= {key: view.cut(found[key]) for key in ("wxx", "grad") if key in found}
     if "rows" in totals:
         found["rows"] = totals["rows"] / n.to(totals["rows"].dtype).sqrt()
     for key in ("gram", "rows"):

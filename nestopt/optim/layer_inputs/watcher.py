@@ -16,7 +16,7 @@ from nestopt.core.device import by_contract, no_autocast
 from nestopt.core.inputs import InputRequest, request_of
 from nestopt.core.level import Level
 from nestopt.optim.layer_inputs.known import Arrived, Known
-from nestopt.optim.layer_inputs.rows import multiplies
+from nestopt.optim.layer_inputs.rows import is_transposed, multiplies
 from nestopt.optim.layer_inputs.sums import Sums, Totals
 from nestopt.optim.layer_inputs.uses import Few, Many, Scale, Use, WithSurprise, few
 
@@ -34,11 +34,11 @@ class Seen(Protocol):
 class Watcher:
     r"""Sums what the layers of a model are shown, for each parameter whose level wants it.
 
-    Watched are the weights of `nn.Linear` and `nn.Conv1d`, `2d` and `3d` (their subclasses too, unless these have a
-    `forward` of their own). Sums share the life of the parameter's `.grad`: a use of the layer counts when, and as
-    often as, a backward pass comes through its output and adds to that gradient; they are added up as long as it is,
-    and gone when it is set to None or zero, or another tensor is put in its place. So gradient accumulation and tied
-    weights sum over uses, `autograd.grad` to a layer's inputs adds nothing, recomputation under activation
+    Watched are the weights of `nn.Linear`, `nn.Conv1d`, `2d` and `3d`, and transformers' `Conv1D` (subclasses too, but
+    for those with a `forward` of their own). Sums share the life of the parameter's `.grad`: a use of the layer counts
+    when, and as often as, a backward pass comes through its output and adds to that gradient; they are added up as long
+    as it is, and gone when it is set to None or zero, or another tensor is put in its place. So gradient accumulation
+    and tied weights sum over uses, `autograd.grad` to a layer's inputs adds nothing, recomputation under activation
     checkpointing does not count again, and a forward pass in evaluation or under `no_grad` costs nothing and leaves
     nothing.
 
@@ -114,7 +114,7 @@ class Watcher:
             if multiplies(module) and (weight := module._parameters.get("weight")) in new:
                 assert weight is not None
                 known = new[weight]
-                known.sums.groups = int(getattr(module, "groups", 1))
+                known.sums.groups, known.sums.transposed = int(getattr(module, "groups", 1)), is_transposed(module)
                 if hasattr(weight, "to_local"):  # a DTensor: FSDP2 puts the whole weight in its place for a while
                     self._of_module[module] = known
                 # before other hooks, which may change the output

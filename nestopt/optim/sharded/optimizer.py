@@ -68,11 +68,7 @@ class Sharded(Optimizer):
         groups = [(own, group) for own, group in zip(trained, nested.param_groups, strict=True) if own]
         self.names = [list(own) for own, _ in groups]
         self.models = {name: param for own, _ in groups for name, param in own.items()}
-        settings = [{key: value for key, value in group.items() if key not in OWN} for _, group in groups]
-        super().__init__(
-            [{**own, "params": list(params.values())} for own, (params, _) in zip(settings, groups, strict=True)],
-            nested.defaults,
-        )
+        super().__init__([_trained(group, own) for own, group in groups], nested.defaults)
         self._comm: Any = None
         self._units: dict[int, tuple[Unit, Placement]] = {}
         self._attached = self._warned = False
@@ -279,6 +275,13 @@ class Sharded(Optimizer):
         """
         own = SavedState({name: TensorSlice(**item) for name, item in state_dict["nest"].items()})
         self._load_states(own, state_dict["param_groups"])
+
+
+def _trained(group: Group, own: dict[str, Tensor]) -> Group:
+    """Return a group with these of its parameters, named if they were."""
+    settings = {key: value for key, value in group.items() if key not in OWN}
+    called = {"param_names": list(own)} if "param_names" in group else {}
+    return {**settings, **called, "params": list(own.values())}
 
 
 def _short(value: object) -> str:

@@ -93,12 +93,15 @@ class ModelConfig(Section):
 
 
 class ViewConfig(Section):
-    """A parameter as several matrices of one size, for levels that take matrices: fused projections, heads."""
+    """A parameter as several matrices of one size, for levels that take matrices: fused projections, heads, and
+    weights that lie the other way round than those of `nn.Linear`.
+    """
 
     split: Whole = Field(ge=1, description="how many matrices; must divide the dimension")
     dim: Annotated[Literal[0, 1], no_bool("give 0 or 1")] = Field(
         default=0, description="the dimension to cut: 0, outputs (rows), or 1, inputs (columns)"
     )
+    transposed: bool = Field(default=False, description="whether the parameter is `[in, out]`; `dim` is of it as it is")
 
 
 class GroupConfig(Section):

@@ -26,8 +26,8 @@ EXCEPTIONS = {
     "rows) or after a mask on the device, where clocks must be told on the host when they are due",
     "documents": "starts or cu_seqlens on the device: how documents are packed decides shapes; give them on the CPU",
     "upload": "what the host knows (ends of documents, numbers of rows) is copied from pinned memory, without waiting",
-    "agree": "several processes agree at each training step whether to stop, on the time where that ends the run, and "
-    "on how many rows the layers of dgd have seen",
+    "agree": "several processes agree at each training step whether to stop and on the time where that ends the run, "
+    "and at the first on whether the layers of dgd have seen any rows",
     "attn_mask": "an attn_mask on the device, without is_causal=True, is compared with the causal one",
     "eigh": "torch.linalg.eigh checks its result on the host: the matrix roots of shampoo and matrix_adagrad",
     "finite": "on_nonfinite='skip' or 'raise' decides on the host whether a step is taken",

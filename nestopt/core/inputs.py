@@ -15,7 +15,7 @@ INPUTS = "inputs"
 
 @dataclasses.dataclass(frozen=True)
 class LayerInputs:
-    r"""Hold sums over the inputs $x_1 \dots x_n$ that a weight `W [out, in]` was multiplied with since the last step.
+    r"""Hold sums over the inputs $x_1 \dots x_n$ that a weight `W [out, in]` was multiplied with for its gradient.
 
     All are means over the n rows, in the dtype in which levels work. A row is one token, or one patch of a
     convolution, whose kernel `[out, in/groups, ...]` is `[out, in]` per group.

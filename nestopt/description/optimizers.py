@@ -47,7 +47,8 @@ COUNTERS = {"step", "mu_product", "eta", "mu"}
 """State that says where the optimizer is, and remembers nothing of the gradients."""
 
 SPEED = {"foreach", "fused", "capturable", "differentiable"}
-GROUP_SUM = "group_sum"
+GROUP_SUMS = ("group_sum", "inputs_sum.")
+"""What begins the state keys of what a group with a period has summed up."""
 
 
 @dataclasses.dataclass
@@ -77,7 +78,7 @@ def families(optimizer: Optimizer, taken: Collection[str] = ()) -> tuple[list[Fa
     names, found, notes = set(taken), [], list[str]()
     for groups in kinds.values():
         first = groups[0]
-        params = [param for group in groups for param in group["params"]]
+        params = [p for group in groups for p in group["params"] if p.requires_grad or optimizer.state.get(p)]
         level = level_of(optimizer, first)
         label = level.label if level is not None and "stack" in first else type(optimizer).__name__.lower()
         period = _period(first)
@@ -129,15 +130,15 @@ def _learned(optimizer: Optimizer, level: Level, family: Family) -> list[Memory]
     parts = []
     for param in family.params:
         state = {key: value for key, value in optimizer.state.get(param, {}).items() if isinstance(value, Tensor)}
-        summed = state.pop(GROUP_SUM, None)
+        sums = [state.pop(key) for key in list(state) if key.startswith(GROUP_SUMS)]
         state.pop("step", None)
         dtype = torch.float32 if param.dtype in (torch.float16, torch.bfloat16) else param.dtype
         shape = param.flatten(1).shape if param.ndim > 2 and "matrix" in level.needs else param.shape
         tree = nested(state) if state else stacks.begin(level, shape, "gradients", dtype)
         parts.append(stacks.measure(level, family.name, tree))
         if family.period > 1:
-            itemsize = (summed if summed is not None else torch.empty((), dtype=dtype)).element_size()
-            parts.append({family.name: stacks.Size(0, param.numel() * itemsize)})
+            held = sum(some.nbytes for some in sums) if sums else param.numel() * dtype.itemsize
+            parts.append({family.name: stacks.Size(0, held)})
     return stacks.memories(level, family.name, "gradients", stacks.add(parts), family.period)
 
 

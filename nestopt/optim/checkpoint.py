@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,15 +17,24 @@ from nestopt.config.errors import ConfigError
 from nestopt.config.spec import build, to_spec
 from nestopt.core.compose import Parallel
 from nestopt.core.gates import bind
+from nestopt.core.inputs import request_of
 from nestopt.core.level import Level
 from nestopt.core.part import Part
 from nestopt.core.tree import leaves
 from nestopt.optim.checks import check_group, check_parameters
 from nestopt.optim.execute.update import STEP, SUM
+from nestopt.optim.layer_inputs.sums import KEPT, layout_of_totals
 from nestopt.optim.views import Split, layout, work_dtype
 
 LATER = frozenset({"maximize", "decoupled_weight_decay", "differentiable", "ns_form", "coupled"})
 """Settings that torch's optimizers do not save, or not in every version. All others must be there."""
+
+
+OWN = frozenset({"params", "param_names", "why"})
+"""What a parameter group has of its own; all else is a setting."""
+
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""What DistributedDataParallel, `torch.compile`, FSDP and activation checkpointing put into names."""
 
 
 class Host(Protocol):
@@ -58,7 +67,7 @@ def plain_groups(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Split):
-        return {"split": value.parts, "dim": value.dim}
+        return {"split": value.parts, "dim": value.dim} | ({"transposed": True} if value.transposed else {})
     if not isinstance(value, Level):
         return value
     try:
@@ -70,27 +79,74 @@ def _plain(value: Any) -> Any:
 
 def fitted(optimizer: Host, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return groups and state of a state dict as `optimizer` keeps them, copied; raise ValueError if they don't fit."""
-    saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
-    if len(saved_groups) != len(groups):
-        raise ValueError(f"the checkpoint has {len(saved_groups)} parameter groups, this optimizer {len(groups)}")
+    groups = optimizer.param_groups
     new_groups: list[dict[str, Any]] = []
     params: dict[Any, tuple[Tensor, Level, Split | None]] = {}
-    for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+    found = _matched(state_dict["param_groups"], groups)
+    for i, (group, (saved, indices)) in enumerate(zip(groups, found, strict=True)):
         new = merged_group(optimizer, saved, group, i)
         level = bind(optimizer.level(new))
         check_parameters(new, i, level)
         view = None if level.is_elementwise else new.get("view")
-        params.update(
-            (index, (param, level, view)) for index, param in zip(saved["params"], group["params"], strict=True)
-        )
+        params |= {index: (param, level, view) for index, param in zip(indices, group["params"], strict=True)}
         new_groups.append(new)
     state: defaultdict[Tensor, Any] = defaultdict(dict)
     for index, saved_state in state_dict["state"].items():
         if index not in params:
-            raise ValueError(f"state[{index}]: the checkpoint has no such parameter in its groups")
+            called = _names(state_dict["param_groups"]).get(index, "no parameter of its groups")
+            raise ValueError(f"state[{index}]: the checkpoint has a state of {called}, which this optimizer has not")
         param, level, view = params[index]
         state[param] = checked_state(optimizer, saved_state, param, level, f"state[{index}]", view)
     return {"state": state, "param_groups": new_groups}
+
+
+def _matched(
+    saved: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]
+) -> list[tuple[dict[str, Any], list[Any]]]:
+    """Return for each group the saved one and its parameters' numbers there, in the group's own order.
+
+    Parameters are told by their names; by their places where either side has none, or no name is on both sides. A
+    frozen parameter may be missing, and so has no number.
+
+    Raises:
+        ValueError: other groups, or a trained parameter that the checkpoint lacks.
+    """
+    theirs = {_bare(name): index for index, name in _names(saved).items()}
+    mine = [[_bare(name) for name in group.get("param_names") or ()] for group in groups]
+    of = {index: i for i, group in enumerate(saved) for index in group["params"]}
+    here, number = {name for names in mine for name in names}, sum(len(group["params"]) for group in groups)
+    if len(theirs) < len(of) or len(here) < number or theirs.keys().isdisjoint(here):
+        if len(saved) != len(groups):
+            raise ValueError(f"the checkpoint has {len(saved)} parameter groups, this optimizer {len(groups)}")
+        for i, (old, new) in enumerate(zip(saved, groups, strict=True)):
+            if (n := len(old["params"])) != (m := len(new["params"])):
+                raise ValueError(f"param_groups[{i}]: the checkpoint has {n} parameters, this optimizer {m}")
+        return [(group, list(group["params"])) for group in saved]
+    found: list[tuple[dict[str, Any], list[Any]]] = []
+    for i, (names, group) in enumerate(zip(mine, groups, strict=True)):
+        for name, param in zip(names, group["params"], strict=True):
+            if name not in theirs and param.requires_grad:
+                raise ValueError(f"param_groups[{i}]: the checkpoint has no {name}, which this optimizer trains")
+        there = sorted({of[theirs[name]] for name in names if name in theirs})
+        if len(there) > 1:
+            raise ValueError(
+                f"param_groups[{i}]: its parameters are in the groups {there} of the checkpoint; make the groups as "
+                "they were when it was saved"
+            )
+        # all of it frozen, and not there: as it is here
+        found.append((saved[there[0]] if there else plain_groups([group])[0], [theirs.get(name) for name in names]))
+    return found
+
+
+def _names(groups: Iterable[dict[str, Any]]) -> dict[Any, str]:
+    """Return the names of saved parameters by their numbers, where they have any."""
+    named = [group for group in groups if len(group.get("param_names") or ()) == len(group["params"])]
+    return {index: name for group in named for index, name in zip(group["params"], group["param_names"], strict=True)}
+
+
+def _bare(name: str) -> str:
+    """Return a name as the bare model has it, without what wraps it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def merged_group(optimizer: Host, saved: dict[str, Any], group: dict[str, Any], i: int) -> dict[str, Any]:
@@ -99,17 +155,16 @@ def merged_group(optimizer: Host, saved: dict[str, Any], group: dict[str, Any], 
     Raises ValueError where they are of another optimizer.
     """
     path = f"param_groups[{i}]"
-    if len(saved["params"]) != len(group["params"]):
-        raise ValueError(
-            f"{path}: the checkpoint has {len(saved['params'])} parameters, this optimizer {len(group['params'])}"
-        )
     if missing := optimizer.defaults.keys() - saved - LATER:
         raise ValueError(f"{path}: the checkpoint lacks {sorted(missing)}; it was saved by another optimizer")
-    new = {**group, **copy.deepcopy({key: value for key, value in saved.items() if key != "params"})}
+    new = {**group, **copy.deepcopy({key: value for key, value in saved.items() if key not in OWN})}
     if "stack" in group:
         new["stack"] = _level(saved["stack"], group["stack"], f"{path}.stack")
     if saved.get("view") != _plain(group.get("view")):
-        raise ValueError(f"{path}.view: the checkpoint's is {saved.get('view')}, this optimizer's {group.get('view')}")
+        raise ValueError(
+            f"{path}.view: the checkpoint's is {saved.get('view')}, this optimizer's {group.get('view')}; give the "
+            "group the view that it was saved with"
+        )
     if "view" in group:
         new["view"] = group["view"]
     check_group(new)
@@ -150,6 +205,10 @@ def checked_state(
     expected = dict(leaves(layout(level, param, view)))
     if SUM in found:
         expected[SUM] = torch.empty_like(param, device="meta", dtype=work_dtype(param))
+        if (wants := request_of(level)) is not None and any(key.startswith(KEPT) for key in found):
+            # of groups and inputs there are as many as there were
+            sizes = layout_of_totals(wants, param.shape, work_dtype(param), 0, 0)
+            expected |= {KEPT + key: torch.empty(size, dtype=d, device="meta") for key, (size, d) in sizes.items()}
     missing, surplus = expected.keys() - found, found.keys() - expected
     if missing or surplus:
         raise ValueError(

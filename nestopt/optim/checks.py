@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nestopt.core.inputs import INPUTS, request_of
 from nestopt.core.level import Level
@@ -16,6 +16,21 @@ from nestopt.optim.views import Split
 def names(group: dict[str, Any], index: int) -> list[str]:
     """Return the names of the parameters of group `index`, or their places where none were given."""
     return group.get("param_names") or [f"group {index}, parameter {i}" for i in range(len(group["params"]))]
+
+
+def named_as(groups: Sequence[dict[str, Any]], group: dict[str, Any], model: nn.Module | None) -> dict[str, Any]:
+    """Return `group`, its parameters named if those of `groups` are: as `model` calls them, or by their places."""
+    params = group["params"]
+    params = [params] if isinstance(params, Tensor) else params if isinstance(params, set) else list(params)
+    named = "param_names" in group or not any("param_names" in other for other in groups)
+    if named or not all(isinstance(param, Tensor) for param in params):
+        return {**group, "params": params}
+    known = {param: name for name, param in model.named_parameters()} if model is not None else {}
+    by_place = names({"params": params}, len(groups))
+    return {
+        **group,
+        "params": [(known.get(param, place), param) for param, place in zip(params, by_place, strict=True)],
+    }
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -38,7 +53,7 @@ def check_parameters(group: dict[str, Any], index: int, level: Level) -> None:
     needs_matrices, seen, view = "matrix" in level.needs, set(), group.get("view")
     if view is not None and not isinstance(view, Split):
         raise TypeError(f"view={view!r} is not a view; give nestopt.optim.Split(parts, dim)")
-    if view is not None and INPUTS in level.needs:
+    if view is not None and view.stacked and INPUTS in level.needs:
         raise ValueError(f"{level.label} takes layer inputs, which are not split; leave out view={view!r}")
     for name, param in zip(names(group, index), group["params"], strict=True):
         if param in seen:

@@ -15,7 +15,9 @@ UNROUTED = "given by the caller"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One parameter: its name, shape, level, learning rate and the period of its group, and why it has that level."""
+    """One parameter: its name, shape, level, learning rate and the period of its group, why it has that level, and
+    whether it is frozen, so that nothing is done to it until it is not.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -23,6 +25,7 @@ class Row:
     lr: float
     period: int
     why: str
+    frozen: bool = False
 
 
 class Explanation(list[Row]):
@@ -31,8 +34,9 @@ class Explanation(list[Row]):
     def __str__(self) -> str:
         head = ("parameter", "shape", "level", "lr", "period", "why")
         cells = [
-            (row.name, "×".join(map(str, row.shape)) or "()", row.level, f"{row.lr:g}", str(row.period), row.why)
+            (row.name, "×".join(map(str, row.shape)) or "()", row.level, f"{row.lr:g}", str(row.period), why)
             for row in self
+            for why in [f"frozen; {row.why}" if row.frozen else row.why]
         ]
         widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(head))]
         lines = [
@@ -41,7 +45,7 @@ class Explanation(list[Row]):
         ]
         totals: dict[str, list[int]] = {}
         for row in self:
-            count = totals.setdefault(row.level, [0, 0])
+            count = totals.setdefault("frozen" if row.frozen else row.level, [0, 0])
             count[0], count[1] = count[0] + 1, count[1] + math.prod(row.shape)
         total = [
             f"{level}: {tensors} tensor{'s' if tensors > 1 else ''}, {numbers:,} numbers"
@@ -57,5 +61,6 @@ def explain(groups: Sequence[dict[str, Any]], level_of: Callable[[dict[str, Any]
         label, params = level_of(group).label, group["params"]
         reasons = group.get("why") or [UNROUTED] * len(params)
         for name, param, why in zip(names(group, g), params, reasons, strict=True):
-            rows.append(Row(name, tuple(param.shape), label, float(group["lr"]), group.get("period", 1), why))
+            shape, rate, period = tuple(param.shape), float(group["lr"]), group.get("period", 1)
+            rows.append(Row(name, shape, label, rate, period, why, frozen=not param.requires_grad))
     return rows

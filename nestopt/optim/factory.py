@@ -45,8 +45,8 @@ def optimizer(
     A stack that needs matrices (muon) gets the hidden matrices: not embeddings, the output layer, norms, biases,
     depthwise convolutions, or tensors of more dimensions; those go to `rest`. One that needs the inputs of layers
     (dgd) gets the weights of linear and convolution layers, the output layer's too, and the optimizer watches the
-    model. Any other stack gets everything. Tied weights count once. `print(optimizer.explain())` shows the outcome and
-    why.
+    model. Any other stack gets everything. Tied weights count once. What is frozen now has its place too, costs
+    nothing, and trains from when it is unfrozen. `print(optimizer.explain())` shows the outcome and why.
 
     Args:
         model_or_params: a model (best: roles are read off its modules), parameters, or named parameters.
@@ -92,7 +92,7 @@ def optimizer(
         },
     )
     named = _named(model_or_params)
-    if not named:
+    if not any(param.requires_grad for param in named.values()):
         raise ValueError("nothing to optimize: no parameter requires a gradient")
     model = model_or_params if isinstance(model_or_params, nn.Module) else None
     known = roles(model) if model is not None else unnamed(iter(named.items()))
@@ -117,6 +117,8 @@ def optimizer(
             maximize=maximize,
             **options,
         )
+    if model is not None:
+        built.of_model(model)
     if model is not None and any(INPUTS in built.level(group).needs for group in built.param_groups):
         built.watch(model)
     return built
@@ -192,9 +194,9 @@ def _settings(spec: Any, given: Mapping[str, Any]) -> OptimizerConfig:
 
 
 def _named(source: nn.Module | Iterable[Any]) -> dict[str, Tensor]:
-    """Return the parameters to optimize by name, tied ones once."""
+    """Return the parameters to optimize by name, tied ones once, frozen ones too if they can ever be trained."""
     if isinstance(source, nn.Module):
-        return {name: param for name, param in source.named_parameters() if param.requires_grad}
+        return {name: param for name, param in source.named_parameters() if _trains(param)}
     if isinstance(source, Tensor):
         raise TypeError("one tensor is no list of parameters; give [tensor]")
     named: dict[str, Tensor] = {}
@@ -205,10 +207,15 @@ def _named(source: nn.Module | Iterable[Any]) -> dict[str, Tensor]:
                 "parameter groups are for nestopt.optim.Nested; here give a model, or parameters and groups=[…]"
             )
         name, param = item if isinstance(item, tuple) else (f"parameter {i}", item)
-        if not param.requires_grad or param in seen:
+        if not _trains(param) or param in seen:
             continue
         if name in named:
             raise ValueError(f"two parameters are called {name!r}; names must differ")
         seen.add(param)
         named[name] = param
     return named
+
+
+def _trains(param: Tensor) -> bool:
+    """Return whether a parameter is trained, or will be once it is unfrozen: quantized ones never are."""
+    return param.requires_grad or param.is_floating_point()

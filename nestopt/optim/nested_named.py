@@ -19,7 +19,7 @@ from nestopt.levels.gradient.momentum import DeltaMomentum as DeltaMomentumLevel
 from nestopt.levels.gradient.newton_schulz import QUINTIC
 from nestopt.levels.gradient.shampoo import Shampoo as ShampooLevel
 from nestopt.levels.presets import DeepMomentum as DeepMomentumLevel
-from nestopt.optim.layer_inputs.watcher import Scale
+from nestopt.optim.layer_inputs.uses import Scale
 from nestopt.optim.optimizer import Nested, OnNonfinite
 
 COMMON = {

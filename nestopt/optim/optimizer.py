@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import is_
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nestopt.config.spec import build
 from nestopt.core.gates import bind
-from nestopt.core.inputs import INPUTS, LayerInputs
+from nestopt.core.inputs import INPUTS
 from nestopt.core.level import Level
 from nestopt.core.part import nearest
-from nestopt.optim import checkpoint
-from nestopt.optim.checks import check_gradients, check_group, check_inputs, check_parameters, names, raise_nonfinite
+from nestopt.optim import checkpoint, checks
 from nestopt.optim.execute.capturable import begin_on_device, check_capturable, step_capturable
 from nestopt.optim.execute.update import UpdateSettings
 from nestopt.optim.explain import Explanation, explain
-from nestopt.optim.layer_inputs.watcher import Scale, Seen, Watcher
+from nestopt.optim.layer_inputs.sums import Totals
+from nestopt.optim.layer_inputs.uses import Scale
+from nestopt.optim.layer_inputs.watcher import Seen, Watcher, shown
 from nestopt.optim.metrics import Recorder, finite, memory_norms
 from nestopt.optim.plan import Plan, alike
 
@@ -134,38 +137,46 @@ class Nested(Optimizer):
         self._recorder = Recorder() if self.options.metrics else None
         note = self._recorder.note if self._recorder is not None else None
         compiled, seed = self.options.compile, self.seed
-        self._plan = Plan(self.complete, self._accept, self._take_inputs, note, compiled=compiled, seed=seed)
+        self._plan = Plan(self.complete, self._accept, self._totals, note, compiled=compiled, seed=seed)
         self._accepted: set[int] = set()
-        self.watcher: Seen | None = None
-        self._warned = False
+        self._watcher: Seen | None = None
+        self._model: weakref.ref[nn.Module] | None = None
+        self._unseen: list[str] | None = []  # None once a step has said so
         self._skipped = 0
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in torch; it may have its own `stack`. Nothing is added if anything in it is wrong."""
+        """Add a group, as in torch; it may have its own `stack`. Nothing is added if anything in it is wrong.
+
+        Where the others have names, parameters without are called as the model calls them, or by their places.
+        """
+        model = self._model() if self._model is not None else None
+        param_group = checks.named_as(self.param_groups, param_group, model)
         group = {**self.defaults, **param_group}
         if "stack" in group:
             group["stack"] = build("level", group["stack"], f"param_groups[{len(self.param_groups)}].stack")
             param_group = {**param_group, "stack": group["stack"]}
-        check_group(group)
+        checks.check_group(group)
         index = len(self.param_groups)
         super().add_param_group(param_group)
         added = self.param_groups[index]
         try:
             level = self.level(added)
-            check_parameters(added, index, level)
+            checks.check_parameters(added, index, level)
             if INPUTS in level.needs:
-                check_inputs(added, level, capturable=self.options.capturable)
+                checks.check_inputs(added, level, capturable=self.options.capturable)
             if self.options.capturable:
                 self._check_capturable(added, index)
         except Exception:
             self.param_groups.pop()
             raise
         self._accepted.update(map(id, added["params"]))
+        if isinstance(watcher := self.__dict__.get("_watcher"), Watcher):
+            watcher.add(dict.fromkeys(added["params"], level))
 
     def _check_capturable(self, group: dict[str, Any], index: int) -> None:
         level, seen = bind(self.level(group)), set()
         view = None if level.is_elementwise else group.get("view")
-        for name, param in zip(names(group, index), group["params"], strict=True):
+        for name, param in zip(checks.names(group, index), group["params"], strict=True):
             kind = (param.shape, param.dtype, param.device)
             if kind not in seen and param.numel():
                 seen.add(kind)
@@ -214,7 +225,7 @@ class Nested(Optimizer):
         grads = [[param.grad for param in group["params"]] for group in self.param_groups]
         if self.options.on_nonfinite != "ignore" and not finite(grads):
             if self.options.on_nonfinite == "raise":
-                raise_nonfinite(self.param_groups, grads)
+                checks.raise_nonfinite(self.param_groups, grads)
             self._skipped += 1
             return loss
         levels = [self.level(group) for group in self.param_groups]
@@ -222,12 +233,18 @@ class Nested(Optimizer):
             self._plan.settle(self.param_groups, [bind(level) for level in levels], grads, self.state)
         if self._recorder is not None:
             self._recorder.clear()
+        asking = None
         for group, share, own in zip(self.param_groups, self._plan.shares, grads, strict=True):
             settings = self._update_settings(group)
             for executor in share.executors:
-                if executor.inputs is not None and not self._warned:
-                    self._warn_unseen(share.level)
                 executor.step(share.level, [own[place] for place in executor.places], settings)
+                asking = share.level if executor.inputs is not None else asking
+        if asking is not None and self._unseen is not None:
+            unseen, self._unseen = self._unseen, None
+            if self._watcher is None:
+                unseen = ["all its parameters (no model is watched)"]
+            if unseen:
+                warn_unseen(asking, unseen)
         return loss
 
     def _is_settled(self, levels: Sequence[Level], grads: Sequence[Sequence[Tensor | None]]) -> bool:
@@ -249,7 +266,7 @@ class Nested(Optimizer):
 
     def _step_capturable(self) -> None:
         for index, group in enumerate(self.param_groups):
-            check_gradients(group, index, [param.grad for param in group["params"]])
+            checks.check_gradients(group, index, [param.grad for param in group["params"]])
         for index, group in enumerate(self.param_groups):
             level, settings = bind(self.level(group)), self._update_settings(group)
             view = None if level.is_elementwise else group.get("view")
@@ -265,7 +282,7 @@ class Nested(Optimizer):
             for params in together.values():
                 step_capturable(level, params, [self.state[param] for param in params], settings, view)
 
-    def watch(self, model: nn.Module, loss_scale: Scale | None = None) -> None:
+    def watch(self, model: nn.Module, loss_scale: Scale | None = None, group: dist.ProcessGroup | None = None) -> None:
         """Sum up what the layers of `model` are shown from now on, for levels that ask for it (`dgd`, `ggd`).
 
         `nestopt.optimizer(model, …)` does so by itself. Needed again after unpickling or copying.
@@ -274,32 +291,36 @@ class Nested(Optimizer):
             model: whose layers to watch.
             loss_scale: what the loss is multiplied with before `backward`, a number or a function that gives it
                 (`GradScaler.get_scale`); only a nonlinear `ggd` has to know.
+            group: the processes whose gradients are averaged, and whose layer inputs count as one batch. Default: where
+                a group of processes is up, those of a DistributedDataParallel given as the model, else all. A process
+                that trains by itself gives a group of its own.
         """
+        self.of_model(model)
         levels = {param: self.level(group) for group in self.param_groups for param in group["params"]}
-        self.watcher = Watcher(model, levels, loss_scale=loss_scale)
+        self._watcher = Watcher(model, levels, loss_scale=loss_scale, group=group)
+
+    def of_model(self, model: nn.Module) -> None:
+        """Call parameters that are added without names as `model` does, which is not kept alive."""
+        self._model = weakref.ref(model)
 
     def tell_loss_scale(self, scale: Scale) -> None:
         """Say what the mean loss is multiplied with from now on, unless `watch` was told."""
-        if isinstance(self.watcher, Watcher) and self.watcher.loss_scale is None:
-            self.watcher.loss_scale = scale
+        if isinstance(self._watcher, Watcher) and self._watcher.loss_scale is None:
+            self._watcher.loss_scale = scale
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, as in torch, and the layer inputs that belong to them."""
         super().zero_grad(set_to_none)
-        if self.watcher is not None:
-            for group in self.param_groups:
-                if group.get("period", 1) == 1:  # else they go on adding up, as the gradients' sum does
-                    for param in group["params"]:
-                        self.watcher.take(param)
+        if isinstance(self._watcher, Watcher):
+            self._watcher.forget()
 
-    def _take_inputs(self, param: Tensor) -> LayerInputs | None:
-        return self.watcher.take(param) if self.watcher is not None else None
-
-    def _warn_unseen(self, level: Level) -> None:
-        self._warned = True
-        unseen = self.watcher.unseen() if self.watcher is not None else ["all its parameters (no model is watched)"]
-        if unseen:
-            warn_unseen(level, unseen)
+    def _totals(self, param: Tensor) -> Totals | None:
+        if self._watcher is None:
+            return None
+        found, name = self._watcher.totals(param), self._watcher.name(param)
+        if self._unseen is not None and name is not None and not shown(found):
+            self._unseen.append(name)
+        return found
 
     def metrics(self) -> dict[str, Tensor]:
         """Return what levels have done, as numbers by name: `"0.fast.update_rms"` is of the level `fast` in group 0.
@@ -354,12 +375,12 @@ class Nested(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        watcher, accepted = self.__dict__.get("watcher"), self.__dict__.get("_accepted")
+        watcher, model, accepted = (self.__dict__.get(key) for key in ("_watcher", "_model", "_accepted"))
         self._settle()
         if accepted is None:  # a copy
             accepted = {id(param) for group in self.param_groups for param in group["params"]}
         self._accepted = accepted
-        self.watcher = watcher  # loading leaves the model as it is
+        self._watcher, self._model = watcher, model  # loading leaves the model as it is
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "options": self.options}

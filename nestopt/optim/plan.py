@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestopt.core.inputs import INPUTS, LayerInputs
+from nestopt.core.inputs import INPUTS
 from nestopt.core.level import Level
 from nestopt.core.part import Part
 from nestopt.core.signal import Note
@@ -22,6 +22,7 @@ from nestopt.optim.checkpoint import keeps_shape
 from nestopt.optim.checks import check_gradients, names
 from nestopt.optim.execute.choose import executors
 from nestopt.optim.execute.update import STEP, SUM, Executor, Slot, placed
+from nestopt.optim.layer_inputs.sums import Totals
 from nestopt.optim.views import Split, begin, layout, work_dtype
 
 RESTLESS = 3
@@ -75,7 +76,7 @@ class Plan:
         self,
         fill: Callable[[dict[str, Any], Tensor], None],
         accept: Callable[[Level, Tensor, str], None],
-        inputs: Callable[[Tensor], LayerInputs | None],
+        inputs: Callable[[Tensor], Totals | None],
         note: Callable[[int, Tensor], Note] | None = None,
         *,
         compiled: bool = False,

@@ -21,13 +21,17 @@ def work_dtype(param: Tensor) -> torch.dtype:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """A parameter that is several matrices side by side: a fused query, key and value, or the heads of a layer.
+    """A parameter that is several matrices side by side (a fused query, key and value, or the heads of a layer), or
+    lies the other way round than that of `nn.Linear`.
 
-    Levels that look at whole matrices are shown each by itself. Give one as `"view"` of a parameter group.
+    Levels that look at whole matrices are shown each by itself, `[out, in]`. Give one as `"view"` of a parameter group.
 
     Args:
         parts: how many.
-        dim: along which dimension they lie: 0 for outputs (`qkv.weight` is `Split(3)`), 1 for inputs.
+        dim: along which of the parameter's dimensions they lie: 0 for outputs (`qkv.weight` is `Split(3)`), 1 for
+            inputs.
+        transposed: whether the parameter is `[in, out]`, as those of transformers' `Conv1D` are (of which `c_attn` is
+            `Split(3, 1, True)`), or `[in, out, ...]`, as a transposed convolution's. Default False.
 
     Raises:
         ValueError: a number out of range.
@@ -35,6 +39,7 @@ class Split:
 
     parts: int
     dim: int = 0
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.parts, bool) or not isinstance(self.parts, int) or self.parts < 1:
@@ -42,17 +47,25 @@ class Split:
         if self.dim not in (0, 1):
             raise ValueError(f"dim={self.dim!r} is not allowed; give 0 (outputs) or 1 (inputs)")
 
+    @property
+    def stacked(self) -> bool:
+        """Return whether levels are shown a stack of matrices, and not one."""
+        return self.parts > 1
+
     def fits(self, param: Tensor) -> bool:
         """Return whether `param` is a matrix of so many equal parts."""
-        return param.ndim == 2 and param.shape[self.dim] % self.parts == 0
+        return param.ndim > 1 and (not self.stacked or (param.ndim == 2 and param.shape[self.dim] % self.parts == 0))
 
-    def cut(self, matrix: Tensor) -> Tensor:
-        """Cut `[out, in]` into `[parts, out, in]`, the divided dimension that much shorter."""
-        return torch.stack(matrix.chunk(self.parts, self.dim))
+    def cut(self, param: Tensor) -> Tensor:
+        """Cut a parameter into `[parts, out, in]`, the divided dimension that much shorter; one is `[out, in]`."""
+        matrix = param.flatten(1)
+        seen = torch.stack(matrix.chunk(self.parts, self.dim)) if self.stacked else matrix
+        return seen.mT if self.transposed else seen
 
-    def join(self, stack: Tensor) -> Tensor:
-        """Join what `cut` took apart."""
-        return torch.cat(stack.unbind(), self.dim)
+    def join(self, seen: Tensor) -> Tensor:
+        """Join what `cut` took apart, as a matrix."""
+        matrix = seen.mT if self.transposed else seen
+        return torch.cat(matrix.unbind(), self.dim) if self.stacked else matrix
 
 
 def matrix_view(tensor: Tensor, level: Level, view: Split | None = None) -> Tensor:
@@ -64,13 +77,13 @@ def matrix_view(tensor: Tensor, level: Level, view: Split | None = None) -> Tens
 
 def back(direction: Tensor, param: Tensor, view: Split | None) -> Tensor:
     """Return a direction for what `matrix_view` showed in the shape of the parameter."""
-    return view.join(direction) if view is not None else direction.reshape(param.shape)
+    return (view.join(direction) if view is not None else direction).reshape(param.shape)
 
 
 def begin(level: Level, param: Tensor, view: Split | None = None) -> State:
     """Return the state that `level` starts with on `param`: of the parts of a view, each its own, stacked."""
     seen = matrix_view(param, level, view)
-    if view is None:
+    if view is None or not view.stacked:
         return start(level, seen)
     return tree_map(lambda *each: torch.stack(each), *(start(level, part) for part in seen))
 

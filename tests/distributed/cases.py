@@ -184,10 +184,11 @@ def initialized(
     cut_from_the_start: bool = False,
     scheduler: bool = False,
     recompute: bool = False,
+    frozen: str | None = None,
     saved: str | None = None,
     loaded: str | None = None,
     theirs: bool = False,
-    frozen: str | None = None,
+    frozen_layer: str | None = None,
     refuse: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
@@ -211,6 +212,10 @@ def initialized(
                 param.data.copy_(other.data)
     else:
         model = net() if frozen is None else frozen_net(frozen, moved=not loaded)
+    if frozen_layer:
+        layer = model.get_submodule(frozen_layer).requires_grad_(False)
+        if loaded:  # what it is comes from the checkpoint
+            nn.init.zeros_(layer.weight)
     if recompute:
         run = model.up.forward
         model.up.forward = lambda x: torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)  # type: ignore

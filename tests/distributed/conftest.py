@@ -240,8 +240,12 @@ def add_of_two(now: Together, text: str, out: Path) -> None:
         folder = str(out / f"own-{save}-{load}")
         sizes = {"stage3_param_persistence_threshold": 0}
         first, then = ({"zero_optimization": {"stage": stage, **sizes}} for stage in (save, load))
-        now.add(("saved", save, load), "initialized", spec=SPEC, config=first, steps=3, saved=folder, **OPTIONS)
-        now.add(("loaded", save, load), "initialized", spec=SPEC, config=then, steps=6, loaded=folder, **OPTIONS)
+        # a frozen layer; and once in the middle of a period, with half of a period's layer inputs
+        half = {"spec": "dgd", "groups": [{"match": "weight", "period": 2}]} if save == 1 else {"spec": SPEC}
+        options = {"frozen_layer": "down", **half, **OPTIONS}
+        now.add(("saved", save, load), "initialized", config=first, steps=3, saved=folder, **options)
+        now.add(("loaded", save, load), "initialized", config=then, steps=6, loaded=folder, **options)
+        now.add(("longer", save, load), "initialized", config={}, steps=6, **options)
     for pattern in FROZEN:
         for save, load in ((3, 3), (3, 0), (0, 3), (2, 1)):
             folder = str(out / f"frozen-{pattern[:4]}-{save}-{load}")

@@ -76,7 +76,7 @@ def test_inputs_are_those_of_all_processes(ends):
 
 @pytest.mark.parametrize(("save", "load"), [(1, 3), (3, 0), (0, 2)])
 def test_what_one_stage_saved_another_loads(ends, save, load):
-    whole = ends["longer",]["gave"]["losses"]
+    whole = ends["longer", save, load]["gave"]["losses"]
     assert ends["saved", save, load]["gave"]["losses"] == pytest.approx(whole[:3], rel=1e-5)
     assert ends["loaded", save, load]["gave"]["losses"] == pytest.approx(whole[3:], rel=1e-5)
     assert ends["loaded", save, load]["gave"]["steps"] == [6]

@@ -69,7 +69,9 @@ def test_parts_are_stepped_as_if_each_were_a_parameter(level: Any, split: int, d
 def test_a_fused_projection() -> None:
     built = optimizer(Fused(), "muon", groups=[QKV])
     assert views(built)["qkv.weight"] == Split(3)
-    assert why(built)["qkv.weight"] == "matches 'qkv'; a hidden matrix; seen as 3 matrices"
+    assert why(built)["qkv.weight"] == (
+        "matches 'qkv'; the hidden matrices of queries, keys and values, by its name 'qkv'; seen as 3 matrices"
+    )
     assert views(built)["qkv.bias"] is None  # a vector, which goes to the rest
     assert views(built)["out.weight"] is None
 
@@ -152,7 +154,7 @@ def test_in_a_file(tmp_path: Path) -> None:
     assert views(optimizer(Fused(), path))["qkv.weight"] == Split(4, 1)
     config = Config.from_data({"optimizer": {"groups": [QKV]}})
     assert Config.from_data(config.to_data()) == config
-    assert config.to_data()["optimizer"]["groups"][0]["view"] == {"split": 3, "dim": 0}
+    assert config.to_data()["optimizer"]["groups"][0]["view"] == {"split": 3, "dim": 0, "transposed": False}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nestopt.levels.gradient.dgd import Dgd
-from tests.optim.watched import Block, agrees, expected, patches, taken, watch
+from tests.optim.watched import Block, agrees, expected, patches, taken, told, watch
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(4, 3), (20, 4)),
@@ -53,7 +53,7 @@ def test_sums_are_those_of_the_rows(name: str, level: Dgd) -> None:
         rows = patches(layer, x)
         assert (got.rows is None) != (got.gram is None)
         assert (got.gram is None) == (rows.shape[1] < rows.shape[2])
-    assert watcher.take(layer.weight) is None, "sums start anew"
+    assert told(watcher, layer.weight) is None, "sums start anew"
 
 
 @pytest.mark.parametrize("solver", ["explicit", "exact"])
@@ -89,7 +89,7 @@ def test_only_uses_with_a_backward_pass_count() -> None:
     layer.eval()
     with torch.inference_mode():
         layer(other)
-    assert watcher.take(layer.weight) is None
+    assert told(watcher, layer.weight) is None
     layer(x).sum().backward()  # still in evaluation: what has a gradient counts
     agrees(taken(watcher, layer.weight), expected(layer.weight, x[None]))
 
@@ -111,8 +111,8 @@ def test_a_frozen_weight_is_not_summed() -> None:
     watcher = watch(model)
     model[1].weight.requires_grad_(False)
     model(torch.randn(5, 4)).sum().backward()
-    assert watcher.take(model[1].weight) is None
-    assert watcher.take(model[0].weight) is not None
+    assert told(watcher, model[1].weight) is None
+    assert told(watcher, model[0].weight) is not None
 
 
 @pytest.mark.parametrize("n", [2, 60])
@@ -171,4 +171,4 @@ def test_empty_batches_are_nothing() -> None:
     layer = nn.Linear(4, 3)
     watcher = watch(layer)
     layer(torch.randn(0, 4)).sum().backward()
-    assert watcher.take(layer.weight) is None
+    assert told(watcher, layer.weight) is None

@@ -226,14 +226,47 @@ def test_what_are_no_parameters_is_refused() -> None:
         optimizer(nn.ReLU())
 
 
-def test_frozen_parameters_are_left_out() -> None:
+@pytest.mark.parametrize("stack", ["adamw", "muon", "dgd", "shampoo"])
+def test_what_is_frozen_trains_once_it_is_unfrozen(stack: str) -> None:
+    """As if it had been there, and without a gradient, until then."""
+    weights = []
+    for frozen in (True, False):
+        model = mlp()
+        torch.manual_seed(1)
+        for param in model.parameters():
+            nn.init.normal_(param)
+        model[2].requires_grad_(not frozen)
+        built = optimizer(model, stack, 0.01, weight_decay=0.1)
+        assert {row.name for row in built.explain() if row.frozen} == ({"2.weight", "2.bias"} if frozen else set())
+        assert where(built).keys() == dict(model.named_parameters()).keys()
+        for step in range(4):
+            if step == 2:
+                assert model[2].weight not in built.state
+                model.requires_grad_(True)
+            model.zero_grad()
+            model(torch.full((3, 4), 1.0 + step)).square().sum().backward()
+            if step < 2:
+                model[2].zero_grad()
+            built.step()
+        weights.append(nn.utils.parameters_to_vector(model.parameters()))
+    assert torch.equal(*weights)
+
+
+def test_frozen_parameters_are_named_and_counted_apart(caplog: pytest.LogCaptureFixture) -> None:
     model = mlp()
     model[0].requires_grad_(False)
-    built = optimizer(model, "muon")
-    assert_complete(built, model)
-    assert "0.weight" not in where(built)
+    model.codes = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)  # never trained
+    text = str(optimizer(model, "muon").explain())
+    assert "muon: 1 tensor, 36 numbers" in text
+    assert "frozen: 2 tensors, 30 numbers" in text
+    assert "frozen; a hidden matrix" in text
+    assert "codes" not in text
     with pytest.raises(ValueError, match="nothing to optimize"):
         optimizer(mlp().requires_grad_(False))
+    model.requires_grad_(False)
+    model[3].bias.requires_grad_(True)
+    with pytest.raises(ValueError, match="muon gets none of the 1 parameters"):
+        optimizer(model, "muon", strict=True)
 
 
 # -- explain -----------------------------------------------------------------------------------------------------------

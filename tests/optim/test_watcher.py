@@ -19,8 +19,9 @@ from nestopt.core.level import Level
 from nestopt.core.part import FieldError
 from nestopt.levels import momentum
 from nestopt.levels.gradient.dgd import Dgd, Ggd
+from nestopt.optim import Nested
 from nestopt.optim.layer_inputs.watcher import Watcher
-from tests.optim.watched import Block, Cubic, agrees, expected, taken, watch
+from tests.optim.watched import Block, Cubic, agrees, expected, taken, told, watch
 
 
 @pytest.mark.parametrize("level", [Dgd(), Dgd(solver="exact"), Ggd(Cubic())], ids=lambda level: level.label)
@@ -66,7 +67,7 @@ def test_recomputation_does_no_product_again(monkeypatch: pytest.MonkeyPatch) ->
     layer = nn.Linear(4, 3)
     watcher = watch(layer)
     checkpoint(layer, torch.randn(40, 4, requires_grad=True), use_reentrant=False).sum().backward()
-    assert watcher.take(layer.weight) is not None
+    assert told(watcher, layer.weight) is not None
     assert len(calls) == 1
 
 
@@ -81,21 +82,22 @@ def test_checkpoints_within_checkpoints_count_once(level: Level, n: int) -> None
         return checkpoint(lambda x: layer(x).tanh(), x, use_reentrant=False).tanh()
 
     checkpoint(outer, x, use_reentrant=False).sum().backward()
-    assert watcher._sums[layer.weight].n == n
+    assert watcher._known[layer.weight].sums.n == n
 
 
-def test_an_inner_gradient_within_checkpointing_counts_once() -> None:
+@pytest.mark.parametrize("outside", [True, False])
+def test_an_inner_gradient_within_checkpointing_counts_only_with_the_weight_s_own(outside: bool) -> None:
     layer = nn.Linear(4, 4).double()
     watcher = watch(layer)
     x = torch.randn(30, 4, dtype=torch.float64, requires_grad=True)
 
     def inner(x: Tensor) -> Tensor:
-        (g,) = torch.autograd.grad(layer(x).square().sum(), x)
-        return x * g
+        y = layer(x)
+        (g,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
+        return (y if outside else x) * g
 
     checkpoint(inner, x, use_reentrant=False).sum().backward()
-    got = watcher._sums[layer.weight].n
-    assert got == 30
+    assert watcher._known[layer.weight].sums.n == (30 if outside else 0)
 
 
 # -- what is kept alive ------------------------------------------------------------------------------------------------
@@ -116,7 +118,7 @@ def test_activations_are_released(n: int, level: Level) -> None:
     finally:
         gc.enable()
     assert loss.grad_fn is not None
-    assert watcher.take(model[2].weight) is not None
+    assert told(watcher, model[2].weight) is not None
 
 
 def test_many_rows_are_not_held_by_a_checkpointed_graph() -> None:
@@ -133,7 +135,7 @@ def test_many_rows_are_not_held_by_a_checkpointed_graph() -> None:
         loss = checkpoint(run, torch.randn(n, 8, requires_grad=True), use_reentrant=False).sum()
         assert seen[-1]() is None
         loss.backward()
-    assert watcher.take(layer.weight) is not None
+    assert told(watcher, layer.weight) is not None
 
 
 def test_a_copied_or_pickled_model_is_not_watched() -> None:
@@ -150,9 +152,9 @@ def test_a_copied_or_pickled_model_is_not_watched() -> None:
     ]
     for other in (copies[0], *copies[2:]):
         other(torch.randn(5, 4)).sum().backward()
-        assert watcher.take(model[0].weight) is None
+        assert told(watcher, model[0].weight) is None
     copies[1](torch.randn(5, 4)).sum().backward()  # a shallow copy has the same weights
-    assert watcher.take(model[0].weight) is not None
+    assert told(watcher, model[0].weight) is not None
 
 
 def test_a_copied_watcher_watches_nothing() -> None:
@@ -160,8 +162,8 @@ def test_a_copied_watcher_watches_nothing() -> None:
     watcher = watch(model)
     for other in (copy.deepcopy(watcher), pickle.loads(pickle.dumps(watcher))):
         model(torch.randn(5, 4)).sum().backward()
-        assert other.take(model.weight) is None
-        assert other.unseen() == []
+        assert told(other, model.weight) is None
+        assert other.name(model.weight) is None
     assert len(model._forward_hooks) == 1
 
 
@@ -211,23 +213,17 @@ class Odd(nn.Module):
         return self.own(self.used(self.table(ids)) @ self.matrix)
 
 
-def test_unseen_parameters_are_named() -> None:
-    model = Odd()
-    watcher = watch(model)
-    assert watcher.unseen() == []
-    model(torch.tensor([0, 1, 2])).sum().backward()
-    assert watcher.unseen() == ["matrix", "table.weight", "own.weight"]
-    assert watcher.take(model.matrix) is None
-    assert watcher.take(model.used.weight) is not None
-    assert watcher.unseen() == ["matrix", "table.weight", "own.weight"]
-
-
-def test_a_parameter_of_no_model_is_unseen() -> None:
-    model, stray = nn.Linear(4, 3), nn.Parameter(torch.randn(2, 2))
+def test_unseen_parameters_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, stray = Odd(), nn.Parameter(torch.randn(2, 2))
     stray.grad = torch.zeros(2, 2)
-    watcher = Watcher(model, {stray: Dgd(), model.weight: momentum()})
-    assert watcher.unseen() == ["a parameter of shape [2, 2] that is not the model's"]
-    assert not model._forward_hooks
+    optimizer = Nested([stray, *(p for p in model.parameters() if p.ndim > 1)], Dgd())
+    optimizer.watch(model)
+    for _ in range(2):
+        model(torch.tensor([0, 1, 2])).sum().backward()
+        optimizer.step()
+    (said,) = (record.getMessage() for record in caplog.records)
+    unseen = "a parameter of shape [2, 2] that is not the model's, matrix, table.weight, own.weight"
+    assert f"dgd has not seen the inputs of {unseen}: " in said  # nor of `idle`, which has no gradient
 
 
 def test_request_of_a_stack() -> None:
@@ -251,7 +247,7 @@ def test_float16_needs_to_know_the_scale() -> None:
     for level, scale in [(Ggd(Cubic()), 1.0), (Ggd(Cubic(), value="sign"), None), (Dgd(), None)]:
         watcher = watch(layer, level, loss_scale=scale)
         layer(x).sum().backward()
-        assert watcher.take(layer.weight) is not None
+        assert told(watcher, layer.weight) is not None
         watcher.remove()
 
 
@@ -279,4 +275,4 @@ def test_compiled_models_give_the_same_sums(level: Level, backend: str) -> None:
                 torch.testing.assert_close(getattr(quick, key), getattr(eager, key), rtol=1e-10, atol=1e-10)
     with torch.no_grad():
         compiled(x)
-    assert watcher.take(next(iter(model.parameters()))) is None
+    assert told(watcher, next(iter(model.parameters()))) is None

@@ -13,6 +13,7 @@ from nestopt.core.inputs import LayerInputs
 from nestopt.core.level import Level
 from nestopt.core.objectives import Objective
 from nestopt.levels.gradient.dgd import Dgd
+from nestopt.optim.layer_inputs.sums import means
 from nestopt.optim.layer_inputs.watcher import Watcher
 
 
@@ -20,8 +21,15 @@ def watch(model: nn.Module, level: Level | None = None, **kwargs: Any) -> Watche
     return Watcher(model, dict.fromkeys(model.parameters(), level or Dgd()), **kwargs)
 
 
+def told(watcher: Watcher, param: Tensor) -> LayerInputs | None:
+    """What a level is told with the present gradient, which is then cleared."""
+    inputs = means(watcher.totals(param), param)
+    param.grad = None
+    return inputs
+
+
 def taken(watcher: Watcher, param: Tensor) -> LayerInputs:
-    inputs = watcher.take(param)
+    inputs = told(watcher, param)
     assert inputs is not None
     return inputs
 

@@ -93,7 +93,7 @@ def test_a_skipped_step_is_none_to_weights_and_clocks(text, tmp_path, monkeypatc
     def without(self, closure=None):
         nonlocal calls
         calls += 1
-        return self.forget_inputs(all_of_them=True) if calls in (5, 8) else update(self, closure)
+        return self.forget_inputs() if calls in (5, 8) else update(self, closure)
 
     monkeypatch.setattr(Sharded, "step", without)
     other = train(config(text, tmp_path / "without", **given), quiet=True).run

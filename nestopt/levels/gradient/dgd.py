@@ -135,6 +135,11 @@ def _divide(total: Tensor, inputs: LayerInputs, strength: float | Tensor) -> Ten
     square = inputs.gram if inputs.gram is not None else inputs.rows
     if square is None:
         raise ValueError("solver='exact' needs the Gram matrix of the layer's inputs, which were summed without it")
+    if total[0].numel() != square.shape[-1]:
+        raise ValueError(
+            f"solver='exact' must be shown a weight as [out, in], and its shape is {list(total.shape)} for inputs of "
+            f"{square.shape[-1]}; give its group a view, nestopt.optim.Split(1, transposed=True)"
+        )
     groups = len(square) if square.ndim == 3 else 1
     u = total.reshape(groups, -1, square.shape[-1])
     if inputs.gram is not None:

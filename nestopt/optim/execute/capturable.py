@@ -97,7 +97,7 @@ def _step_one(level: Level, param: Tensor, state: dict[str, Any], settings: Upda
     shown = matrix_view(settings.gradient(grad, wide), level, view)
     tree = placed(layout(level, param, view), state)
     signal = Signal(step, matrix_view(wide, level, view), settings.lr)
-    run = advance if view is None else advance_stack
+    run = advance_stack if view is not None and view.stacked else advance
     direction, new = run(level, shown, tree, signal.every(settings.period) if settings.period > 1 else signal)
     if direction.shape != shown.shape:
         raise wrong_shape(level, direction, shown)

@@ -65,4 +65,4 @@ def _way(level: Level, slot: Slot, packed: bool) -> str | torch.Size | None:
             return "kernel"
         return "pieces" if (packed and param.numel() <= flat.SMALL) or flat.is_dense(param) else None
     limit = flat.SMALL if device == "cpu" else ACCELERATOR
-    return param.shape if packed and slot.view is None and param.numel() <= limit else None
+    return param.shape if packed and (slot.view is None or not slot.view.stacked) and param.numel() <= limit else None

@@ -13,7 +13,7 @@ from nestopt.core.level import Level
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, leaves
 from nestopt.optim.execute.update import Executor, Slot, UpdateSettings, placed, update, wrong_shape
-from nestopt.optim.views import advance_stack_, matrix_view
+from nestopt.optim.views import advance_stack_, back, matrix_view
 
 log = logging.getLogger("nestopt")
 
@@ -23,7 +23,7 @@ class Stacked(Executor):
 
     def __init__(self, level: Level, slots: Sequence[Slot]) -> None:
         super().__init__(level, slots)
-        self.shape = (len(slots), *matrix_view(self.params[0], level).shape)
+        self.view = slots[0].view
         self.direct, self.alone = level.is_batched and level.period == 1, False
         self._keep({path: torch.stack(own) for path, own in self.leaves.items()})
 
@@ -38,9 +38,9 @@ class Stacked(Executor):
         if self.alone:
             super().move(level, grads, settings, step)
             return
-        params = torch.stack(self.params).to(self.dtype)
-        shown = settings.gradient(torch.stack(list(grads)).to(self.dtype), params).reshape(self.shape)
-        signal = Signal(step, params.reshape(self.shape), settings.lr)
+        params = torch.stack([matrix_view(param, level, self.view) for param in self.params]).to(self.dtype)
+        shown = torch.stack([matrix_view(grad, level, self.view) for grad in grads]).to(self.dtype)
+        shown, signal = settings.gradient(shown, params), Signal(step, params, settings.lr)
         try:
             step_ = level.step_ if self.direct else partial(advance_stack_, level)
             directions = step_(shown, self.tree, signal)
@@ -54,8 +54,9 @@ class Stacked(Executor):
             return
         if directions.shape != shown.shape:
             raise wrong_shape(level, directions, shown)
-        update(params, directions.to(self.dtype).reshape(params.shape), settings.lr, settings.decay, out=params)
-        torch._foreach_copy_(self.params, list(params.unbind()))
+        update(params, directions.to(self.dtype), settings.lr, settings.decay, out=params)
+        moved = [back(one, param, self.view) for one, param in zip(params.unbind(), self.params, strict=True)]
+        torch._foreach_copy_(self.params, moved)
         if any(node[key] is not buffer for node, key, buffer in self._cells):
             self._keep(dict(leaves(self.tree)))  # it has grown
 

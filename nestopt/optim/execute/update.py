@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from nestopt.core.clock import advance_, due
-from nestopt.core.inputs import LayerInputs
 from nestopt.core.level import Level
 from nestopt.core.signal import Note, Signal
 from nestopt.core.tree import State, leaves
 from nestopt.levels.gradient.fused import Numbers
+from nestopt.optim.layer_inputs.sums import Totals, keep, kept, means
 from nestopt.optim.views import Split, advance_stack_, back, matrix_view, work_dtype
 
 STEP, SUM = "step", "group_sum"
@@ -107,11 +107,11 @@ class Executor:
         slots: with equal step counts, on one device, in one dtype.
 
     Attributes:
-        inputs: gives what the layer of a parameter was shown; asked when that parameter's level acts.
+        inputs: gives what the layer of a parameter was shown for its gradient.
         note: gives where the level of a parameter reports. Subclasses know neither.
     """
 
-    inputs: Callable[[Tensor], LayerInputs | None] | None = None
+    inputs: Callable[[Tensor], Totals | None] | None = None
     note: Callable[[Tensor], Note] | None = None
 
     def __init__(self, level: Level, slots: Sequence[Slot]) -> None:
@@ -160,6 +160,10 @@ class Executor:
                 state[SUM] = torch.zeros_like(param, dtype=self.dtype)
         sums: list[Tensor] = [state[SUM] for state in self.states]
         torch._foreach_add_(sums, [grad.to(self.dtype) for grad in grads])
+        if self.inputs is not None:
+            for state, param in zip(self.states, self.params, strict=True):
+                if (totals := self.inputs(param)) is not None:
+                    keep(state, totals)
         if due(step, settings.period):
             self.move(level, sums, settings, step // settings.period)
             torch._foreach_zero_(sums)
@@ -170,11 +174,13 @@ class Executor:
         for slot, grad in zip(self.slots, grads, strict=True):
             param, view = slot.param, slot.view
             wide = param.to(self.dtype)  # a narrow parameter is stepped in the wide dtype and rounded once
-            shown = matrix_view(settings.gradient(grad.to(self.dtype), wide), level, view)
-            inputs = self.inputs(param) if self.inputs else None
+            grad = settings.gradient(grad.to(self.dtype), wide)
+            shown, inputs = matrix_view(grad, level, view), None
+            if self.inputs is not None:
+                inputs = means(self.inputs(param) if settings.period == 1 else kept(slot.state), grad, view)
             note = self.note(param) if self.note else None
             signal = Signal(step, matrix_view(wide, level, view), settings.lr, inputs, note)
-            run = advance_ if view is None else advance_stack_
+            run = advance_stack_ if view is not None and view.stacked else advance_
             direction = run(level, shown, slot.tree, signal)
             if direction.shape != shown.shape:
                 raise wrong_shape(level, direction, shown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -28,7 +29,7 @@ class Rows(Protocol):
         """Lay out what the layer gave so that dimension 1 is that of the outputs."""
 
     def product(self, e: Tensor, scale: float = 1.0) -> Tensor:
-        """Return scale · Σ e_i x_iᵀ, in the shape of the weight, multiplied in the dtype of `e`."""
+        """Return scale · Σ e_i x_iᵀ `[out, in, ...]`, multiplied in the dtype of `e`."""
 
     def total(self, dtype: torch.dtype) -> Tensor:
         """Return Σ x_i `[groups, in, ...]`."""
@@ -51,13 +52,21 @@ def rows_of(module: nn.Module, x: Tensor) -> Rows:
     x = x.detach()
     if isinstance(module, CONVOLUTIONS):
         return ConvRows(module, x)
-    return LinearRows(x)
+    return ColumnRows(x) if is_transposed(module) else LinearRows(x)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether `module` is transformers' `Conv1D`, a linear layer of GPT-2 whose weight is `[in, out]`."""
+    theirs = sys.modules.get("transformers.pytorch_utils")  # who has one has imported it
+    return theirs is not None and isinstance(module, theirs.Conv1D)
 
 
 def multiplies(module: nn.Module) -> bool:
     """Return whether `module` is a layer whose weight acts on rows as torch's own linear and convolution layers do."""
     if isinstance(module, nn.Linear):
         return type(module).forward is nn.Linear.forward
+    if is_transposed(module):
+        return type(module).forward is sys.modules["transformers.pytorch_utils"].Conv1D.forward
     for cls in CONVOLUTIONS:
         if isinstance(module, cls):
             same = type(module).forward is cls.forward
@@ -95,6 +104,13 @@ class LinearRows:
 
     def read(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return self.x.to(dtype) @ weight.to(dtype).mT
+
+
+class ColumnRows(LinearRows):
+    """Tokens of a layer with a weight `[in, out]`; products and totals are `[out, in]`, as those of the others."""
+
+    def read(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return super().read(weight.mT, dtype)
 
 
 class ConvRows:

@@ -21,7 +21,7 @@ log = logging.getLogger("nestopt")
 Chooser = Callable[[str, Tensor], bool]
 
 STACK, REST, OWN = 0, 1, 2
-WHOLE = (1, 0)
+WHOLE = (1, 0, False)
 """The view of a parameter as the one matrix that it is."""
 
 
@@ -34,7 +34,7 @@ class Place:
     period: steps between two changes of the parameter.
     why: in words.
     exception: the number of the group it matches, from 1; 0 is none.
-    view: of how many matrices it consists, and along which dimension.
+    view: of how many matrices it consists, along which dimension, and whether it is `[in, out]`.
     scale: what the learning rate is multiplied with, as its layer says.
     """
 
@@ -45,7 +45,7 @@ class Place:
     period: int
     why: str
     exception: int = 0
-    view: tuple[int, int] = WHOLE
+    view: tuple[int, int, bool] = WHOLE
     scale: float = 1.0
 
 
@@ -61,11 +61,14 @@ def place(
             break
     view = WHOLE
     if own_view is not None and _seen_as_matrix(found.stack, param):
-        view = own_view.split, own_view.dim
-    elif own_view is None and not found.stack.needs.isdisjoint(("matrix", "shape")) and INPUTS not in found.stack.needs:
-        view = role.parts, 0
-    if view[0] > 1:
-        found = dataclasses.replace(found, view=view, why=f"{found.why}; seen as {view[0]} matrices")
+        view = own_view.split, own_view.dim, own_view.transposed
+    elif own_view is None and not found.stack.needs.isdisjoint(("matrix", "shape")):
+        # what a layer was shown is not split; kernels are shown as they are to levels that don't ask for matrices
+        parts, turned = role.parts, role.transposed and (param.ndim == 2 or "matrix" in found.stack.needs)
+        view = (1, 0, turned) if INPUTS in found.stack.needs or parts == 1 else (parts, role.dim, turned)
+    if view[0] > 1 or view[2]:
+        seen = f"seen as {view[0]} matrices" + ", transposed" * view[2] if view[0] > 1 else "seen transposed"
+        found = dataclasses.replace(found, view=view, why=f"{found.why}; {seen}")
     scale = settings.layer_decay ** (top - layer)
     if scale != 1 and own_rate is None:
         why = f"{found.why}; layer {layer} of 0…{top}, lr × {scale:.3g}"
@@ -119,9 +122,10 @@ def check(settings: OptimizerConfig, places: Mapping[str, Place], named: Mapping
             raise _unmatched(group, i, named)
         if group.view is not None:
             _check_view(group, f"groups[{i}].view", {name: (places[name], named[name]) for name in mine})
-    if any(found.kind == STACK for found in places.values()):
+    trained = [name for name, param in named.items() if param.requires_grad]
+    if any(places[name].kind == STACK for name in trained):
         return
-    text = f"{settings.stack.label} gets none of the {len(named)} parameters{_only(settings.stack.needs)}"
+    text = f"{settings.stack.label} gets none of the {len(trained)} parameters{_only(settings.stack.needs)}"
     if settings.strict:
         raise ValueError(f"{text}; give another stack, a model whose roles can be seen, route= or groups=")
     log.warning("%s: print(optimizer.explain()) shows where they are", text)
@@ -138,7 +142,7 @@ def _unmatched(group: GroupConfig, i: int, named: Mapping[str, Tensor]) -> Confi
         problem = f"all parameters that {group.match!r} matches belong to groups before it; put it before them"
     else:
         hint = nearest(group.match, named) or f" Names look like {next(iter(named))!r}."
-        problem = f"{group.match!r} matches no parameter that requires a gradient.{hint}"
+        problem = f"{group.match!r} matches no parameter that can be trained.{hint}"
     return ConfigError(problem, f"groups[{i}].match", group.match)
 
 
@@ -152,7 +156,7 @@ def _check_view(group: GroupConfig, path: str, mine: Mapping[str, tuple[Place, T
         raise ConfigError(problem, path, group.view)
     for name, param in shown.items():
         shape = "×".join(map(str, param.shape))
-        if param.ndim > 2:
+        if param.ndim > 2 and split > 1:
             raise ConfigError(f"only matrices can be split, and {name} is {shape}", path, group.view)
         if param.shape[dim] % split:
             problem = f"{split} does not divide dimension {dim} of {name}, which is {shape}"

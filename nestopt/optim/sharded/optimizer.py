@@ -11,11 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nestopt.core.inputs import INPUTS, LayerInputs
+from nestopt.core.inputs import INPUTS
 from nestopt.core.level import Level
-from nestopt.optim.checkpoint import merged_group, plain_groups
+from nestopt.optim.checkpoint import OWN, merged_group, plain_groups
 from nestopt.optim.checks import names
-from nestopt.optim.layer_inputs.watcher import Watcher
+from nestopt.optim.layer_inputs.sums import Totals
+from nestopt.optim.layer_inputs.watcher import Watcher, shown
 from nestopt.optim.optimizer import Nested, warn_unseen
 from nestopt.optim.sharded.owners import owners, step_cost
 from nestopt.optim.sharded.saved import CheckpointMismatch, Saved, SavedState, StateKeys, TensorSlice
@@ -61,13 +62,13 @@ class Sharded(Optimizer):
                 "leave out on_nonfinite, capturable and metrics"
             )
         self.nested = nested
-        self.names = [names(group, i) for i, group in enumerate(nested.param_groups)]
-        self.models = {
-            name: param
-            for own, group in zip(self.names, nested.param_groups, strict=True)
-            for name, param in zip(own, group["params"], strict=True)
-        }
-        super().__init__([{**g, "params": list(g["params"])} for g in nested.param_groups], nested.defaults)
+        # frozen parameters stay the model's: engines have no slices of them
+        pairs = [zip(names(group, i), group["params"], strict=True) for i, group in enumerate(nested.param_groups)]
+        trained = [{name: param for name, param in own if param.requires_grad} for own in pairs]
+        groups = [(own, group) for own, group in zip(trained, nested.param_groups, strict=True) if own]
+        self.names = [list(own) for own, _ in groups]
+        self.models = {name: param for own, _ in groups for name, param in own.items()}
+        super().__init__([_trained(group, own) for own, group in groups], nested.defaults)
         self._comm: Any = None
         self._units: dict[int, tuple[Unit, Placement]] = {}
         self._attached = self._warned = False
@@ -89,6 +90,8 @@ class Sharded(Optimizer):
             RuntimeError: the processes have other levels, or slices that do not make the parameters up.
         """
         self._comm = comm
+        if isinstance(self.nested._watcher, Watcher):
+            self.nested._watcher.elsewhere = True
         tables: list[list[Sequence[Slice] | None]] = [[some.table for some in placements]]
         if comm is not None:
             self._check_alike(comm)
@@ -155,8 +158,7 @@ class Sharded(Optimizer):
         for group in self.param_groups:
             for unit, placement in self._units_of(group):
                 group[TAKEN] = unit.taken = unit.taken + 1
-                # a group with a period sums gradients until it is over, and so do those who watch layers
-                inputs = {} if unit.taken % group.get("period", 1) else self._inputs(unit, group)
+                inputs = self._inputs(unit, group)
                 pairs = zip(placement.handles, placement.tensors, strict=True)
                 unit.step([_gradient(handle, tensor) for handle, tensor in pairs], group, inputs)
         return loss
@@ -173,18 +175,19 @@ class Sharded(Optimizer):
             found[id(unit)] = unit, placement
         return list(found.values())
 
-    def _inputs(self, unit: Unit, group: Group) -> dict[str, LayerInputs | None]:
-        level, watcher, shapes = self.level(group), self.nested.watcher, unit.shapes()
+    def _inputs(self, unit: Unit, group: Group) -> dict[str, Totals | None]:
+        level, watcher, shapes = self.level(group), self.nested._watcher, unit.shapes()
         if INPUTS not in level.needs:
             return {}
-        found: dict[str, LayerInputs | None] = dict.fromkeys(shapes)
+        found: dict[str, Totals | None] = dict.fromkeys(shapes)
         if isinstance(watcher, Watcher):
             for name in sorted(shapes):
-                found[name] = watcher.take_total(self.models[name], torch.Size(shapes[name]), self._comm)
-        unseen = [name for name, inputs in found.items() if inputs is None and len(shapes[name]) > 1]
-        if unseen and not self._warned:
-            self._warned = True
-            warn_unseen(level, unseen)
+                found[name] = watcher.totals_of(self.models[name], torch.Size(shapes[name]), self._comm)
+        if unit.taken == 1 and not self._warned:
+            unseen = [name for name, inputs in found.items() if len(shapes[name]) > 1 and not shown(inputs)]
+            self._warned = bool(unseen)
+            if unseen:
+                warn_unseen(level, unseen)
         return found
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -192,13 +195,10 @@ class Sharded(Optimizer):
         super().zero_grad(set_to_none)
         self.forget_inputs()
 
-    def forget_inputs(self, all_of_them: bool = False) -> None:
-        """Forget what layers were shown since the last step; of groups with a period, only if it is `all_of_them`."""
-        if self.nested.watcher is not None:
-            for own, group in zip(self.names, self.param_groups, strict=True):
-                if all_of_them or group.get("period", 1) == 1:
-                    for name in own:
-                        self.nested.watcher.take(self.models[name])
+    def forget_inputs(self) -> None:
+        """Forget what layers were shown since the last step."""
+        if isinstance(self.nested._watcher, Watcher):
+            self.nested._watcher.forget()
 
     def explain(self) -> Any:
         """Explain as `Nested.explain` does."""
@@ -239,8 +239,10 @@ class Sharded(Optimizer):
             unit.load_weights(saved)
 
     def _load_states(self, saved: Saved, settings: Sequence[dict[str, Any]]) -> None:
-        if [list(group["param_names"]) for group in settings] != self.names:
+        of = {frozenset(group["param_names"]): group for group in settings}
+        if of.keys() != set(map(frozenset, self.names)) or len(of) != len(settings):
             raise CheckpointMismatch("it has its parameters in other groups")
+        settings = [of[frozenset(own)] for own in self.names]
         keys = StateKeys(saved)
         if strange := keys.names() - self.models.keys():
             raise CheckpointMismatch(f"it has a state of {min(strange)}, which has none here")
@@ -275,6 +277,13 @@ class Sharded(Optimizer):
         """
         own = SavedState({name: TensorSlice(**item) for name, item in state_dict["nest"].items()})
         self._load_states(own, state_dict["param_groups"])
+
+
+def _trained(group: Group, own: dict[str, Tensor]) -> Group:
+    """Return a group with these of its parameters, named if they were."""
+    settings = {key: value for key, value in group.items() if key not in OWN}
+    called = {"param_names": list(own)} if "param_names" in group else {}
+    return {**settings, **called, "params": list(own.values())}
 
 
 def _short(value: object) -> str:

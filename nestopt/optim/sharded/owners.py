@@ -29,7 +29,7 @@ def step_cost(level: Level, shape: torch.Size, view: Split | None = None) -> flo
     step looks at values, products as large as the matrix with its shorter side are taken for its cost.
     """
     shown = matrix_view(torch.empty(shape, device="meta"), level, view)
-    if view is None:
+    if view is None or not view.stacked:
         return _cost(_Key(level), shown.shape)
     return len(shown) * _cost(_Key(level), shown.shape[1:])
 

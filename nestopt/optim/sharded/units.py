@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from nestopt.core.gates import bind
-from nestopt.core.inputs import INPUTS, LayerInputs
+from nestopt.core.inputs import INPUTS
 from nestopt.core.level import Level
-from nestopt.optim.checkpoint import checked_state
+from nestopt.optim.checkpoint import OWN, checked_state
+from nestopt.optim.layer_inputs.sums import Totals
 from nestopt.optim.optimizer import Nested
 from nestopt.optim.sharded.exchange import Exchange, Pending
 from nestopt.optim.sharded.saved import (
@@ -29,9 +30,6 @@ from nestopt.optim.sharded.saved import (
 )
 from nestopt.optim.sharded.slices import Slice, check_cover, held
 
-KEPT = frozenset({"params", "param_names", "why"})
-"""What a parameter group has of its own, wherever its parameters lie; all else is a setting."""
-
 Group = dict[str, Any]
 
 LIMIT = 1 << 26
@@ -41,14 +39,14 @@ LIMIT = 1 << 26
 class KnownInputs:
     """What layers were shown, for an optimizer whose parameters stand for the model's."""
 
-    def __init__(self, inputs: dict[Any, LayerInputs | None]) -> None:
+    def __init__(self, inputs: dict[Any, Totals | None]) -> None:
         self.inputs = inputs
 
-    def take(self, param: Tensor) -> LayerInputs | None:
+    def totals(self, param: Tensor) -> Totals | None:
         return self.inputs.get(param)
 
-    def unseen(self) -> list[str]:
-        return []  # whoever asks the model's own watcher says so
+    def name(self, param: Tensor) -> None:
+        """Return None: whoever asks the model's own watcher says what was not seen."""
 
 
 class Unit(ABC):
@@ -70,7 +68,7 @@ class Unit(ABC):
         self.tensors, self.table = list(tensors), list(table)
 
     @abstractmethod
-    def step(self, grads: Sequence[Tensor | None], group: Group, inputs: Mapping[str, LayerInputs | None]) -> None:
+    def step(self, grads: Sequence[Tensor | None], group: Group, inputs: Mapping[str, Totals | None]) -> None:
         """One step, with the gradients of `tensors`, the settings of `group`, and what layers were shown, by name."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -111,11 +109,11 @@ class Whole(Unit):
         self.names = list(names)
         self._nested = _inner(nested, group, names, tensors, seed)
 
-    def step(self, grads: Sequence[Tensor | None], group: Group, inputs: Mapping[str, LayerInputs | None]) -> None:
+    def step(self, grads: Sequence[Tensor | None], group: Group, inputs: Mapping[str, Totals | None]) -> None:
         _settings(self._nested, group)
         if INPUTS in self._nested.level(group).needs:
             own = zip(self.names, self.tensors, strict=True)
-            self._nested.watcher = KnownInputs({tensor: inputs.get(name) for name, tensor in own})
+            self._nested._watcher = KnownInputs({tensor: inputs.get(name) for name, tensor in own})
         for tensor, grad in zip(self.tensors, grads, strict=True):
             tensor.grad = grad
         self._nested.step()
@@ -152,7 +150,7 @@ class Flat(Unit):
         settings = {key: value for key, value in group.items() if key != "view"}
         self._nested = _inner(nested, settings, names, list(self._params.values()), 0)
 
-    def step(self, grads: Sequence[Tensor | None], group: Group, inputs: Mapping[str, LayerInputs | None]) -> None:
+    def step(self, grads: Sequence[Tensor | None], group: Group, inputs: Mapping[str, Totals | None]) -> None:
         _settings(self._nested, {key: value for key, value in group.items() if key != "view"})
         for i, param in self._params.items():
             param.grad = grads[i]
@@ -209,7 +207,7 @@ class Owned(Unit):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
-    def step(self, grads: Sequence[Tensor | None], group: Group, inputs: Mapping[str, LayerInputs | None]) -> None:
+    def step(self, grads: Sequence[Tensor | None], group: Group, inputs: Mapping[str, Totals | None]) -> None:
         grads = list(grads)
         known = [torch.zeros_like(t) if g is None else g.to(t.dtype) for g, t in zip(grads, self.tensors, strict=True)]
         without = {
@@ -271,14 +269,14 @@ class _Round:
         grads: dict[str, Tensor],
         values: dict[str, Tensor],
         group: Group,
-        inputs: Mapping[str, LayerInputs | None],
+        inputs: Mapping[str, Totals | None],
         without: set[str],
         like: Tensor,
     ) -> Pending:
         """Step what has come, which is used up, and send it back."""
         _settings(self.nested, group)
         if INPUTS in self.nested.level(group).needs:
-            self.nested.watcher = KnownInputs({param: inputs.get(name) for name, param in self.work.items()})
+            self.nested._watcher = KnownInputs({param: inputs.get(name) for name, param in self.work.items()})
         for name, param in self.work.items():
             param.data, grad = values.pop(name), grads.pop(name)
             param.grad = None if name in without else grad
@@ -334,14 +332,14 @@ def held_in_rounds(own: Sequence[int], sliced: Sequence[int], work: int = 0) -> 
 
 def _inner(nested: Nested, group: Group, names: Sequence[str], tensors: Sequence[Tensor], seed: int) -> Nested:
     """Return an optimizer of the same kind for these tensors, with the settings of a group."""
-    settings = {key: value for key, value in group.items() if key not in KEPT}
+    settings = {key: value for key, value in group.items() if key not in OWN}
     return nested.like([{**settings, "params": list(zip(names, tensors, strict=True))}], seed)
 
 
 def _settings(nested: Nested, group: Group) -> None:
     """Learning rate and all else as the group says now: schedules change it there."""
     for own in nested.param_groups:
-        own.update((key, value) for key, value in group.items() if key not in KEPT)
+        own.update((key, value) for key, value in group.items() if key not in OWN)
 
 
 def _put(nested: Nested, param: Tensor, found: dict[str, Tensor], like: Tensor, name: str) -> None:

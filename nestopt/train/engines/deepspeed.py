@@ -78,7 +78,7 @@ def initialized(
     nested.tell_loss_scale(1 / engine.gradient_accumulation_steps())
     placements, comm = zero_layout.placements(engine, optimizer)
     optimizer.attach(placements, comm)
-    if nested.watcher is not None:
+    if any(INPUTS in optimizer.level(group).needs for group in optimizer.param_groups):
         called.register_forward_pre_hook(lambda module, args: _begin_step(engine, optimizer))
     engine.nestopt = CheckpointManager(
         model,
@@ -196,7 +196,7 @@ class DeepSpeed(Ddp):
             engine.step()
         skipped, self.optimizer.skipping = self.optimizer.skipping, False
         if skipped:
-            self.optimizer.forget_inputs(all_of_them=True)
+            self.optimizer.forget_inputs()
         if engine.optimizer is not self.optimizer:
             norm = engine.get_global_grad_norm()
         found = torch.as_tensor(float("nan") if norm is None else norm, device=self.device)

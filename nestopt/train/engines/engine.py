@@ -136,7 +136,7 @@ class Engine:
             self.optimizer.step()
             self._spread()
         else:
-            self.optimizer.forget_inputs(all_of_them=True)
+            self.optimizer.forget_inputs()
         return torch.stack(losses).sum(), norm
 
     def _goes_on(self) -> bool:

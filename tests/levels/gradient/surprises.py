@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestopt.core import Level, Signal, advance, start
+from nestopt.core.inputs import LayerInputs
 from nestopt.core.tree import State
+from nestopt.optim.layer_inputs.sums import means
 from nestopt.optim.layer_inputs.watcher import Watcher
 
 F64 = torch.float64
@@ -22,12 +24,17 @@ def shown(model: nn.Module, level: Level, x: Tensor, target: Tensor, scale: floa
     return watcher
 
 
+def told(watcher: Watcher, param: Tensor) -> LayerInputs | None:
+    """What a level is told of a parameter."""
+    return means(watcher.totals(param), param)
+
+
 def direction_of(level: Level, layer: nn.Module, watcher: Watcher, lr: float, state: State | None = None) -> Tensor:
     """The direction for the layer's weight."""
     weight: Tensor = layer.weight
     assert weight.grad is not None
     state = start(level, weight) if state is None else state
-    return advance(level, weight.grad, state, Signal(1, weight.detach(), lr=lr, inputs=watcher.take(weight)))[0]
+    return advance(level, weight.grad, state, Signal(1, weight.detach(), lr=lr, inputs=told(watcher, weight)))[0]
 
 
 def linear_case(n: int, into: int, out: int, level: Level) -> tuple[nn.Linear, Watcher, Tensor, Tensor]:

@@ -23,7 +23,7 @@ from nestopt.core.retentions import Decay
 from nestopt.levels import adam, dgd, gd, ggd, momentum, muon
 from nestopt.nn import layer as make_layer
 from nestopt.optim.layer_inputs.watcher import Watcher
-from tests.levels.gradient.surprises import F64, direction_of, linear_case, shown
+from tests.levels.gradient.surprises import F64, direction_of, linear_case, shown, told
 
 
 @settings(max_examples=60, deadline=None)
@@ -127,7 +127,7 @@ def test_around_a_matrix_level_on_a_convolution() -> None:
     conv = nn.Conv2d(4, 6, 3, groups=2).double()
     x = torch.randn(2, 4, 6, 6, dtype=F64)
     watcher = shown(conv, level, x, torch.randn(2, 6, 4, 4, dtype=F64))
-    inputs, grad, weight = watcher.take(conv.weight), conv.weight.grad, conv.weight.detach()
+    inputs, grad, weight = told(watcher, conv.weight), conv.weight.grad, conv.weight.detach()
     assert inputs is not None
     assert grad is not None
     assert inputs.wxx is not None
@@ -152,7 +152,7 @@ def test_wraps_any_level_step_by_step(solver: Any, of: Level) -> None:
         F.mse_loss(layer(x), torch.randn(8, 4, dtype=F64)).backward()
         w, g = layer.weight.detach(), layer.weight.grad
         assert g is not None
-        signal = Signal(t, w, lr=lr, inputs=watcher.take(layer.weight))
+        signal = Signal(t, w, lr=lr, inputs=told(watcher, layer.weight))
         kept = copy.deepcopy((g, w, signal.inputs))
         u, ours = advance(level, g, ours, signal)
         in_place = advance_(level, g, own, signal)
@@ -173,7 +173,7 @@ def test_wraps_any_level_step_by_step(solver: Any, of: Level) -> None:
 def test_without_delta_or_inputs_it_is_the_level_within(of: Level) -> None:
     grads = [torch.randn(4, 3, dtype=F64) for _ in range(4)]
     layer, watcher, _, _ = linear_case(6, 3, 4, dgd())
-    inputs = watcher.take(layer.weight)
+    inputs = told(watcher, layer.weight)
     for level, seen in [(dgd(of, delta=0.0), inputs), (dgd(of), None)]:
         state, inner = start(level, grads[0]), start(of, grads[0])
         for t, g in enumerate(grads, start=1):
@@ -184,7 +184,7 @@ def test_without_delta_or_inputs_it_is_the_level_within(of: Level) -> None:
 
 def test_a_rate_that_is_a_tensor() -> None:
     layer, watcher, _, _ = linear_case(6, 3, 4, dgd(solver="exact"))
-    inputs, g = watcher.take(layer.weight), layer.weight.grad
+    inputs, g = told(watcher, layer.weight), layer.weight.grad
     assert g is not None
     for level in (dgd(), dgd(solver="exact")):
         a, _ = advance(level, g, start(level, g), Signal(1, g, lr=0.1, inputs=inputs))
@@ -207,7 +207,7 @@ def test_correlated_inputs_do_not_make_it_diverge() -> None:
             loss = F.mse_loss(layer(x), y)
             loss.backward()
             assert layer.weight.grad is not None
-            signal = Signal(t, layer.weight.detach(), lr=0.1, inputs=watcher.take(layer.weight))
+            signal = Signal(t, layer.weight.detach(), lr=0.1, inputs=told(watcher, layer.weight))
             u, state = advance(level, layer.weight.grad, state, signal)
             with torch.no_grad():
                 layer.weight -= 0.1 * u

@@ -15,7 +15,7 @@ from nestopt.core.objectives import L2, Dot, Objective
 from nestopt.core.retentions import Decay
 from nestopt.levels import dgd, ggd
 from nestopt.optim.layer_inputs.watcher import Watcher
-from tests.levels.gradient.surprises import F64, direction_of, linear_case, shown
+from tests.levels.gradient.surprises import F64, direction_of, linear_case, shown, told
 
 
 class Huber(Objective):
@@ -70,7 +70,7 @@ def test_ggd_on_convolutions(conv: Callable[[], nn.Module]) -> None:
 
 def test_degenerate_ggd_is_what_is_known() -> None:
     layer, watcher, _, _ = linear_case(8, 5, 4, dgd())
-    inputs, g = watcher.take(layer.weight), layer.weight.grad
+    inputs, g = told(watcher, layer.weight), layer.weight.grad
     assert g is not None
     signal = Signal(1, layer.weight.detach(), lr=0.2, inputs=inputs)
     assert inputs is not None

@@ -72,6 +72,9 @@ class Level(Part):
     """The keys of the state that no token changes, whose start is learned: where a layer goes on from a state, it puts
     its present parameters there, and gradients reach them whatever the state was."""
 
+    momentum_field: ClassVar[str | None] = None
+    """The field that holds β of its average of gradients (or a tuple that begins with it), for schedules of it."""
+
     period: int = dataclasses.field(default=1, kw_only=True)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -18,13 +18,13 @@ from nestopt.config.spec import build, to_spec
 from nestopt.core.compose import Parallel
 from nestopt.core.gates import bind
 from nestopt.core.level import Level
-from nestopt.core.part import Part
+from nestopt.core.part import Part, plain
 from nestopt.core.tree import leaves
 from nestopt.optim.checks import check_group, check_parameters
 from nestopt.optim.execute.update import STEP, SUM
 from nestopt.optim.views import Split, layout, work_dtype
 
-LATER = frozenset({"maximize", "decoupled_weight_decay", "differentiable", "ns_form", "coupled"})
+LATER = frozenset({"maximize", "decoupled_weight_decay", "differentiable", "ns_form", "coupled", "momentum"})
 """Settings that torch's optimizers do not save, or not in every version. All others must be there."""
 
 
@@ -59,8 +59,10 @@ def plain_groups(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Split):
         return {"split": value.parts, "dim": value.dim}
+    if isinstance(value, Mapping):
+        return {plain(key): _plain(item) for key, item in value.items()}
     if not isinstance(value, Level):
-        return value
+        return plain(value)
     try:
         return to_spec(value)
     except ConfigError:

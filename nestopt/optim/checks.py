@@ -18,6 +18,15 @@ def names(group: dict[str, Any], index: int) -> list[str]:
     return group.get("param_names") or [f"group {index}, parameter {i}" for i in range(len(group["params"]))]
 
 
+def check_ordered(params: object) -> None:
+    """Raise TypeError for parameters in a set, whose order is another in each process and each run."""
+    if isinstance(params, set | frozenset):
+        raise TypeError(
+            f"parameters are in a {type(params).__name__}, which has no order that a checkpoint could rely on; "
+            "give a list of them"
+        )
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Raise ValueError for settings of a group that are out of range."""
     lr = group["lr"]

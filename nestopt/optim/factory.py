@@ -14,6 +14,7 @@ from nestopt.config.load import names_file
 from nestopt.config.schema import GroupConfig, OptimizerConfig
 from nestopt.core.inputs import INPUTS
 from nestopt.core.part import nearest
+from nestopt.optim.checks import check_ordered
 from nestopt.optim.optimizer import Nested, StepOptions
 from nestopt.optim.routing.layers import layers
 from nestopt.optim.routing.place import WHOLE, Chooser, Place, check, place
@@ -183,6 +184,7 @@ def _named(source: nn.Module | Iterable[Any]) -> dict[str, Tensor]:
         return {name: param for name, param in source.named_parameters() if param.requires_grad}
     if isinstance(source, Tensor):
         raise TypeError("one tensor is no list of parameters; give [tensor]")
+    check_ordered(source)
     named: dict[str, Tensor] = {}
     seen: set[Tensor] = set()
     for i, item in enumerate(source):

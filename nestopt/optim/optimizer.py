@@ -16,9 +16,18 @@ from nestopt.config.spec import build
 from nestopt.core.gates import bind
 from nestopt.core.inputs import INPUTS, LayerInputs
 from nestopt.core.level import Level
-from nestopt.core.part import nearest
+from nestopt.core.part import nearest, plain
 from nestopt.optim import checkpoint
-from nestopt.optim.checks import check_gradients, check_group, check_inputs, check_parameters, names, raise_nonfinite
+from nestopt.optim.checks import (
+    check_gradients,
+    check_group,
+    check_inputs,
+    check_ordered,
+    check_parameters,
+    names,
+    raise_nonfinite,
+)
+from nestopt.optim.cycled import cycled
 from nestopt.optim.execute.capturable import begin_on_device, check_capturable, step_capturable
 from nestopt.optim.execute.update import UpdateSettings
 from nestopt.optim.explain import Explanation, explain
@@ -62,9 +71,10 @@ class Nested(Optimizer):
 
     Args:
         params: parameters, named parameters, or groups of either. A group may have its own `stack` (a level or a spec
-            of one), `lr`, `weight_decay`, `period` and `maximize`.
+            of one), `lr`, `weight_decay`, `period` and `maximize`. In `momentum`, None at first, torch's schedulers
+            (`OneCycleLR`, `CyclicLR`) put the β of the stack's fastest average of gradients.
         stack: the level, or a spec of one (a name, a mapping, a list for a chain).
-        lr: step size, a number or a tensor of one element. Default 1e-3.
+        lr: step size, a number or a tensor of one element, of which each further group gets a copy. Default 1e-3.
         weight_decay: λ above. Default 0.
         coupled: add λW to the gradient instead of taking it off the weights (L2 regularisation). Default False.
         period: on a group, accumulate gradients (their sum) and step once in so many calls; parameters stay as they
@@ -116,6 +126,10 @@ class Nested(Optimizer):
     def _start(self, params: Iterable[Any], defaults: dict[str, Any], options: StepOptions) -> None:
         self.options = options
         self._settle()
+        check_ordered(params)
+        defaults = {key: plain(value) for key, value in defaults.items()}
+        if not defaults.keys() & {"momentum", "betas"}:
+            defaults["momentum"] = None
         super().__init__(params, defaults)
 
     def like(self, groups: Iterable[Any], seed: int) -> Nested:
@@ -142,10 +156,14 @@ class Nested(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; it may have its own `stack`. Nothing is added if anything in it is wrong."""
+        param_group = {key: value if key == "params" else plain(value) for key, value in param_group.items()}
         group = {**self.defaults, **param_group}
         if "stack" in group:
             group["stack"] = build("level", group["stack"], f"param_groups[{len(self.param_groups)}].stack")
-            param_group = {**param_group, "stack": group["stack"]}
+            param_group["stack"] = group["stack"]
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and any(lr is other["lr"] for other in self.param_groups):
+            param_group["lr"] = lr.detach().clone()  # a schedule writes each group's own value into its tensor
         check_group(group)
         index = len(self.param_groups)
         super().add_param_group(param_group)
@@ -187,7 +205,7 @@ class Nested(Optimizer):
 
     def level(self, group: dict[str, Any]) -> Level:
         """Return the level that a parameter group runs."""
-        return group["stack"]
+        return cycled(group["stack"], group.get("momentum"))
 
     def coupled(self, group: dict[str, Any]) -> bool:
         """Return whether a group's weight decay is added to the gradient (L2) instead of taken off the weights."""
@@ -314,7 +332,7 @@ class Nested(Optimizer):
         return memory_norms(self.param_groups, self.state) | reported
 
     def _update_settings(self, group: dict[str, Any]) -> UpdateSettings:
-        lr, decay, coupled = group["lr"], group["weight_decay"], self.coupled(group)
+        lr, decay, coupled = plain(group["lr"]), plain(group["weight_decay"]), self.coupled(group)
         return UpdateSettings(
             lr.reshape(()) if isinstance(lr, Tensor) else lr,
             decay=0.0 if coupled else decay,

@@ -32,6 +32,7 @@ class Adam(Level):
         amsgrad: use the largest h so far. Default False.
     """
 
+    momentum_field: ClassVar[str | None] = "betas"
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"exp_avg": "l2 to g", "exp_avg_sq": "l2 to g²", "max_exp_avg_sq": "max"}

@@ -38,6 +38,7 @@ class Momentum(Level):
         undamped_start: take the first gradient whole whatever `dampening`, as `torch.optim.SGD` does. Default False.
     """
 
+    momentum_field: ClassVar[str | None] = "beta"
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"momentum": "dot"}
@@ -136,6 +137,7 @@ class DeltaMomentum(Level):
         P: what the memory is to answer with, any level. Default `gd`: the gradient itself.
     """
 
+    momentum_field: ClassVar[str | None] = "beta"
     requires: ClassVar[frozenset[str]] = frozenset({"shape"})
     objectives: ClassVar[dict[str, str]] = {"momentum": "l2"}
 

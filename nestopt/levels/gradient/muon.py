@@ -111,6 +111,7 @@ class Muon(Level):
         eps: least norm divided by. Default 1e-7.
     """
 
+    momentum_field: ClassVar[str | None] = "beta"
     requires: ClassVar[frozenset[str]] = frozenset({"matrix"})
     batched: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"momentum": "dot"}

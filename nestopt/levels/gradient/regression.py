@@ -34,6 +34,7 @@ class RegressionOptimum(Level):
         FieldError: a number out of range, or a target of another name.
     """
 
+    momentum_field: ClassVar[str | None] = "betas"
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"exp_avg": "l2 to P", "exp_avg_sq": "l2 to P"}

@@ -23,6 +23,7 @@ Side = Literal["left", "right"]
 class MatrixPreconditioner(Level):
     """What `matrix_adagrad` and `shampoo` share: an average of gradients, between inverse roots of Gram matrices."""
 
+    momentum_field: ClassVar[str | None] = "beta"
     requires: ClassVar[frozenset[str]] = frozenset({"matrix"})
     batched: ClassVar[bool] = True
 

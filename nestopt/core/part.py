@@ -16,6 +16,9 @@ from typing_extensions import dataclass_transform
 
 _T = TypeVar("_T")
 
+FINITE = "finite"
+"""A need of a part (see `Part.requires`)."""
+
 
 class Gate:
     """A number that the data choose: a learned function of the token, `low + (high - low) · sigmoid(w·x + b)`.
@@ -170,7 +173,8 @@ class Part(metaclass=_PartType):
     _attributes: ClassVar[tuple[str, ...]]
     requires: ClassVar[frozenset[str]] = frozenset()
     """What this part must be shown to be itself: `"shape"` (whole tensors in their true shape, never a flat slice of
-    several), `"matrix"` (as `"shape"`, and only matrices)."""
+    several), `"matrix"` (as `"shape"`, and only matrices), `"finite"` (an infinity or a NaN breaks it: an optimizer on
+    the CPU raises before anything has changed)."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

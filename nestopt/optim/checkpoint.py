@@ -6,6 +6,7 @@ torch's own loader casts state to the parameter's dtype; this one keeps it as th
 from __future__ import annotations
 
 import copy
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
@@ -152,6 +153,10 @@ def checked_state(
     expected = dict(leaves(layout(level, param, view)))
     if SUM in found:
         expected[SUM] = torch.empty_like(param, device="meta", dtype=work_dtype(param))
+    for key in expected.keys() - found:
+        former = re.sub(r"\brms$", "exp_avg_sq", key)
+        if former in found and former not in expected:  # m3, whose V is kept as its root now
+            found[key] = found.pop(former).sqrt()
     missing, surplus = expected.keys() - found, found.keys() - expected
     if missing or surplus:
         raise ValueError(

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from nestopt.core.inputs import INPUTS, request_of
 from nestopt.core.level import Level
+from nestopt.core.part import FINITE
+from nestopt.optim.metrics import finite
 from nestopt.optim.views import Split
 
 
@@ -88,6 +90,20 @@ def raise_nonfinite(groups: Sequence[dict[str, Any]], grads: Sequence[Sequence[T
     ]
     more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
     raise RuntimeError(f"gradients with an infinity or a NaN: {', '.join(bad[:5])}{more}; nothing has been changed")
+
+
+def check_finite(
+    groups: Sequence[dict[str, Any]], levels: Sequence[Level], grads: Sequence[Sequence[Tensor | None]]
+) -> None:
+    """Raise RuntimeError for gradients that break a level which says so; those on an accelerator are not waited for."""
+    if not any(FINITE in level.needs for level in levels):
+        return
+    asked = [
+        [grad if FINITE in level.needs and grad is not None and grad.device.type == "cpu" else None for grad in own]
+        for level, own in zip(levels, grads, strict=True)
+    ]
+    if not finite(asked):
+        raise_nonfinite(groups, asked)
 
 
 def check_gradients(group: dict[str, Any], index: int, grads: Sequence[Tensor | None]) -> None:

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nestopt.config.spec import build
+from nestopt.core.contract import strangers
 from nestopt.core.gates import bind
 from nestopt.core.inputs import INPUTS, LayerInputs
 from nestopt.core.level import Level
 from nestopt.core.part import nearest, plain
 from nestopt.optim import checkpoint
 from nestopt.optim.checks import (
+    check_finite,
     check_gradients,
     check_group,
     check_inputs,
@@ -33,7 +35,7 @@ from nestopt.optim.execute.update import UpdateSettings
 from nestopt.optim.explain import Explanation, explain
 from nestopt.optim.layer_inputs.watcher import Scale, Seen, Watcher
 from nestopt.optim.metrics import Recorder, finite, memory_norms
-from nestopt.optim.plan import Plan, alike
+from nestopt.optim.plan import Plan, alike, check_stranger
 
 log = logging.getLogger("nestopt")
 
@@ -82,6 +84,7 @@ class Nested(Optimizer):
         maximize: ascend instead. Default False.
         on_nonfinite: what to do about a gradient with an infinity or a NaN: `"ignore"` it (default, as torch does),
             `"skip"` the whole step, or `"raise"`. The latter two look at every gradient first, and wait for the device.
+            `shampoo` and `matrix_adagrad` raise on the CPU in any case, and else leave such a matrix as it is.
         capturable: keep step counts on the device, and let no value decide what is done: such a step can be traced by
             `torch.compile` and captured in a CUDA graph. Give `lr` as a tensor, or each new value is compiled anew.
         compile: run each elementwise stack as one kernel, compiled at the first step (which takes a while; a C++
@@ -97,7 +100,7 @@ class Nested(Optimizer):
     """State keys of torch's optimizer of the same name, and ours: its checkpoints load here."""
 
     seed: int | None = None
-    """What starts at random is drawn from this and the parameter's name; None: from torch's generator, one by one."""
+    """What starts at random is drawn from this and the parameter's name; None: the seed that torch was given last."""
 
     def __init__(
         self,
@@ -187,6 +190,8 @@ class Nested(Optimizer):
             kind = (param.shape, param.dtype, param.device)
             if kind not in seen and param.numel():
                 seen.add(kind)
+                for stranger in strangers(level):
+                    check_stranger(level, stranger, param, torch.ones_like(param), view)
                 check_capturable(level, param, group.get("period", 1), view, name)
 
     def _accept(self, level: Level, param: Tensor, name: str) -> None:
@@ -236,6 +241,8 @@ class Nested(Optimizer):
             self._skipped += 1
             return loss
         levels = [self.level(group) for group in self.param_groups]
+        if self.seed is None:  # one of several processes can't give up alone
+            check_finite(self.param_groups, levels, grads)
         if not self._is_settled(levels, grads):
             self._plan.settle(self.param_groups, [bind(level) for level in levels], grads, self.state)
         if self._recorder is not None:

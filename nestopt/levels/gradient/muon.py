@@ -35,7 +35,7 @@ def check_iteration(part: Part) -> None:
     part.check_choice("form", get_args(Form))
 
 
-def orthogonal(part: Any, x: Tensor, eps: float = 1e-7, *, detached: bool = False) -> Tensor:
+def orthogonal(part: Any, x: Tensor, eps: float = 0.0, *, detached: bool = False) -> Tensor:
     """Iterate on `x` as the fields of a part say, which `check_iteration` has checked."""
     dtype = DTYPES.get(part.dtype or "")
     return newton_schulz(x, part.steps, part.coefficients, eps, dtype, form=part.form, detached=detached)
@@ -108,7 +108,7 @@ class Muon(Level):
         steps, coefficients, dtype, form: of `newton_schulz`.
         scale: c, by shape `[m, n]`. `"original"` (default): √max(1, m/n). `"match_rms_adamw"`: 0.2 √max(m, n), which
             lets a learning rate tuned for AdamW serve. `"spectral_unclamped"`: √(m/n). None: 1.
-        eps: least norm divided by. Default 1e-7.
+        eps: least norm divided by. Default 0: matrices of any size count alike.
     """
 
     momentum_field: ClassVar[str | None] = "beta"
@@ -121,7 +121,7 @@ class Muon(Level):
     steps: int = 5
     coefficients: str | tuple[float, float, float] = QUINTIC
     scale: Scale | None = "original"
-    eps: float = 1e-7
+    eps: float = 0.0
     dtype: str | None = None
     form: Form = "auto"
 

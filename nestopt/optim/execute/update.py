@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nestopt.core.clock import advance_, due
+from nestopt.core.contract import whose
 from nestopt.core.inputs import LayerInputs
 from nestopt.core.level import Level
 from nestopt.core.signal import Note, Signal
@@ -191,6 +192,6 @@ class Executor:
 def wrong_shape(level: Level, direction: Tensor, grad: Tensor) -> ValueError:
     """Return the error to raise where what a level has returned is no direction for `grad`."""
     return ValueError(
-        f"{level.label}: step returned a direction of shape {tuple(direction.shape)} for a gradient of shape "
+        f"{whose(level)}: step returned a direction of shape {tuple(direction.shape)} for a gradient of shape "
         f"{tuple(grad.shape)}; they must be the same"
     )

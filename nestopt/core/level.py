@@ -72,6 +72,9 @@ class Level(Part):
     """The keys of the state that no token changes, whose start is learned: where a layer goes on from a state, it puts
     its present parameters there, and gradients reach them whatever the state was."""
 
+    positive: ClassVar[frozenset[str]] = frozenset()
+    """Keys of the state that are never negative, such as second moments."""
+
     momentum_field: ClassVar[str | None] = None
     """The field that holds β of its average of gradients (or a tuple that begins with it), for schedules of it."""
 

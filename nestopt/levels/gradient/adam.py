@@ -32,6 +32,7 @@ class Adam(Level):
         amsgrad: use the largest h so far. Default False.
     """
 
+    positive: ClassVar[frozenset[str]] = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
     momentum_field: ClassVar[str | None] = "betas"
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True

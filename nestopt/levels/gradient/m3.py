@@ -63,6 +63,7 @@ class M3(Level):
         FieldError: a value out of range; `update_norm` or `scale` given for the paper's mode, which has neither.
     """
 
+    positive: ClassVar[frozenset[str]] = frozenset({"rms"})
     momentum_field: ClassVar[str | None] = "betas"
     requires: ClassVar[frozenset[str]] = frozenset({"matrix"})
     batched: ClassVar[bool] = True

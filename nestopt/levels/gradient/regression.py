@@ -36,6 +36,7 @@ class RegressionOptimum(Level):
         FieldError: a number out of range, or a target of another name.
     """
 
+    positive: ClassVar[frozenset[str]] = frozenset({"exp_avg_sq"})
     momentum_field: ClassVar[str | None] = "betas"
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True

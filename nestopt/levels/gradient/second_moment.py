@@ -40,6 +40,7 @@ class SecondMoment(Level):
         FieldError: a number out of range; `beta2` or `bias_correction` given for a sum, which has neither.
     """
 
+    positive: ClassVar[frozenset[str]] = frozenset({"exp_avg_sq"})
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"exp_avg_sq": "l2 to g²"}

@@ -93,7 +93,7 @@ def test_what_is_never_negative_begins_no_context_below_where_it_was(inner, oute
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6])
 def test_adam_inside_adam_keeps_the_size_of_its_steps(scale):
     grads = [scale * torch.randn(5, 4, dtype=torch.float64) for _ in range(40)]
-    got, _ = run(nest(adam(period=4), adam()), grads)
+    got, _ = run(nest(adam(period=4), adam(), step_size=scale), grads)
     assert 0.1 < got.abs().max() < 3  # √v of a negative v would make it 1e8
 
 

@@ -163,6 +163,9 @@ class Plan:
             if any(path not in state for path, _ in leaves(tree)):
                 self._fill(state, param)
             _check_state(level, param, state, tree, name)
+            for path, leaf in {**dict(leaves(tree)), SUM: torch.empty(0, dtype=work_dtype(param))}.items():
+                if path in state:  # the model may have been cast or moved since
+                    state[path] = state[path].to(param.device, leaf.dtype)
         return Slot(param, state, placed(tree, state), view, place)
 
 

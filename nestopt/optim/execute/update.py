@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import repeat
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ from nestopt.optim.views import Split, advance_stack_, back, matrix_view, work_d
 
 STEP, SUM = "step", "group_sum"
 """The optimizer's own state keys: how often it has seen a gradient, and what a group with a period has summed."""
+
+
+_KIND = attrgetter("dtype", "device")
 
 
 def update(
@@ -130,11 +133,11 @@ class Executor:
         """Take down how parameters and states lie, to see when someone else moves or replaces one."""
         trees = [dict(leaves(slot.tree)) for slot in self.slots]
         self.leaves = {path: [tree[path] for tree in trees] for path in trees[0]}
-        self.layout = list(map(Tensor.numel, self.params)), list(map(Tensor.stride, self.params))
+        self.layout = self._lie()
 
     def intact(self) -> bool:
         """Return whether parameters and states still lie as this executor knows them."""
-        if self.layout != (list(map(Tensor.numel, self.params)), list(map(Tensor.stride, self.params))):
+        if self.layout != self._lie():
             return False
         try:
             return all(map(is_, map(itemgetter(STEP), self.states), repeat(self.count))) and all(
@@ -142,6 +145,9 @@ class Executor:
             )
         except KeyError:
             return False
+
+    def _lie(self) -> list[list[Any]]:
+        return [list(map(of, self.params)) for of in (Tensor.numel, Tensor.stride, _KIND)]
 
     def leave(self) -> None:
         """Give every parameter a step count of its own again."""

@@ -12,7 +12,7 @@ from nestopt.core.inputs import INPUTS, request_of
 from nestopt.core.level import Level
 from nestopt.core.part import FINITE
 from nestopt.optim.metrics import finite
-from nestopt.optim.views import Split
+from nestopt.optim.views import Split, in_pieces
 
 
 def names(group: dict[str, Any], index: int) -> list[str]:
@@ -99,11 +99,28 @@ def check_finite(
     if not any(FINITE in level.needs for level in levels):
         return
     asked = [
-        [grad if FINITE in level.needs and grad is not None and grad.device.type == "cpu" else None for grad in own]
+        [grad if FINITE in level.needs and _is_at_hand(grad) else None for grad in own]
         for level, own in zip(levels, grads, strict=True)
     ]
     if not finite(asked):
         raise_nonfinite(groups, asked)
+
+
+def _is_at_hand(grad: Tensor | None) -> bool:
+    """Return whether the host can look at a gradient without waiting for a device or other processes."""
+    return grad is not None and grad.device.type == "cpu" and not in_pieces(grad)
+
+
+def check_whole(group: dict[str, Any], index: int, level: Level, grads: Sequence[Tensor | None]) -> None:
+    """Raise RuntimeError for a parameter in pieces that the level must see whole."""
+    if level.is_elementwise:
+        return
+    for name, param, grad in zip(names(group, index), group["params"], grads, strict=True):
+        if grad is not None and in_pieces(param):
+            raise RuntimeError(
+                f"{name} lies over several processes (a DTensor), and {level.label} must see it whole: step with "
+                "nestopt.optim.shard(optimizer, mesh), or let nestopt train do so"
+            )
 
 
 def check_gradients(group: dict[str, Any], index: int, grads: Sequence[Tensor | None]) -> None:

@@ -20,7 +20,7 @@ from nestopt.core.part import Part
 from nestopt.core.signal import Note, Signal
 from nestopt.core.tree import State, leaves
 from nestopt.optim.checkpoint import keeps_shape
-from nestopt.optim.checks import check_gradients, names
+from nestopt.optim.checks import check_gradients, check_whole, names
 from nestopt.optim.execute.choose import executors
 from nestopt.optim.execute.update import STEP, SUM, Executor, Slot, placed
 from nestopt.optim.views import Split, begin, layout, matrix_view, work_dtype
@@ -108,6 +108,7 @@ class Plan:
         forms = [[None if grad is None else (grad.shape, grad.layout) for grad in own] for own in grads]
         for i, group in enumerate(groups):
             check_gradients(group, i, grads[i])
+            check_whole(group, i, levels[i], grads[i])
         for i, (group, level) in enumerate(zip(groups, levels, strict=True)):
             old = self.shares[i] if i < len(self.shares) else None
             if old is not None:

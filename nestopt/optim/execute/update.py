@@ -16,9 +16,9 @@ from nestopt.core.contract import whose
 from nestopt.core.inputs import LayerInputs
 from nestopt.core.level import Level
 from nestopt.core.signal import Note, Signal
-from nestopt.core.tree import State, leaves
+from nestopt.core.tree import State, leaves, tree_map
 from nestopt.levels.gradient.fused import Numbers
-from nestopt.optim.views import Split, advance_stack_, back, matrix_view, work_dtype
+from nestopt.optim.views import Split, advance_stack_, back, in_pieces, local, matrix_view, work_dtype
 
 STEP, SUM = "step", "group_sum"
 """The optimizer's own state keys: how often it has seen a gradient, and what a group with a period has summed."""
@@ -175,14 +175,18 @@ class Executor:
         """Write the gradients into the memories, and update the parameters."""
         grown = False
         for slot, grad in zip(self.slots, grads, strict=True):
-            param, view = slot.param, slot.view
+            # only of levels that work entry by entry are parameters in pieces
+            param, grad, view = local(slot.param), local(grad, slot.param), slot.view
+            tree = tree_map(local, slot.tree) if in_pieces(slot.param) else slot.tree
+            if not param.numel():
+                continue
             wide = param.to(self.dtype)  # a narrow parameter is stepped in the wide dtype and rounded once
             shown = matrix_view(settings.gradient(grad.to(self.dtype), wide), level, view)
             inputs = self.inputs(param) if self.inputs else None
             note = self.note(param) if self.note else None
             signal = Signal(step, matrix_view(wide, level, view), settings.lr, inputs, note)
             run = advance_ if view is None else advance_stack_
-            direction = run(level, shown, slot.tree, signal)
+            direction = run(level, shown, tree, signal)
             if direction.shape != shown.shape:
                 raise wrong_shape(level, direction, shown)
             changed = {path: leaf for path, leaf in leaves(slot.tree) if slot.state[path] is not leaf}

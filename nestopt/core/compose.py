@@ -143,6 +143,10 @@ class Chain(_Many):
             name: any(isinstance(p, Level) for _, p in level.parts()) for name, level in self.levels.items()
         }
 
+    @property
+    def rates_as(self) -> str:
+        return list(self.levels.values())[-1].rates_as
+
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         new = {}
         for name, level in self.levels.items():
@@ -307,6 +311,10 @@ class Nest(Level):
         return (
             torch.maximum(begins, torch.minimum(at, arrived)) if path.rpartition(".")[2] in self._positive else begins
         )
+
+    @property
+    def rates_as(self) -> str:
+        return self.inner.rates_as
 
     @property
     def _positive(self) -> frozenset[str]:

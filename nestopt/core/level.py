@@ -147,6 +147,11 @@ class Level(Part):
         """
         return 1.0
 
+    @property
+    def rates_as(self) -> str:
+        """Return the name of the level that this one's learning rates are comparable to: its own, unless it says so."""
+        return self.label
+
     # -- on tokens -------------------------------------------------------------------------------------------------
 
     @property

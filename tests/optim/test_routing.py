@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import nestopt
@@ -254,7 +256,7 @@ def test_explain_as_text() -> None:
     assert [line.split(maxsplit=5) for line in text[:3]] == [
         ["parameter", "shape", "level", "lr", "period", "why"],
         ["weight", "2×3", "muon", "0.02", "1", "a hidden matrix"],
-        ["bias", "2", "adamw", "0.02", "1", "a vector"],
+        ["bias", "2", "adamw", "0.001", "1", "a vector"],
     ]
     assert text[3:] == ["", "muon: 1 tensor, 6 numbers", "adamw: 1 tensor, 2 numbers"]
 
@@ -317,7 +319,35 @@ def test_rest(rest: Any) -> None:
     assert (stack["lr"], stack["weight_decay"]) == (0.02, 0.1)
     assert others["stack"] == levels.momentum()
     own = isinstance(rest, dict) and "lr" in rest
-    assert (others["lr"], others["weight_decay"]) == ((0.3, 0.2) if own else (0.02, 0.1))
+    assert (others["lr"], others["weight_decay"]) == ((0.3, 0.2) if own else (0.001, 0.1))
+
+
+MUON_LIKE: list[Any] = ["muon", "m3", {"level": "m3", "scale": None}, ["momentum", "muon"], "newton_schulz", "shampoo"]
+ADAM_LIKE: list[Any] = [
+    {"level": "muon", "scale": "match_rms_adamw"},
+    {"level": "m3", "scale": "match_rms_adamw"},
+    ["momentum", {"level": "muon", "scale": "match_rms_adamw"}],
+]
+
+
+@given(
+    st.sampled_from([*MUON_LIKE, *ADAM_LIKE]),
+    st.sampled_from(["adamw", "adam", "second_moment", "regression_optimum", ["momentum", "adam"], "gd", "momentum"]),
+    st.floats(0, 1),
+    st.booleans(),
+)
+def test_the_rest_has_its_own_rate_unless_both_are_comparable(stack: Any, rest: Any, lr: float, tensor: bool) -> None:
+    built = optimizer(mlp(), stack, torch.tensor(lr) if tensor else lr, rest=rest)
+    first, others = built.param_groups
+    alike = stack in ADAM_LIKE and rest not in ("gd", "momentum")
+    assert float(first["lr"]) == pytest.approx(lr)
+    assert float(others["lr"]) == pytest.approx(lr if alike else 1e-3)
+    assert isinstance(others["lr"], torch.Tensor) == tensor
+    assert others["lr"] is not first["lr"] or not tensor
+
+
+def test_a_rest_comparable_by_its_own_kind_shares_the_rate() -> None:
+    assert optimizer(mlp(), chain(levels.muon(), levels.gd()), 0.2, rest="gd").param_groups[1]["lr"] == 0.2
 
 
 def test_rest_as_a_list_is_a_chain() -> None:

@@ -54,6 +54,10 @@ class Adam(Level):
             raise FieldError(self.label, "betas", self.betas, "is not allowed; give two numbers")
         self.check("eps", 0.0)
 
+    @property
+    def rates_as(self) -> str:
+        return "adam"
+
     def init(self, param: Tensor) -> State:
         state = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
         if self.amsgrad:

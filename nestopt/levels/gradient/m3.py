@@ -174,6 +174,12 @@ class M3(Level):
             c = c * norm / _norm(u).clamp_min(tiny)
         return u.mul_(c)
 
+    @property
+    def rates_as(self) -> str:
+        if self.mode == "paper" or self.update_norm is None:
+            return self.label
+        return Muon(scale=self.scale).rates_as
+
     def _factor(self, like: Tensor) -> float | Tensor:
         """Return c of a matrix like this."""
         return Muon(scale=self.scale).factor(*like.shape[-2:]) if self.mode == "ema" else 1.0

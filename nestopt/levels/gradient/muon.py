@@ -146,6 +146,10 @@ class Muon(Level):
         seen = torch.lerp(grad, m, self.beta) if self.nesterov else m  # type: ignore[arg-type]
         return orthogonal(self, seen, self.eps, detached=True).to(m.dtype) * self.factor(*m.shape[-2:])
 
+    @property
+    def rates_as(self) -> str:
+        return "adam" if self.scale == "match_rms_adamw" else "muon"
+
     def factor(self, out: int, into: int) -> float:
         """Return c for a matrix `[out, into]`."""
         if self.scale == "match_rms_adamw":

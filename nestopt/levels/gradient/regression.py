@@ -58,6 +58,10 @@ class RegressionOptimum(Level):
             self.check("target", 0.0)
         self.check("ridge", 0.0)
 
+    @property
+    def rates_as(self) -> str:
+        return "adam" if self.target in ("root", 0.5) else self.label
+
     def init(self, param: Tensor) -> State:
         return {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
 

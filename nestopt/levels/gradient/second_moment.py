@@ -83,6 +83,10 @@ class SecondMoment(Level):
         return torch.div(direction, root.add_(self.eps), out=root)
 
     @property
+    def rates_as(self) -> str:
+        return "adam" if self.mode == "ema" else self.label
+
+    @property
     def _weights(self) -> tuple[float, float]:
         """Return the weights of the memory, and of a new square."""
         return (self.beta2, 1 - self.beta2) if self.mode == "ema" else (1.0, 1.0)

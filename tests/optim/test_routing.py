@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import nestopt
 from nestopt import levels
 from nestopt.config import ConfigError, OptimizerConfig, load
-from nestopt.core import chain
+from nestopt.core import Level, chain, nest
 from nestopt.core.periodic import Periodic
 from nestopt.optim import Nested, optimizer
 
@@ -348,6 +348,29 @@ def test_the_rest_has_its_own_rate_unless_both_are_comparable(stack: Any, rest: 
 
 def test_a_rest_comparable_by_its_own_kind_shares_the_rate() -> None:
     assert optimizer(mlp(), chain(levels.muon(), levels.gd()), 0.2, rest="gd").param_groups[1]["lr"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("stack", "says"),
+    [
+        (levels.momentum(period=4), ["momentum applies the sum of 4 gradients at each of 4 steps"]),
+        (levels.gd(period=2), ["gd applies the sum of 2 "]),
+        (levels.cms(periods=(1, 8), rule=levels.momentum()), ["momentum applies the sum of 8 "]),
+        (chain(levels.adam(), levels.momentum(period=3)), ["momentum applies the sum of 3 "]),
+        (levels.momentum(period=4, clock="mean"), []),
+        (levels.adam(period=4), []),
+        (levels.muon(period=4), []),
+        (chain(levels.momentum(period=3), levels.adam()), []),
+        (nest(levels.momentum(period=3), levels.momentum()), []),
+        (levels.momentum(), []),
+    ],
+)
+def test_explain_says_which_clock_applies_a_sum_at_every_step(stack: Level, says: list[str]) -> None:
+    before = torch.get_rng_state()
+    for row in Nested([torch.ones(3, 2, requires_grad=True)], stack).explain():
+        assert ("applies the sum" in row.why) == bool(says)
+        assert all(said in row.why for said in says)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_rest_as_a_list_is_a_chain() -> None:

@@ -130,7 +130,11 @@ class RestConfig(Section):
         default=_spec({"level": "adamw", "betas": [0.9, 0.95], "weight_decay": 0.0}),
         description="the level that steps them",
     )
-    lr: Finite | None = Field(default=None, ge=0, description="their learning rate; null: that of the optimizer")
+    lr: Finite | None = Field(
+        default=None,
+        ge=0,
+        description="their learning rate; null: 0.001, or that of the optimizer where both levels' are alike",
+    )
     weight_decay: Finite | None = Field(default=None, ge=0, description="their decay; null: that of the optimizer")
 
 

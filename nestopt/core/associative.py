@@ -354,7 +354,8 @@ class AssociativeMemory(Level):
             theta, rules = self.learn(state["memory"], state["rule"], surprise, signal, shown)
             return {"memory": theta, "rule": rules}
         surprise = tree_map(torch.add, surprise, state["sum"])
-        theta, rules = self.learn(state["memory"], state["rule"], surprise, signal.every(self.period), shown)
+        seen = surprise if self.clock == "sum" else tree_map(lambda s: s / self.period, surprise)
+        theta, rules = self.learn(state["memory"], state["rule"], seen, signal.every(self.period), shown)
         now = due(signal.step, self.period)
         theta, rules = (
             tree_map(lambda new, old: where(now, new, old), written, kept)

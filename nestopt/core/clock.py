@@ -1,8 +1,8 @@
-"""Clocks: a level with period C sums what it is shown and writes once every C steps (NL eq. 71)."""
+"""Clocks: a level with period C sums what it is shown and writes once every C steps (NL eq. 71), or its mean."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ class Clocked(Protocol):
     """What a clock knows of a level."""
 
     period: int
+    clock: Literal["sum", "mean"]
 
     def init(self, param: Tensor) -> State: ...
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]: ...
@@ -51,9 +52,9 @@ def advance(level: Clocked, grad: Tensor, state: State, signal: Signal) -> tuple
     if isinstance(now, bool):
         if not now:
             return state[READ], {**state, SUM: total}
-        direction, own = level.step(total, own, signal.every(level.period))
+        direction, own = level.step(_seen(level, total), own, signal.every(level.period))
         return direction, {SUM: torch.zeros_like(total), READ: direction, **own}
-    direction, written = level.step(total, own, signal.every(level.period))
+    direction, written = level.step(_seen(level, total), own, signal.every(level.period))
     direction = torch.where(now, direction, state[READ])
     own = tree_map(lambda new, old: torch.where(now, new, old), written, own)
     return direction, {SUM: torch.where(now, torch.zeros_like(total), total), READ: direction, **own}
@@ -66,11 +67,16 @@ def advance_(level: Clocked, grad: Tensor, state: State, signal: Signal) -> Tens
     total, read = state[SUM].add_(grad), state[READ]
     if due(signal.step, level.period):
         own = {key: value for key, value in state.items() if key not in (SUM, READ)}
-        direction = level.step_(total, own, signal.every(level.period))
+        direction = level.step_(_seen(level, total), own, signal.every(level.period))
         read.copy_(_reported(direction, signal))
         state.update(own)  # what has grown
         total.zero_()
     return read
+
+
+def _seen(level: Clocked, total: Tensor) -> Tensor:
+    """Return what a level is shown of the sum over its period."""
+    return total / level.period if level.clock == "mean" else total
 
 
 def _reported(direction: Tensor, signal: Signal) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from nestopt.core.clock import advance, advance_, due, start
+from nestopt.core.gates import bind
 from nestopt.core.level import Level
 from nestopt.core.order import Node
 from nestopt.core.part import FieldError, snake_case
@@ -142,6 +143,10 @@ class Chain(_Many):
             name: any(isinstance(p, Level) for _, p in level.parts()) for name, level in self.levels.items()
         }
 
+    @property
+    def rates_as(self) -> str:
+        return list(self.levels.values())[-1].rates_as
+
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         new = {}
         for name, level in self.levels.items():
@@ -217,21 +222,34 @@ class Nest(Level):
 
     The inner level runs for `outer.period` steps; then the outer level takes one step on (start - where the inner
     level's state arrived), which is the first-order meta-gradient, and the inner state is put back at the new start.
-    With `outer=gd()` the start moves all the way, and the nest is its inner level.
+    With `outer=gd()` the start moves all the way, and the nest is its inner level. An outer level whose steps have a
+    size of their own (adam, muon) needs a `step_size` of the size of the inner state: of gradients, for momenta.
+
+    A state that is never negative (`Level.positive`: second moments) begins no context below both where it began and
+    where it arrived.
 
     Args:
         outer: the slow level; its `period` is the length of the inner level's context.
         inner: the fast level; its direction is the nest's.
         transfer: how knowledge crosses: `"init"`.
+        step_size: of the outer level's steps, 0 or more. Default 1.
+
+    Raises:
+        FieldError: a number out of range; an inner level whose state grows, which has no start that could be learned.
     """
 
     outer: Level
     inner: Level
     transfer: Literal["init"] = "init"
+    step_size: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_choice("transfer", ("init",))
+        self.check("step_size", 0.0)
+        if _grows(self.inner):
+            problem = "is not allowed: it keeps its pairs, or grows otherwise, and has no start that could be learned"
+            raise FieldError(self.label, "inner", self.inner, problem)
 
     @property
     def qk_norm(self) -> bool:
@@ -256,9 +274,6 @@ class Nest(Level):
         if self.period > 1:
             problem = "is not allowed on tokens, where the outer level's period is its clock; leave it out"
             raise FieldError(self.label, "period", self.period, problem)
-        if self.inner.appends:
-            problem = "is not allowed on tokens: it keeps its pairs, and has no start that could be learned"
-            raise FieldError(self.label, "inner", self.inner, problem)
         return self._around(self.inner.init_tokens(dim_k, dim_v, like, nested(learned).get("inner", {})))
 
     def init(self, param: Tensor) -> State:
@@ -287,8 +302,23 @@ class Nest(Level):
             for key in path.split("."):
                 node = node[key]
             move, outer[path] = self.outer.step(at - arrived[path], node, signal.on(at))
-            begins[path] = at - move
+            begins[path] = self.next_start(path, at, arrived[path], move)
         return nested(begins), nested(outer)
+
+    def next_start(self, path: str, at: Tensor, arrived: Tensor, move: Tensor) -> Tensor:
+        """Return where a tensor of the inner state begins its next context."""
+        begins = at - self.step_size * move
+        return (
+            torch.maximum(begins, torch.minimum(at, arrived)) if path.rpartition(".")[2] in self._positive else begins
+        )
+
+    @property
+    def rates_as(self) -> str:
+        return self.inner.rates_as
+
+    @property
+    def _positive(self) -> frozenset[str]:
+        return frozenset().union(*(level.positive for level in _levels(self)))
 
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
         every = period * self.period
@@ -306,6 +336,27 @@ class Nest(Level):
             rule=self.outer.label,
         )
         return [*inner, *outer, learned]
+
+
+def _levels(level: Level) -> Iterator[Level]:
+    """Yield a level and all levels within it."""
+    yield level
+    for _, part in level.parts():
+        if isinstance(part, Level):
+            yield from _levels(part)
+
+
+def _grows(level: Level) -> bool:
+    """Return whether the state of `level` grows: it says so, or it does in a step on a tensor without data."""
+    if any(part.appends for part in _levels(level)):
+        return True
+    bound, param = bind(level), torch.empty(2, 2, device="meta")
+    try:
+        state = start(bound, param)
+        _, new = advance(bound, param, state, Signal(bound.period, param, 1.0))
+        return {k: x.shape for k, x in leaves(new)} != {k: x.shape for k, x in leaves(state)}
+    except Exception:  # it decides by values, or can't run on such a tensor: whoever runs it will see
+        return False
 
 
 def _collect(levels: Sequence[Level | Sequence[Level]], named: Mapping[str, Level]) -> dict[str, Level]:
@@ -332,6 +383,8 @@ def parallel(
     return Parallel(_collect(levels, named), weights=None if weights is None else tuple(weights), period=period)
 
 
-def nest(outer: Level, inner: Level, transfer: Literal["init"] = "init", *, period: int = 1) -> Nest:
+def nest(
+    outer: Level, inner: Level, transfer: Literal["init"] = "init", *, step_size: float = 1.0, period: int = 1
+) -> Nest:
     """Make a `Nest` of a slow level around a fast one."""
-    return Nest(outer, inner, transfer, period=period)
+    return Nest(outer, inner, transfer, step_size, period=period)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -47,7 +47,11 @@ class Level(Part):
     Fields are config keys. A field that holds a number may be given a `Gate` and is then a number per token on tokens.
 
     Args:
-        period: writes once in so many steps of its context, on the sum of what it saw (NL eq. 71). Default 1.
+        period: writes once in so many steps of its context, on the sum of what it saw (NL eq. 71). Default 1. Its
+            direction is taken at every step until the next write: a level of period C whose direction is as long as
+            what it sees (`gd`, `momentum`) applies the sum of C gradients C times, and needs a learning rate C times
+            smaller. One that forgets scale (`adam`, `muon`) does not.
+        clock: `"sum"` (default), or `"mean"`: it sees the mean of the gradients of its period.
     """
 
     kind: ClassVar[str] = "level"
@@ -72,7 +76,14 @@ class Level(Part):
     """The keys of the state that no token changes, whose start is learned: where a layer goes on from a state, it puts
     its present parameters there, and gradients reach them whatever the state was."""
 
+    positive: ClassVar[frozenset[str]] = frozenset()
+    """Keys of the state that are never negative, such as second moments."""
+
+    momentum_field: ClassVar[str | None] = None
+    """The field that holds β of its average of gradients (or a tuple that begins with it), for schedules of it."""
+
     period: int = dataclasses.field(default=1, kw_only=True)
+    clock: Literal["sum", "mean"] = dataclasses.field(default="sum", kw_only=True, repr=False)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -84,6 +95,7 @@ class Level(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_choice("clock", ("sum", "mean"))
         if isinstance(self.period, bool) or not isinstance(self.period, int) or self.period < 1:
             raise FieldError(
                 self.label, "period", self.period, "is not allowed; give a whole number of steps, 1 or more"
@@ -140,6 +152,11 @@ class Level(Part):
         1 - β for momentum, which adds a gradient again and again; 1 for a level that passes it on once.
         """
         return 1.0
+
+    @property
+    def rates_as(self) -> str:
+        """Return the name of the level that this one's learning rates are comparable to: its own, unless it says so."""
+        return self.label
 
     # -- on tokens -------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from torch.func import grad as gradient_of
 from nestopt.core.outputs import Output
 from nestopt.core.part import Part
 from nestopt.core.precision import matmul
+from nestopt.core.scale import root_mean_square
 
 Theta = dict[str, Tensor]
 """The parameters of one memory, by name."""
@@ -210,18 +211,12 @@ class Mlp(Memory):
         return {name: (a, sensitive[name]) for name, a in found.items()}
 
     def pairs(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        unit = rows(grad) / rms(grad)
+        unit = rows(grad) / root_mean_square(grad)
         return unit, unit
 
     def direction(self, theta: Theta, grad: Tensor, output: Output) -> Tensor:
-        scale = rms(grad)
+        scale = root_mean_square(grad)
         return output(self.read(theta, rows(grad) / scale) * scale).reshape(grad.shape)
-
-
-def rms(grad: Tensor) -> Tensor:
-    """Root mean square over the tensor, kept away from 0 so that a gradient of zeros stays one."""
-    tiny = torch.finfo(grad.dtype).tiny
-    return grad.square().mean().clamp_min(tiny).sqrt()
 
 
 def _inverse_rms(y: Tensor) -> Tensor:
@@ -274,7 +269,7 @@ class Window(Memory):
     def pairs(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         flat = grad.reshape(1, -1)
         # unit RMS, so that the score of a gradient with itself is √numel whatever its scale
-        return flat / rms(flat), flat
+        return flat / root_mean_square(flat), flat
 
     def direction(self, theta: Theta, grad: Tensor, output: Output) -> Tensor:
         return output(self.read(theta, self.pairs(grad)[0])[0].reshape(grad.shape))

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 import re
 from abc import ABCMeta
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeGuard, TypeVar, get_origin, get_type_hints
 
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
 _T = TypeVar("_T")
+
+FINITE = "finite"
+"""A need of a part (see `Part.requires`)."""
 
 
 class Gate:
@@ -122,6 +126,24 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     return f" Did you mean {by_case[close[0]]!r}?" if close else ""
 
 
+def plain(value: Any) -> Any:
+    """Return numbers, text and sequences of other libraries' types (NumPy's, a config's list) as Python's own.
+
+    Anything else is returned as it is, so that what is saved loads under `weights_only=True`.
+    """
+    if value is None or type(value) in (bool, int, float, str) or isinstance(value, Tensor | Part | Gate):
+        return value
+    if hasattr(value, "tolist"):  # NumPy's scalars and arrays
+        value = value.tolist()
+    if isinstance(value, str):
+        return str.__str__(value)
+    if type(value) is not bool and isinstance(value, numbers.Number) and hasattr(value, "__float__"):  # no complex one
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return (tuple if isinstance(value, tuple) else list)(plain(item) for item in value)
+    return value
+
+
 def snake_case(name: str) -> str:
     """Return `DeltaMomentum` as `delta_momentum`; a capital that begins no word (`AdamW`) begins none."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
@@ -154,7 +176,8 @@ class Part(metaclass=_PartType):
     _attributes: ClassVar[tuple[str, ...]]
     requires: ClassVar[frozenset[str]] = frozenset()
     """What this part must be shown to be itself: `"shape"` (whole tensors in their true shape, never a flat slice of
-    several), `"matrix"` (as `"shape"`, and only matrices)."""
+    several), `"matrix"` (as `"shape"`, and only matrices), `"finite"` (an infinity or a NaN breaks it: an optimizer on
+    the CPU raises before anything has changed)."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -165,6 +188,8 @@ class Part(metaclass=_PartType):
             del known[name]
 
     def __post_init__(self) -> None:
+        for key in self.field_names:
+            setattr(self, key, plain(getattr(self, key)))
         hints = _part_hints(type(self))
         for key, expected in hints.items():
             value = getattr(self, key)

@@ -162,7 +162,9 @@ class Registry:
                 continue
             try:
                 plugin = point.load()
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # a SystemExit, too: one broken plugin ends no program
                 entry = Plugin(point.name, source, error=f"import failed: {_say(error)}")
                 self._plugins.setdefault(point.name, entry)
             else:
@@ -185,13 +187,16 @@ class Registry:
             manager.add_hookspecs(hookspecs)
             manager.register(plugin, name=name)
             manager.check_pending()
+            _check_marked(plugin)
             for kind, (_, hook) in KINDS.items():
                 getattr(manager.hook, hook)(register=self._registrar(kind, name))
             provides = tuple(
                 (kind, known) for kind in KINDS for known, (_, owner) in self._classes[kind].items() if owner == name
             )
             entry = Plugin(name, source, provides)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             self._forget(name)
             entry = Plugin(name, source, error=_say(error))
         self._plugins[name] = entry
@@ -256,6 +261,15 @@ class Registry:
         self._load("all")
         own = {BUILTIN, *(given if isinstance(given, str) else _module_of(given) for given, _ in self._builtin)}
         return sorted(self._plugins.values(), key=lambda plugin: plugin.name not in own)
+
+
+def _check_marked(plugin: object) -> None:
+    """Raise TypeError for a function that is called as a hook and not marked as one: pluggy would pass it over."""
+    for hook in (name for name in dir(plugin) if name.startswith("nestopt_register")):
+        function = getattr(plugin, hook, None)
+        marks = (f"{hookspecs.PROJECT}_impl", f"{hookspecs.PROJECT}_spec")
+        if callable(function) and not any(hasattr(function, mark) for mark in marks):
+            raise TypeError(f"{hook} is not marked as a hook; write @nestopt.hookimpl above it")
 
 
 def _say(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -194,8 +195,6 @@ class NestForm(_Composition):
         assert isinstance(level, Nest)
         if level.period > 1:
             return Refused(_clock(level))
-        if level.inner.appends:
-            return Refused("the inner level keeps its pairs: it has no start that could be learned")
         return Accepted(f"the inner level by its own form, in contexts of {level.outer.period} tokens")
 
     def pending(self, state: State) -> int:
@@ -247,10 +246,10 @@ class NestForm(_Composition):
         arrived, begins, outer = dict(leaves(level["inner"]["level"])), {}, {}
         writes = level["writes"] + wrote
 
-        def step(at: Tensor, end: Tensor, state: State, now: State, step: Tensor) -> tuple[Tensor, State]:
+        def step(path: str, at: Tensor, end: Tensor, state: State, now: State, step: Tensor) -> tuple[Tensor, State]:
             learner = bind(self.level.outer, now)  # type: ignore[attr-defined]
             move, new = learner.step(at - end, state, Signal(step=step).on(at))
-            return at - move, new
+            return self.level.next_start(path, at, end, move), new  # type: ignore[attr-defined]
 
         def chosen(new: Tensor, old: Tensor) -> Tensor:
             return torch.where(wrote.reshape(*wrote.shape, *(1,) * (new.ndim - 2)), new, old)
@@ -259,7 +258,7 @@ class NestForm(_Composition):
             before = level["outer"]
             for key in path.split("."):
                 before = before[key]
-            new, after = vmap(vmap(step))(at, arrived[path], before, gates, writes.clamp_min(1))
+            new, after = vmap(vmap(partial(step, path)))(at, arrived[path], before, gates, writes.clamp_min(1))
             begins[path], outer[path] = chosen(new, at), tree_map(chosen, after, before)
         inner = {**level["inner"], "level": replaced(level["inner"]["level"], begins)}
         return {"inner": inner, "start": nested(begins), "outer": nested(outer), "writes": writes}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,11 @@ from torch import Tensor, nn
 
 from nestopt.core.inputs import INPUTS, request_of
 from nestopt.core.level import Level
-from nestopt.optim.views import Split
+from nestopt.core.part import FINITE
+from nestopt.optim.metrics import finite
+from nestopt.optim.views import Split, in_pieces
+
+log = logging.getLogger("nestopt")
 
 
 def names(group: dict[str, Any], index: int) -> list[str]:
@@ -18,10 +23,19 @@ def names(group: dict[str, Any], index: int) -> list[str]:
     return group.get("param_names") or [f"group {index}, parameter {i}" for i in range(len(group["params"]))]
 
 
+def check_ordered(params: object) -> None:
+    """Raise TypeError for parameters in a set, whose order is another in each process and each run."""
+    if isinstance(params, set | frozenset):
+        raise TypeError(
+            f"parameters are in a {type(params).__name__}, which has no order that a checkpoint could rely on; "
+            "give a list of them"
+        )
+
+
 def named_as(groups: Sequence[dict[str, Any]], group: dict[str, Any], model: nn.Module | None) -> dict[str, Any]:
     """Return `group`, its parameters named if those of `groups` are: as `model` calls them, or by their places."""
     params = group["params"]
-    params = [params] if isinstance(params, Tensor) else params if isinstance(params, set) else list(params)
+    params = [params] if isinstance(params, Tensor) else list(params)
     named = "param_names" in group or not any("param_names" in other for other in groups)
     if named or not all(isinstance(param, Tensor) for param in params):
         return {**group, "params": params}
@@ -96,6 +110,37 @@ def raise_nonfinite(groups: Sequence[dict[str, Any]], grads: Sequence[Sequence[T
     raise RuntimeError(f"gradients with an infinity or a NaN: {', '.join(bad[:5])}{more}; nothing has been changed")
 
 
+def check_finite(
+    groups: Sequence[dict[str, Any]], levels: Sequence[Level], grads: Sequence[Sequence[Tensor | None]]
+) -> None:
+    """Raise RuntimeError for gradients that break a level which says so; those on an accelerator are not waited for."""
+    if not any(FINITE in level.needs for level in levels):
+        return
+    asked = [
+        [grad if FINITE in level.needs and _is_at_hand(grad) else None for grad in own]
+        for level, own in zip(levels, grads, strict=True)
+    ]
+    if not finite(asked):
+        raise_nonfinite(groups, asked)
+
+
+def _is_at_hand(grad: Tensor | None) -> bool:
+    """Return whether the host can look at a gradient without waiting for a device or other processes."""
+    return grad is not None and grad.device.type == "cpu" and not in_pieces(grad)
+
+
+def check_whole(group: dict[str, Any], index: int, level: Level, grads: Sequence[Tensor | None]) -> None:
+    """Raise RuntimeError for a parameter in pieces that the level must see whole."""
+    if level.is_elementwise:
+        return
+    for name, param, grad in zip(names(group, index), group["params"], grads, strict=True):
+        if grad is not None and in_pieces(param):
+            raise RuntimeError(
+                f"{name} lies over several processes (a DTensor), and {level.label} must see it whole: step with "
+                "nestopt.optim.shard(optimizer, mesh), or let nestopt train do so"
+            )
+
+
 def check_gradients(group: dict[str, Any], index: int, grads: Sequence[Tensor | None]) -> None:
     """Raise RuntimeError for a gradient of group `index` that no level takes."""
     for i, (param, grad) in enumerate(zip(group["params"], grads, strict=True)):
@@ -111,3 +156,13 @@ def check_gradients(group: dict[str, Any], index: int, grads: Sequence[Tensor | 
                 f"{names(group, index)[i]} has shape {tuple(param.shape)}, its gradient {tuple(grad.shape)}; "
                 "compute the gradient anew after a parameter has changed its shape"
             )
+
+
+def warn_unseen(level: Level, names: Sequence[str]) -> None:
+    """Say of which parameters a level that asks for layer inputs has none."""
+    log.warning(
+        "%s has not seen the inputs of %s: there it does without; optimizer.watch(model) shows it those of linear and "
+        "convolution layers",
+        level.label,
+        ", ".join(names),
+    )

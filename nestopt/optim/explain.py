@@ -7,7 +7,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
+from nestopt.core.clock import start
+from nestopt.core.compose import Chain, Nest
+from nestopt.core.gates import bind
 from nestopt.core.level import Level
+from nestopt.core.signal import Signal
+from nestopt.levels.continuum.level import Cms
 from nestopt.optim.checks import names
 
 UNROUTED = "given by the caller"
@@ -58,9 +65,38 @@ def explain(groups: Sequence[dict[str, Any]], level_of: Callable[[dict[str, Any]
     """Return the routing of every parameter of these groups."""
     rows = Explanation()
     for g, group in enumerate(groups):
-        label, params = level_of(group).label, group["params"]
-        reasons = group.get("why") or [UNROUTED] * len(params)
+        level, params = level_of(group), group["params"]
+        label, clocks = level.label, "".join(f"; {said}" for said in _sums(bind(level)))
+        reasons = [why + clocks for why in group.get("why") or [UNROUTED] * len(params)]
         for name, param, why in zip(names(group, g), params, reasons, strict=True):
             shape, rate, period = tuple(param.shape), float(group["lr"]), group.get("period", 1)
             rows.append(Row(name, shape, label, rate, period, why, frozen=not param.requires_grad))
     return rows
+
+
+def _sums(level: Level) -> list[str]:
+    """Say of each level on a clock, within this one, whose direction is as long as what it sees, what it applies."""
+    c, found = level.period, []
+    if c > 1 and level.clock == "sum" and _follows_scale(level):
+        found.append(f"{level.label} applies the sum of {c} gradients at each of {c} steps (clock='mean': their mean)")
+    # the outer level of a nest takes no gradients
+    inner = level.clocks() if isinstance(level, Cms) else level.inner if isinstance(level, Nest) else None
+    parts = [inner] if inner is not None else [part for _, part in level.parts() if isinstance(part, Level)]
+    said: list[str] = []
+    for part in parts:
+        if isinstance(level, Chain) and not _follows_scale(part):
+            said = []  # what came before is forgotten
+        said += _sums(part)
+    return [*found, *said]
+
+
+def _follows_scale(level: Level) -> bool:
+    """Return whether the direction is longer for a longer gradient; of a level that can't be tried, False."""
+    param, grad = torch.zeros(2, 2), torch.tensor([[1.0, -2.0], [0.5, 3.0]])
+    try:
+        with torch.random.fork_rng([]), torch.no_grad():
+            state, signal = start(dataclasses.replace(level, period=1), param), Signal(1, param, 1e-3)
+            short, long = (level.step(scale * grad, state, signal)[0] for scale in (1, 16))
+    except Exception:
+        return False
+    return bool(long.norm() > 2 * short.norm())

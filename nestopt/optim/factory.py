@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from nestopt.config import Config, ConfigError, load
@@ -15,14 +16,18 @@ from nestopt.config.load import names_file
 from nestopt.config.schema import GroupConfig, OptimizerConfig
 from nestopt.core.inputs import INPUTS
 from nestopt.core.part import nearest
+from nestopt.optim.checks import check_ordered
 from nestopt.optim.optimizer import Nested, StepOptions
 from nestopt.optim.routing.layers import layers
-from nestopt.optim.routing.place import WHOLE, Chooser, Place, check, place
+from nestopt.optim.routing.place import REST, WHOLE, Chooser, Place, check, place
 from nestopt.optim.routing.roles import roles, unnamed
 from nestopt.optim.views import Split
 
 Route = Literal["auto", "hidden_matrices", "all"] | Chooser
 LayerOf = Callable[[str], int]
+
+RATE = 1e-3
+"""The learning rate where none is given."""
 
 
 def optimizer(
@@ -51,10 +56,11 @@ def optimizer(
     Args:
         model_or_params: a model (best: roles are read off its modules), parameters, or named parameters.
         spec: a level, its name, a mapping, a list (a chain), a config section, or the path of a YAML file.
-        lr: of the stack. Default: the file's, or 1e-3.
+        lr: of the stack, and of `rest` where the rates of both are comparable (`Level.rates_as`: `adam` and
+            `muon(scale="match_rms_adamw")`, say). Default: the file's, or 1e-3.
         weight_decay: decoupled. Default: the file's, or 0.
-        rest: the level for the others, or `{"stack": …, "lr": …, "weight_decay": …}` where they differ from the
-            stack's. Default: the file's, or "adamw".
+        rest: the level for the others, or `{"stack": …, "lr": …, "weight_decay": …}`. Default: the file's, or "adamw";
+            its lr 1e-3, unless its rates are comparable to the stack's; its weight decay that of the stack.
         groups: exceptions, each `{"match": regex of names, "stack": …, "lr": …, "weight_decay": …, "period": …,
             "view": …}` with only what differs; the first that matches counts. Without a `stack`, it is routed as the
             others are. `"view": {"split": 3}` shows levels of matrices three matrices, one above the other (a fused
@@ -110,7 +116,7 @@ def optimizer(
         }
         check(settings, places, named)
         built = Nested(
-            _groups(places, named, rate, settings.weight_decay, maximize),
+            _groups(places, named, rate, _rest_rate(settings, rate), settings.weight_decay, maximize),
             settings.stack,
             rate,
             settings.weight_decay,
@@ -140,6 +146,7 @@ def _groups(
     places: Mapping[str, Place],
     named: Mapping[str, Tensor],
     rate: float | Tensor,
+    rest: float | Tensor,
     weight_decay: float,
     maximize: bool,
 ) -> list[dict[str, Any]]:
@@ -147,7 +154,7 @@ def _groups(
     for name, found in places.items():
         order = found.exception, found.kind, found.period, found.view, found.scale  # those of the exceptions come last
         if order not in made:
-            own = rate if found.lr is None else found.lr
+            own = found.lr if found.lr is not None else rest if found.kind == REST else rate
             made[order] = {
                 "params": [],
                 "why": [],
@@ -162,6 +169,13 @@ def _groups(
         made[order]["params"].append((name, named[name]))
         made[order]["why"].append(found.why)
     return [made[order] for order in sorted(made)]
+
+
+def _rest_rate(settings: OptimizerConfig, rate: float | Tensor) -> float | Tensor:
+    """Return the learning rate of the rest, where none is given: the stack's says nothing of another kind of level."""
+    if settings.rest.stack.rates_as == settings.stack.rates_as:
+        return rate
+    return torch.full_like(rate, RATE) if isinstance(rate, Tensor) else RATE
 
 
 def _depths(model: nn.Module | None, named: Mapping[str, Tensor], layer_of: LayerOf | None) -> dict[str, int]:
@@ -189,7 +203,7 @@ def _settings(spec: Any, given: Mapping[str, Any]) -> OptimizerConfig:
     if isinstance(spec, OptimizerConfig):
         base = {name: getattr(spec, name) for name in OptimizerConfig.model_fields}
     else:
-        base = {"stack": spec, "lr": 1e-3, "rest": "adamw", "strict": False}
+        base = {"stack": spec, "lr": RATE, "rest": "adamw", "strict": False}
     return OptimizerConfig(**base | {key: value for key, value in given.items() if value is not None})
 
 
@@ -199,6 +213,7 @@ def _named(source: nn.Module | Iterable[Any]) -> dict[str, Tensor]:
         return {name: param for name, param in source.named_parameters() if _trains(param)}
     if isinstance(source, Tensor):
         raise TypeError("one tensor is no list of parameters; give [tensor]")
+    check_ordered(source)
     named: dict[str, Tensor] = {}
     seen: set[Tensor] = set()
     for i, item in enumerate(source):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import is_
@@ -15,11 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nestopt.config.spec import build
+from nestopt.core.contract import strangers
 from nestopt.core.gates import bind
 from nestopt.core.inputs import INPUTS
 from nestopt.core.level import Level
-from nestopt.core.part import nearest
+from nestopt.core.part import nearest, plain
 from nestopt.optim import checkpoint, checks
+from nestopt.optim.cycled import cycled
 from nestopt.optim.execute.capturable import begin_on_device, check_capturable, step_capturable
 from nestopt.optim.execute.update import UpdateSettings
 from nestopt.optim.explain import Explanation, explain
@@ -27,9 +28,7 @@ from nestopt.optim.layer_inputs.sums import Totals
 from nestopt.optim.layer_inputs.uses import Scale
 from nestopt.optim.layer_inputs.watcher import Seen, Watcher, shown
 from nestopt.optim.metrics import Recorder, finite, memory_norms
-from nestopt.optim.plan import Plan, alike
-
-log = logging.getLogger("nestopt")
+from nestopt.optim.plan import Plan, alike, check_stranger
 
 OnNonfinite = Literal["ignore", "skip", "raise"]
 
@@ -65,9 +64,10 @@ class Nested(Optimizer):
 
     Args:
         params: parameters, named parameters, or groups of either. A group may have its own `stack` (a level or a spec
-            of one), `lr`, `weight_decay`, `period` and `maximize`.
+            of one), `lr`, `weight_decay`, `period` and `maximize`. In `momentum`, None at first, torch's schedulers
+            (`OneCycleLR`, `CyclicLR`) put the β of the stack's fastest average of gradients.
         stack: the level, or a spec of one (a name, a mapping, a list for a chain).
-        lr: step size, a number or a tensor of one element. Default 1e-3.
+        lr: step size, a number or a tensor of one element, of which each further group gets a copy. Default 1e-3.
         weight_decay: λ above. Default 0.
         coupled: add λW to the gradient instead of taking it off the weights (L2 regularisation). Default False.
         period: on a group, accumulate gradients (their sum) and step once in so many calls; parameters stay as they
@@ -75,6 +75,7 @@ class Nested(Optimizer):
         maximize: ascend instead. Default False.
         on_nonfinite: what to do about a gradient with an infinity or a NaN: `"ignore"` it (default, as torch does),
             `"skip"` the whole step, or `"raise"`. The latter two look at every gradient first, and wait for the device.
+            `shampoo` and `matrix_adagrad` raise on the CPU in any case, and else leave such a matrix as it is.
         capturable: keep step counts on the device, and let no value decide what is done: such a step can be traced by
             `torch.compile` and captured in a CUDA graph. Give `lr` as a tensor, or each new value is compiled anew.
         compile: run each elementwise stack as one kernel, compiled at the first step (which takes a while; a C++
@@ -90,7 +91,7 @@ class Nested(Optimizer):
     """State keys of torch's optimizer of the same name, and ours: its checkpoints load here."""
 
     seed: int | None = None
-    """What starts at random is drawn from this and the parameter's name; None: from torch's generator, one by one."""
+    """What starts at random is drawn from this and the parameter's name; None: the seed that torch was given last."""
 
     def __init__(
         self,
@@ -119,6 +120,10 @@ class Nested(Optimizer):
     def _start(self, params: Iterable[Any], defaults: dict[str, Any], options: StepOptions) -> None:
         self.options = options
         self._settle()
+        checks.check_ordered(params)
+        defaults = {key: plain(value) for key, value in defaults.items()}
+        if not defaults.keys() & {"momentum", "betas"}:
+            defaults["momentum"] = None
         super().__init__(params, defaults)
 
     def like(self, groups: Iterable[Any], seed: int) -> Nested:
@@ -149,12 +154,17 @@ class Nested(Optimizer):
 
         Where the others have names, parameters without are called as the model calls them, or by their places.
         """
+        param_group = {key: value if key == "params" else plain(value) for key, value in param_group.items()}
+        checks.check_ordered(param_group["params"])
         model = self._model() if self._model is not None else None
         param_group = checks.named_as(self.param_groups, param_group, model)
         group = {**self.defaults, **param_group}
         if "stack" in group:
             group["stack"] = build("level", group["stack"], f"param_groups[{len(self.param_groups)}].stack")
-            param_group = {**param_group, "stack": group["stack"]}
+            param_group["stack"] = group["stack"]
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and any(lr is other["lr"] for other in self.param_groups):
+            param_group["lr"] = lr.detach().clone()  # a schedule writes each group's own value into its tensor
         checks.check_group(group)
         index = len(self.param_groups)
         super().add_param_group(param_group)
@@ -180,6 +190,8 @@ class Nested(Optimizer):
             kind = (param.shape, param.dtype, param.device)
             if kind not in seen and param.numel():
                 seen.add(kind)
+                for stranger in strangers(level):
+                    check_stranger(level, stranger, param, torch.ones_like(param), view)
                 check_capturable(level, param, group.get("period", 1), view, name)
 
     def _accept(self, level: Level, param: Tensor, name: str) -> None:
@@ -198,7 +210,7 @@ class Nested(Optimizer):
 
     def level(self, group: dict[str, Any]) -> Level:
         """Return the level that a parameter group runs."""
-        return group["stack"]
+        return cycled(group["stack"], group.get("momentum"))
 
     def coupled(self, group: dict[str, Any]) -> bool:
         """Return whether a group's weight decay is added to the gradient (L2) instead of taken off the weights."""
@@ -229,6 +241,8 @@ class Nested(Optimizer):
             self._skipped += 1
             return loss
         levels = [self.level(group) for group in self.param_groups]
+        if self.seed is None:  # one of several processes can't give up alone
+            checks.check_finite(self.param_groups, levels, grads)
         if not self._is_settled(levels, grads):
             self._plan.settle(self.param_groups, [bind(level) for level in levels], grads, self.state)
         if self._recorder is not None:
@@ -244,7 +258,7 @@ class Nested(Optimizer):
             if self._watcher is None:
                 unseen = ["all its parameters (no model is watched)"]
             if unseen:
-                warn_unseen(asking, unseen)
+                checks.warn_unseen(asking, unseen)
         return loss
 
     def _is_settled(self, levels: Sequence[Level], grads: Sequence[Sequence[Tensor | None]]) -> bool:
@@ -335,7 +349,7 @@ class Nested(Optimizer):
         return memory_norms(self.param_groups, self.state) | reported
 
     def _update_settings(self, group: dict[str, Any]) -> UpdateSettings:
-        lr, decay, coupled = group["lr"], group["weight_decay"], self.coupled(group)
+        lr, decay, coupled = plain(group["lr"]), plain(group["weight_decay"]), self.coupled(group)
         return UpdateSettings(
             lr.reshape(()) if isinstance(lr, Tensor) else lr,
             decay=0.0 if coupled else decay,
@@ -384,13 +398,3 @@ class Nested(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "options": self.options}
-
-
-def warn_unseen(level: Level, names: Sequence[str]) -> None:
-    """Say of which parameters a level that asks for layer inputs has none."""
-    log.warning(
-        "%s has not seen the inputs of %s: there it does without; optimizer.watch(model) shows it those of linear and "
-        "convolution layers",
-        level.label,
-        ", ".join(names),
-    )

@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestopt.core.contract import begun, stepped, strangers
 from nestopt.core.inputs import INPUTS
 from nestopt.core.level import Level
 from nestopt.core.part import Part
-from nestopt.core.signal import Note
+from nestopt.core.signal import Note, Signal
 from nestopt.core.tree import State, leaves
 from nestopt.optim.checkpoint import keeps_shape
-from nestopt.optim.checks import check_gradients, names
+from nestopt.optim.checks import check_gradients, check_whole, names
 from nestopt.optim.execute.choose import executors
 from nestopt.optim.execute.update import STEP, SUM, Executor, Slot, placed
-from nestopt.optim.layer_inputs.sums import Totals
-from nestopt.optim.views import Split, begin, layout, work_dtype
+from nestopt.optim.layer_inputs.sums import KEPT, Totals
+from nestopt.optim.views import Split, begin, layout, matrix_view, work_dtype
 
 RESTLESS = 3
 """After so many changes of which parameters have a gradient, states are no longer moved into common buffers."""
@@ -64,8 +65,7 @@ class Plan:
         inputs: gives what the layer of a parameter was shown, for levels that ask for it.
         note: gives where the level of a parameter reports, by the number of its group; None: nobody listens.
         compiled: as of `executors`.
-        seed: what starts at random is drawn from this and the parameter's name; None: from torch's generator, one
-            after another.
+        seed: what starts at random is drawn from this and the parameter's name; None: from torch's own seed and it.
 
     Attributes:
         shares: by group.
@@ -87,6 +87,7 @@ class Plan:
         self.shares: list[Share] = []
         self.known: list[dict[str, Any]] = []
         self._changes = 0
+        self._tried: set[type[Level]] = set()
 
     def settle(
         self,
@@ -108,6 +109,7 @@ class Plan:
         forms = [[None if grad is None else (grad.shape, grad.layout) for grad in own] for own in grads]
         for i, group in enumerate(groups):
             check_gradients(group, i, grads[i])
+            check_whole(group, i, levels[i], grads[i])
         for i, (group, level) in enumerate(zip(groups, levels, strict=True)):
             old = self.shares[i] if i < len(self.shares) else None
             if old is not None:
@@ -117,8 +119,17 @@ class Plan:
                     continue
                 self._changes += not fits
                 old.leave()
+            self._try(level, group, grads[i])
             self.shares[i : i + 1] = [self._share(group, i, level, forms[i], state)]
             self.known = list(state.values())
+
+    def _try(self, level: Level, group: dict[str, Any], grads: Sequence[Tensor | None]) -> None:
+        """Try each level that is not nestopt's once, on copies: what is wrong with it is said before it is run."""
+        shown = [(p, g) for p, g in zip(group["params"], grads, strict=True) if g is not None and g.numel()]
+        for stranger in strangers(level):
+            if shown and type(stranger) not in self._tried:
+                self._tried.add(type(stranger))
+                check_stranger(level, stranger, *shown[0], group.get("view"))
 
     def _share(
         self, group: dict[str, Any], index: int, level: Level, forms: list[Form], state: dict[Tensor, Any]
@@ -143,14 +154,10 @@ class Plan:
         self, level: Level, param: Tensor, state: dict[str, Any], view: Split | None, name: str, place: int
     ) -> Slot:
         if not state:
-            state[STEP] = torch.zeros((), dtype=torch.float32)
-            with contextlib.nullcontext() if self._seed is None else _drawn_for(name, self._seed, param.device):
+            with _drawn_for(name, torch.initial_seed() if self._seed is None else self._seed, param.device):
                 tree = begin(level, param.detach().to(work_dtype(param)), view)
-            if taken := tree.keys() & {STEP, SUM}:
-                state.clear()
-                raise ValueError(
-                    f"{level.label}: the state key {min(taken)!r} is the optimizer's own; give it another name"
-                )
+            _check_keys(level, tree)
+            state[STEP] = torch.zeros((), dtype=torch.float32)
             state.update({path: leaf.clone() for path, leaf in leaves(tree)})
         else:
             # a level's parts without state have no key to be found by
@@ -158,16 +165,45 @@ class Plan:
             if any(path not in state for path, _ in leaves(tree)):
                 self._fill(state, param)
             _check_state(level, param, state, tree, name)
+            for path, leaf in {**dict(leaves(tree)), SUM: torch.empty(0, dtype=work_dtype(param))}.items():
+                if path in state:  # the model may have been cast or moved since
+                    state[path] = state[path].to(param.device, leaf.dtype)
+            state.update({key: value.to(param.device) for key, value in state.items() if key.startswith(KEPT)})
         return Slot(param, state, placed(tree, state), view, place)
+
+
+def check_stranger(level: Level, stranger: Level, param: Tensor, grad: Tensor, view: Split | None = None) -> None:
+    """Raise ContractError where `stranger`, a level within `level`, breaks the contract on a tensor like `param`."""
+    if param.device.type == "meta":  # without numbers there is nothing to compare
+        return
+    seen, shown = (matrix_view(x.detach().to(work_dtype(param), copy=True), level, view) for x in (param, grad))
+    if view is not None and view.stacked and not level.is_elementwise:
+        seen, shown = seen[0], shown[0]
+    with _drawn_for("", 0, param.device):
+        state = begun(stranger, seen)
+        _check_keys(stranger, state)
+        stepped(stranger, shown, state, Signal(stranger.period, seen, 1e-3))
+
+
+def _check_keys(level: Level, tree: State) -> None:
+    if taken := tree.keys() & {STEP, SUM}:
+        raise ValueError(f"{level.label}: the state key {min(taken)!r} is the optimizer's own; give it another name")
 
 
 @contextlib.contextmanager
 def _drawn_for(name: str, seed: int, device: torch.device) -> Iterator[None]:
     """Draw random numbers by a parameter's name within, whichever process draws them, and in whatever order."""
-    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        mixed = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest()
-        torch.manual_seed(int.from_bytes(mixed, "big"))
+    generator: Any = torch.default_generator
+    if device.type not in ("cpu", "meta") and (
+        own := getattr(torch.get_device_module(device), "default_generators", ())
+    ):
+        generator = own[device.index]
+    before = generator.get_state()
+    try:
+        generator.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest(), "big"))
         yield
+    finally:
+        generator.set_state(before)
 
 
 def _check_state(level: Level, param: Tensor, state: dict[str, Any], tree: State, name: str) -> None:

@@ -19,6 +19,20 @@ def work_dtype(param: Tensor) -> torch.dtype:
     return torch.float32 if param.dtype in (torch.float16, torch.bfloat16) else param.dtype
 
 
+def in_pieces(tensor: Tensor) -> bool:
+    """Return whether a tensor lies over several processes: a DTensor, as `fully_shard` makes them."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """Return what this process has of a tensor, of one that lies as `like`; all of one that is not in pieces."""
+    if not in_pieces(tensor):
+        return tensor
+    if like is not None and in_pieces(like) and tensor.placements != like.placements:  # type: ignore[attr-defined]
+        tensor = tensor.redistribute(placements=like.placements)  # type: ignore[attr-defined]
+    return tensor.to_local()  # type: ignore[attr-defined]
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
     """A parameter that is several matrices side by side (a fused query, key and value, or the heads of a layer), or
@@ -90,7 +104,7 @@ def begin(level: Level, param: Tensor, view: Split | None = None) -> State:
 
 def layout(level: Level, param: Tensor, view: Split | None = None) -> State:
     """Do as `begin` without numbers: tensors on the meta device."""
-    return begin(level, torch.empty_like(param, device="meta", dtype=work_dtype(param)), view)
+    return begin(level, torch.empty(param.shape, device="meta", dtype=work_dtype(param)), view)
 
 
 def advance_stack(level: Level, grads: Tensor, states: State, signal: Signal) -> tuple[Tensor, State]:

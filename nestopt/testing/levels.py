@@ -14,6 +14,7 @@ from torch.func import vmap
 
 from nestopt.config import ConfigError, build, to_spec
 from nestopt.core.clock import advance, advance_, start
+from nestopt.core.contract import ContractError, begun, stepped
 from nestopt.core.gates import bind
 from nestopt.core.level import Level
 from nestopt.core.signal import Signal
@@ -28,11 +29,11 @@ LR = 0.1
 def check_level(level: Level, shape: Sequence[int] = (5, 3)) -> None:
     """Assert that `level` does in every role what the library relies on.
 
-    On gradients: `step` is a pure function (it changes none of its arguments, and the same arguments give the same
-    result), keeps the gradient's shape and dtype and the state's keys, stays finite on zeros, does the same for a stack
-    of tensors as for each of them, and on a clock sees sums; `step_` does the same in place, and a level that calls
-    itself `elementwise` does the same on pieces. As an optimizer: a run that is saved and loaded goes on
-    bit for bit. As a spec: writing and reading it gives an equal level. On tokens: `check_layer`.
+    On gradients, in float64, float32 and bfloat16: `step` is a pure function (it changes none of its arguments, and the
+    same arguments give the same result), keeps the gradient's shape and dtype and the state's keys, stays finite on
+    zeros, does the same for a stack of tensors as for each of them, and on a clock sees sums; `step_` does the same in
+    place, and a level that calls itself `elementwise` does the same on pieces. As an optimizer: a run that is saved and
+    loaded goes on bit for bit. As a spec: writing and reading it gives an equal level. On tokens: `check_layer`.
 
     Args:
         level: to check. It is not changed.
@@ -43,7 +44,8 @@ def check_level(level: Level, shape: Sequence[int] = (5, 3)) -> None:
     """
     before, generator = copy.deepcopy(level), torch.Generator().manual_seed(0)
     grads = [torch.randn(*shape, generator=generator, dtype=torch.float64) for _ in range(STEPS)]
-    _check_purity(bind(level), grads)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        _check_purity(bind(level), [grad.to(dtype) for grad in grads])
     _check_stacks(bind(level), grads)
     _check_in_place(bind(level), grads)
     _check_elementwise(bind(level), grads)
@@ -78,32 +80,22 @@ def check_layer(level: Level, dim: int = 8, heads: int = 2) -> None:
 
 
 def _check_purity(level: Level, grads: list[Tensor]) -> None:
-    name, param = level.label, torch.zeros_like(grads[0])
-    state = start(level, param)
-    assert isinstance(state, dict), f"{name}: init gives {type(state).__name__}, not a dict of tensors"
-    for path, leaf in leaves(state):
-        assert isinstance(leaf, Tensor), f"{name}: init's {path!r} is {type(leaf).__name__}, not a tensor"
-    for t, grad in enumerate([*grads, torch.zeros_like(param)], start=1):
-        kept = grad.clone(), tree_map(torch.clone, state), param.clone()
-        direction, new = advance(level, grad, state, Signal(t, param, LR))
-        again, _ = advance(level, grad, state, Signal(t, param, LR))
-        assert torch.equal(grad, kept[0]), f"{name}: step changes the gradient in place"
-        assert torch.equal(param, kept[2]), f"{name}: step changes the parameter in place"
-        for path, leaf in leaves(kept[1]):
-            assert torch.equal(dict(leaves(state))[path], leaf), f"{name}: step changes the state's {path!r} in place"
-        assert direction.isfinite().all(), f"{name}: the direction is not finite (step {t})"
-        assert torch.equal(direction, again), (
-            f"{name}: the same step twice gives two results; keep all state in `state`"
-        )
-        assert direction.shape == grad.shape, (
-            f"{name}: the direction is {list(direction.shape)}, not {list(grad.shape)}"
-        )
-        assert direction.dtype == grad.dtype, f"{name}: the direction is {direction.dtype}, the gradient {grad.dtype}"
-        keys = [path for path, _ in leaves(new)]
-        assert sorted(keys) == sorted(path for path, _ in leaves(state)), (
-            f"{name}: step changes the state's keys: {keys}"
-        )
-        state = new
+    param = torch.zeros_like(grads[0])
+    try:
+        state = begun(level, param)
+        for t, grad in enumerate([*grads, torch.zeros_like(param)], start=1):
+            signal = Signal(t, param, LR)
+            direction, new = stepped(level, grad, state, signal)
+            again, _ = stepped(level, grad, state, signal)
+            for have, want in ((list(direction.shape), list(grad.shape)), (direction.dtype, grad.dtype)):
+                assert have == want, f"{level.label}: the direction is {have}, not {want} as the gradient"
+            assert direction.isfinite().all(), f"{level.label}: the direction is not finite (step {t}, {grad.dtype})"
+            assert torch.equal(direction, again), (
+                f"{level.label}: the same step twice gives two results; keep all state in `state`"
+            )
+            state = new
+    except ContractError as error:
+        raise AssertionError(f"{error} (with gradients in {param.dtype})") from None
 
 
 def _check_stacks(level: Level, grads: list[Tensor]) -> None:

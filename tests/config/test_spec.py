@@ -100,10 +100,14 @@ def compose(children: st.SearchStrategy[Level]) -> st.SearchStrategy[Level]:
         some.map(chain),
         named.map(lambda levels: chain(**levels)),
         weighted(),
-        st.builds(nest, children, children),
+        st.builds(nest, children, children.filter(lambda level: not keeps_pairs(level)), step_size=st.floats(0, 2)),
         st.builds(L.cms, periods=st.lists(periods, min_size=1, max_size=3).map(tuple), rule=children, memory=memories),
         memory(),
     )
+
+
+def keeps_pairs(part: Part) -> bool:
+    return getattr(part, "appends", False) or any(keeps_pairs(inner) for _, inner in part.parts())
 
 
 def depth(part: Part) -> int:

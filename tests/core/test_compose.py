@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nestopt.core import Level, Signal, advance, chain, nest, parallel, start
 from nestopt.core.clock import advance_
 from nestopt.core.compose import Chain
+from nestopt.core.memories import Window
 from nestopt.core.tree import leaves, nested
-from nestopt.levels import adam, gd, momentum, muon, second_moment
+from nestopt.levels import adam, attention, gd, m3, momentum, muon, regression_optimum, second_moment
 
 
 def run(level, grads):
@@ -44,18 +47,62 @@ def test_a_nest_whose_start_moves_all_the_way_is_its_inner_level(grads):
     torch.testing.assert_close(got, run(adam(), grads)[0], rtol=1e-12, atol=1e-12)
 
 
-def test_a_nest_learns_the_start_of_its_inner_level(grads):
+@pytest.mark.parametrize("size", [1.0, 0.3, 0.0])
+def test_a_nest_learns_the_start_of_its_inner_level(grads, size):
     """By hand: momentum inside; outside, momentum over (start - arrived), every three steps."""
-    got, state = run(nest(momentum(0.5, period=3), momentum(0.9)), grads)
+    got, state = run(nest(momentum(0.5, period=3), momentum(0.9), step_size=size), grads)
     m, begin, outer = (torch.zeros_like(grads[0]) for _ in range(3))
     for t, g in enumerate(grads, start=1):
         m = 0.9 * m + g
         torch.testing.assert_close(got[t - 1], m)
         if t % 3 == 0:
             outer = 0.5 * outer + (begin - m)
-            begin = begin - outer
+            begin = begin - size * outer
             m = begin
     torch.testing.assert_close(state["start"]["momentum"], begin)
+
+
+INNER = [adam(), adam(amsgrad=True), second_moment(of=momentum()), regression_optimum(), m3(slow_period=2)]
+OUTER = [adam(period=2), momentum(0.9, period=3), second_moment(period=2), muon(period=2), gd(period=2)]
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from([*INNER, chain(momentum(), adam()), nest(momentum(period=2), adam())]),
+    st.sampled_from(OUTER),
+    st.floats(0.0, 2.0),
+    st.floats(-6, 3),
+)
+def test_what_is_never_negative_begins_no_context_below_where_it_was(inner, outer, size, exponent):
+    level, random = nest(outer, inner, step_size=size), torch.Generator().manual_seed(0)
+    state = start(level, torch.zeros(4, 3, dtype=torch.float64))
+    for t in range(1, 16):
+        grad = torch.randn(4, 3, generator=random, dtype=torch.float64) * 10**exponent
+        _, plain = advance(inner, grad, state["inner"], Signal(t, grad))
+        before, arrived = dict(leaves(state["start"])), dict(leaves(plain))
+        direction, state = advance(level, grad, state, Signal(t, grad))
+        assert direction.isfinite().all()
+        if t % outer.period:
+            continue
+        for path, leaf in leaves(state["start"]):
+            if path.endswith(("exp_avg_sq", "rms")):
+                assert (leaf >= torch.minimum(before[path], arrived[path])).all()
+                assert (leaf >= 0).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6])
+def test_adam_inside_adam_keeps_the_size_of_its_steps(scale):
+    grads = [scale * torch.randn(5, 4, dtype=torch.float64) for _ in range(40)]
+    got, _ = run(nest(adam(period=4), adam(), step_size=scale), grads)
+    assert 0.1 < got.abs().max() < 3  # √v of a negative v would make it 1e8
+
+
+class Grows(Level):
+    def init(self, param):
+        return {"kept": param.new_zeros(0, *param.shape)}
+
+    def step(self, grad, state, signal):
+        return grad, {"kept": torch.cat([state["kept"], grad[None]])}
 
 
 def test_state_keys_are_readable_and_do_not_depend_on_order():
@@ -93,6 +140,9 @@ def test_trees_round_trip():
         (lambda: Chain({"a.b": gd()}), ValueError, "'a.b'"),
         (lambda: nest(gd(), "adam"), TypeError, "inner='adam' is not a level"),
         (lambda: nest(gd(), gd(), transfer="inti"), ValueError, "Did you mean 'init'"),
+        (lambda: nest(gd(), gd(), step_size=-1.0), ValueError, "step_size=-1.0"),
+        (lambda: nest(gd(), Grows()), ValueError, "grows otherwise, and has no start"),
+        (lambda: nest(gd(), chain(gd(), second_moment(of=attention(memory=Window(3))))), ValueError, "keeps its pairs"),
     ],
 )
 def test_mistakes_are_named(make, error, words):

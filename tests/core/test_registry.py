@@ -52,7 +52,7 @@ def points(monkeypatch):
             self.name, self.value, self.thing = name, f"module_of_{name}", thing
 
         def load(self):
-            if isinstance(self.thing, Exception):
+            if isinstance(self.thing, BaseException):
                 raise self.thing
             return self.thing
 
@@ -119,6 +119,38 @@ def test_a_plugin_that_does_not_register_is_skipped_whole(registry, points, name
     assert "leftover" not in names  # all or nothing
     assert registry.get("level", "momentum") is nestopt.levels.momentum
     assert words in next(p for p in registry.plugins() if p.name == "bad").error
+
+
+@pytest.mark.parametrize("thing", [SystemExit(3), GeneratorExit("of pytest, perhaps"), ImportError("gone")])
+def test_a_plugin_whose_import_ends_the_program_is_skipped(registry, points, thing):
+    points["bad"], points["lion"] = thing, plugin()
+    with pytest.warns(PluginWarning, match=f"'bad'.*{type(thing).__name__}"):
+        assert registry.get("level", "lion") is Lion
+    points.clear()
+    points["bad"] = module = types.ModuleType("ends_in_its_hook")
+
+    @hookimpl
+    def nestopt_register_levels(register):
+        raise thing
+
+    module.nestopt_register_levels = nestopt_register_levels
+    registry.block("nothing")
+    with pytest.warns(PluginWarning, match=f"'bad'.*{type(thing).__name__}"):
+        assert registry.get("level", "momentum") is nestopt.levels.momentum
+
+
+def test_ctrl_c_is_no_fault_of_a_plugin(registry, points):
+    points["slow"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        registry.names("level")
+
+
+@pytest.mark.parametrize("name", ["nestopt_register_levels", "nestopt_register_level", "nestopt_register_forms"])
+def test_a_hook_that_is_not_marked_is_an_error(registry, points, name):
+    points["bad"] = module = types.ModuleType("forgetful")
+    setattr(module, name, lambda register: register("lion", Lion))
+    with pytest.warns(PluginWarning, match=f"{name} is not marked as a hook; write @nestopt.hookimpl"):
+        assert "lion" not in registry.names("level")
 
 
 def test_a_misspelt_hook_is_an_error(registry, points):

@@ -144,7 +144,7 @@ def test_nest_learns_where_its_inner_level_starts(delta: bool, context: int) -> 
 LEVELS = {
     "parallel": parallel(retnet(), titans(chunk=3, read="chunk"), attention(memory=Window(4))),
     "chain": chain(deltanet(), titans(chunk=3), momentum(0.9)),
-    "nest": nest(outer=momentum(0.5, period=6), inner=titans(chunk=3)),
+    "nest": nest(outer=momentum(0.5, period=6), inner=titans(chunk=3), step_size=0.5),
     "nest of a parallel": nest(outer=gd(period=4), inner=parallel(retnet(), deltanet())),
     "parallel of a nest": parallel(nest(outer=momentum(0.5, period=2), inner=deltanet()), chain(retnet(), gd())),
 }

@@ -96,7 +96,7 @@ def test_described_in_the_order_of_levels() -> None:
     assert _names(second_moment(of=momentum())) == [["second_moment.of", "second_moment.exp_avg_sq"]]
     assert _names(preconditioned_momentum()) == [["preconditioned_momentum.momentum"], ["preconditioned_momentum.P"]]
     assert _names(delta_momentum()) == [["delta_momentum"]]
-    assert _names(m3(slow_period=16)) == [["m3.slow"], ["m3.momentum", "m3.exp_avg_sq"]]
+    assert _names(m3(slow_period=16)) == [["m3.slow"], ["m3.momentum", "m3.rms"]]
     assert _names(shampoo()) == [["shampoo.momentum", "shampoo.left", "shampoo.right"]]
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import nestopt
 from nestopt import levels
 from nestopt.config import ConfigError, OptimizerConfig, load
-from nestopt.core import chain
+from nestopt.core import Level, chain, nest
 from nestopt.core.periodic import Periodic
 from nestopt.optim import Nested, optimizer
 
@@ -287,7 +289,7 @@ def test_explain_as_text() -> None:
     assert [line.split(maxsplit=5) for line in text[:3]] == [
         ["parameter", "shape", "level", "lr", "period", "why"],
         ["weight", "2×3", "muon", "0.02", "1", "a hidden matrix"],
-        ["bias", "2", "adamw", "0.02", "1", "a vector"],
+        ["bias", "2", "adamw", "0.001", "1", "a vector"],
     ]
     assert text[3:] == ["", "muon: 1 tensor, 6 numbers", "adamw: 1 tensor, 2 numbers"]
 
@@ -350,7 +352,58 @@ def test_rest(rest: Any) -> None:
     assert (stack["lr"], stack["weight_decay"]) == (0.02, 0.1)
     assert others["stack"] == levels.momentum()
     own = isinstance(rest, dict) and "lr" in rest
-    assert (others["lr"], others["weight_decay"]) == ((0.3, 0.2) if own else (0.02, 0.1))
+    assert (others["lr"], others["weight_decay"]) == ((0.3, 0.2) if own else (0.001, 0.1))
+
+
+MUON_LIKE: list[Any] = ["muon", "m3", {"level": "m3", "scale": None}, ["momentum", "muon"], "newton_schulz", "shampoo"]
+ADAM_LIKE: list[Any] = [
+    {"level": "muon", "scale": "match_rms_adamw"},
+    {"level": "m3", "scale": "match_rms_adamw"},
+    ["momentum", {"level": "muon", "scale": "match_rms_adamw"}],
+]
+
+
+@given(
+    st.sampled_from([*MUON_LIKE, *ADAM_LIKE]),
+    st.sampled_from(["adamw", "adam", "second_moment", "regression_optimum", ["momentum", "adam"], "gd", "momentum"]),
+    st.floats(0, 1),
+    st.booleans(),
+)
+def test_the_rest_has_its_own_rate_unless_both_are_comparable(stack: Any, rest: Any, lr: float, tensor: bool) -> None:
+    built = optimizer(mlp(), stack, torch.tensor(lr) if tensor else lr, rest=rest)
+    first, others = built.param_groups
+    alike = stack in ADAM_LIKE and rest not in ("gd", "momentum")
+    assert float(first["lr"]) == pytest.approx(lr)
+    assert float(others["lr"]) == pytest.approx(lr if alike else 1e-3)
+    assert isinstance(others["lr"], torch.Tensor) == tensor
+    assert others["lr"] is not first["lr"] or not tensor
+
+
+def test_a_rest_comparable_by_its_own_kind_shares_the_rate() -> None:
+    assert optimizer(mlp(), chain(levels.muon(), levels.gd()), 0.2, rest="gd").param_groups[1]["lr"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("stack", "says"),
+    [
+        (levels.momentum(period=4), ["momentum applies the sum of 4 gradients at each of 4 steps"]),
+        (levels.gd(period=2), ["gd applies the sum of 2 "]),
+        (levels.cms(periods=(1, 8), rule=levels.momentum()), ["momentum applies the sum of 8 "]),
+        (chain(levels.adam(), levels.momentum(period=3)), ["momentum applies the sum of 3 "]),
+        (levels.momentum(period=4, clock="mean"), []),
+        (levels.adam(period=4), []),
+        (levels.muon(period=4), []),
+        (chain(levels.momentum(period=3), levels.adam()), []),
+        (nest(levels.momentum(period=3), levels.momentum()), []),
+        (levels.momentum(), []),
+    ],
+)
+def test_explain_says_which_clock_applies_a_sum_at_every_step(stack: Level, says: list[str]) -> None:
+    before = torch.get_rng_state()
+    for row in Nested([torch.ones(3, 2, requires_grad=True)], stack).explain():
+        assert ("applies the sum" in row.why) == bool(says)
+        assert all(said in row.why for said in says)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_rest_as_a_list_is_a_chain() -> None:

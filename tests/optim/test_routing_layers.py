@@ -227,7 +227,7 @@ def test_layers_of(name: str) -> None:
 
 
 def test_a_tied_embedding_is_stepped_at_the_lowest_rate() -> None:
-    built = optimizer(TiedHead(), "muon", 1.0, layer_decay=0.5)
+    built = optimizer(TiedHead(), "muon", 1.0, rest={"stack": "adamw", "lr": 1.0}, layer_decay=0.5)
     assert rates(built)["embed.weight"] == 0.25  # nothing is left after the blocks, whose last has the whole rate
     assert rates(built)["blocks.1.weight"] == 1.0
     assert "lm_head.weight" not in rates(built)

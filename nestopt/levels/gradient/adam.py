@@ -32,6 +32,8 @@ class Adam(Level):
         amsgrad: use the largest h so far. Default False.
     """
 
+    positive: ClassVar[frozenset[str]] = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
+    momentum_field: ClassVar[str | None] = "betas"
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"exp_avg": "l2 to g", "exp_avg_sq": "l2 to g²", "max_exp_avg_sq": "max"}
@@ -51,6 +53,10 @@ class Adam(Level):
         if len(self.betas) != 2:
             raise FieldError(self.label, "betas", self.betas, "is not allowed; give two numbers")
         self.check("eps", 0.0)
+
+    @property
+    def rates_as(self) -> str:
+        return "adam"
 
     def init(self, param: Tensor) -> State:
         state = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}

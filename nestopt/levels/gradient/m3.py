@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import ClassVar, Literal, get_args
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from nestopt.core.level import Level
 from nestopt.core.order import Node
 from nestopt.core.part import FieldError
+from nestopt.core.scale import root_mean_square
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State
 from nestopt.levels.gradient.muon import DTYPES, Muon, Scale, check_iteration, orthogonal
@@ -43,7 +45,8 @@ class M3(Level):
     gradients of the period before, and $u = (O_1 + \alpha O_2)/(\sqrt V + \epsilon)$. Its steps depend on the scale of
     gradients and shrink with time.
 
-    State: M1, V, M2 and O2 in the parameter's dtype, 16 bytes a parameter in float32; O2 in `dtype` where one is given
+    State: M1, √V (`rms`: it stays in range for gradients of any size), M2 and O2 in the parameter's dtype, 16 bytes a
+    parameter in float32; O2 in `dtype` where one is given
     (14 with bfloat16, which is what O2 is calculated in on most hardware). O2 is calculated once in f steps.
 
     Args:
@@ -60,6 +63,8 @@ class M3(Level):
         FieldError: a value out of range; `update_norm` or `scale` given for the paper's mode, which has neither.
     """
 
+    positive: ClassVar[frozenset[str]] = frozenset({"rms"})
+    momentum_field: ClassVar[str | None] = "betas"
     requires: ClassVar[frozenset[str]] = frozenset({"matrix"})
     batched: ClassVar[bool] = True
 
@@ -97,71 +102,83 @@ class M3(Level):
         read = torch.zeros_like(param, dtype=DTYPES.get(self.dtype or ""))
         return {
             "momentum": torch.zeros_like(param),
-            "exp_avg_sq": torch.zeros_like(param),
+            "rms": torch.zeros_like(param),
             "slow": {"momentum": torch.zeros_like(param), "read": read},
         }
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
-        beta1, beta2, beta3 = self.betas
+        beta1, _, beta3 = self.betas
         slow, first = state["slow"], (signal.step - 1) % self.slow_period == 0
+        keep, take = self._weights
         if self.mode == "paper":
             m = state["momentum"] + beta1 * grad
-            v = state["exp_avg_sq"].addcmul(grad, grad, value=beta2)
             total = slow["momentum"] + beta3 * grad
             complete, due = slow["momentum"], first & (signal.step > 1)
         else:
             m = torch.lerp(state["momentum"], grad, 1 - beta1)
-            v = (beta2 * state["exp_avg_sq"]).addcmul(grad, grad, value=1 - beta2)
             total = _choose(first, lambda: beta3 * slow["momentum"], slow["momentum"]) + (1 - beta3) * grad
             complete, due = total, signal.step % self.slow_period == 0
         read = _choose(due, lambda: orthogonal(self, complete).to(slow["read"].dtype), slow["read"])
-        new = {"momentum": m, "exp_avg_sq": v, "slow": {"momentum": total, "read": read}}
-        return self._direction(orthogonal(self, m), read, v), new
+        # a root of 0 has no derivative
+        root = torch.hypot(keep * state["rms"].clamp_min(torch.finfo(grad.dtype).tiny), take * grad)
+        new = {"momentum": m, "rms": root, "slow": {"momentum": total, "read": read}}
+        return self._direction(orthogonal(self, m), read, root), new
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
         if isinstance(signal.step, Tensor):
             return super().step_(grad, state, signal)
-        beta1, beta2, beta3 = self.betas
-        m, v, total, read = state["momentum"], state["exp_avg_sq"], state["slow"]["momentum"], state["slow"]["read"]
+        beta1, _, beta3 = self.betas
+        m, root, total, read = state["momentum"], state["rms"], state["slow"]["momentum"], state["slow"]["read"]
+        keep, take = self._weights
+        torch.hypot(root.mul_(keep), take * grad, out=root)
         first = (signal.step - 1) % self.slow_period == 0
         if self.mode == "paper":
             if first and signal.step > 1:
                 read.copy_(orthogonal(self, total, detached=True))
             m.add_(grad, alpha=beta1)
-            v.addcmul_(grad, grad, value=beta2)
             total.add_(grad, alpha=beta3)
         else:
             m.lerp_(grad, 1 - beta1)
-            v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             if first:
                 total.mul_(beta3)
             total.add_(grad, alpha=1 - beta3)
             if signal.step % self.slow_period == 0:
                 read.copy_(orthogonal(self, total, detached=True))
-        return self._direction_(orthogonal(self, m, detached=True), read, v)
+        return self._direction_(orthogonal(self, m, detached=True), read, root)
 
-    def _direction(self, fast: Tensor, slow: Tensor, v: Tensor) -> Tensor:
-        """Return u of what the memories read and V."""
-        tiny, fast = torch.finfo(v.dtype).tiny, fast.to(v.dtype)
-        u, c = fast + self.alpha * slow.to(v.dtype), self._factor(v)
+    @property
+    def _weights(self) -> tuple[float, float]:
+        """Return the weights of √V and of g in the root of V's sum."""
+        beta2 = self.betas[1]
+        return (1.0, math.sqrt(beta2)) if self.mode == "paper" else (math.sqrt(beta2), math.sqrt(1 - beta2))
+
+    def _direction(self, fast: Tensor, slow: Tensor, root: Tensor) -> Tensor:
+        """Return u of what the memories read and √V."""
+        tiny, fast = torch.finfo(root.dtype).tiny, fast.to(root.dtype)
+        u, c = fast + self.alpha * slow.to(root.dtype), self._factor(root)
         if self.mode == "ema":
-            v = v / v.mean(MATRIX, keepdim=True).clamp_min(tiny)
-        # a root of 0 has no derivative
-        u = u / (v.clamp_min(tiny).sqrt() + self.eps)
+            root = root / root_mean_square(root, MATRIX)
+        u = u / (root.clamp_min(math.sqrt(tiny)) + self.eps)
         if self.mode == "ema" and self.update_norm == "rms":
             c = c * _norm(fast) / _norm(u).clamp_min(tiny)
         return c * u
 
-    def _direction_(self, fast: Tensor, slow: Tensor, v: Tensor) -> Tensor:
+    def _direction_(self, fast: Tensor, slow: Tensor, root: Tensor) -> Tensor:
         """Do as `_direction`, written over `fast`, with one more tensor of its size."""
-        tiny, u, c = torch.finfo(v.dtype).tiny, fast.to(v.dtype), self._factor(v)
+        tiny, u, c = torch.finfo(root.dtype).tiny, fast.to(root.dtype), self._factor(root)
         norm = _norm(u)
         u.add_(slow, alpha=self.alpha)
-        root = v / v.mean(MATRIX, keepdim=True).clamp_min(tiny) if self.mode == "ema" else v.clone()
-        u.div_(root.clamp_min_(tiny).sqrt_().add_(self.eps))
+        root = root / (root_mean_square(root, MATRIX) if self.mode == "ema" else 1.0)
+        u.div_(root.clamp_min_(math.sqrt(tiny)).add_(self.eps))
         if self.mode == "ema" and self.update_norm == "rms":
             c = c * norm / _norm(u).clamp_min(tiny)
         return u.mul_(c)
+
+    @property
+    def rates_as(self) -> str:
+        if self.mode == "paper" or self.update_norm is None:
+            return self.label
+        return Muon(scale=self.scale).rates_as
 
     def _factor(self, like: Tensor) -> float | Tensor:
         """Return c of a matrix like this."""
@@ -169,7 +186,7 @@ class M3(Level):
 
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
         every = period * self.period
-        clocks = {"momentum": ("matrix", "dot", every), "exp_avg_sq": ("vector", "l2 to g²", every)}
+        clocks = {"momentum": ("matrix", "dot", every), "rms": ("vector", "l2 to g²", every)}
         clocks["slow"] = ("matrix", "dot", every * self.slow_period)
         return [
             Node(f"{name}.{key}", own, after, memory, objective, self.label)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ def inverse_root(gram: Tensor, order: int, eps: float = 1e-6) -> Tensor:
     if order < 1 or order & (order - 1):
         raise ValueError(f"order={order!r} is not allowed; give a power of 2")
     a = gram.to(torch.promote_types(gram.dtype, torch.float32))
+    size = torch.linalg.vector_norm(a.detach(), math.inf, (-2, -1), keepdim=True) if a.numel() else a.new_ones(())
+    size = torch.where(size > 0, size, 1.0)  # ε times a small eigenvalue would vanish
+    a = a / size
     with by_contract("eigh") if a.device.type != "cpu" else contextlib.nullcontext():
         values, vectors = torch.linalg.eigh(a.detach())
     largest = values[..., -1:].clamp_min(0)
@@ -38,7 +42,7 @@ def inverse_root(gram: Tensor, order: int, eps: float = 1e-6) -> Tensor:
     inverse = (vectors / roots.unsqueeze(-2)) @ vectors.mT
     if torch.is_grad_enabled():
         inverse = inverse + _derivative(a - a.detach(), roots, vectors, order, eps)
-    return inverse.to(gram.dtype)
+    return (inverse * size ** (-1 / order)).to(gram.dtype)
 
 
 def _derivative(change: Tensor, roots: Tensor, vectors: Tensor, order: int, eps: float) -> Tensor:

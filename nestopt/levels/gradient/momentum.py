@@ -15,6 +15,7 @@ from nestopt.core.level import Level
 from nestopt.core.memories import rows
 from nestopt.core.order import Node
 from nestopt.core.part import Gate, Number
+from nestopt.core.scale import length
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State
 from nestopt.levels.gradient import fused
@@ -38,6 +39,7 @@ class Momentum(Level):
         undamped_start: take the first gradient whole whatever `dampening`, as `torch.optim.SGD` does. Default False.
     """
 
+    momentum_field: ClassVar[str | None] = "beta"
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"momentum": "dot"}
@@ -136,6 +138,7 @@ class DeltaMomentum(Level):
         P: what the memory is to answer with, any level. Default `gd`: the gradient itself.
     """
 
+    momentum_field: ClassVar[str | None] = "beta"
     requires: ClassVar[frozenset[str]] = frozenset({"shape"})
     objectives: ClassVar[dict[str, str]] = {"momentum": "l2"}
 
@@ -156,20 +159,15 @@ class DeltaMomentum(Level):
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         m, g = state["momentum"], rows(grad)
-        length = g.square().sum()
-        zeta = number_like(self.zeta, g)
-        # s / ‖g‖², finite where g = 0
-        inverse = 1 / length.clamp_min(torch.finfo(g.dtype).tiny)
-        if self.normalize == "clip":
-            share = torch.minimum(inverse, zeta)
-        elif self.normalize == "unit":
-            share = zeta.clamp(max=1.0) * inverse
-        else:
-            share = zeta
+        zeta = share = number_like(self.zeta, g)
         if self.normalize:
-            signal.report("clips", lambda: (zeta * (length if self.normalize == "clip" else 1) > 1).to(g.dtype))
+            norm = length(g)
+            g = g / norm
+            reach = zeta * norm * norm if self.normalize == "clip" else zeta  # perhaps infinite
+            share = reach.clamp(max=1.0)
+            signal.report("clips", lambda: (reach > 1).to(g.dtype))
         if self.elementwise:
-            forget = m * grad.square()
+            forget = m * g.reshape(grad.shape).square()
         else:
             mr = m.reshape(g.shape)
             # the same product either way round; the smaller Gram matrix is the cheaper

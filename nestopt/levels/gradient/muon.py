@@ -35,7 +35,7 @@ def check_iteration(part: Part) -> None:
     part.check_choice("form", get_args(Form))
 
 
-def orthogonal(part: Any, x: Tensor, eps: float = 1e-7, *, detached: bool = False) -> Tensor:
+def orthogonal(part: Any, x: Tensor, eps: float = 0.0, *, detached: bool = False) -> Tensor:
     """Iterate on `x` as the fields of a part say, which `check_iteration` has checked."""
     dtype = DTYPES.get(part.dtype or "")
     return newton_schulz(x, part.steps, part.coefficients, eps, dtype, form=part.form, detached=detached)
@@ -108,9 +108,10 @@ class Muon(Level):
         steps, coefficients, dtype, form: of `newton_schulz`.
         scale: c, by shape `[m, n]`. `"original"` (default): √max(1, m/n). `"match_rms_adamw"`: 0.2 √max(m, n), which
             lets a learning rate tuned for AdamW serve. `"spectral_unclamped"`: √(m/n). None: 1.
-        eps: least norm divided by. Default 1e-7.
+        eps: least norm divided by. Default 0: matrices of any size count alike.
     """
 
+    momentum_field: ClassVar[str | None] = "beta"
     requires: ClassVar[frozenset[str]] = frozenset({"matrix"})
     batched: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"momentum": "dot"}
@@ -120,7 +121,7 @@ class Muon(Level):
     steps: int = 5
     coefficients: str | tuple[float, float, float] = QUINTIC
     scale: Scale | None = "original"
-    eps: float = 1e-7
+    eps: float = 0.0
     dtype: str | None = None
     form: Form = "auto"
 
@@ -144,6 +145,10 @@ class Muon(Level):
         m = state["momentum"].lerp_(grad, 1 - self.beta)  # type: ignore[operator]
         seen = torch.lerp(grad, m, self.beta) if self.nesterov else m  # type: ignore[arg-type]
         return orthogonal(self, seen, self.eps, detached=True).to(m.dtype) * self.factor(*m.shape[-2:])
+
+    @property
+    def rates_as(self) -> str:
+        return "adam" if self.scale == "match_rms_adamw" else "muon"
 
     def factor(self, out: int, into: int) -> float:
         """Return c for a matrix `[out, into]`."""

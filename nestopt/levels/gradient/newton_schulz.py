@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nestopt.core.device import constant_in_graphs
+from nestopt.core.scale import largest
 
 Triple = tuple[float, float, float]
 Form = Literal["auto", "standard", "gram"]
@@ -81,7 +82,7 @@ def newton_schulz(
     x: Tensor,
     steps: int = 5,
     coefficients: Coefficients = QUINTIC,
-    eps: float = 1e-7,
+    eps: float = 0.0,
     dtype: torch.dtype | None = None,
     *,
     form: Form = "auto",
@@ -93,7 +94,7 @@ def newton_schulz(
         x: `[..., m, n]`; each matrix on its own. The iteration runs on the short side.
         steps: how many.
         coefficients: `(a, b, c)`, or the name of a set: `"quintic"`, `"cubic"`, `"polar_express"`.
-        eps: least norm divided by.
+        eps: least norm divided by. Default 0: numbers of any size, all 0 but zeros, are brought to length 1.
         dtype: in which to iterate. Default: `work_dtype(x)`.
         form: `"standard"`, as above; `"gram"`: all steps are polynomials of $G = XX^\top$, so they are multiplied up as
             matrices of the short side and applied to X once. `"auto"`: the one of fewer FLOPs (float64: standard).
@@ -108,6 +109,8 @@ def newton_schulz(
         alone = [newton_schulz(each, steps, coefficients, eps, dtype, form=form) for each in x.flatten(0, -3)]
         return torch.stack(alone).reshape(x.shape)
     tall = x.shape[-2] > x.shape[-1]
+    if not eps:
+        x, eps = x / largest(x, (-2, -1)), torch.finfo(x.dtype).tiny
     x = x.to(dtype)
     x = x.mT if tall else x
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)

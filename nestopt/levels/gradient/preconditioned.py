@@ -57,6 +57,7 @@ class PreconditionedMomentum(Level):
         FieldError: β out of range.
     """
 
+    momentum_field: ClassVar[str | None] = "beta"
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"momentum": "dot"}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nestopt.core.level import Level
 from nestopt.core.part import FieldError
+from nestopt.core.scale import square_limit
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State
 
@@ -21,7 +22,8 @@ class RegressionOptimum(Level):
 
     With $P = s_2^{1/2}$ (the total root of the squares) it is Adam's direction, up to ε and λ; with $P = s_2$ (the
     squares) it is momentum (eq. 104). It is the optimum where β1 = β2, so that one set of weights $w_i$ stands in both
-    sums; Adam's own pair differs. Convention: averages, corrected for their start.
+    sums; Adam's own pair differs. Convention: averages, corrected for their start. Entries of g beyond ±2⁵⁰, whose
+    squares would not fit float32, count as that.
 
     Args:
         betas: β1 and β2 in [0, 1). Default (0.9, 0.999).
@@ -34,6 +36,8 @@ class RegressionOptimum(Level):
         FieldError: a number out of range, or a target of another name.
     """
 
+    positive: ClassVar[frozenset[str]] = frozenset({"exp_avg_sq"})
+    momentum_field: ClassVar[str | None] = "betas"
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"exp_avg": "l2 to P", "exp_avg_sq": "l2 to P"}
@@ -54,17 +58,23 @@ class RegressionOptimum(Level):
             self.check("target", 0.0)
         self.check("ridge", 0.0)
 
+    @property
+    def rates_as(self) -> str:
+        return "adam" if self.target in ("root", 0.5) else self.label
+
     def init(self, param: Tensor) -> State:
         return {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         beta1, beta2 = self.betas
+        grad = grad.clamp(-square_limit(grad), square_limit(grad))
         s1 = torch.lerp(state["exp_avg"], grad, 1 - beta1)
         s2 = (state["exp_avg_sq"] * beta2).addcmul(grad, grad, value=1 - beta2)
         return self._optimum(s1, s2, signal), {"exp_avg": s1, "exp_avg_sq": s2}
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
         beta1, beta2 = self.betas
+        grad = grad.clamp(-square_limit(grad), square_limit(grad))
         s1 = state["exp_avg"].lerp_(grad, 1 - beta1)
         s2 = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         return self._optimum(s1, s2, signal)

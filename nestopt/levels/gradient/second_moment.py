@@ -12,6 +12,7 @@ from nestopt.core.associative import Gd
 from nestopt.core.clock import advance, advance_, start
 from nestopt.core.level import Level
 from nestopt.core.order import Node
+from nestopt.core.scale import square_limit
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State
 from nestopt.levels.gradient.scratch import scratch_like
@@ -26,6 +27,7 @@ class SecondMoment(Level):
     h sees the gradient that this level is shown, never `of`'s direction: the two are memories in parallel, and Adam is
     `second_moment(of=momentum(β1, dampening=β1))`, over $1-\beta_1^t$. With `of=gd` it is RMSProp, with `mode="sum"`,
     $h \leftarrow h + g^2$, AdaGrad. Convention: an average; the direction of `of=gd` has entries of size about 1.
+    Entries of g beyond ±2⁵⁰, whose squares would not fit float32, count as that.
 
     Args:
         beta2: decay of the average, in [0, 1). Default 0.999.
@@ -38,6 +40,7 @@ class SecondMoment(Level):
         FieldError: a number out of range; `beta2` or `bias_correction` given for a sum, which has neither.
     """
 
+    positive: ClassVar[frozenset[str]] = frozenset({"exp_avg_sq"})
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"exp_avg_sq": "l2 to g²"}
@@ -60,6 +63,7 @@ class SecondMoment(Level):
         return {"exp_avg_sq": torch.zeros_like(param), "of": start(self.of, param)}
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        grad = grad.clamp(-square_limit(grad), square_limit(grad))
         direction, of = advance(self.of, grad, state["of"], signal.inside("of"))
         keep, take = self._weights
         h = (keep * state["exp_avg_sq"]).addcmul(grad, grad, value=take)
@@ -69,6 +73,7 @@ class SecondMoment(Level):
         return direction / (root + self.eps), {"exp_avg_sq": h, "of": of}
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
+        grad = grad.clamp(-square_limit(grad), square_limit(grad))
         direction = advance_(self.of, grad, state["of"], signal.inside("of"))
         keep, take = self._weights
         h = state["exp_avg_sq"].mul_(keep).addcmul_(grad, grad, value=take)
@@ -76,6 +81,10 @@ class SecondMoment(Level):
         tiny = torch.finfo(h.dtype).tiny
         root = torch.sqrt(square if self.eps else square.clamp_min(tiny), out=scratch_like(direction))
         return torch.div(direction, root.add_(self.eps), out=root)
+
+    @property
+    def rates_as(self) -> str:
+        return "adam" if self.mode == "ema" else self.label
 
     @property
     def _weights(self) -> tuple[float, float]:

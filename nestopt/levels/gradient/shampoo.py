@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nestopt.core.level import Level
 from nestopt.core.order import Node
-from nestopt.core.part import FieldError
+from nestopt.core.part import FINITE, FieldError
+from nestopt.core.scale import largest, square_limit
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State
 from nestopt.levels.gradient.matrix_root import inverse_root
@@ -23,7 +24,8 @@ Side = Literal["left", "right"]
 class MatrixPreconditioner(Level):
     """What `matrix_adagrad` and `shampoo` share: an average of gradients, between inverse roots of Gram matrices."""
 
-    requires: ClassVar[frozenset[str]] = frozenset({"matrix"})
+    momentum_field: ClassVar[str | None] = "beta"
+    requires: ClassVar[frozenset[str]] = frozenset({"matrix", FINITE})
     batched: ClassVar[bool] = True
 
     beta: float = 0.9
@@ -63,30 +65,35 @@ class MatrixPreconditioner(Level):
         return state
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        grad, fine = _in_range(grad)
         new: State = {}
         if self.beta:
-            new["momentum"] = torch.lerp(state["momentum"], grad, 1 - self.beta)
+            new["momentum"] = torch.lerp(state["momentum"], grad, (1 - self.beta) * fine)
         add = torch.addmm if grad.ndim == 2 else torch.baddbmm
         keep, take = self._weights
         new |= {side: state[side] for side in self.sides()}
         for side in _kept(state):
             x = grad if side == "left" else grad.mT
-            gram = add(state[side]["gram"], x, x.mT, beta=keep, alpha=take)
+            gram = state[side]["gram"] if keep == 1 else state[side]["gram"] * (1 - (1 - keep) * fine)
+            gram = add(gram, x, x.mT, alpha=take)
             new[side] = {"gram": gram, "root": self._root(gram, state, side, signal)}
-        return self._read(grad, new, signal), new
+        return self._read(grad, new, signal) * fine, new
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
+        grad, fine = _in_range(grad)
         if self.beta:
-            state["momentum"].lerp_(grad, 1 - self.beta)
+            state["momentum"].lerp_(grad, (1 - self.beta) * fine)
         keep, take = self._weights
         for side in _kept(state):
             x, gram = grad if side == "left" else grad.mT, state[side]["gram"]
             add = gram.addmm_ if grad.ndim == 2 else gram.baddbmm_
-            add(x, x.mT, beta=keep, alpha=take)
+            if keep != 1:
+                gram.mul_(1 - (1 - keep) * fine)
+            add(x, x.mT, alpha=take)
             root = self._root(gram, state, side, signal)
             if root is not state[side]["root"]:
                 state[side]["root"].copy_(root)
-        return self._read(grad, state, signal)
+        return self._read(grad, state, signal) * fine
 
     @property
     def _weights(self) -> tuple[float, float]:
@@ -116,6 +123,13 @@ class MatrixPreconditioner(Level):
         found = [Node(f"{name}.momentum", every, after, "vector", "dot", self.label)] if self.beta else []
         sides = [Node(f"{name}.{side}", every, after, "matrix", "l2 to g gᵀ", self.label) for side in self.sides()]
         return [*found, *sides]
+
+
+def _in_range(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each matrix, shortened to what has a Gram matrix in its dtype, and 1 `[..., 1, 1]`, or zeros and 0."""
+    size = largest(grad, (-2, -1))
+    fine = size.isfinite()
+    return torch.where(fine, grad * (square_limit(grad) / size).clamp(max=1.0), 0.0), fine.to(grad.dtype)
 
 
 def _kept(state: State) -> list[Side]:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import repeat
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nestopt.core.clock import advance_, due
+from nestopt.core.contract import whose
 from nestopt.core.level import Level
 from nestopt.core.signal import Note, Signal
-from nestopt.core.tree import State, leaves
+from nestopt.core.tree import State, leaves, tree_map
 from nestopt.levels.gradient.fused import Numbers
 from nestopt.optim.layer_inputs.sums import Totals, keep, kept, means
-from nestopt.optim.views import Split, advance_stack_, back, matrix_view, work_dtype
+from nestopt.optim.views import Split, advance_stack_, back, in_pieces, local, matrix_view, work_dtype
 
 STEP, SUM = "step", "group_sum"
 """The optimizer's own state keys: how often it has seen a gradient, and what a group with a period has summed."""
+
+
+_KIND = attrgetter("dtype", "device")
 
 
 def update(
@@ -129,11 +133,11 @@ class Executor:
         """Take down how parameters and states lie, to see when someone else moves or replaces one."""
         trees = [dict(leaves(slot.tree)) for slot in self.slots]
         self.leaves = {path: [tree[path] for tree in trees] for path in trees[0]}
-        self.layout = list(map(Tensor.numel, self.params)), list(map(Tensor.stride, self.params))
+        self.layout = self._lie()
 
     def intact(self) -> bool:
         """Return whether parameters and states still lie as this executor knows them."""
-        if self.layout != (list(map(Tensor.numel, self.params)), list(map(Tensor.stride, self.params))):
+        if self.layout != self._lie():
             return False
         try:
             return all(map(is_, map(itemgetter(STEP), self.states), repeat(self.count))) and all(
@@ -141,6 +145,9 @@ class Executor:
             )
         except KeyError:
             return False
+
+    def _lie(self) -> list[list[Any]]:
+        return [list(map(of, self.params)) for of in (Tensor.numel, Tensor.stride, _KIND)]
 
     def leave(self) -> None:
         """Give every parameter a step count of its own again."""
@@ -172,7 +179,11 @@ class Executor:
         """Write the gradients into the memories, and update the parameters."""
         grown = False
         for slot, grad in zip(self.slots, grads, strict=True):
-            param, view = slot.param, slot.view
+            # only of levels that work entry by entry are parameters in pieces
+            param, grad, view = local(slot.param), local(grad, slot.param), slot.view
+            tree = tree_map(local, slot.tree) if in_pieces(slot.param) else slot.tree
+            if not param.numel():
+                continue
             wide = param.to(self.dtype)  # a narrow parameter is stepped in the wide dtype and rounded once
             grad = settings.gradient(grad.to(self.dtype), wide)
             shown, inputs = matrix_view(grad, level, view), None
@@ -181,7 +192,7 @@ class Executor:
             note = self.note(param) if self.note else None
             signal = Signal(step, matrix_view(wide, level, view), settings.lr, inputs, note)
             run = advance_stack_ if view is not None and view.stacked else advance_
-            direction = run(level, shown, slot.tree, signal)
+            direction = run(level, shown, tree, signal)
             if direction.shape != shown.shape:
                 raise wrong_shape(level, direction, shown)
             changed = {path: leaf for path, leaf in leaves(slot.tree) if slot.state[path] is not leaf}
@@ -197,6 +208,6 @@ class Executor:
 def wrong_shape(level: Level, direction: Tensor, grad: Tensor) -> ValueError:
     """Return the error to raise where what a level has returned is no direction for `grad`."""
     return ValueError(
-        f"{level.label}: step returned a direction of shape {tuple(direction.shape)} for a gradient of shape "
+        f"{whose(level)}: step returned a direction of shape {tuple(direction.shape)} for a gradient of shape "
         f"{tuple(grad.shape)}; they must be the same"
     )

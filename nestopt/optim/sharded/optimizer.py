@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from nestopt.core.inputs import INPUTS
 from nestopt.core.level import Level
 from nestopt.optim.checkpoint import OWN, merged_group, plain_groups
-from nestopt.optim.checks import names
+from nestopt.optim.checks import names, warn_unseen
 from nestopt.optim.layer_inputs.sums import Totals
 from nestopt.optim.layer_inputs.watcher import Watcher, shown
-from nestopt.optim.optimizer import Nested, warn_unseen
+from nestopt.optim.optimizer import Nested
 from nestopt.optim.sharded.owners import owners, step_cost
 from nestopt.optim.sharded.saved import CheckpointMismatch, Saved, SavedState, StateKeys, TensorSlice
 from nestopt.optim.sharded.slices import Slice

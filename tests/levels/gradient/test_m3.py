@@ -103,7 +103,7 @@ def test_without_a_slow_memory_it_is_muon_scaled() -> None:
     grads = randoms(5, 3)
     got, plain = run(m3(BETAS, 0.0, eps=0.0), grads), run(muon(BETAS[0], nesterov=False), grads)
     same(got.norm(dim=(1, 2)), plain.norm(dim=(1, 2)), NEWTON)
-    roots = torch.stack([state["exp_avg_sq"].sqrt() for state in states(m3(BETAS, 0.0), grads)])
+    roots = torch.stack([state["rms"] for state in states(m3(BETAS, 0.0), grads)])
     ratio = got * roots / plain
     same(ratio / ratio[:, :1, :1], torch.ones_like(ratio), NEWTON)
 

@@ -1,0 +1,34 @@
+"""Sizes of tensors whose squares may be out of range: float32 squares to infinity above 1e19, and to 0 below 1e-23."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def largest(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
+    """Return the largest |x| over `dim` (default: all), kept above 0; no gradient passes through it."""
+    if not x.numel():
+        return x.new_ones(())
+    norm = torch.linalg.vector_norm(x.detach(), math.inf, dim, keepdim=dim is not None)
+    return norm.clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def length(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
+    """Return the Euclidean norm over `dim` (default: all), kept above 0, of numbers of any size."""
+    size = largest(x, dim)
+    norm = torch.linalg.vector_norm(x / size, dim=dim, keepdim=dim is not None)
+    return (norm * size).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def root_mean_square(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
+    """Return the root mean square over `dim` (default: all), kept above 0, of numbers of any size."""
+    norm = length(x, dim)
+    return (norm / math.sqrt(max(1, x.numel() // norm.numel()))).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def square_limit(x: Tensor) -> float:
+    """Return a size whose square is far below what the dtype of `x` holds: 2**50 in float32."""
+    return math.sqrt(torch.finfo(x.dtype).max) / 2**14

@@ -271,7 +271,7 @@ def test_steps_within_the_backward_pass(level: str, first: bool) -> None:
         hook()
     for group in other.param_groups:
         for param in group["params"]:
-            owner[of[param]] = Nested([of[param]], other.level(group), 0.02)
+            owner[of[param]] = Nested([of[param]], other.level(group), group["lr"])
             owner[of[param]].watch(model)
     if not first:
         hook()

@@ -22,6 +22,7 @@ from nestopt.core.gates import bind
 from nestopt.core.inputs import INPUTS, LayerInputs, request_of
 from nestopt.core.level import Level
 from nestopt.core.memories import Matrix, Memory, Theta
+from nestopt.core.normalized import check_layerwise, joint_rates, states_after
 from nestopt.core.objectives import Dot, Objective
 from nestopt.core.order import Node
 from nestopt.core.outputs import Output, Plain
@@ -73,8 +74,11 @@ class AssociativeMemory(Level):
             `"chunk"` found it.
         write: on tokens, whether the rule takes a step per `"token"`, or one per `"chunk"`, at its last token, on the
             sum of the chunk's gradients.
-        normalized: multiply lr, in (0, 1], by `bound` · α · (the rule's damping) / (ε + n), so that the chunk's step on
-            its errors never passes `bound`: a memory of weights then does not diverge. Default: lr as it is.
+        normalized: False: lr as it is. `"layerwise"`: lr in (0, 1] is the share of its own error that a token's write
+            takes off, each layer by steps of its own (`nestopt.levels.deep.layerwise`). True: lr, in (0, 1], times
+            `bound` · α · (the rule's damping) / (ε + n), with which the whole chunk's step never passes `bound`
+            (`nestopt.levels.deep.step_size`). Pairs that come together (on gradients, `write="chunk"`) are written as
+            with True in both.
         bound: of the normalised step, in (0, 2).
         fade: whether the retention acts `"with"` the write, whose gradient is of the memory as it was, or `"before"`
             it, as in gated DeltaNet (`chunk` is then 1).
@@ -91,7 +95,7 @@ class AssociativeMemory(Level):
     chunk: int = 1
     read: Literal["after", "before", "chunk"] = "after"
     write: Literal["token", "chunk"] = "token"
-    normalized: bool = False
+    normalized: bool | Literal["layerwise"] = False
     bound: float = 1.0
     fade: Literal["with", "before"] = "with"
 
@@ -107,6 +111,7 @@ class AssociativeMemory(Level):
         self.check_choice("read", ("after", "before", "chunk"))
         self.check_choice("write", ("token", "chunk"))
         self.check_choice("fade", ("with", "before"))
+        self.check_choice("normalized", (False, True, "layerwise"))
         if self.fade == "before" and self.chunk > 1:
             problem = "is not allowed with chunk above 1: a chunk's gradients are of the memory it began with"
             raise FieldError(self.label, "fade", self.fade, problem)
@@ -118,6 +123,8 @@ class AssociativeMemory(Level):
                 f"is not allowed: the memory {self.memory.label} has no weights; give matrix or mlp, or leave it out"
             )
             raise FieldError(self.label, "normalized", self.normalized, problem)
+        if self.normalized == "layerwise":
+            check_layerwise(self)
         if self.appends:
             for key, default in _UNUSED_BY_APPENDING.items():
                 if (value := getattr(self, key)) != default:
@@ -138,29 +145,6 @@ class AssociativeMemory(Level):
             return (rate * vmap(lambda k, v: self.objective.loss(self.memory, theta, k, v))(k, v)).sum()
 
         return gradient_of(loss)(theta)
-
-    def rates(self, theta: Theta, k: Tensor, lr: Tensor, damping: Tensor, delta: Tensor | None = None) -> Tensor:
-        """Return the normalised step sizes `[n]` of pairs with keys `[n, D_k]`, given lr, α · damping and δ, `[n]`
-        each.
-
-        Of two tokens with a delta decay each, the greater one counts for both. See `nestopt.levels.deep.step_size` for
-        what is computed and why it does not diverge.
-        """
-        layers = self.memory.layers(theta, k)
-        assert layers is not None
-        near: list[Tensor] = [matmul(a, a.mT).abs() for a, _ in layers.values()]
-        felt = [g * j[:, None] * j[None, :] for g, (_, j) in zip(near, layers.values(), strict=True)]
-        close = torch.stack(felt).sum(0)
-        if delta is not None:
-            close = close + torch.maximum(delta[:, None], delta) * torch.stack(near).amax(0)
-        root = torch.diagonal(close).clamp_min(torch.finfo(k.dtype).tiny).sqrt()
-        # of token s (row) in the whole step, by the token t (column) it is felt at
-        shares = root[:, None] * close / root
-        if self.read == "chunk" or self.write == "chunk":
-            n = shares.sum(-1)
-        else:
-            n = shares.tril().sum(-1) * sum(1 / i for i in range(1, self.chunk + 1))
-        return self.bound * lr * damping / (1e-4 + n)
 
     def learn(
         self, theta: Theta, rules: State, surprise: Theta, signal: Signal, shown: Shown | None = None
@@ -243,7 +227,7 @@ class AssociativeMemory(Level):
             None if number is None else number_like(number, k).expand_as(lr) for number in (self._damping, self._delta)
         )
         assert damping is not None
-        return self.rates(theta, k, lr, damping, delta)
+        return joint_rates(self, theta, k, lr, damping, delta)
 
     @property
     def _damping(self) -> Number:
@@ -280,6 +264,10 @@ class AssociativeMemory(Level):
         at = before
         if self.fade == "before":
             at = {name: self.retention(param) for name, param in before.items()}
+        if self.normalized == "layerwise":
+            begun, live = dataclasses.replace(signal, step=signal.step - 1), torch.ones_like(k[:1], dtype=torch.bool)
+            (new,) = states_after(self, k[None], v[None], {}, live, {**state, "memory": at}, begun)
+            return self._answer(new["memory"] if self.read == "after" else before, q), new
         rate = self._rate(at, k[None])
         surprise = self.gradient(at, k, v) if not self.normalized else self.gradient(at, k[None], v[None], rate)
         new = self._written({**state, "memory": at}, surprise, signal, self.shown(at, k[None], rate))
@@ -292,11 +280,16 @@ class AssociativeMemory(Level):
         whole = bind(self, gates)  # its numbers are those of all tokens, [C]
         q, k = (self._features_of(x, gates) for x in (q, k))
         at: Theta = state["memory"]
+        if self.normalized == "layerwise" and self.write == "token":
+            states = states_after(self, k, v, gates, live, state, signal)
+            seen = {"after": states, "before": [state, *states[:-1]], "chunk": [state] * len(k)}[self.read]
+            theta = tree_map(lambda *each: torch.stack(each), *(s["memory"] for s in seen))
+            return vmap(lambda th, q, gates: bind(self, gates)._answer(th, q))(theta, q, dict(gates)), states[-1]
         rate = self._of_tokens(whole.lr, k) * live
         if self.normalized:
             k = k * live[:, None]
             delta = None if whole._delta is None else self._of_tokens(whole._delta, k)
-            rate = self.rates(at, k, rate, self._of_tokens(whole._damping, k), delta)
+            rate = joint_rates(self, at, k, rate, self._of_tokens(whole._damping, k), delta)
         if self.write == "chunk":
             return self._chunk_at_once(q, k, v, rate, gates, live, state, signal)
         each = vmap(lambda k, v, r: self.gradient(at, k[None], v[None], r[None]))(k, v, rate)

@@ -36,10 +36,12 @@ def bind(part: P, values: Mapping[str, Tensor] | None = None) -> P:
     A part without gates is returned as it is.
     """
     gates = gates_of(part)
-    return _bind(part, {path: (values or {}).get(path, gate.init) for path, gate in gates.items()}) if gates else part
+    numbers = {path: (values or {}).get(path, gate.init) for path, gate in gates.items()}
+    return with_values(part, numbers) if gates else part
 
 
-def _bind(part: P, values: Mapping[str, Any]) -> P:
+def with_values(part: P, values: Mapping[str, Any]) -> P:
+    """Return a copy of `part` with these fields, by dotted path, which are not checked."""
     # not dataclasses.replace: what was valid stays valid, and tensors have no value to check; not copy.copy, which
     # torch 2.11 does not compile
     bound = object.__new__(type(part))
@@ -55,13 +57,12 @@ def _bind(part: P, values: Mapping[str, Any]) -> P:
     for name, below in inner.items():
         child = getattr(part, name)
         if isinstance(child, Part):
-            setattr(bound, name, _bind(child, below))
+            setattr(bound, name, with_values(child, below))
         else:
             split: dict[str, dict[str, Any]] = {}
             for path, value in below.items():
                 key, _, rest = path.partition(".")
                 split.setdefault(key, {})[rest] = value
-            setattr(
-                bound, name, {key: _bind(item, split[key]) if key in split else item for key, item in child.items()}
-            )
+            items = {key: with_values(item, split[key]) if key in split else item for key, item in child.items()}
+            setattr(bound, name, items)
     return bound

@@ -134,7 +134,7 @@ class Ttt(AssociativeMemory):
     objective: Objective = dataclasses.field(default_factory=L2)
     lr: Number = Gate(0.5)
     chunk: int = 16
-    normalized: bool = True
+    normalized: bool | Literal["layerwise"] = True
 
 
 class Titans(Ttt):

@@ -18,6 +18,7 @@ from nestopt.levels.deep.mlp import Read, Settings
 from nestopt.levels.deep.scan import WeightState, scan_chunks
 
 OBJECTIVES = {"l2": L2(), "dot": Dot()}
+STEPS = Literal["normalized", "raw", "layerwise"]
 
 __all__ = ["Settings", "check_weights", "deep_memory", "scan_chunks"]
 
@@ -33,7 +34,7 @@ def deep_memory(
     momentum: float | Tensor | None = None,
     delta: float = 0.0,
     objective: Literal["l2", "dot"] = "l2",
-    step: Literal["normalized", "raw"] = "normalized",
+    step: STEPS = "normalized",
     bound: float = 1.0,
     read: Read = "after",
     activation: str = "silu",
@@ -101,7 +102,7 @@ def deep_memory(
     settings = Settings(
         form=mlp.Form(activation, residual, norm),
         delta=float(delta),
-        error=OBJECTIVES[objective].error,
+        objective=OBJECTIVES[objective],
         step=step,
         bound=bound,
         read=read,
@@ -122,7 +123,7 @@ def deep_memory(
 
 
 def _check_gates(lr: float | Tensor, decay: float | Tensor | None, momentum: float | Tensor | None, step: str) -> None:
-    normalized = step == "normalized"
+    normalized = step != "raw"
     check_range("lr", lr, 0.0, 1.0 if normalized else float("inf"), closed="[]" if normalized else "[)")
     if decay is not None:
         check_range("decay", decay, 0.0, 1.0)

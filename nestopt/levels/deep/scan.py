@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from nestopt.core.precision import current, product, products_in
 from nestopt.core.tree import State
+from nestopt.levels.deep.chunk import step, write
 from nestopt.levels.deep.gate_products import GateProducts
-from nestopt.levels.deep.mlp import Chunk, Settings, linearise, read, step, write
+from nestopt.levels.deep.mlp import Chunk, Settings, linearise, read
 from nestopt.levels.deep.weight import BlockWeight
 
 WeightState = tuple[list[Tensor], list[Tensor] | None]
@@ -116,10 +117,10 @@ def _even_blocks(held: Mapping[str, Tensor], size: int, settings: Settings) -> l
     """Return tokens in blocks of `size`, a multiple of the chunk, or less than one."""
     blocks, chunk = {name: x.unflatten(2, (-1, size)) for name, x in held.items()}, min(settings.chunk, size)
     count = blocks["k"].shape[2]
-    gates = GateProducts.of(blocks.get("decay"), blocks.get("momentum"), blocks["live"])
-    asked = settings.delta > 0 or settings.read == "before"
+    gates = block_gates(blocks, settings)
+    asked = settings.needs_before or settings.read == "before"
     earlier = gates.before().unbind(2, count) if asked else [None] * count
-    tokens = (*(blocks[name] for name in ("k", "v", "lr")), damping(blocks))
+    tokens = (*(blocks[name] for name in ("k", "v", "lr")), damping(blocks, settings))
     columns = [[block.split(chunk, dim=2) for block in x.unbind(2)] for x in tokens]
     found = []
     for at, then, *parts in zip(gates.unbind(2, count), earlier, *columns, strict=True):
@@ -134,10 +135,19 @@ def _even_blocks(held: Mapping[str, Tensor], size: int, settings: Settings) -> l
     return found
 
 
-def damping(held: Mapping[str, Tensor]) -> Tensor:
-    """α (1 - θ): by what the normalised step is shortened."""
+def block_gates(held: Mapping[str, Tensor], settings: Settings) -> GateProducts:
+    """Return what the gates of tokens `[.., n]` come to."""
+    momentum = held.get("momentum")
+    if momentum is None:
+        return GateProducts.of(held.get("decay"), None, held["live"])
+    # of tokens that are not live θ is 1
+    return GateProducts.of(held.get("decay"), momentum, 1 - momentum if settings.averages else held["live"])
+
+
+def damping(held: Mapping[str, Tensor], settings: Settings) -> Tensor:
+    """α (1 - θ), or, of the layerwise step, α: by what it is shortened."""
     share = held["decay"] if "decay" in held else torch.ones_like(held["lr"])
-    return share * (1 - held["momentum"]) if "momentum" in held else share
+    return share * (1 - held["momentum"]) if "momentum" in held and not settings.averages else share
 
 
 def _through(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,7 @@ class SelfModifying(Level):
     lr: float = 0.5
     keep: float = 0.999
     eta_max: float = 1.0
-    normalized: bool = True
+    normalized: bool | Literal["layerwise"] = True
     bound: float = 1.0
     chunk: int = 16
     projection_chunk: int = 64
@@ -100,6 +100,7 @@ class SelfModifying(Level):
         self.check("keep", 0.0, 1.0, closed="()")
         self.check("eta_max", 0.0, closed="()")
         self.check("bound", 0.0, 2.0, closed="()")
+        self.check_choice("normalized", (False, True, "layerwise"))
         for key in ("chunk", "projection_chunk"):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -26,7 +26,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "momentum": (False, True),
     "decay": (False, True),
     "objective": ("l2", "dot"),
-    "step": ("normalized", "raw"),
+    "step": ("normalized", "raw", "layerwise"),
     "residual": (True, False),
     "norm": (False, True),
     "shared": ("all", "heads", "none"),
@@ -105,7 +105,7 @@ def build(case: Case) -> tuple[list[Tensor], dict[str, Any], list[Tensor]]:
     """Tokens, arguments and leaves of one case."""
     length = case["length"]
     tokens = inputs(length)
-    gates = {"lr": gate(case["gates"], length, 0.0, 1.0 if case["step"] == "normalized" else 0.1)}
+    gates = {"lr": gate(case["gates"], length, 0.0, 0.1 if case["step"] == "raw" else 1.0)}
     if case["decay"]:
         gates["decay"] = gate(case["gates"], length, 0.5, 1.0)
     if case["momentum"]:

@@ -22,7 +22,7 @@ from nestopt.core.gates import bind
 from nestopt.core.inputs import INPUTS, LayerInputs, request_of
 from nestopt.core.level import Level
 from nestopt.core.memories import Matrix, Memory, Theta
-from nestopt.core.normalized import check_layerwise, joint_rates, states_after
+from nestopt.core.normalized import check_outermost, joint_rates, states_after
 from nestopt.core.objectives import Dot, Objective
 from nestopt.core.order import Node
 from nestopt.core.outputs import Output, Plain
@@ -82,6 +82,7 @@ class AssociativeMemory(Level):
         bound: of the normalised step, in (0, 2).
         fade: whether the retention acts `"with"` the write, whose gradient is of the memory as it was, or `"before"`
             it, as in gated DeltaNet (`chunk` is then 1).
+        forget: which weights of a memory the retention fades, `"all"` or the `"outer"` one alone.
     """
 
     memory: Memory = dataclasses.field(default_factory=Matrix)
@@ -98,6 +99,7 @@ class AssociativeMemory(Level):
     normalized: bool | Literal["layerwise"] = False
     bound: float = 1.0
     fade: Literal["with", "before"] = "with"
+    forget: Literal["all", "outer"] = "all"
 
     qk_norm: ClassVar[bool] = False
     """Whether a layer should L2-normalise queries and keys for this level."""
@@ -111,6 +113,7 @@ class AssociativeMemory(Level):
         self.check_choice("read", ("after", "before", "chunk"))
         self.check_choice("write", ("token", "chunk"))
         self.check_choice("fade", ("with", "before"))
+        self.check_choice("forget", ("all", "outer"))
         self.check_choice("normalized", (False, True, "layerwise"))
         if self.fade == "before" and self.chunk > 1:
             problem = "is not allowed with chunk above 1: a chunk's gradients are of the memory it began with"
@@ -123,8 +126,7 @@ class AssociativeMemory(Level):
                 f"is not allowed: the memory {self.memory.label} has no weights; give matrix or mlp, or leave it out"
             )
             raise FieldError(self.label, "normalized", self.normalized, problem)
-        if self.normalized == "layerwise":
-            check_layerwise(self)
+        check_outermost(self)
         if self.appends:
             for key, default in _UNUSED_BY_APPENDING.items():
                 if (value := getattr(self, key)) != default:
@@ -151,7 +153,7 @@ class AssociativeMemory(Level):
     ) -> tuple[Theta, State]:
         """One step of the rule on `surprise`, the gradient by parameter, and the retention."""
         new, states = {}, {}
-        kept = theta if self.fade == "before" else {name: self.retention(param) for name, param in theta.items()}
+        kept = theta if self.fade == "before" else self._retained(theta)
         for name, param in theta.items():
             own = signal.on(param).inside(f"rule.{name}")
             if shown is not None:
@@ -159,6 +161,10 @@ class AssociativeMemory(Level):
             direction, states[name] = advance(self.rule, surprise[name], rules[name], own)
             new[name] = kept[name] - self.step_size * direction  # type: ignore[operator]
         return new, states
+
+    def _retained(self, theta: Theta) -> Theta:
+        fades = self.forget == "all"
+        return {name: self.retention(w) if fades or name == self.memory.outermost else w for name, w in theta.items()}
 
     def shown(self, theta: Theta, k: Tensor, rate: Tensor) -> Shown | None:
         """Return, for a rule that asks for the weights' inputs, these at θ: keys `[n, D_k]` with their rates `[n]`."""
@@ -209,7 +215,7 @@ class AssociativeMemory(Level):
         appended = self.memory.append(theta, k, v)
         if appended is None:
             if self.fade == "before":
-                theta = {name: self.retention(param) for name, param in theta.items()}
+                theta = self._retained(theta)
             signal.report("inner_loss", lambda: self.objective.loss(self.memory, state["memory"], k, v) / len(v))
             rate = self._rate(theta, k)
             surprise = self.gradient(theta, k, v, rate if self.normalized else None)
@@ -263,7 +269,7 @@ class AssociativeMemory(Level):
             return self._answer(appended if self.read == "after" else before, q), {**state, "memory": appended}
         at = before
         if self.fade == "before":
-            at = {name: self.retention(param) for name, param in before.items()}
+            at = self._retained(before)
         if self.normalized == "layerwise":
             begun, live = dataclasses.replace(signal, step=signal.step - 1), torch.ones_like(k[:1], dtype=torch.bool)
             (new,) = states_after(self, k[None], v[None], {}, live, {**state, "memory": at}, begun)

@@ -106,8 +106,9 @@ LAYERWISE = {"normalized": "layerwise", "chunk": 4}
 DEEP |= {
     "layerwise": ttt(**LAYERWISE),
     "layerwise, token by token": titans(normalized="layerwise", chunk=1, read="before"),
-    "layerwise titans": titans(**LAYERWISE),
+    "layerwise titans": titans(**LAYERWISE, forget="outer"),
     "layerwise, chunks": titans(**LAYERWISE, read="chunk", bound=1.5),
+    "titans that forget in W1 alone": titans(chunk=4, forget="outer", rule=dgd(momentum(Gate(0.5)))),
     "layerwise, without momentum": titans(**LAYERWISE, rule=gd(), step_size=0.5),
     "layerwise, three layers": titans(**LAYERWISE, memory=Mlp(depth=3, hidden=5, activation="gelu")),
     "layerwise, normalised reads": titans(**LAYERWISE, memory=Mlp(activation="tanh", norm=True), features=Elu()),

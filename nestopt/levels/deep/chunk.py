@@ -27,9 +27,10 @@ def step(weights: Weights, q: Tensor, tokens: Chunk, settings: Settings) -> Tens
         return y
     write(weights, mlp.linearise(weights, tokens.k, settings.form), tokens.v, tokens, settings)
     # each token reads the weights as they are by then
-    gates, x = tokens.before if settings.read == "before" else tokens.now, q
-    assert gates is not None
+    x = q
     for i in range(len(weights) - 1, -1, -1):
+        gates = tokens.gates(i).before if settings.read == "before" else tokens.gates(i).now
+        assert gates is not None
         x = weights[i].read(x, gates)
         if i:
             x = mlp.ACTIVATIONS[settings.form.activation][0](x)
@@ -57,5 +58,5 @@ def write(weights: Weights, at: Linearised, v: Tensor, tokens: Chunk, settings: 
             chunk=settings.chunk,
         )
     strength = settings.delta * lr if settings.delta else None
-    for weight, error, products in zip(weights, found, near, strict=True):
-        weight.write(lr[..., None] * error, strength, products, tokens.before)
+    for i, (weight, error, products) in enumerate(zip(weights, found, near, strict=True)):
+        weight.write(lr[..., None] * error, strength, products, tokens.gates(i).before)

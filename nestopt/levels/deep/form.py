@@ -132,6 +132,7 @@ def settings_of(level: AssociativeMemory, rule: LinearRule, checkpoint: int) -> 
         objective=level.objective,
         step=step_of(level.normalized),
         bound=level.bound,
+        forget=level.forget,
         read=level.read,
         chunk=level.chunk,
         checkpoint=checkpoint,

@@ -34,7 +34,7 @@ from nestopt.levels.deep.weight import BlockWeight, solved
 
 def write(weights: Weights, at: Linearised, v: Tensor, tokens: Chunk, settings: Settings) -> None:
     """Write values v `[B, H, C, D_v]` under the keys of `tokens`, that the memory was linearised at."""
-    delta, form, before = settings.delta, settings.form, tokens.before
+    delta, form, before = settings.delta, settings.form, tokens.inner.before
     assert before is not None
     k, h = tokens.k, tokens.lr * tokens.damping * (settings.bound / (1 + delta))
     floor = LEAST + FLOOR * k.square().sum(-1)
@@ -90,9 +90,9 @@ class _Outer:
         self.left = 1 - (slope + delta) * rate[..., 0] * square
         self.errors, self.decays = -target, None
         if slope or delta:
-            assert self.tokens.before is not None
+            assert self.tokens.outer.before is not None
             product = self.weight.product
-            answers, through, fading = self.weight.unwritten(product(a, a.mT), self.tokens.before)
+            answers, through, fading = self.weight.unwritten(product(a, a.mT), self.tokens.outer.before)
             system = slope * through if not delta else delta * fading if not slope else slope * through + delta * fading
             answers = solved(system * rate.mT, answers + product(through, rate * target), product)
             self.errors = slope * answers - target
@@ -100,9 +100,9 @@ class _Outer:
         self.steps = rate * self.errors
 
     def _by_rows(self, a: Tensor, square: Tensor) -> None:
-        assert self.tokens.before is not None
+        assert self.tokens.outer.before is not None
         delta, form, product = self.settings.delta, self.settings.form, self.weight.product
-        answers, through, fading = self.weight.unwritten(product(a, a.mT), self.tokens.before)
+        answers, through, fading = self.weight.unwritten(product(a, a.mT), self.tokens.outer.before)
         rows: list[tuple[Tensor, ...]] = []
         for t in range(a.shape[-2]):
             own, now = answers[..., t : t + 1, :], slice(t, t + 1)

@@ -48,12 +48,15 @@ class Settings:
     read: Read
     chunk: int
     checkpoint: int
+    forget: Literal["all", "outer"] = "all"
+    """Which weights α fades."""
     own_values: bool = False
     """Of a memory that is read as its `"chunk"` found it: what is written under a key is M(v), the memory's own."""
 
     def __post_init__(self) -> None:
         check_choice("step", self.step, ("normalized", "raw", "layerwise"))
         check_choice("read", self.read, ("after", "before", "chunk"))
+        check_choice("forget", self.forget, ("all", "outer"))
         check_choice("activation", self.form.activation, tuple(ACTIVATIONS))
         check_whole("chunk", self.chunk, 1)
         check_whole("checkpoint", self.checkpoint, 0)
@@ -102,24 +105,40 @@ class Linearised:
 
 
 @dataclasses.dataclass(frozen=True)
+class ChunkGates:
+    """What the gates of a block come to, for the weights that they act on.
+
+    Attributes:
+        now: at each token of the chunk; None if no read asks.
+        before: one token earlier; None if neither a read, a delta decay nor the layerwise step asks.
+        last: at the chunk's last token.
+    """
+
+    now: GateProducts | None
+    before: GateProducts | None
+    last: GateProducts
+
+
+@dataclasses.dataclass(frozen=True)
 class Chunk:
-    """The tokens of a chunk `[B, H, C, ..]`, and what the gates of its block come to.
+    """The tokens of a chunk `[B, H, C, ..]`.
 
     Attributes:
         k, v, lr: of the tokens.
         damping: α (1 - θ), by which the normalised step is shortened; α of the layerwise one.
-        now: at each token; None if no read asks.
-        before: one token earlier; None if neither a read, a delta decay nor the layerwise step asks.
-        last: at the chunk's last token.
+        outer, inner: the gates of W1, and of the others.
     """
 
     k: Tensor
     v: Tensor
     lr: Tensor
     damping: Tensor
-    now: GateProducts | None
-    before: GateProducts | None
-    last: GateProducts
+    outer: ChunkGates
+    inner: ChunkGates
+
+    def gates(self, i: int) -> ChunkGates:
+        """Return those of the weight W_{i + 1}."""
+        return self.inner if i else self.outer
 
 
 # -- layer by layer ----------------------------------------------------------------------------------------------------

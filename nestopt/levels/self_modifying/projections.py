@@ -14,12 +14,13 @@ from torch import Tensor
 
 from nestopt.levels.deep import mlp
 from nestopt.levels.deep.chunk import step
-from nestopt.levels.deep.mlp import Chunk, Settings
+from nestopt.levels.deep.gate_products import GateProducts
+from nestopt.levels.deep.mlp import Chunk, ChunkGates, Settings
 from nestopt.levels.deep.own_values import bounded
 from nestopt.levels.deep.scan import (
     WeightState,
-    block_gates,
     block_weights,
+    both_gates,
     concat_tokens,
     damping,
     recomputed,
@@ -191,14 +192,18 @@ def _reads(weights: Sequence[BlockWeight], piece: Mapping[str, Tensor], maker: P
 def _written(weights: Sequence[BlockWeight], tokens: Made, maker: ProjectionMemories) -> WeightState:
     """Return the memories after a chunk, each of which writes values of its own."""
     count = len(maker.names)
-    gates = block_gates(tokens, maker.settings).each(lambda x: _repeated(x, count))
-    each = (*(tokens[name] for name in ("k", "v", "lr")), damping(tokens, maker.settings))
     size = tokens["k"].shape[2]
-    before = gates.before() if maker.settings.needs_before else None
+
+    def at(gates: GateProducts) -> ChunkGates:
+        gates = gates.each(lambda x: _repeated(x, count))
+        before = gates.before() if maker.settings.needs_before else None
+        return ChunkGates(None, before, gates.rows(size - 1, size))
+
+    each = (*(tokens[name] for name in ("k", "v", "lr")), damping(tokens, maker.settings))
     k, v, lr, damped = (_repeated(x, count) for x in each)
-    chunk = Chunk(k, v, lr, damped, None, before, gates.rows(size - 1, size))
+    chunk = Chunk(k, v, lr, damped, *both_gates(tokens, maker.settings, at))
     step(weights, v[:, :, :0], chunk, maker.settings)
-    return weights_after(weights, chunk.last)
+    return weights_after(weights, chunk)
 
 
 __all__ = ["SOURCES", "Made", "ProjectionMemories", "Readout", "project"]

@@ -26,7 +26,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "momentum": (False, True),
     "decay": (False, True),
     "objective": ("l2", "dot"),
-    "step": ("normalized", "raw", "layerwise"),
+    "step": ("normalized", "raw"),
     "residual": (True, False),
     "norm": (False, True),
     "shared": ("all", "heads", "none"),
@@ -59,6 +59,12 @@ def all_pairs(seed: int) -> list[Case]:
         left -= pairs(case)
         cases.append(case)
     return cases
+
+
+def layerwise_cases(seed: int) -> list[Case]:
+    """`all_pairs` of the layerwise step."""
+    ways = itertools.cycle([{"forget": "all"}, {"forget": "outer"}])
+    return [case | {"step": "layerwise"} | way for case, way in zip(all_pairs(seed), ways, strict=False)]
 
 
 def inputs(length: int, dtype: torch.dtype = F64, dim: int = DIM) -> list[Tensor]:
@@ -115,6 +121,7 @@ def build(case: Case) -> tuple[list[Tensor], dict[str, Any], list[Tensor]]:
     leaves = [*tokens, *gates.values(), *weights]
     names = ("chunk", "read", "activation", "delta", "objective", "step", "residual", "norm")
     arguments = {**gates, **{name: case[name] for name in names}, "weights": weights}
+    arguments["forget"] = case.get("forget", "all")
     if case["begun"]:
         begun = [w.expand(BATCH, HEADS, *w.shape[-2:]).clone() for w in weights]
         momenta = [0.1 * torch.randn_like(w) for w in begun]

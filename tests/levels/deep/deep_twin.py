@@ -89,6 +89,11 @@ def step_norms(
     return [(row if ahead else row[: s + 1]).sum() for s, row in enumerate(weighed)]
 
 
+def kept(i: int, alpha: Tensor, options: dict) -> Tensor:
+    """What of W_{i + 1} a token leaves."""
+    return alpha if i == 0 or options.get("forget", "all") == "all" else torch.ones_like(alpha)
+
+
 Write = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """k, v, η̃, α, θ."""
 
@@ -110,17 +115,17 @@ def layerwise(
         gradient = mlp.pulled(weights, k, error)[0]
         return error, e, e * gradient, inputs[0], 1 - e * (linear * felt + delta) * square
 
-    def moved(w: Tensor, s: Tensor, g: Tensor, decay: Tensor, a: Tensor, token: Write) -> tuple[Tensor, Tensor]:
+    def moved(i: int, w: Tensor, s: Tensor, g: Tensor, decay: Tensor, a: Tensor, token: Write) -> tuple[Tensor, Tensor]:
         _, _, _, alpha, theta = token
         s = theta * s + g
-        return alpha * w - delta * decay * torch.outer(w @ a, a) - (1 - theta) * s, s
+        return kept(i, alpha, options) * w - delta * decay * torch.outer(w @ a, a) - (1 - theta) * s, s
 
     shadow, inner = (first[0], momenta[0]), []
     for token in tokens:
         k, v, lr, alpha, _ = token
         h = lr * alpha * options["bound"] / (1 + delta)
         error, e, g, a, left = outer([shadow[0], *first[1:]], k, v, h)
-        shadow = moved(*shadow, g, e, a, token)
+        shadow = moved(0, *shadow, g, e, a, token)
         inputs, felt = mlp.passes(first, k)[0], mlp.sensitivity(first, k)
         rates = [
             0.25 / (len(first) - 1) * h / (1e-6 + 0.1 * (k @ k) + (felt[i] ** 2 + delta) * (inputs[i] @ inputs[i]))
@@ -132,7 +137,8 @@ def layerwise(
     for token, written in zip(tokens, inner, strict=True):
         k, v, lr, alpha, _ = token
         _, e, g, a, _ = outer([w for w, _ in now], k, v, lr * alpha * options["bound"] / (1 + delta))
-        now = [moved(*own, *write, token) for own, write in zip(now, [(g, e, a), *written], strict=True)]
+        each = enumerate(zip(now, [(g, e, a), *written], strict=True))
+        now = [moved(i, *own, *write, token) for i, (own, write) in each]
         states.append(([w for w, _ in now], [s for _, s in now]))
     return states
 
@@ -172,8 +178,8 @@ def one_chunk(
             gradient = mlp.gradient(first, k, v, options["objective"])
             momenta = [theta * s + eta * g for s, g in zip(momenta, gradient, strict=True)]
             weights = [
-                alpha * w - options["delta"] * eta * torch.outer(w @ a, a) - s
-                for w, a, s in zip(weights, passes[t], momenta, strict=True)
+                kept(i, alpha, options) * w - options["delta"] * eta * torch.outer(w @ a, a) - s
+                for i, (w, a, s) in enumerate(zip(weights, passes[t], momenta, strict=True))
             ]
         at = {"after": weights, "before": before, "chunk": first}[options["read"]]
         answers.append(mlp.read(at, q) if live[t] else torch.zeros_like(v))

@@ -19,12 +19,13 @@ from tests.levels.deep.deep_cases import (
     example,
     gradients,
     label,
+    layerwise_cases,
     outputs,
     run_twin,
 )
 
 
-@pytest.mark.parametrize("case", [case for seed in range(2) for case in all_pairs(seed)], ids=label)
+@pytest.mark.parametrize("case", [*all_pairs(0), *all_pairs(1), *layerwise_cases(2)], ids=label)
 def test_equals_the_token_loop_with_every_gradient(case: Case) -> None:
     tokens, arguments, leaves = build(case)
     fast, slow = outputs(*deep_memory(*tokens, **arguments)), run_twin(tokens, arguments)

@@ -23,7 +23,7 @@ import nestopt
 from nestopt.core.level import Level
 from nestopt.models import HopeLM
 
-KEYS = VALUES = 64
+KEYS = VALUES = 32
 """Of the vocabulary of MQAR."""
 
 

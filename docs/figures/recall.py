@@ -138,7 +138,7 @@ def _of(name: str) -> Callable[[], dict[str, Shown]]:
     return lambda: {name: Shown(nestopt.build("level", name))}
 
 
-RAW: dict[str, Any] = {"normalized": False, "lr": Gate(0.5)}
+RAW: dict[str, Any] = {"normalized": False, "lr": Gate(0.5), "memory": Mlp(), "forget": "all"}
 """The letter of a deep memory's equations, with a step from which these pairs can be learned."""
 
 NAMES = "attention linear_attention gated_linear deltanet gated_deltanet oja omega"
@@ -184,6 +184,7 @@ def make(name: str) -> None:
 # -- the page on the step ----------------------------------------------------------------------------------------------
 
 STEPS = {"raw, η = 0.1": ("raw", 0.1), "raw, η = 0.5": ("raw", 0.5), "normalized, lr = 1": ("normalized", 1.0)}
+STEPS["layerwise, lr = 1"] = ("layerwise", 1.0)
 LONG = 1024
 
 

@@ -22,7 +22,7 @@ from nestopt.core.gates import bind
 from nestopt.core.inputs import INPUTS, LayerInputs, request_of
 from nestopt.core.level import Level
 from nestopt.core.memories import Matrix, Memory, Theta
-from nestopt.core.normalized import check_outermost, joint_rates, states_after
+from nestopt.core.normalized import check_layerwise, joint_rates, states_after
 from nestopt.core.objectives import Dot, Objective
 from nestopt.core.order import Node
 from nestopt.core.outputs import Output, Plain
@@ -82,7 +82,7 @@ class AssociativeMemory(Level):
         bound: of the normalised step, in (0, 2).
         fade: whether the retention acts `"with"` the write, whose gradient is of the memory as it was, or `"before"`
             it, as in gated DeltaNet (`chunk` is then 1).
-        forget: which weights of a memory the retention fades, `"all"` or the `"outer"` one alone.
+        forget: which weights of a memory the retention fades, `"all"` or, of several layers, the `"outer"` one alone.
     """
 
     memory: Memory = dataclasses.field(default_factory=Matrix)
@@ -126,7 +126,8 @@ class AssociativeMemory(Level):
                 f"is not allowed: the memory {self.memory.label} has no weights; give matrix or mlp, or leave it out"
             )
             raise FieldError(self.label, "normalized", self.normalized, problem)
-        check_outermost(self)
+        if self.normalized == "layerwise":
+            check_layerwise(self)
         if self.appends:
             for key, default in _UNUSED_BY_APPENDING.items():
                 if (value := getattr(self, key)) != default:
@@ -163,7 +164,7 @@ class AssociativeMemory(Level):
         return new, states
 
     def _retained(self, theta: Theta) -> Theta:
-        fades = self.forget == "all"
+        fades = self.forget == "all" or self.memory.outermost is None
         return {name: self.retention(w) if fades or name == self.memory.outermost else w for name, w in theta.items()}
 
     def shown(self, theta: Theta, k: Tensor, rate: Tensor) -> Shown | None:

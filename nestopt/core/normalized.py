@@ -164,12 +164,12 @@ def _where(alive: Tensor, new: State, old: State) -> State:
     return tree_map(lambda new, old: torch.where(alive, new, old), new, old)
 
 
-def check_outermost(level: AssociativeMemory) -> None:
-    """Raise FieldError where `level` asks for the outermost weight of a memory without one, or can't be written so."""
-    asked = {"normalized": level.normalized == "layerwise", "forget": level.forget == "outer"}
-    for key in (key for key, is_asked in asked.items() if is_asked and level.memory.outermost is None):
+def check_layerwise(level: AssociativeMemory) -> None:
+    """Raise FieldError where `level` can't be written layer by layer."""
+    problem = ""
+    if level.memory.outermost is None:
         problem = f"is not allowed: the memory {level.memory.label} has no outermost weight; give matrix or mlp"
-        raise FieldError(level.label, key, getattr(level, key), problem)
-    if asked["normalized"] and type(level.objective).loss is not Objective.loss and not level.memory.linear:
+    elif type(level.objective).loss is not Objective.loss and not level.memory.linear:
         problem = f"is not allowed with objective={level.objective.label}, which is not one of the read alone"
+    if problem:
         raise FieldError(level.label, "normalized", level.normalized, problem)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from nestopt.core.associative import AssociativeMemory
 from nestopt.core.level import Level
@@ -130,11 +131,18 @@ class Ttt(AssociativeMemory):
 
     qk_norm: ClassVar[bool] = True
 
-    memory: Memory = dataclasses.field(default_factory=Mlp)
+    former_defaults: ClassVar[Mapping[str, Any]] = {
+        "forget": "all",
+        "memory": "mlp",
+        "chunk": 16,
+        "normalized": True,
+    }
+
+    memory: Memory = dataclasses.field(default_factory=lambda: Mlp(residual=False))
     objective: Objective = dataclasses.field(default_factory=L2)
     lr: Number = Gate(0.5)
-    chunk: int = 16
-    normalized: bool | Literal["layerwise"] = True
+    chunk: int = 64
+    normalized: bool | Literal["layerwise"] = "layerwise"
 
 
 class Titans(Ttt):
@@ -149,8 +157,15 @@ class Titans(Ttt):
     further. Layers L2-normalise queries and keys for it and learn the memory's start.
     """
 
-    rule: Level = dataclasses.field(default_factory=lambda: Momentum(Gate(0.5)))
-    retention: Retention = dataclasses.field(default_factory=lambda: Decay(Gate(0.99)))
+    former_defaults: ClassVar[Mapping[str, Any]] = {
+        **Ttt.former_defaults,
+        "rule": {"level": "momentum", "beta": {"gate": 0.5}},
+        "retention": {"retention": "decay", "keep": {"gate": 0.99}},
+    }
+
+    rule: Level = dataclasses.field(default_factory=lambda: Momentum(Gate(0.1)))
+    retention: Retention = dataclasses.field(default_factory=lambda: Decay(Gate(0.999)))
+    forget: Literal["all", "outer"] = "outer"
 
 
 class Dla(Titans):

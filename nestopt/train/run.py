@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nestopt import models
-from nestopt.config import Config, ConfigError, load, save
+from nestopt.config import Config, ConfigError, as_saved, load, save
 from nestopt.core.part import nearest
 from nestopt.core.precision import Precision, refusal
 from nestopt.models import HopeLM
@@ -40,7 +40,8 @@ class Run:
             except FileExistsError:  # another run began in the meantime
                 number += 1
                 continue
-            save(config, path / "config.yaml")
+            with as_saved():
+                save(config, path / "config.yaml")
             return cls(path)
 
     @classmethod
@@ -67,7 +68,8 @@ class Run:
 
     def config(self) -> Config:
         """Return the configuration the run was started with."""
-        config = load(self.config_file)
+        with as_saved():
+            config = load(self.config_file)
         assert isinstance(config, Config)
         return config
 

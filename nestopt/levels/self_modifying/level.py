@@ -60,9 +60,10 @@ class SelfModifying(Level):
         keep: α at the start, in (0, 1). Near 1: where more is forgotten than written, weights end at 0, and there a
             memory of two layers learns no more. With the delta decay and values as short as keys, 0.99 is too little.
         eta_max: multiplies η where `normalized=False`.
-        normalized: take η as the share of the greatest step that does not overshoot (as in `titans`), and values that
-            are bounded by what they are made of (`nestopt.levels.deep.own_values`), so that the memories do not
-            diverge. False is the letter of the equations.
+        normalized: take η as the share of the greatest step that does not overshoot
+            (`nestopt.levels.deep.step_size`), and values that are bounded by what they are made of (`nestopt.levels.deep.own_values`), so that the memories do not
+            diverge. `"layerwise"`: as the default of `titans`, with such values; give `delta=0.0` with it, on tokens.
+            False is the letter of the equations.
         bound: of the normalised step, in (0, 2).
         chunk: tokens between new weights of `memory`, on tokens.
         projection_chunk: likewise of the other memories. One of the two must divide the other.

@@ -23,7 +23,7 @@ from torch.nn.functional import normalize, silu
 
 import nestopt
 from nestopt.core import AssociativeMemory, Gate, bind, gates_of
-from nestopt.core.memories import Window
+from nestopt.core.memories import Mlp, Window
 from nestopt.core.part import Heads
 from nestopt.core.tree import State, tree_map
 from nestopt.levels import dgd, dla, momentum, retnet, titans, ttt, window_attention

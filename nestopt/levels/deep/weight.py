@@ -100,16 +100,19 @@ class BlockWeight:
 
         The delta decay needs `near`, a aᵀ `[.., C, C]`, and the gates one token earlier (`GateProducts.before`).
         """
-        decays = None
+        self.steps, decays = _rows(self.steps, steps), None
         if strength is not None and near is not None and before is not None:
-            answers, through, fading = self.unwritten(near, before)
-            answers = solved(fading * strength[..., None, :], answers - self.product(through, steps), self.product)
-            decays = strength[..., None] * answers
-        self.append(steps, decays)
+            answers, _, fading = self.unwritten(near, before)
+            decays = strength[..., None] * solved(fading * strength[..., None, :], answers, self.product)
+        self._keep(decays)
 
     def append(self, steps: Tensor, decays: Tensor | None) -> None:
         """Write the inputs applied last with g and, where there is a delta decay, w: `[.., C, out]` each."""
-        self.inputs, self.steps = _rows(self.inputs, self._applied[0]), _rows(self.steps, steps)
+        self.steps = _rows(self.steps, steps)
+        self._keep(decays)
+
+    def _keep(self, decays: Tensor | None) -> None:
+        self.inputs = _rows(self.inputs, self._applied[0])
         self.decays = self.decays if decays is None else _rows(self.decays, decays)
 
     def meet(self, x: Tensor) -> None:
@@ -118,8 +121,8 @@ class BlockWeight:
         self._applied = x, base, None
 
     def unwritten(self, near: Tensor, at: GateProducts) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what M_{t-1} x_t of the inputs applied last would be if this chunk wrote nothing, `[.., C, out]`; and
-        of its writes the shares κ and Γ times x_t · x_s `[.., C, C]`, by which g_s and w_s will be less in it.
+        """Return what M_{t-1} x_t of the inputs applied last would be `[.., C, out]` if this chunk wrote nothing but the
+        steps that are there; and κ and Γ times x_t · x_s `[.., C, C]`: how much of g_s and w_s it will be less.
 
         `near` is x xᵀ `[.., C, C]`, `at` are the gates one token earlier (`GateProducts.before`).
         """
@@ -129,16 +132,15 @@ class BlockWeight:
             if old is None:
                 old, self.momentum = _Times.apply(self.momentum, x, False, self.product)
             answers = answers - at.c[..., None] * old
-        first = self.done
         if self.inputs is not None:
             near = torch.cat([self.product(x, self.inputs.mT), near], dim=-1)
         fading = _weigh(near, at)
         through = fading if at.kappa is None else at.kappa * near
         if self.steps is not None:
-            answers = answers - self.product(through[..., :first], self.steps)
+            answers = answers - self.product(_first(through, self.steps.shape[-2]), self.steps)
         if self.decays is not None:
-            answers = answers - self.product(fading[..., :first], self.decays)
-        return answers, through[..., first:], fading[..., first:]
+            answers = answers - self.product(_first(fading, self.done), self.decays)
+        return answers, _after(through, self.done), _after(fading, self.done)
 
     def read(self, x: Tensor, at: GateProducts) -> Tensor:
         """M_t x_t `[.., C, out]` for each token t of the chunk written last, whose gates come to `at`.
@@ -191,6 +193,14 @@ class BlockWeight:
 
 def _rows(old: Tensor | None, new: Tensor) -> Tensor:
     return new if old is None else torch.cat([old, new], dim=-2)
+
+
+def _first(x: Tensor, count: int) -> Tensor:
+    return x if count == x.shape[-1] else x[..., :count]
+
+
+def _after(x: Tensor, count: int) -> Tensor:
+    return x[..., count:] if count else x
 
 
 def solved(system: Tensor, right: Tensor, product: Product) -> Tensor:

@@ -61,9 +61,10 @@ class SelfModifying(Level):
             memory of two layers learns no more. With the delta decay and values as short as keys, 0.99 is too little.
         eta_max: multiplies η where `normalized=False`.
         normalized: take η as the share of the greatest step that does not overshoot
-            (`nestopt.levels.deep.step_size`), and values that are bounded by what they are made of (`nestopt.levels.deep.own_values`), so that the memories do not
-            diverge. `"layerwise"`: as the default of `titans`, with such values; give `delta=0.0` with it, on tokens.
-            False is the letter of the equations.
+            (`nestopt.levels.deep.step_size`), and values that are bounded by what they are made of
+            (`nestopt.levels.deep.own_values`), so that the memories do not diverge. `"layerwise"`: the step that
+            `titans` has by default, with such values; give `delta=0.0` with it, on tokens. False is the letter of the
+            equations.
         bound: of the normalised step, in (0, 2).
         chunk: tokens between new weights of `memory`, on tokens.
         projection_chunk: likewise of the other memories. One of the two must divide the other.

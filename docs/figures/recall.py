@@ -183,8 +183,8 @@ def make(name: str) -> None:
 
 # -- the page on the step ----------------------------------------------------------------------------------------------
 
-STEPS = {"raw, η = 0.1": ("raw", 0.1), "raw, η = 0.5": ("raw", 0.5), "normalized, lr = 1": ("normalized", 1.0)}
-STEPS["layerwise, lr = 1"] = ("layerwise", 1.0)
+NAMED = {"raw, η = 0.5": 0.5, "normalized, lr = 1": 1.0, "layerwise, lr = 1": 1.0}
+STEPS = {name: (name.split(",")[0], lr) for name, lr in NAMED.items()}
 LONG = 1024
 
 

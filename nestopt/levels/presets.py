@@ -125,8 +125,8 @@ class Ttt(AssociativeMemory):
     $$\theta_t = \theta_{t-1} - \eta_t\nabla\ell(\theta_{\mathrm{chunk}}), \qquad y_t = M(q_t; \theta_t)$$
 
     Layers L2-normalise queries and keys for it and learn θ's start. Arguments: `associative_memory`; here `lr` is the
-    layerwise step's η̃, a gate in (0, 1) starting at ½, `chunk` 64, and the memory has no residual. `normalized=False` is
-    the equation's letter, where lr is η itself and small numbers are needed.
+    layerwise step's η̃, a gate in (0, 1) starting at ½, `chunk` is 64, and the memory has no residual.
+    `normalized=False` is the equation's letter, where lr is η itself and small numbers are needed.
     """
 
     qk_norm: ClassVar[bool] = True
@@ -153,9 +153,9 @@ class Titans(Ttt):
     The momentum is its rule, and any level will do in its place:
     `titans(rule=adam(), step_size=0.01, normalized=False)`. With `rule=dgd(of=momentum(...))` it is the write of
     self-modifying Titans (eq. 88). Arguments: `associative_memory`; `lr` is the layerwise step's η̃ (a gate starting at
-    ½), which adds S with 1 - θ; the retention's `keep` is α (0.999), of W1 alone (`forget="outer"`), the rule's `beta` θ
-    (0.1), `chunk` 64, and the memory has no residual. Layers L2-normalise queries and keys for it and learn the memory's
-    start.
+    ½), which adds S with 1 - θ; the retention's `keep` is α (0.999), of W1 alone (`forget="outer"`), the rule's `beta`
+    θ (0.1), `chunk` is 64, and the memory has no residual. Layers L2-normalise queries and keys for it and learn the
+    memory's start.
     """
 
     former_defaults: ClassVar[Mapping[str, Any]] = {

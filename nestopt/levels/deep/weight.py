@@ -121,8 +121,8 @@ class BlockWeight:
         self._applied = x, base, None
 
     def unwritten(self, near: Tensor, at: GateProducts) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what M_{t-1} x_t of the inputs applied last would be `[.., C, out]` if this chunk wrote nothing but the
-        steps that are there; and κ and Γ times x_t · x_s `[.., C, C]`: how much of g_s and w_s it will be less.
+        """Return what M_{t-1} x_t of the inputs applied last would be `[.., C, out]` if this chunk wrote but the steps
+        that are there; and κ and Γ times x_t · x_s `[.., C, C]`: how much of g_s and w_s it will be less.
 
         `near` is x xᵀ `[.., C, C]`, `at` are the gates one token earlier (`GateProducts.before`).
         """

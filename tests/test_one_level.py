@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import nestopt
 from nestopt.core import scan
 from nestopt.levels import momentum, titans
+from nestopt.parts import Mlp
 
 Array = npt.NDArray[np.float64]
 BETA = 0.9
@@ -95,7 +96,7 @@ def test_one_momentum_is_an_optimizer_a_layer_and_a_rule() -> None:
     torch.testing.assert_close(layer(x)[0].detach(), wanted, **exact)
 
     # as the rule of another level: the momentum S inside Titans
-    memory = titans(rule=level, chunk=1, normalized=False)  # the letter of the equation
+    memory = titans(memory=Mlp(), rule=level, chunk=1, normalized=False, forget="all")  # the letter of the equation
     q, k, v = (torch.randn(2, 8, 3, 5, dtype=torch.float64) for _ in range(3))
     k = k / k.norm(dim=-1, keepdim=True)
     eta, alpha = 0.2 * torch.rand(2, 8, 3, dtype=torch.float64), 1 - 0.2 * torch.rand(2, 8, 3, dtype=torch.float64)

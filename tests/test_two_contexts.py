@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -259,6 +260,10 @@ def with_momentum(eta: float, theta: float) -> Step:
     return step
 
 
+LETTER: dict[str, Any] = {"chunk": 1, "normalized": False, "forget": "all"}
+"""The equations of titans as they are printed, with `memory=Mlp()`."""
+
+
 @pytest.mark.parametrize("theta", [0.0, 0.6], ids=["ttt", "titans"])
 def test_deep_momentum_with_their_rules_is(theta: float) -> None:
     """Ttt where its rule is `gd`, titans where it is momentum: the same parts, by the letter of their equations."""
@@ -271,7 +276,7 @@ def test_deep_momentum_with_their_rules_is(theta: float) -> None:
     wanted = learner(q, k, v, start, keep, [with_momentum(0.3, theta) for _ in range(2)])
     learned = {name: weight[None] for name, weight in start.items()}
     close(run(level, q, k, v, learned=learned), wanted)
-    named = (titans if theta else ttt)(chunk=1, normalized=False, **parts)  # type: ignore[arg-type]
+    named = (titans if theta else ttt)(memory=Mlp(), **LETTER, **parts)  # type: ignore[arg-type]
     close(run(named, q, k, v, learned=learned), wanted)
 
 
@@ -320,7 +325,7 @@ def test_cms_on_tokens_is_read_and_not_written() -> None:
 def test_as_the_rule_of_titans(name: str) -> None:
     """Each weight of the memory is moved by what the level makes of its gradients, one a token."""
     rule, by_hand = LEVELS[name]
-    level = titans(rule=rule, lr=0.4, step_size=0.05, retention=Decay(0.9), chunk=1, normalized=False)
+    level = titans(rule=rule, lr=0.4, step_size=0.05, retention=Decay(0.9), memory=Mlp(), **LETTER)
     assert level.rule is rule
     q, k, v = tokens()
     start = start_of(level)
@@ -336,7 +341,7 @@ def test_as_the_rule_of_titans(name: str) -> None:
 def test_deep_momentum_as_the_rule_of_titans() -> None:
     """A network learns the rows of the memory's gradients by descent, and what it answers to them moves the memory."""
     rule = deep_momentum(memory=Mlp(hidden=3, residual=False), rule=nestopt.levels.gd(), retention=Decay(0.95))
-    level = titans(rule=rule, lr=0.4, step_size=0.05, retention=Decay(0.9), chunk=1, normalized=False)
+    level = titans(rule=rule, lr=0.4, step_size=0.05, retention=Decay(0.9), memory=Mlp(), **LETTER)
     q, k, v = tokens()
     given = [x[None, :, None] for x in (q, k, v)]
     state = make_form(level, FormSetting(given[0].device)).init(

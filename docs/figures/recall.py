@@ -23,7 +23,7 @@ from torch.nn.functional import normalize, silu
 
 import nestopt
 from nestopt.core import AssociativeMemory, Gate, bind, gates_of
-from nestopt.core.memories import Window
+from nestopt.core.memories import Mlp, Window
 from nestopt.core.part import Heads
 from nestopt.core.tree import State, tree_map
 from nestopt.levels import dgd, dla, momentum, retnet, titans, ttt, window_attention
@@ -138,7 +138,7 @@ def _of(name: str) -> Callable[[], dict[str, Shown]]:
     return lambda: {name: Shown(nestopt.build("level", name))}
 
 
-RAW: dict[str, Any] = {"normalized": False, "lr": Gate(0.5)}
+RAW: dict[str, Any] = {"normalized": False, "lr": Gate(0.5), "memory": Mlp(), "forget": "all"}
 """The letter of a deep memory's equations, with a step from which these pairs can be learned."""
 
 NAMES = "attention linear_attention gated_linear deltanet gated_deltanet oja omega"
@@ -183,7 +183,8 @@ def make(name: str) -> None:
 
 # -- the page on the step ----------------------------------------------------------------------------------------------
 
-STEPS = {"raw, η = 0.1": ("raw", 0.1), "raw, η = 0.5": ("raw", 0.5), "normalized, lr = 1": ("normalized", 1.0)}
+NAMED = {"raw, η = 0.5": 0.5, "normalized, lr = 1": 1.0, "layerwise, lr = 1": 1.0}
+STEPS = {name: (name.split(",")[0], lr) for name, lr in NAMED.items()}
 LONG = 1024
 
 

@@ -23,7 +23,6 @@ from nestopt.core.memories import Mlp, Window
 from nestopt.core.part import Heads
 from nestopt.core.token_state import PENDING
 from nestopt.core.tree import State, leaves
-from nestopt.levels.deep.scan import BLOCK
 from nestopt.ops import fast_form
 
 MADE = Path(__file__).parents[1] / "tokens" / "made"
@@ -36,18 +35,13 @@ MATRIX_CHUNKS = {"linear_attention": 32, "delta_rule": 32, "oja": 64, "omega": 6
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What costs depend on: D = D_k = D_v, C, h, c, n, how many pairs there are, and m."""
+    """What costs depend on: D = D_k = D_v, C, h, c, and n, how many pairs there are."""
 
     dim: int
     chunk: int
     hidden: int
     window: int
     pairs: int
-
-    @property
-    def chunks(self) -> int:
-        """m, how many chunks of an MLP memory make a block."""
-        return max(BLOCK // self.chunk, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +63,18 @@ OMEGA = Formula(
     lambda s: (4 * s.window + 2) * s.dim**2 + 4 * (s.window + 1) * s.chunk * s.dim,
 )
 MLP = Formula(
-    "$(13 + m)Dh + (5m + 1)C(D + h) + 2h$",
-    lambda s: (13 + s.chunks) * s.dim * s.hidden + (5 * s.chunks + 1) * s.chunk * (s.dim + s.hidden) + 2 * s.hidden,
+    "$18Dh + C(14D + 10h) + 2h$",
+    lambda s: 18 * s.dim * s.hidden + s.chunk * (14 * s.dim + 10 * s.hidden) + 2 * s.hidden,
 )
 MLP_WITH_MOMENTUM = Formula(
-    "$(27 + m - 6/m)Dh + (5m + 1)C(D + h) + 2mC(mC + 1) + 2h$",
-    lambda s: MLP.value(s) + (14 - 6 / s.chunks) * s.dim * s.hidden + 2 * s.chunks * s.chunk * (s.chunks * s.chunk + 1),
+    "$32Dh + C(14D + 10h) + 4C(C + 1) + 2h$",
+    lambda s: MLP.value(s) + 14 * s.dim * s.hidden + 4 * s.chunk * (s.chunk + 1),
 )
+MLP_OF_DOT = Formula(
+    "$28Dh + 6C(D + h) + 4C(C + 1) + 2h$",
+    lambda s: 28 * s.dim * s.hidden + 6 * s.chunk * (s.dim + s.hidden) + 4 * s.chunk * (s.chunk + 1) + 2 * s.hidden,
+)
+"""Of chunks of 64 tokens, which are a block each."""
 FLOPS = {
     "attention": ALL_PAIRS,
     "window_attention": WINDOW,
@@ -88,7 +87,7 @@ FLOPS = {
     "omega": OMEGA,
     "ttt": MLP,
     "titans": MLP_WITH_MOMENTUM,
-    "dla": MLP_WITH_MOMENTUM,
+    "dla": MLP_OF_DOT,
 }
 """Of matrix products, a token and head, by level."""
 
@@ -169,7 +168,7 @@ def cost(name: str, found: Measured) -> str:
     level = preset(name)
     size = size_of(level, DIM, TOKENS)
     if isinstance(level.memory, Mlp):
-        sizes = f"D = {DIM}, h = {size.hidden}, C = {size.chunk}, m = {size.chunks}"
+        sizes = f"D = {DIM}, h = {size.hidden}, C = {size.chunk}"
     elif not isinstance(level.memory, Window):
         sizes += f", C = {size.chunk}"
     if size.window > 1:

@@ -12,7 +12,7 @@ from nestopt.config.schema import (
     TrainConfig,
     ViewConfig,
 )
-from nestopt.config.spec import build, to_spec
+from nestopt.config.spec import as_saved, build, to_spec
 
 __all__ = [
     "Config",
@@ -24,6 +24,7 @@ __all__ = [
     "RestConfig",
     "TrainConfig",
     "ViewConfig",
+    "as_saved",
     "build",
     "load",
     "save",

@@ -11,7 +11,7 @@ from nestopt.config.errors import ConfigError, show
 from nestopt.config.files import nearest_file, write
 from nestopt.config.overrides import apply, rivals
 from nestopt.config.schema import Config
-from nestopt.config.spec import build, to_spec
+from nestopt.config.spec import as_saved, build, to_spec
 from nestopt.config.values import check_size
 from nestopt.core import Level
 
@@ -62,7 +62,8 @@ def load_saved(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> C
     for _, section, key, other, nothing in rivals(data):
         if section.get(other, nothing) != nothing:
             section.pop(key, None)
-    return Config.from_data(apply({} if data is None else data, overrides, complete=_complete), name)
+    with as_saved():
+        return Config.from_data(apply({} if data is None else data, overrides, complete=_complete), name)
 
 
 def save(what: Config | Level, path: str | os.PathLike[str]) -> None:

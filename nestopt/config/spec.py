@@ -11,7 +11,9 @@ import functools
 import numbers
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, overload
 
 from torch import Tensor
@@ -24,6 +26,22 @@ from nestopt.core.registry import KINDS, base_of
 
 Spec = str | dict[str, Any]
 """A part as plain data: a name, or a mapping with the part's kind as first key."""
+
+
+_SAVED: ContextVar[bool] = ContextVar("saved", default=False)
+
+
+@contextmanager
+def as_saved() -> Iterator[None]:
+    """Write and read the specs of saved runs, which mean the same when defaults have changed.
+
+    The first of a part's `former_defaults` is always written, and where it is missing they are what was left out.
+    """
+    token = _SAVED.set(True)
+    try:
+        yield
+    finally:
+        _SAVED.reset(token)
 
 
 # -- from plain data -------------------------------------------------------------------------------------------------
@@ -109,6 +127,10 @@ def _make(cls: type[Part], fields: dict[str, Any], path: str) -> Part:
     ]
     if missing:
         raise ConfigError(f"{_label(cls)} needs {' and '.join(repr(name) for name in missing)}; give a value", path)
+    former = cls.former_defaults
+    if _SAVED.get() and former and next(iter(former)) not in fields:
+        hints = field_hints(cls)
+        fields = {key: _field(hints[key], value, join(path, key)) for key, value in former.items()} | fields
     try:
         return cls(**fields)
     except FieldError as error:
@@ -220,9 +242,10 @@ def _to_spec(part: Part, path: str) -> Spec:
             part,
         )
     spec: dict[str, Any] = {part.kind: name}
+    marker = [*cls.former_defaults][:1]
     for key in field_hints(cls):
         value, default = getattr(part, key), field_default(cls, key)
-        if isinstance(value, Tensor) or value != default:
+        if isinstance(value, Tensor) or value != default or (_SAVED.get() and key in marker):
             spec[key] = _plain(value, join(path, key))
     return name if len(spec) == 1 else spec
 

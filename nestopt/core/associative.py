@@ -22,6 +22,7 @@ from nestopt.core.gates import bind
 from nestopt.core.inputs import INPUTS, LayerInputs, request_of
 from nestopt.core.level import Level
 from nestopt.core.memories import Matrix, Memory, Theta
+from nestopt.core.normalized import check_layerwise, joint_rates, states_after
 from nestopt.core.objectives import Dot, Objective
 from nestopt.core.order import Node
 from nestopt.core.outputs import Output, Plain
@@ -73,11 +74,15 @@ class AssociativeMemory(Level):
             `"chunk"` found it.
         write: on tokens, whether the rule takes a step per `"token"`, or one per `"chunk"`, at its last token, on the
             sum of the chunk's gradients.
-        normalized: multiply lr, in (0, 1], by `bound` · α · (the rule's damping) / (ε + n), so that the chunk's step on
-            its errors never passes `bound`: a memory of weights then does not diverge. Default: lr as it is.
+        normalized: False: lr as it is. `"layerwise"`: lr in (0, 1] is the share of its own error that a token's write
+            takes off, each layer by steps of its own (`nestopt.levels.deep.layerwise`). True: lr, in (0, 1], times
+            `bound` · α · (the rule's damping) / (ε + n), with which the whole chunk's step never passes `bound`
+            (`nestopt.levels.deep.step_size`). Pairs that come together (on gradients, `write="chunk"`) are written as
+            with True in both.
         bound: of the normalised step, in (0, 2).
         fade: whether the retention acts `"with"` the write, whose gradient is of the memory as it was, or `"before"`
             it, as in gated DeltaNet (`chunk` is then 1).
+        forget: which weights of a memory the retention fades, `"all"` or, of several layers, the `"outer"` one alone.
     """
 
     memory: Memory = dataclasses.field(default_factory=Matrix)
@@ -91,9 +96,10 @@ class AssociativeMemory(Level):
     chunk: int = 1
     read: Literal["after", "before", "chunk"] = "after"
     write: Literal["token", "chunk"] = "token"
-    normalized: bool = False
+    normalized: bool | Literal["layerwise"] = False
     bound: float = 1.0
     fade: Literal["with", "before"] = "with"
+    forget: Literal["all", "outer"] = "all"
 
     qk_norm: ClassVar[bool] = False
     """Whether a layer should L2-normalise queries and keys for this level."""
@@ -107,6 +113,8 @@ class AssociativeMemory(Level):
         self.check_choice("read", ("after", "before", "chunk"))
         self.check_choice("write", ("token", "chunk"))
         self.check_choice("fade", ("with", "before"))
+        self.check_choice("forget", ("all", "outer"))
+        self.check_choice("normalized", (False, True, "layerwise"))
         if self.fade == "before" and self.chunk > 1:
             problem = "is not allowed with chunk above 1: a chunk's gradients are of the memory it began with"
             raise FieldError(self.label, "fade", self.fade, problem)
@@ -118,6 +126,8 @@ class AssociativeMemory(Level):
                 f"is not allowed: the memory {self.memory.label} has no weights; give matrix or mlp, or leave it out"
             )
             raise FieldError(self.label, "normalized", self.normalized, problem)
+        if self.normalized == "layerwise":
+            check_layerwise(self)
         if self.appends:
             for key, default in _UNUSED_BY_APPENDING.items():
                 if (value := getattr(self, key)) != default:
@@ -139,35 +149,12 @@ class AssociativeMemory(Level):
 
         return gradient_of(loss)(theta)
 
-    def rates(self, theta: Theta, k: Tensor, lr: Tensor, damping: Tensor, delta: Tensor | None = None) -> Tensor:
-        """Return the normalised step sizes `[n]` of pairs with keys `[n, D_k]`, given lr, α · damping and δ, `[n]`
-        each.
-
-        Of two tokens with a delta decay each, the greater one counts for both. See `nestopt.levels.deep.step_size` for
-        what is computed and why it does not diverge.
-        """
-        layers = self.memory.layers(theta, k)
-        assert layers is not None
-        near: list[Tensor] = [matmul(a, a.mT).abs() for a, _ in layers.values()]
-        felt = [g * j[:, None] * j[None, :] for g, (_, j) in zip(near, layers.values(), strict=True)]
-        close = torch.stack(felt).sum(0)
-        if delta is not None:
-            close = close + torch.maximum(delta[:, None], delta) * torch.stack(near).amax(0)
-        root = torch.diagonal(close).clamp_min(torch.finfo(k.dtype).tiny).sqrt()
-        # of token s (row) in the whole step, by the token t (column) it is felt at
-        shares = root[:, None] * close / root
-        if self.read == "chunk" or self.write == "chunk":
-            n = shares.sum(-1)
-        else:
-            n = shares.tril().sum(-1) * sum(1 / i for i in range(1, self.chunk + 1))
-        return self.bound * lr * damping / (1e-4 + n)
-
     def learn(
         self, theta: Theta, rules: State, surprise: Theta, signal: Signal, shown: Shown | None = None
     ) -> tuple[Theta, State]:
         """One step of the rule on `surprise`, the gradient by parameter, and the retention."""
         new, states = {}, {}
-        kept = theta if self.fade == "before" else {name: self.retention(param) for name, param in theta.items()}
+        kept = theta if self.fade == "before" else self._retained(theta)
         for name, param in theta.items():
             own = signal.on(param).inside(f"rule.{name}")
             if shown is not None:
@@ -175,6 +162,10 @@ class AssociativeMemory(Level):
             direction, states[name] = advance(self.rule, surprise[name], rules[name], own)
             new[name] = kept[name] - self.step_size * direction  # type: ignore[operator]
         return new, states
+
+    def _retained(self, theta: Theta) -> Theta:
+        fades = self.forget == "all" or self.memory.outermost is None
+        return {name: self.retention(w) if fades or name == self.memory.outermost else w for name, w in theta.items()}
 
     def shown(self, theta: Theta, k: Tensor, rate: Tensor) -> Shown | None:
         """Return, for a rule that asks for the weights' inputs, these at θ: keys `[n, D_k]` with their rates `[n]`."""
@@ -225,7 +216,7 @@ class AssociativeMemory(Level):
         appended = self.memory.append(theta, k, v)
         if appended is None:
             if self.fade == "before":
-                theta = {name: self.retention(param) for name, param in theta.items()}
+                theta = self._retained(theta)
             signal.report("inner_loss", lambda: self.objective.loss(self.memory, state["memory"], k, v) / len(v))
             rate = self._rate(theta, k)
             surprise = self.gradient(theta, k, v, rate if self.normalized else None)
@@ -243,7 +234,7 @@ class AssociativeMemory(Level):
             None if number is None else number_like(number, k).expand_as(lr) for number in (self._damping, self._delta)
         )
         assert damping is not None
-        return self.rates(theta, k, lr, damping, delta)
+        return joint_rates(self, theta, k, lr, damping, delta)
 
     @property
     def _damping(self) -> Number:
@@ -279,7 +270,11 @@ class AssociativeMemory(Level):
             return self._answer(appended if self.read == "after" else before, q), {**state, "memory": appended}
         at = before
         if self.fade == "before":
-            at = {name: self.retention(param) for name, param in before.items()}
+            at = self._retained(before)
+        if self.normalized == "layerwise":
+            begun, live = dataclasses.replace(signal, step=signal.step - 1), torch.ones_like(k[:1], dtype=torch.bool)
+            (new,) = states_after(self, k[None], v[None], {}, live, {**state, "memory": at}, begun)
+            return self._answer(new["memory"] if self.read == "after" else before, q), new
         rate = self._rate(at, k[None])
         surprise = self.gradient(at, k, v) if not self.normalized else self.gradient(at, k[None], v[None], rate)
         new = self._written({**state, "memory": at}, surprise, signal, self.shown(at, k[None], rate))
@@ -292,11 +287,16 @@ class AssociativeMemory(Level):
         whole = bind(self, gates)  # its numbers are those of all tokens, [C]
         q, k = (self._features_of(x, gates) for x in (q, k))
         at: Theta = state["memory"]
+        if self.normalized == "layerwise" and self.write == "token":
+            states = states_after(self, k, v, gates, live, state, signal)
+            seen = {"after": states, "before": [state, *states[:-1]], "chunk": [state] * len(k)}[self.read]
+            theta = tree_map(lambda *each: torch.stack(each), *(s["memory"] for s in seen))
+            return vmap(lambda th, q, gates: bind(self, gates)._answer(th, q))(theta, q, dict(gates)), states[-1]
         rate = self._of_tokens(whole.lr, k) * live
         if self.normalized:
             k = k * live[:, None]
             delta = None if whole._delta is None else self._of_tokens(whole._delta, k)
-            rate = self.rates(at, k, rate, self._of_tokens(whole._damping, k), delta)
+            rate = joint_rates(self, at, k, rate, self._of_tokens(whole._damping, k), delta)
         if self.write == "chunk":
             return self._chunk_at_once(q, k, v, rate, gates, live, state, signal)
         each = vmap(lambda k, v, r: self.gradient(at, k[None], v[None], r[None]))(k, v, rate)

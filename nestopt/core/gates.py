@@ -36,15 +36,12 @@ def bind(part: P, values: Mapping[str, Tensor] | None = None) -> P:
     A part without gates is returned as it is.
     """
     gates = gates_of(part)
-    return (
-        with_values(part, {path: (values or {}).get(path, gate.init) for path, gate in gates.items()})
-        if gates
-        else part
-    )
+    numbers = {path: (values or {}).get(path, gate.init) for path, gate in gates.items()}
+    return with_values(part, numbers) if gates else part
 
 
 def with_values(part: P, values: Mapping[str, Any]) -> P:
-    """Return a copy of `part` with other values of its fields and of those of parts within it, by dotted path."""
+    """Return a copy of `part` with these fields, by dotted path, which are not checked."""
     # not dataclasses.replace: what was valid stays valid, and tensors have no value to check; not copy.copy, which
     # torch 2.11 does not compile
     bound = object.__new__(type(part))
@@ -66,9 +63,6 @@ def with_values(part: P, values: Mapping[str, Any]) -> P:
             for path, value in below.items():
                 key, _, rest = path.partition(".")
                 split.setdefault(key, {})[rest] = value
-            setattr(
-                bound,
-                name,
-                {key: with_values(item, split[key]) if key in split else item for key, item in child.items()},
-            )
+            items = {key: with_values(item, split[key]) if key in split else item for key, item in child.items()}
+            setattr(bound, name, items)
     return bound

@@ -31,6 +31,8 @@ class Memory(Part):
     kind: ClassVar[str] = "memory"
     linear: ClassVar[bool] = True
     """Linear in θ: an output then acts on θ (NL eq. 52), else on what is read."""
+    outermost: ClassVar[str | None] = None
+    """The name of the weight whose output is read, of a memory made of weights (`layers`)."""
 
     @abstractmethod
     def start(self, dim_k: int, dim_v: int, like: Tensor) -> Theta:
@@ -101,6 +103,7 @@ class Matrix(Memory):
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"shape"})
+    outermost: ClassVar[str | None] = "m"
 
     def start(self, dim_k: int, dim_v: int, like: Tensor) -> Theta:
         return {"m": like.new_zeros(dim_v, dim_k)}
@@ -148,6 +151,7 @@ class Mlp(Memory):
 
     requires: ClassVar[frozenset[str]] = frozenset({"shape"})
     linear: ClassVar[bool] = False
+    outermost: ClassVar[str | None] = "W1"
 
     hidden: int | None = None
     depth: int = 2

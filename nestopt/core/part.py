@@ -173,6 +173,9 @@ class Part(metaclass=_PartType):
     kind: ClassVar[str] = "part"
     field_names: ClassVar[tuple[str, ...]] = ()
     """The names of this part's fields."""
+    former_defaults: ClassVar[Mapping[str, Any]] = {}
+    """What fields were by default, as a spec has them, when saved runs did not name the first of these, which they now
+    always do (`nestopt.config.as_saved`)."""
     _attributes: ClassVar[tuple[str, ...]]
     requires: ClassVar[frozenset[str]] = frozenset()
     """What this part must be shown to be itself: `"shape"` (whole tensors in their true shape, never a flat slice of

@@ -322,8 +322,8 @@ def fitted(
         elif not shape.optional:
             raise ValueError(f"{owner}: {path}[{key!r}] is missing. Is it the state of another layer?")
         leaf = found.get(key)
-        if isinstance(leaf, Tensor) and torch.is_grad_enabled() and leaf.is_inference():
-            found[key] = leaf.clone()  # which autograd can save
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and isinstance(leaf, Tensor):
+            found[key] = leaf.clone() if leaf.is_inference() else leaf  # autograd can save no tensor of inference
     return found
 
 

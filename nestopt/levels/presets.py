@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from nestopt.core.associative import AssociativeMemory
 from nestopt.core.level import Level
@@ -124,17 +125,24 @@ class Ttt(AssociativeMemory):
     $$\theta_t = \theta_{t-1} - \eta_t\nabla\ell(\theta_{\mathrm{chunk}}), \qquad y_t = M(q_t; \theta_t)$$
 
     Layers L2-normalise queries and keys for it and learn θ's start. Arguments: `associative_memory`; here `lr` is the
-    normalised step's η̃, a gate in (0, 1) starting at ½, and `chunk` 16. `normalized=False` is the equation's letter,
-    where lr is η itself and small numbers are needed.
+    layerwise step's η̃, a gate in (0, 1) starting at ½, `chunk` is 64, and the memory has no residual.
+    `normalized=False` is the equation's letter, where lr is η itself and small numbers are needed.
     """
 
     qk_norm: ClassVar[bool] = True
 
-    memory: Memory = dataclasses.field(default_factory=Mlp)
+    former_defaults: ClassVar[Mapping[str, Any]] = {
+        "forget": "all",
+        "memory": "mlp",
+        "chunk": 16,
+        "normalized": True,
+    }
+
+    memory: Memory = dataclasses.field(default_factory=lambda: Mlp(residual=False))
     objective: Objective = dataclasses.field(default_factory=L2)
     lr: Number = Gate(0.5)
-    chunk: int = 16
-    normalized: bool = True
+    chunk: int = 64
+    normalized: bool | Literal["layerwise"] = "layerwise"
 
 
 class Titans(Ttt):
@@ -144,13 +152,21 @@ class Titans(Ttt):
 
     The momentum is its rule, and any level will do in its place:
     `titans(rule=adam(), step_size=0.01, normalized=False)`. With `rule=dgd(of=momentum(...))` it is the write of
-    self-modifying Titans (eq. 88). Arguments: `associative_memory`; `lr` is the normalised step's η̃ (a gate starting at
-    ½), the retention's `keep` is α (0.99), the rule's `beta` θ (½), and `chunk` 16; `read="chunk"` is faster, and steps
-    further. Layers L2-normalise queries and keys for it and learn the memory's start.
+    self-modifying Titans (eq. 88). Arguments: `associative_memory`; `lr` is the layerwise step's η̃ (a gate starting at
+    ½), which adds S with 1 - θ; the retention's `keep` is α (0.999), of W1 alone (`forget="outer"`), the rule's `beta`
+    θ (0.1), `chunk` is 64, and the memory has no residual. Layers L2-normalise queries and keys for it and learn the
+    memory's start.
     """
 
-    rule: Level = dataclasses.field(default_factory=lambda: Momentum(Gate(0.5)))
-    retention: Retention = dataclasses.field(default_factory=lambda: Decay(Gate(0.99)))
+    former_defaults: ClassVar[Mapping[str, Any]] = {
+        **Ttt.former_defaults,
+        "rule": {"level": "momentum", "beta": {"gate": 0.5}},
+        "retention": {"retention": "decay", "keep": {"gate": 0.99}},
+    }
+
+    rule: Level = dataclasses.field(default_factory=lambda: Momentum(Gate(0.1)))
+    retention: Retention = dataclasses.field(default_factory=lambda: Decay(Gate(0.999)))
+    forget: Literal["all", "outer"] = "outer"
 
 
 class Dla(Titans):

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, Pret
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
 
-from nestopt.config import ModelConfig
+from nestopt.config import ModelConfig, as_saved
 from nestopt.core.token_state import index
 from nestopt.core.tree import State
 from nestopt.models.build import build_model
@@ -38,9 +38,15 @@ class HopeConfig(PretrainedConfig):
         section = ModelConfig(**(model or {}))
         own = {"vocab_size", "tie_word_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads"}
         super().__init__(**{key: value for key, value in options.items() if key not in own})
-        self.model = section.model_dump()
+        with as_saved():
+            self.model = section.model_dump()
         self.vocab_size, self.tie_word_embeddings = section.vocab, section.tie
         self.hidden_size, self.num_hidden_layers, self.num_attention_heads = section.dim, section.blocks, section.heads
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        with as_saved():
+            return super().from_dict(config_dict, **kwargs)
 
     def section(self) -> ModelConfig:
         """Return the section `model` of a configuration."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nestopt import models
-from nestopt.config import Config, ConfigError, ModelConfig, save
+from nestopt.config import Config, ConfigError, ModelConfig, as_saved, save
 from nestopt.levels.continuum.level import Auto, Cms, level_names
 from nestopt.models import HopeLM
 from nestopt.nn.hope import Learn
@@ -201,7 +201,8 @@ def tune(run: Run, *, out: Path | None = None, tuning: int = TUNING, quiet: bool
     if out is not None:
         mlp = dataclasses.replace(best, rate=at.rate)
         out.mkdir(parents=True)
-        save(config.model_copy(update={"model": config.model.model_copy(update={"mlp": mlp})}), out / "config.yaml")
+        with as_saved():
+            save(config.model_copy(update={"model": config.model.model_copy(update={"mlp": mlp})}), out / "config.yaml")
         Run(out).save_model(dict(model.state_dict()), {"tuned": str(run.path)})
         said.append(f"in {out}: config.yaml, model.safetensors")
     return "\n".join(said)

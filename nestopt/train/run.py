@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nestopt import models
-from nestopt.config import Config, ConfigError, save
+from nestopt.config import Config, ConfigError, as_saved, save
 from nestopt.config.load import load_saved
 from nestopt.core.part import nearest
 from nestopt.core.precision import Precision, refusal
@@ -47,7 +47,8 @@ class Run:
             except FileExistsError:  # another run began in the meantime
                 number += 1
                 continue
-            save(config, path / "config.yaml")
+            with as_saved():
+                save(config, path / "config.yaml")
             return cls(path)
 
     @classmethod

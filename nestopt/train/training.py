@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestopt.config import Config, save
+from nestopt.config import Config, as_saved, save
 from nestopt.core.device import upload
 from nestopt.nn.hope import Learn
 from nestopt.optim import optimizer as make_optimizer
@@ -342,7 +342,8 @@ class Training:
         if self.engine.rank == 0:
             base, now = self.run.config(), self.config
             settings = base.train.model_copy(update={"seed": now.train.seed})
-            save(base.model_copy(update={"data": now.data, "train": settings}), self.run.config_file)
+            with as_saved():
+                save(base.model_copy(update={"data": now.data, "train": settings}), self.run.config_file)
         self.saved = -1
         self._save()
 

@@ -127,7 +127,7 @@ def test_short_forms_open_where_a_key_is_set(stack: Any, override: str, expected
 
 def test_what_is_not_written_starts_from_its_default() -> None:
     titans = load({"level": "titans"}, ["memory.hidden=7", "rule.beta=0.1", "retention.keep=0.5"])
-    assert titans.memory == build("memory", {"memory": "mlp", "hidden": 7})
+    assert titans.memory == build("memory", {"memory": "mlp", "residual": False, "hidden": 7})
     assert (titans.rule, titans.retention.keep) == (L.momentum(0.1), 0.5)
 
     config = load(

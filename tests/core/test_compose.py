@@ -219,5 +219,5 @@ def test_a_number_of_a_level_may_be_called_damping():
         def step(self, grad, state, signal):
             return grad * self.damping, state
 
-    assert Damped().field_names == ("period", "damping")
+    assert Damped().field_names == ("period", "clock", "damping")
     assert Damped().steady_gain == 1.0

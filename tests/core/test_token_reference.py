@@ -113,7 +113,7 @@ def test_titans_and_ttt(qkv):
     eta, zero, one = 0.3 * eta, torch.zeros_like(eta), torch.ones_like(eta)
     learned = start_of(titans())
     assert set(gates_of(titans())) == {"lr", "retention.keep", "rule.beta"}
-    letter = {"chunk": 1, "normalized": False}
+    letter = {"memory": Mlp(), "chunk": 1, "normalized": False, "forget": "all"}
     gates = {"lr": eta, "retention.keep": alpha, "rule.beta": theta}
     y, _ = scan(titans(**letter), *qkv, gates=gates, learned=learned)
     same(y, mlp_loop(*qkv, learned, eta, alpha, theta))

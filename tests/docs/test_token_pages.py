@@ -120,7 +120,7 @@ def test_the_table_says_what_levels_are(table: dict[str, Any]) -> None:
     costs = table["cost_row"]("deltanet", level, table["measure"](level, 16, 128))
     wanted = ["[`deltanet`](deltanet.md)", "1", "256", f"{6 * 16**2 + 8 * 32 * 16:,}"]
     assert [cell.strip() for cell in costs.split("|")[1:-1]] == wanted
-    costs = table["cost"]("titans", table["Measured"](5.0, 6, 15 * (2 * 64 + 4), 0))
+    costs = table["cost"]("titans", table["Measured"](5.0, 6, 63 * (2 * 64 + 4), 0))
     assert "$(C - 1)(2D + 4)$" in costs
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
 from nestopt.config import ConfigError  # noqa: E402  # not before it is known that transformers is there
+from nestopt.levels import titans  # noqa: E402
 from nestopt.models.hf import HopeCache, HopeConfig, HopeForCausalLM  # noqa: E402
 from nestopt.nn import detach  # noqa: E402
 
@@ -233,3 +234,16 @@ def test_the_precision_of_products_is_kept(tmp_path: Path) -> None:
     torch.testing.assert_close(again(some()).logits, model(some()).logits, rtol=0, atol=0)
     with pytest.raises(ConfigError, match="precision: 'half' is not allowed; give"):
         make("hope", precision="half")
+
+
+def test_a_config_saved_under_other_defaults_keeps_them(tmp_path):
+    config = HopeConfig({**SMALL, "mixer": "titans"})
+    config.save_pretrained(tmp_path)
+    again = HopeConfig.from_pretrained(tmp_path)
+    assert again.section().mixer == config.section().mixer == titans()
+    file = tmp_path / "config.json"
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    kept["model"]["mixer"] = "titans"  # as it was written before
+    file.write_text(json.dumps(kept), encoding="utf-8")
+    mixer = HopeConfig.from_pretrained(tmp_path).section().mixer
+    assert (mixer.normalized, mixer.forget, mixer.memory.residual, mixer.chunk) == (True, "all", True, 16)

@@ -135,7 +135,7 @@ def test_says_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"one row; x has the shape \[2, 5, 8\]"):
         module(x, cu_seqlens=[0, 5])
     for wrong in ([0, 4], [0, 2, 2, 5], [1, 5], [0]):
-        with pytest.raises(ValueError, match=r"rising numbers from 0 to the 5 tokens"):
+        with pytest.raises(ValueError, match=r"rising whole numbers from 0 to the 5 tokens"):
             module(x[:1], cu_seqlens=wrong)
     with pytest.raises(ValueError, match="cu_seqlens and mask are both given"):
         module(x[:1], cu_seqlens=[0, 5], mask=torch.ones(1, 5, dtype=torch.bool))

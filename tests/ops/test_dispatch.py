@@ -102,7 +102,27 @@ DEEP = {
     "self-modifying write, read after": titans(rule=dgd(momentum(0.5), delta=0.5), chunk=4),
     "self-modifying write without momentum": titans(rule=dgd(), chunk=4, retention=Keep()),
 }
+LAYERWISE = {"normalized": "layerwise", "chunk": 4}
+DEEP |= {
+    "layerwise": ttt(**LAYERWISE),
+    "layerwise, token by token": titans(normalized="layerwise", chunk=1, read="before"),
+    "layerwise titans": titans(**LAYERWISE, forget="outer"),
+    "layerwise, chunks": titans(**LAYERWISE, read="chunk", bound=1.5),
+    "titans that forget in W1 alone": titans(chunk=4, forget="outer", rule=dgd(momentum(Gate(0.5)))),
+    "layerwise, without momentum": titans(**LAYERWISE, rule=gd(), step_size=0.5),
+    "layerwise, three layers": titans(**LAYERWISE, memory=Mlp(depth=3, hidden=5, activation="gelu")),
+    "layerwise, normalised reads": titans(**LAYERWISE, memory=Mlp(activation="tanh", norm=True), features=Elu()),
+    "layerwise dla": dla(**LAYERWISE, rule=dgd(momentum(Gate(0.5)), delta=0.5)),
+    "layerwise huber": titans(**LAYERWISE, objective=Huber(0.1)),
+    "layerwise lp": ttt(**LAYERWISE, objective=Lp(2.5)),
+    "layerwise self-modifying write": titans(**LAYERWISE, rule=dgd(momentum(Gate(0.5))), read="chunk"),
+    "a matrix, layerwise": deltanet(**LAYERWISE, retention=Decay(Gate(0.8))),
+    "a matrix, layerwise, token by token": deltanet(normalized="layerwise"),
+}
 SELF = {
+    "self-modifying, layerwise": self_modifying(
+        normalized="layerwise", chunk=2, projection_chunk=4, momentum=Gate(0.5)
+    ),
     "self-modifying": self_modifying(chunk=2, projection_chunk=4),
     "self-modifying, longer chunks of the memory": self_modifying(chunk=4, projection_chunk=2, momentum=Gate(0.5)),
     "self-modifying, token by token": self_modifying(chunk=1, projection_chunk=1, delta=0.5),
@@ -123,6 +143,7 @@ GENERIC = {
     "attention before": attention(read="before"),
     "titans by adam": titans(rule=adam(), step_size=0.05, normalized=False, chunk=3),
     "titans by a chain": titans(rule=chain(momentum(0.5), adam()), step_size=0.05, chunk=1),
+    "titans by adam, layerwise": titans(rule=adam(), step_size=0.05, normalized="layerwise", chunk=3),
     "deep omega": omega(memory=Mlp()),
     "dgd solved exactly": deltanet(rule=dgd(solver="exact")),
 }

@@ -18,6 +18,7 @@ from nestopt.levels.deep.mlp import Read, Settings
 from nestopt.levels.deep.scan import WeightState, scan_chunks
 
 OBJECTIVES = {"l2": L2(), "dot": Dot()}
+STEPS = Literal["normalized", "raw", "layerwise"]
 
 __all__ = ["Settings", "check_weights", "deep_memory", "scan_chunks"]
 
@@ -33,8 +34,9 @@ def deep_memory(
     momentum: float | Tensor | None = None,
     delta: float = 0.0,
     objective: Literal["l2", "dot"] = "l2",
-    step: Literal["normalized", "raw"] = "normalized",
+    step: STEPS = "normalized",
     bound: float = 1.0,
+    forget: Literal["all", "outer"] = "all",
     read: Read = "after",
     activation: str = "silu",
     residual: bool = True,
@@ -62,15 +64,18 @@ def deep_memory(
         v: `[B, T, H, D_v]`; D_v = D_k where there is a residual.
         weights: W1 `[.., D_v, hidden]`, …, W_L `[.., hidden, D_k]` at the start, the outermost first: `[out, in]` for
             all heads, `[H, out, in]`, or `[B, H, out, in]`. One weight is a matrix memory (give `residual=False`).
-        lr: η̃ in (0, 1] of the normalised step; η >= 0 of the raw one. A number, `[H]` or `[B, T, H]`, as all gates.
+        lr: η̃ in (0, 1] of the normalised steps; η >= 0 of the raw one. A number, `[H]` or `[B, T, H]`, as all gates.
         decay: α in [0, 1]; None keeps all.
         momentum: θ in [0, 1); None is none: S is the gradient, and there is no state for it.
         delta: δ, 0 for none and 1 for delta gradient descent (eq. 57, 88), by each layer's own input.
         objective: `"l2"`, ½‖M(k) - v‖², or `"dot"`, -⟨M(k), v⟩.
-        step: `"normalized"`: η = η̃ · bound · α (1 - θ) / (ε + n), which does not diverge;
-            `nestopt.levels.deep.step_size` says what n is, why, and where that ends. `"raw"`: η as it is given, the
-            letter of the equations.
-        bound: of the chunk's whole step along any direction, in (0, 2): up to 1 it never overshoots.
+        step: `"layerwise"`: η̃ is the share of its own error that a token's write takes off, and 1 - θ stands where S
+            is added (`nestopt.levels.deep.layerwise`). `"normalized"`: η = η̃ · bound · α (1 - θ) / (ε + n), which does
+            not diverge; `nestopt.levels.deep.step_size` says what n is, why, and where that ends. `"raw"`: η as it is
+            given, the letter of the equations.
+        bound: of a token's step with `"layerwise"`, of the chunk's whole step along any direction with `"normalized"`;
+            in (0, 2): up to 1 it never overshoots.
+        forget: which weights α fades, `"all"` or W1, the `"outer"` one, alone.
         read: whether a token reads the memory `"after"` its own write, `"before"` it, or as its `"chunk"` found it,
             which is the fastest.
         activation: σ, one of silu, gelu, relu, tanh, identity.
@@ -101,9 +106,10 @@ def deep_memory(
     settings = Settings(
         form=mlp.Form(activation, residual, norm),
         delta=float(delta),
-        error=OBJECTIVES[objective].error,
+        objective=OBJECTIVES[objective],
         step=step,
         bound=bound,
+        forget=forget,
         read=read,
         chunk=chunk,
         checkpoint=checkpoint,
@@ -122,7 +128,7 @@ def deep_memory(
 
 
 def _check_gates(lr: float | Tensor, decay: float | Tensor | None, momentum: float | Tensor | None, step: str) -> None:
-    normalized = step == "normalized"
+    normalized = step != "raw"
     check_range("lr", lr, 0.0, 1.0 if normalized else float("inf"), closed="[]" if normalized else "[)")
     if decay is not None:
         check_range("decay", decay, 0.0, 1.0)

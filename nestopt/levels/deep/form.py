@@ -21,7 +21,7 @@ from nestopt.core.token_form import Accepted, FormSetting, Refused, TokenForm
 from nestopt.core.token_state import PENDING
 from nestopt.core.tree import State, leaves, nested, tree_map
 from nestopt.levels.closed_form import LinearRule, linear_rule, refusal, refusal_of_writes
-from nestopt.levels.deep.mlp import Form, Settings
+from nestopt.levels.deep.mlp import Form, Settings, step_of
 from nestopt.levels.deep.scan import WeightState, scan_chunks, write_open
 
 
@@ -129,9 +129,10 @@ def settings_of(level: AssociativeMemory, rule: LinearRule, checkpoint: int) -> 
     return Settings(
         form=form,
         delta=rule.delta,
-        error=level.objective.error,
-        step="normalized" if level.normalized else "raw",
+        objective=level.objective,
+        step=step_of(level.normalized),
         bound=level.bound,
+        forget=level.forget,
         read=level.read,
         chunk=level.chunk,
         checkpoint=checkpoint,

@@ -1,8 +1,9 @@
 r"""What the gates of a run of tokens come to, for a memory with momentum.
 
-Of $S_t = \theta_t S_{t-1} + g_t$ and $M_t = \alpha_t M_{t-1} - S_t$ it is
+Of $S_t = \theta_t S_{t-1} + g_t$ and $M_t = \alpha_t M_{t-1} - \mu_t S_t$ it is
 $M_t = \gamma_t M_0 - c_t S_0 - \sum_{s\le t}\kappa_{ts} g_s$, with Γ, Θ the products of α and θ
-(`nestopt.kernels.products`), γ and ϑ those from the start, κ = Γ Θ and $c_t = \sum_s \Gamma_{ts}\vartheta_s$.
+(`nestopt.kernels.products`), γ and ϑ those from the start, $\kappa = \Gamma\,\mathrm{diag}(\mu)\,\Theta$ and
+$c_t = \sum_s \Gamma_{ts}\mu_s\vartheta_s$. μ is 1, or, where S is to be an average, 1 - θ.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ class GateProducts:
     diagonal: int = 0
 
     @staticmethod
-    def of(decay: Tensor | None, momentum: Tensor | None, live: Tensor) -> GateProducts:
-        """Compute them from α, θ `[.., n]`, 1 at tokens that are not `live` `[.., n]`, where S is not added to M."""
+    def of(decay: Tensor | None, momentum: Tensor | None, added: Tensor) -> GateProducts:
+        """Compute them from α, θ `[.., n]`, 1 at tokens that are not live, and μ `[.., n]`, 0 there."""
         gamma = Gamma = c = kappa = theta = Theta = None
         if decay is not None:
             Gamma, gamma = _products(decay)
         if momentum is not None:
             Theta, theta = _products(momentum)
-            size = live.shape[-1]
+            size = added.shape[-1]
             every = torch.ones(size, size, dtype=Theta.dtype, device=Theta.device).tril() if Gamma is None else Gamma
-            added = every * live[..., None, :]
-            c = (added @ theta[..., None])[..., 0]
-            kappa = added @ Theta
+            shares = every * added[..., None, :]
+            c = (shares @ theta[..., None])[..., 0]
+            kappa = shares @ Theta
         return GateProducts(gamma, Gamma, c, kappa, theta, Theta)
 
     def unbind(self, dim: int, count: int) -> list[GateProducts]:

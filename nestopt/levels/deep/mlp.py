@@ -1,4 +1,4 @@
-"""An MLP memory by hand: its read, and the write of one chunk, layer by layer and without copies per token."""
+"""An MLP memory by hand, layer by layer: its read, its gradients, and what of a chunk these are taken from."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nestopt.core.objectives import L2, Dot, Objective
 from nestopt.core.token_batch import check_choice, check_whole
 from nestopt.levels.deep.gate_products import GateProducts
-from nestopt.levels.deep.own_values import bounded
-from nestopt.levels.deep.step_size import step_sizes
 from nestopt.levels.deep.weight import BlockWeight
 
 Read = Literal["after", "before", "chunk"]
@@ -31,25 +30,33 @@ class Form:
     norm: bool = False
 
 
+def step_of(normalized: bool | str) -> str:
+    """Return the step of a level's field `normalized`."""
+    return normalized if isinstance(normalized, str) else "normalized" if normalized else "raw"
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The arguments of `nestopt.ops.deep_memory` that are no tensors, checked."""
 
     form: Form
     delta: float
-    error: Callable[[Tensor, Tensor], Tensor | None]
-    """The gradient of the objective with respect to the read, from read and value."""
+    objective: Objective
+    """One of the read alone whose gradient is written down."""
     step: str
     bound: float
     read: Read
     chunk: int
     checkpoint: int
+    forget: Literal["all", "outer"] = "all"
+    """Which weights α fades."""
     own_values: bool = False
     """Of a memory that is read as its `"chunk"` found it: what is written under a key is M(v), the memory's own."""
 
     def __post_init__(self) -> None:
-        check_choice("step", self.step, ("normalized", "raw"))
+        check_choice("step", self.step, ("normalized", "raw", "layerwise"))
         check_choice("read", self.read, ("after", "before", "chunk"))
+        check_choice("forget", self.forget, ("all", "outer"))
         check_choice("activation", self.form.activation, tuple(ACTIVATIONS))
         check_whole("chunk", self.chunk, 1)
         check_whole("checkpoint", self.checkpoint, 0)
@@ -57,6 +64,27 @@ class Settings:
             raise ValueError(f"bound={self.bound!r} is not allowed; give a number above 0 and below 2")
         if not 0 <= self.delta < math.inf:
             raise ValueError(f"delta={self.delta!r} is not allowed; give a finite number, 0 or more")
+
+    def error(self, y: Tensor, v: Tensor) -> Tensor:
+        """∂ℓ/∂y of reads and values `[.., D_v]`."""
+        found = self.objective.error(y, v)
+        assert found is not None
+        return found
+
+    @property
+    def slope(self) -> float | None:
+        """∂error/∂y where that is one number."""
+        return {L2: 1.0, Dot: 0.0}.get(type(self.objective))
+
+    @property
+    def needs_before(self) -> bool:
+        """Whether writes ask for the gates one token earlier."""
+        return self.delta > 0 or self.step == "layerwise"
+
+    @property
+    def averages(self) -> bool:
+        """Whether 1 - θ stands where S is added to the weights, and not where gradients are added to S."""
+        return self.step == "layerwise"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,74 +105,40 @@ class Linearised:
 
 
 @dataclasses.dataclass(frozen=True)
+class ChunkGates:
+    """What the gates of a block come to, for the weights that they act on.
+
+    Attributes:
+        now: at each token of the chunk; None if no read asks.
+        before: one token earlier; None if neither a read, a delta decay nor the layerwise step asks.
+        last: at the chunk's last token.
+    """
+
+    now: GateProducts | None
+    before: GateProducts | None
+    last: GateProducts
+
+
+@dataclasses.dataclass(frozen=True)
 class Chunk:
-    """The tokens of a chunk `[B, H, C, ..]`, and what the gates of its block come to.
+    """The tokens of a chunk `[B, H, C, ..]`.
 
     Attributes:
         k, v, lr: of the tokens.
-        damping: α (1 - θ), by which the normalised step is shortened.
-        now: at each token; None if no read asks.
-        before: one token earlier; None if neither a read nor a delta decay asks.
-        last: at the chunk's last token.
+        damping: α (1 - θ), by which the normalised step is shortened; α of the layerwise one.
+        outer, inner: the gates of W1, and of the others.
     """
 
     k: Tensor
     v: Tensor
     lr: Tensor
     damping: Tensor
-    now: GateProducts | None
-    before: GateProducts | None
-    last: GateProducts
+    outer: ChunkGates
+    inner: ChunkGates
 
-
-# -- a chunk -----------------------------------------------------------------------------------------------------------
-
-
-def step(weights: Weights, q: Tensor, tokens: Chunk, settings: Settings) -> Tensor:
-    """Read and write one chunk: `[B, H, C, D_v]`."""
-    if settings.read == "chunk":
-        asked = torch.cat([q, tokens.v], dim=-2) if settings.own_values else q
-        y, at = read_and_linearise(weights, asked, tokens.k, settings.form)
-        v = tokens.v
-        if settings.own_values:
-            y, v = y.split([q.shape[-2], v.shape[-2]], dim=-2)
-            if settings.step == "normalized":
-                v = bounded(v, tokens.v)
-        write(weights, at, v, tokens, settings)
-        return y
-    write(weights, linearise(weights, tokens.k, settings.form), tokens.v, tokens, settings)
-    # each token reads the weights as they are by then
-    gates, x = tokens.before if settings.read == "before" else tokens.now, q
-    assert gates is not None
-    for i in range(len(weights) - 1, -1, -1):
-        x = weights[i].read(x, gates)
-        if i:
-            x = ACTIVATIONS[settings.form.activation][0](x)
-    return finish(x, q, settings.form)
-
-
-def write(weights: Weights, at: Linearised, v: Tensor, tokens: Chunk, settings: Settings) -> None:
-    """Write values v `[B, H, C, D_v]` under the keys of `tokens`, that the memory was linearised at."""
-    wrong = settings.error(at.y, v)
-    assert wrong is not None
-    found, lr = errors(weights, at, wrong, settings.form), tokens.lr
-    near: Sequence[Tensor | None] = [None] * len(weights)
-    if settings.step == "normalized" or settings.delta:
-        near = [weights[0].product(a, a.mT) for a in at.inputs]
-    if settings.step == "normalized":
-        lr = step_sizes(
-            lr,
-            tokens.damping,
-            [product for product in near if product is not None],
-            sensitivities(weights, at, settings.form),
-            delta=settings.delta,
-            bound=settings.bound,
-            read=settings.read,
-            chunk=settings.chunk,
-        )
-    strength = settings.delta * lr if settings.delta else None
-    for weight, error, products in zip(weights, found, near, strict=True):
-        weight.write(lr[..., None] * error, strength, products, tokens.before)
+    def gates(self, i: int) -> ChunkGates:
+        """Return those of the weight W_{i + 1}."""
+        return self.inner if i else self.outer
 
 
 # -- layer by layer ----------------------------------------------------------------------------------------------------
@@ -198,13 +192,18 @@ def read_and_linearise(weights: Weights, q: Tensor, k: Tensor, form: Form) -> tu
 def errors(weights: Weights, at: Linearised, error: Tensor, form: Form) -> list[Tensor]:
     """∂ℓ/∂(output of each weight) `[.., C, out]` from `error` = ∂ℓ/∂y: backpropagation."""
     if form.norm:
-        scale = inverse_rms(at.output)
-        unit = at.output * scale
-        error = scale * (error - unit * (error * unit).mean(-1, keepdim=True))
+        error, _ = through_norm(error, at.output)
     found = [error]
     for weight, slope in zip(weights, at.slopes, strict=False):
         found.append(weight.pull(found[-1]) * slope)
     return found
+
+
+def through_norm(error: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ∂ℓ/∂(output) of ∂ℓ/∂(output over its root mean square), and the inverse of that `[.., 1]`."""
+    scale = inverse_rms(output)
+    unit = output * scale
+    return scale * (error - unit * (error * unit).mean(-1, keepdim=True)), scale
 
 
 def sensitivities(weights: Weights, at: Linearised, form: Form) -> list[Tensor | None]:

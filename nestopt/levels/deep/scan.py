@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,9 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 from nestopt.core.precision import current, product, products_in
 from nestopt.core.tree import State
+from nestopt.levels.deep.chunk import step, write
 from nestopt.levels.deep.gate_products import GateProducts
-from nestopt.levels.deep.mlp import Chunk, Settings, linearise, read, step, write
+from nestopt.levels.deep.mlp import Chunk, ChunkGates, Settings, linearise, read
 from nestopt.levels.deep.weight import BlockWeight
+
+T = TypeVar("T")
 
 WeightState = tuple[list[Tensor], list[Tensor] | None]
 """The weights and their momenta `[B, H, out, in]`, W1 first; None where there is no momentum."""
@@ -116,28 +120,46 @@ def _even_blocks(held: Mapping[str, Tensor], size: int, settings: Settings) -> l
     """Return tokens in blocks of `size`, a multiple of the chunk, or less than one."""
     blocks, chunk = {name: x.unflatten(2, (-1, size)) for name, x in held.items()}, min(settings.chunk, size)
     count = blocks["k"].shape[2]
-    gates = GateProducts.of(blocks.get("decay"), blocks.get("momentum"), blocks["live"])
-    asked = settings.delta > 0 or settings.read == "before"
-    earlier = gates.before().unbind(2, count) if asked else [None] * count
-    tokens = (*(blocks[name] for name in ("k", "v", "lr")), damping(blocks))
+    tokens = (*(blocks[name] for name in ("k", "v", "lr")), damping(blocks, settings))
     columns = [[block.split(chunk, dim=2) for block in x.unbind(2)] for x in tokens]
+    outer, inner = both_gates(blocks, settings, lambda gates: _in_chunks(gates, count, size, settings))
+    found: list[Block] = [[] for _ in range(count)]
+    for block, *parts, own, others in zip(found, *columns, outer, inner, strict=True):
+        for k, v, lr, damped, *gates in zip(*parts, own, others, strict=True):
+            block.append(Chunk(k, v, lr, damped, *gates))
+    return found
+
+
+def _in_chunks(gates: GateProducts, count: int, size: int, settings: Settings) -> list[list[ChunkGates]]:
+    """Return, of each of `count` blocks of `size` tokens, what `gates` come to in its chunks."""
+    asked, chunk = settings.needs_before or settings.read == "before", min(settings.chunk, size)
+    earlier = gates.before().unbind(2, count) if asked else [None] * count
     found = []
-    for at, then, *parts in zip(gates.unbind(2, count), earlier, *columns, strict=True):
+    for at, then in zip(gates.unbind(2, count), earlier, strict=True):
         block = []
-        for i, (k, v, lr, damped) in enumerate(zip(*parts, strict=True)):
-            first, end = i * chunk, (i + 1) * chunk
+        for first in range(0, size, chunk):
+            end = first + chunk
             now = at.rows(first, end) if settings.read == "after" else None
             before = None if then is None else then.rows(first, end)
             last = now if now is not None and chunk == 1 else at.rows(end - 1, end)  # of one token they are the same
-            block.append(Chunk(k, v, lr, damped, now, before, last))
+            block.append(ChunkGates(now, before, last))
         found.append(block)
     return found
 
 
-def damping(held: Mapping[str, Tensor]) -> Tensor:
-    """α (1 - θ): by what the normalised step is shortened."""
+def both_gates(held: Mapping[str, Tensor], settings: Settings, cut: Callable[[GateProducts], T]) -> tuple[T, T]:
+    """Return what the gates of tokens `[.., n]` come to for W1 and for the other weights, `cut` into chunks."""
+    momentum = held.get("momentum")
+    added = held["live"] if momentum is None or not settings.averages else 1 - momentum  # θ is 1 where it is not live
+    outer = cut(GateProducts.of(held.get("decay"), momentum, added))
+    same = settings.forget == "all" or "decay" not in held
+    return outer, outer if same else cut(GateProducts.of(None, momentum, added))
+
+
+def damping(held: Mapping[str, Tensor], settings: Settings) -> Tensor:
+    """α (1 - θ), or, of the layerwise step, α: by what it is shortened."""
     share = held["decay"] if "decay" in held else torch.ones_like(held["lr"])
-    return share * (1 - held["momentum"]) if "momentum" in held else share
+    return share * (1 - held["momentum"]) if "momentum" in held and not settings.averages else share
 
 
 def _through(
@@ -149,10 +171,10 @@ def _through(
         weights = block_weights(now)
         for i, tokens in enumerate(block):
             if i:
-                for weight in weights:
-                    weight.close(block[i - 1].last)
+                for j, weight in enumerate(weights):
+                    weight.close(block[i - 1].gates(j).last)
             answers.append(step(weights, next(queries), tokens, settings))
-        now = weights_after(weights, block[-1].last)
+        now = weights_after(weights, block[-1])
     return torch.cat(answers, dim=2) if len(answers) > 1 else answers[0], now
 
 
@@ -163,9 +185,9 @@ def block_weights(now: WeightState) -> list[BlockWeight]:
     return [BlockWeight(weight, momentum, multiply) for weight, momentum in zip(now[0], momenta, strict=True)]
 
 
-def weights_after(weights: Sequence[BlockWeight], last: GateProducts) -> WeightState:
-    """Return the memory after its block, at whose last token the gates come to `last`."""
-    ends = [weight.end(last) for weight in weights]
+def weights_after(weights: Sequence[BlockWeight], last: Chunk) -> WeightState:
+    """Return the memory after its block, whose `last` chunk this is."""
+    ends = [weight.end(last.gates(i).last) for i, weight in enumerate(weights)]
     momenta = [momentum for _, momentum in ends if momentum is not None]
     return [weight for weight, _ in ends], momenta or None
 
@@ -212,4 +234,4 @@ def write_open(now: WeightState, tokens: Mapping[str, Tensor], settings: Setting
     ((chunk,),) = _even_blocks(tokens, tokens["k"].shape[2], settings)
     weights = block_weights(now)
     write(weights, linearise(weights, chunk.k, settings.form), chunk.v, chunk, settings)
-    return weights_after(weights, chunk.last)
+    return weights_after(weights, chunk)

@@ -100,36 +100,47 @@ class BlockWeight:
 
         The delta decay needs `near`, a aᵀ `[.., C, C]`, and the gates one token earlier (`GateProducts.before`).
         """
-        x, base, old = self._applied
-        earlier, self.inputs = self.inputs, x if self.inputs is None else torch.cat([self.inputs, x], dim=-2)
-        self.steps = steps if self.steps is None else torch.cat([self.steps, steps], dim=-2)
-        if strength is None or near is None or before is None:
-            return
-        if earlier is not None:
-            near = torch.cat([self.product(x, earlier.mT), near], dim=-1)
-        decays = self._decays(x, base, old, strength, near, before)
-        self.decays = decays if self.decays is None else torch.cat([self.decays, decays], dim=-2)
+        self.steps, decays = _rows(self.steps, steps), None
+        if strength is not None and near is not None and before is not None:
+            answers, _, fading = self.unwritten(near, before)
+            decays = strength[..., None] * solved(fading * strength[..., None, :], answers, self.product)
+        self._keep(decays)
 
-    def _decays(
-        self, x: Tensor, base: Tensor, old: Tensor | None, strength: Tensor, near: Tensor, at: GateProducts
-    ) -> Tensor:
-        """w `[.., C, out]` of inputs x, given M_0 x, S_0 x and x aᵀ `[.., C, n]` for all n inputs until then."""
-        assert self.steps is not None
-        first, size = self.done, x.shape[-2]
+    def append(self, steps: Tensor, decays: Tensor | None) -> None:
+        """Write the inputs applied last with g and, where there is a delta decay, w: `[.., C, out]` each."""
+        self.steps = _rows(self.steps, steps)
+        self._keep(decays)
+
+    def _keep(self, decays: Tensor | None) -> None:
+        self.inputs = _rows(self.inputs, self._applied[0])
+        self.decays = self.decays if decays is None else _rows(self.decays, decays)
+
+    def meet(self, x: Tensor) -> None:
+        """Let x `[.., C, in]` be what the chunk writes, in the place of what was applied last."""
+        base, self.weight = _Times.apply(self.weight, x, False, self.product)
+        self._applied = x, base, None
+
+    def unwritten(self, near: Tensor, at: GateProducts) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what M_{t-1} x_t of the inputs applied last would be `[.., C, out]` if this chunk wrote but the steps
+        that are there; and κ and Γ times x_t · x_s `[.., C, C]`: how much of g_s and w_s it will be less.
+
+        `near` is x xᵀ `[.., C, C]`, `at` are the gates one token earlier (`GateProducts.before`).
+        """
+        x, base, old = self._applied
         answers = base if at.gamma is None else at.gamma[..., None] * base
         if self.momentum is not None and at.c is not None:
             if old is None:
                 old, self.momentum = _Times.apply(self.momentum, x, False, self.product)
             answers = answers - at.c[..., None] * old
-        fed = _weigh(near, at)
-        answers = answers - self.product(fed if at.kappa is None else at.kappa * near, self.steps)
+        if self.inputs is not None:
+            near = torch.cat([self.product(x, self.inputs.mT), near], dim=-1)
+        fading = _weigh(near, at)
+        through = fading if at.kappa is None else at.kappa * near
+        if self.steps is not None:
+            answers = answers - self.product(_first(through, self.steps.shape[-2]), self.steps)
         if self.decays is not None:
-            answers = answers - self.product(fed[..., :first], self.decays)
-        # by the inverse, which is as small as the system: a solver takes twice as long for so many columns
-        eye = torch.eye(size, dtype=base.dtype, device=base.device).expand_as(near[..., first:])
-        system = (strength[..., None] * fed[..., first:]).mT
-        inverse = torch.linalg.solve_triangular(system, eye, upper=True, left=False, unitriangular=True)
-        return self.product(inverse.mT, strength[..., None] * answers)
+            answers = answers - self.product(_first(fading, self.done), self.decays)
+        return answers, _after(through, self.done), _after(fading, self.done)
 
     def read(self, x: Tensor, at: GateProducts) -> Tensor:
         """M_t x_t `[.., C, out]` for each token t of the chunk written last, whose gates come to `at`.
@@ -178,6 +189,26 @@ class BlockWeight:
         if self.decays is None:
             return kappa * self.steps
         return kappa * self.steps + (self.decays if Gamma is None else Gamma * self.decays)
+
+
+def _rows(old: Tensor | None, new: Tensor) -> Tensor:
+    return new if old is None else torch.cat([old, new], dim=-2)
+
+
+def _first(x: Tensor, count: int) -> Tensor:
+    return x if count == x.shape[-1] else x[..., :count]
+
+
+def _after(x: Tensor, count: int) -> Tensor:
+    return x[..., count:] if count else x
+
+
+def solved(system: Tensor, right: Tensor, product: Product) -> Tensor:
+    """Solve (I + system) x = right `[.., C, n]`, of which `system` `[.., C, C]` is what is below the diagonal."""
+    # by the inverse, which is as small as the system: a solver takes twice as long for so many columns
+    eye = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device).expand_as(system)
+    inverse = torch.linalg.solve_triangular(system.mT, eye, upper=True, left=False, unitriangular=True)
+    return product(inverse.mT, right)
 
 
 def _weigh(near: Tensor, at: GateProducts) -> Tensor:

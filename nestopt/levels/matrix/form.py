@@ -124,7 +124,7 @@ class LinearAttentionForm(MatrixForm):
         if not why and not is_plain(level.rule):
             why = f"rule={level.rule.label}: values are summed without momentum"
         if not why and level.normalized:
-            why = "normalized=True"
+            why = f"normalized={level.normalized}"
         return Refused(why) if why else Accepted(words)
 
     def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
@@ -177,6 +177,8 @@ class DeltaRuleForm(MatrixForm):
         if other := _other_kind(level, L2):
             return other
         why = refusal(level) or refusal_of_writes(level) or _in_chunks(level)
+        if not why and level.normalized == "layerwise":
+            why = "normalized='layerwise'"
         if not why and level.fade == "before" and level.normalized:
             why = "normalized=True with fade='before'"
         return Refused(why) if why else Accepted("the delta rule, exact and parallel within chunks")
@@ -229,7 +231,7 @@ class OjaForm(MatrixForm):
             return other
         why = refusal(level) or refusal_of_writes(level) or _in_chunks(level)
         odd = {"rule": level.rule.label} if not is_plain(level.rule) else {}
-        odd |= {"normalized": "True"} if level.normalized else {}
+        odd |= {"normalized": f"{level.normalized}"} if level.normalized else {}
         odd |= {"fade": "before"} if level.fade == "before" else {}
         odd |= {} if level.read == "after" else {"read": level.read}
         why = why or ", ".join(f"{key}={value}" for key, value in odd.items())

@@ -72,8 +72,8 @@ def _settings(level: SelfModifying, checkpoint: int) -> Settings:
     return Settings(
         form=mlp.Form(level.memory.activation, residual=True, norm=level.memory.norm),
         delta=float(level.delta),
-        error=L2().error,
-        step="normalized" if level.normalized else "raw",
+        objective=L2(),
+        step=mlp.step_of(level.normalized),
         bound=level.bound,
         read="chunk",
         chunk=level.chunk,

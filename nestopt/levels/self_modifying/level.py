@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -60,9 +60,11 @@ class SelfModifying(Level):
         keep: α at the start, in (0, 1). Near 1: where more is forgotten than written, weights end at 0, and there a
             memory of two layers learns no more. With the delta decay and values as short as keys, 0.99 is too little.
         eta_max: multiplies η where `normalized=False`.
-        normalized: take η as the share of the greatest step that does not overshoot (as in `titans`), and values that
-            are bounded by what they are made of (`nestopt.levels.deep.own_values`), so that the memories do not
-            diverge. False is the letter of the equations.
+        normalized: take η as the share of the greatest step that does not overshoot
+            (`nestopt.levels.deep.step_size`), and values that are bounded by what they are made of
+            (`nestopt.levels.deep.own_values`), so that the memories do not diverge. `"layerwise"`: the step that
+            `titans` has by default, with such values; give `delta=0.0` with it, on tokens. False is the letter of the
+            equations.
         bound: of the normalised step, in (0, 2).
         chunk: tokens between new weights of `memory`, on tokens.
         projection_chunk: likewise of the other memories. One of the two must divide the other.
@@ -82,7 +84,7 @@ class SelfModifying(Level):
     lr: float = 0.5
     keep: float = 0.999
     eta_max: float = 1.0
-    normalized: bool = True
+    normalized: bool | Literal["layerwise"] = True
     bound: float = 1.0
     chunk: int = 16
     projection_chunk: int = 64
@@ -100,6 +102,7 @@ class SelfModifying(Level):
         self.check("keep", 0.0, 1.0, closed="()")
         self.check("eta_max", 0.0, closed="()")
         self.check("bound", 0.0, 2.0, closed="()")
+        self.check_choice("normalized", (False, True, "layerwise"))
         for key in ("chunk", "projection_chunk"):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

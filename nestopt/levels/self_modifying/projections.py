@@ -13,10 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestopt.levels.deep import mlp
+from nestopt.levels.deep.chunk import step
 from nestopt.levels.deep.gate_products import GateProducts
-from nestopt.levels.deep.mlp import Chunk, Settings
+from nestopt.levels.deep.mlp import Chunk, ChunkGates, Settings
 from nestopt.levels.deep.own_values import bounded
-from nestopt.levels.deep.scan import WeightState, block_weights, concat_tokens, damping, recomputed, weights_after
+from nestopt.levels.deep.scan import (
+    WeightState,
+    block_weights,
+    both_gates,
+    concat_tokens,
+    damping,
+    recomputed,
+    weights_after,
+)
 from nestopt.levels.deep.weight import BlockWeight
 
 SOURCES = {"k": "k", "v": "v", "q": "q", "eta": "k", "alpha": "k"}
@@ -48,7 +57,7 @@ class ProjectionMemories:
     def generate(self, given: Mapping[str, Tensor], reads: Mapping[str, Tensor]) -> Made:
         """Make of tokens `given` (q, k, v, live, perhaps momentum), and what the memories read of them by name."""
         at = {name: reads.get(name, given[source]) for name, source in SOURCES.items()}
-        normalized, live = self.settings.step == "normalized", given["live"]
+        normalized, live = self.settings.step != "raw", given["live"]
         lr, keep = (self._gate(name, at[name]) for name in ("eta", "alpha"))
         found = {
             "q": F.normalize(at["q"], dim=-1),
@@ -183,14 +192,18 @@ def _reads(weights: Sequence[BlockWeight], piece: Mapping[str, Tensor], maker: P
 def _written(weights: Sequence[BlockWeight], tokens: Made, maker: ProjectionMemories) -> WeightState:
     """Return the memories after a chunk, each of which writes values of its own."""
     count = len(maker.names)
-    gates = GateProducts.of(tokens["decay"], tokens.get("momentum"), tokens["live"]).each(lambda x: _repeated(x, count))
-    each = (*(tokens[name] for name in ("k", "v", "lr")), damping(tokens))
     size = tokens["k"].shape[2]
-    before = gates.before() if maker.settings.delta else None
+
+    def at(gates: GateProducts) -> ChunkGates:
+        gates = gates.each(lambda x: _repeated(x, count))
+        before = gates.before() if maker.settings.needs_before else None
+        return ChunkGates(None, before, gates.rows(size - 1, size))
+
+    each = (*(tokens[name] for name in ("k", "v", "lr")), damping(tokens, maker.settings))
     k, v, lr, damped = (_repeated(x, count) for x in each)
-    chunk = Chunk(k, v, lr, damped, None, before, gates.rows(size - 1, size))
-    mlp.step(weights, v[:, :, :0], chunk, maker.settings)
-    return weights_after(weights, chunk.last)
+    chunk = Chunk(k, v, lr, damped, *both_gates(tokens, maker.settings, at))
+    step(weights, v[:, :, :0], chunk, maker.settings)
+    return weights_after(weights, chunk)
 
 
 __all__ = ["SOURCES", "Made", "ProjectionMemories", "Readout", "project"]

@@ -100,7 +100,7 @@ def self_modifying(
     settings = Settings(
         form=mlp.Form(activation, residual=True, norm=norm),
         delta=float(delta),
-        error=L2().error,
+        objective=L2(),
         step=step,
         bound=bound,
         read="chunk",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from nestopt.core.associative import AssociativeMemory
 from nestopt.core.memories import Mlp, Theta
+from nestopt.core.normalized import joint_rates
 from nestopt.core.objectives import L2
 from nestopt.core.part import Gate, Number
 from nestopt.core.retentions import Decay
@@ -24,7 +25,7 @@ class SelfWriting(Protocol):
     memory: Mlp
     momentum: Number | None
     delta: float
-    normalized: bool
+    normalized: bool | Literal["layerwise"]
     bound: float
 
     def own_values(self, theta: Theta, v: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ def together(level: SelfWriting, box: State, tokens: State, signal: Signal) -> S
     writer = _writer(level, 1, keep.mean(), level.momentum)
     if level.normalized:
         damping = keep if level.momentum is None else keep * (1 - level.momentum)  # type: ignore[operator]
-        rate = writer.rates(weights, k, rate, damping, torch.full_like(rate, level.delta))
+        rate = joint_rates(writer, weights, k, rate, damping, torch.full_like(rate, level.delta))
     surprise = writer.gradient(weights, k, level.own_values(weights, tokens["v"]), rate)
     rules = _as_writers(box)["rule"]
     new, rules = writer.learn(weights, rules, surprise, signal, writer.shown(weights, k, rate))

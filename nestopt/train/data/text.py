@@ -204,6 +204,8 @@ STRETCHES = 16
 
 def held_out_text(held_out: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
     """Return `size` bytes of the held-out text in a few long stretches (all of it, if it is no longer)."""
+    if len(held_out) <= size:
+        return held_out
     return np.concatenate([held_out[stretch] for stretch in _stretches(len(held_out), size)])
 
 

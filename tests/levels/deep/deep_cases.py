@@ -61,6 +61,12 @@ def all_pairs(seed: int) -> list[Case]:
     return cases
 
 
+def layerwise_cases(seed: int) -> list[Case]:
+    """`all_pairs` of the layerwise step."""
+    ways = itertools.cycle([{"forget": "all"}, {"forget": "outer"}])
+    return [case | {"step": "layerwise"} | way for case, way in zip(all_pairs(seed), ways, strict=False)]
+
+
 def inputs(length: int, dtype: torch.dtype = F64, dim: int = DIM) -> list[Tensor]:
     """q, k of unit length and v, `[B, T, H, D]`."""
     q, k, v = (torch.randn(BATCH, length, HEADS, dim, dtype=dtype) for _ in range(3))
@@ -105,7 +111,7 @@ def build(case: Case) -> tuple[list[Tensor], dict[str, Any], list[Tensor]]:
     """Tokens, arguments and leaves of one case."""
     length = case["length"]
     tokens = inputs(length)
-    gates = {"lr": gate(case["gates"], length, 0.0, 1.0 if case["step"] == "normalized" else 0.1)}
+    gates = {"lr": gate(case["gates"], length, 0.0, 0.1 if case["step"] == "raw" else 1.0)}
     if case["decay"]:
         gates["decay"] = gate(case["gates"], length, 0.5, 1.0)
     if case["momentum"]:
@@ -115,6 +121,7 @@ def build(case: Case) -> tuple[list[Tensor], dict[str, Any], list[Tensor]]:
     leaves = [*tokens, *gates.values(), *weights]
     names = ("chunk", "read", "activation", "delta", "objective", "step", "residual", "norm")
     arguments = {**gates, **{name: case[name] for name in names}, "weights": weights}
+    arguments["forget"] = case.get("forget", "all")
     if case["begun"]:
         begun = [w.expand(BATCH, HEADS, *w.shape[-2:]).clone() for w in weights]
         momenta = [0.1 * torch.randn_like(w) for w in begun]

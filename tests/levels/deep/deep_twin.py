@@ -46,6 +46,12 @@ class Mlp:
             loss = (y - v).square().sum() / 2 if objective == "l2" else -(y * v).sum()
             return list(torch.autograd.grad(loss, at, create_graph=True))
 
+    def pulled(self, weights: Sequence[Tensor], k: Tensor, error: Tensor) -> list[Tensor]:
+        """∇_W ⟨M(k; W), error⟩ by autograd; k and the error are constants to it."""
+        with torch.enable_grad():
+            at = [w * 1 if w.requires_grad else w.clone().requires_grad_() for w in weights]
+            return list(torch.autograd.grad(self.read(at, k), at, error, create_graph=True))
+
     def sensitivity(self, weights: Sequence[Tensor], x: Tensor) -> list[Tensor]:
         """Bounds of ‖∂y/∂(output of each weight)‖: products of Frobenius norms of W_l diag(σ′)."""
         _, outputs = self.passes(weights, x)
@@ -83,6 +89,60 @@ def step_norms(
     return [(row if ahead else row[: s + 1]).sum() for s, row in enumerate(weighed)]
 
 
+def kept(i: int, alpha: Tensor, options: dict) -> Tensor:
+    """What of W_{i + 1} a token leaves."""
+    return alpha if i == 0 or options.get("forget", "all") == "all" else torch.ones_like(alpha)
+
+
+Write = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""k, v, η̃, α, θ."""
+
+
+def layerwise(
+    mlp: Mlp, first: list[Tensor], momenta: list[Tensor], tokens: Sequence[Write], options: dict
+) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """The weights and momenta after each token of the layerwise write, W1 first, in two passes over the tokens."""
+    delta, linear = options["delta"], options["objective"] == "l2"
+
+    def outer(weights: list[Tensor], k: Tensor, v: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+        """∂ℓ/∂y, e, e ∂ℓ/∂W1, W1's input, and the share of ∂ℓ/∂y that the write of W1 leaves."""
+        inputs, outputs = mlp.passes(weights, k)
+        y = mlp.read(weights, k)
+        error = y - v if linear else -v
+        felt = 1 / (outputs[0].square().mean() + 1e-6) if mlp.norm else torch.ones_like(h)
+        square = inputs[0] @ inputs[0]
+        e = h / (1e-6 + 0.1 * (k @ k) + (felt + delta) / (1 + delta) * square)
+        gradient = mlp.pulled(weights, k, error)[0]
+        return error, e, e * gradient, inputs[0], 1 - e * (linear * felt + delta) * square
+
+    def moved(i: int, w: Tensor, s: Tensor, g: Tensor, decay: Tensor, a: Tensor, token: Write) -> tuple[Tensor, Tensor]:
+        _, _, _, alpha, theta = token
+        s = theta * s + g
+        return kept(i, alpha, options) * w - delta * decay * torch.outer(w @ a, a) - (1 - theta) * s, s
+
+    shadow, inner = (first[0], momenta[0]), []
+    for token in tokens:
+        k, v, lr, alpha, _ = token
+        h = lr * alpha * options["bound"] / (1 + delta)
+        error, e, g, a, left = outer([shadow[0], *first[1:]], k, v, h)
+        shadow = moved(0, *shadow, g, e, a, token)
+        inputs, felt = mlp.passes(first, k)[0], mlp.sensitivity(first, k)
+        rates = [
+            0.25 / (len(first) - 1) * h / (1e-6 + 0.1 * (k @ k) + (felt[i] ** 2 + delta) * (inputs[i] @ inputs[i]))
+            for i in range(1, len(first))
+        ]
+        found = mlp.pulled(first, k, left * error)[1:]
+        inner.append([(b * g, b, a) for b, g, a in zip(rates, found, inputs[1:], strict=True)])
+    now, states = list(zip(first, momenta, strict=True)), []
+    for token, written in zip(tokens, inner, strict=True):
+        k, v, lr, alpha, _ = token
+        _, e, g, a, _ = outer([w for w, _ in now], k, v, lr * alpha * options["bound"] / (1 + delta))
+        each = enumerate(zip(now, [(g, e, a), *written], strict=True))
+        now = [moved(i, *own, *write, token) for i, (own, write) in each]
+        states.append(([w for w, _ in now], [s for _, s in now]))
+    return states
+
+
 def one_chunk(
     mlp: Mlp,
     weights: list[Tensor],
@@ -93,6 +153,10 @@ def one_chunk(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Answers to a chunk's tokens (q, k, v, η̃, α, θ), and the weights and momenta after it."""
     first, answers = weights, []
+    written = iter(())
+    if options["step"] == "layerwise":
+        there = [token[1:] for token, alive in zip(tokens, live, strict=True) if alive]
+        written = iter(layerwise(mlp, weights, momenta, there, options))
     passes = [mlp.passes(first, k)[0] for _, k, *_ in tokens]
     bounds = [mlp.sensitivity(first, k) for _, k, *_ in tokens]
     there = [t for t in range(len(tokens)) if live[t]]
@@ -102,7 +166,9 @@ def one_chunk(
     norms = dict(zip(there, found, strict=True))
     for t, (q, k, v, lr, alpha, theta) in enumerate(tokens):
         before = weights
-        if live[t]:
+        if live[t] and options["step"] == "layerwise":
+            weights, momenta = next(written)
+        elif live[t]:
             eta = lr
             if options["step"] == "normalized":
                 n = norms[t]
@@ -112,8 +178,8 @@ def one_chunk(
             gradient = mlp.gradient(first, k, v, options["objective"])
             momenta = [theta * s + eta * g for s, g in zip(momenta, gradient, strict=True)]
             weights = [
-                alpha * w - options["delta"] * eta * torch.outer(w @ a, a) - s
-                for w, a, s in zip(weights, passes[t], momenta, strict=True)
+                kept(i, alpha, options) * w - options["delta"] * eta * torch.outer(w @ a, a) - s
+                for i, (w, a, s) in enumerate(zip(weights, passes[t], momenta, strict=True))
             ]
         at = {"after": weights, "before": before, "chunk": first}[options["read"]]
         answers.append(mlp.read(at, q) if live[t] else torch.zeros_like(v))

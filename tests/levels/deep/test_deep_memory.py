@@ -19,12 +19,13 @@ from tests.levels.deep.deep_cases import (
     example,
     gradients,
     label,
+    layerwise_cases,
     outputs,
     run_twin,
 )
 
 
-@pytest.mark.parametrize("case", [case for seed in range(2) for case in all_pairs(seed)], ids=label)
+@pytest.mark.parametrize("case", [*all_pairs(0), *all_pairs(1), *layerwise_cases(2)], ids=label)
 def test_equals_the_token_loop_with_every_gradient(case: Case) -> None:
     tokens, arguments, leaves = build(case)
     fast, slow = outputs(*deep_memory(*tokens, **arguments)), run_twin(tokens, arguments)
@@ -47,12 +48,13 @@ def in_double(tokens: list[Tensor], arguments: dict[str, Any]) -> tuple[list[Ten
 
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("delta", [0.0, 1.0])
+@pytest.mark.parametrize("step", ["normalized", "layerwise"])
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)], ids=str
 )
-def test_lower_precision(dtype: torch.dtype, bound: float, delta: float, read: str) -> None:
+def test_lower_precision(dtype: torch.dtype, bound: float, step: str, delta: float, read: str) -> None:
     """Only the answer is rounded to `dtype`: all is computed, and kept, in float32."""
-    tokens, arguments = rounded(*example(40, read=read, delta=delta, chunk=16), dtype)
+    tokens, arguments = rounded(*example(40, read=read, delta=delta, chunk=16, step=step), dtype)
     y, state = deep_memory(*tokens, **arguments)
     slow = run_twin(*in_double(tokens, arguments))
     assert y.dtype == dtype
@@ -62,8 +64,9 @@ def test_lower_precision(dtype: torch.dtype, bound: float, delta: float, read: s
     torch.testing.assert_close([x.double() for x in kept], slow[1:], rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_in_float32() -> None:
-    tokens, arguments = rounded(*example(40, chunk=16), torch.float32)
+@pytest.mark.parametrize("step", ["normalized", "layerwise"])
+def test_gradients_in_float32(step: str) -> None:
+    tokens, arguments = rounded(*example(40, chunk=16, step=step), torch.float32)
     names = ("lr", "decay", "momentum")
     leaves = [x.requires_grad_() for x in (*tokens, *arguments["weights"], *(arguments[n] for n in names))]
     true_tokens, true_arguments = in_double(tokens, arguments)
@@ -83,8 +86,9 @@ def test_autocast_changes_nothing() -> None:
     torch.testing.assert_close((y, state), deep_memory(*tokens, **arguments), rtol=0, atol=0)
 
 
-def test_gates_of_0_and_1_are_finite_and_right() -> None:
-    tokens, arguments = rounded(*example(70, chunk=32), torch.float32)
+@pytest.mark.parametrize("step", ["normalized", "layerwise"])
+def test_gates_of_0_and_1_are_finite_and_right(step: str) -> None:
+    tokens, arguments = rounded(*example(70, chunk=32, step=step), torch.float32)
     for name in ("lr", "decay", "momentum"):
         arguments[name] = torch.where(torch.rand(BATCH, 70, HEADS) < 0.3, 0.0, 0.95)
     leaves = [x.requires_grad_() for x in (*tokens, *(arguments[n] for n in ("lr", "decay", "momentum")))]
@@ -94,7 +98,7 @@ def test_gates_of_0_and_1_are_finite_and_right() -> None:
     assert all(g.isfinite().all() for g in gradients([y], leaves, [torch.ones_like(y)]))
 
 
-@pytest.mark.parametrize("step", ["normalized", "raw"])
+@pytest.mark.parametrize("step", ["normalized", "raw", "layerwise"])
 @pytest.mark.parametrize("read", READS)
 def test_first_and_second_derivatives(read: str, step: str) -> None:
     torch.manual_seed(1)

@@ -38,15 +38,16 @@ def in_pieces(tokens: list[Tensor], arguments: dict[str, Any], ends: Sequence[in
     length=st.integers(1, 14),
     chunk=st.integers(1, 6),
     cuts=st.sets(st.integers(1, 13)),
-    switches=st.tuples(*[st.booleans()] * 4),
+    switches=st.tuples(*[st.booleans()] * 5),
     seed=st.integers(0, 9),
 )
 def test_any_pieces_are_the_whole(
     read: str, length: int, chunk: int, cuts: set[int], switches: tuple[bool, ...], seed: int
 ) -> None:
     torch.manual_seed(seed)
-    delta, has_momentum, has_decay, masked = switches
+    delta, has_momentum, has_decay, masked, joint = switches
     tokens, arguments = example(length, read=read, chunk=chunk, delta=float(delta))
+    arguments["step"] = "normalized" if joint else "layerwise"
     arguments |= {} if has_momentum else {"momentum": None}
     arguments |= {} if has_decay else {"decay": None}
     arguments |= {"mask": torch.rand(BATCH, length) < 0.7} if masked else {}
@@ -57,9 +58,10 @@ def test_any_pieces_are_the_whole(
     close(pieces, whole)
 
 
+@pytest.mark.parametrize("step", ["normalized", "layerwise"])
 @pytest.mark.parametrize("read", READS)
-def test_one_token_at_a_time_with_gradients(read: str) -> None:
-    tokens, arguments = example(11, read=read)
+def test_one_token_at_a_time_with_gradients(read: str, step: str) -> None:
+    tokens, arguments = example(11, read=read, step=step)
     leaves = [x.requires_grad_() for x in (*tokens, *arguments["weights"], arguments["lr"], arguments["momentum"])]
     whole, pieces = deep_memory(*tokens, **arguments), in_pieces(tokens, arguments, range(1, 11))
     close(pieces, whole)
@@ -82,10 +84,11 @@ def test_a_state_that_was_saved_goes_on_as_if_it_had_not_been() -> None:
     )
 
 
+@pytest.mark.parametrize("step", ["normalized", "layerwise"])
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("at", [0, 3, 4, 9])
-def test_no_token_sees_a_later_one(read: str, at: int) -> None:
-    tokens, arguments = example(11, read=read)
+def test_no_token_sees_a_later_one(read: str, at: int, step: str) -> None:
+    tokens, arguments = example(11, read=read, step=step)
     y, _ = deep_memory(*tokens, **arguments)
     changed = [x.clone() for x in tokens]
     for x in changed:
@@ -101,8 +104,9 @@ def test_no_token_sees_a_later_one(read: str, at: int) -> None:
         assert not torch.isclose(other[0, seen:], y[0, seen:]).flatten(1).all(1).any()
 
 
-def test_sequences_and_heads_are_apart() -> None:
-    tokens, arguments = example(11)
+@pytest.mark.parametrize("step", ["normalized", "layerwise"])
+def test_sequences_and_heads_are_apart(step: str) -> None:
+    tokens, arguments = example(11, step=step)
     y, state = deep_memory(*tokens, **arguments)
     for b, h in itertools.product(range(BATCH), range(HEADS)):
         one = [x[b : b + 1, :, h : h + 1] for x in tokens]
@@ -112,7 +116,7 @@ def test_sequences_and_heads_are_apart() -> None:
         close(end["weights"], {name: w[b : b + 1, h : h + 1] for name, w in state["weights"].items()})
 
 
-@pytest.mark.parametrize("step", ["normalized", "raw"])
+@pytest.mark.parametrize("step", ["normalized", "raw", "layerwise"])
 @pytest.mark.parametrize("read", READS)
 def test_padding_neither_writes_nor_fades(read: str, step: str) -> None:
     tokens, arguments = example(14, read=read, step=step)
@@ -141,10 +145,11 @@ def cut_mask(x: Any, mask: Tensor) -> Any:
     return x[:, mask] if isinstance(x, Tensor) and x.ndim == 3 and x.shape[1] == len(mask) else x
 
 
+@pytest.mark.parametrize("step", ["normalized", "layerwise"])
 @pytest.mark.parametrize("read", READS)
-def test_sequences_end_to_end_are_each_alone(read: str) -> None:
+def test_sequences_end_to_end_are_each_alone(read: str, step: str) -> None:
     ends = [0, 3, 4, 13, 18]
-    tokens, arguments = example(18, read=read)
+    tokens, arguments = example(18, read=read, step=step)
     tokens, gates = [x[:1] for x in tokens], {name: arguments.pop(name)[:1] for name in ("lr", "decay", "momentum")}
     y, _ = deep_memory(*tokens, **arguments, **gates, cu_seqlens=ends)
     for begin, end in itertools.pairwise(ends):
@@ -160,10 +165,11 @@ def test_sequences_end_to_end_are_each_alone(read: str) -> None:
             close({name: w[i : i + 1] for name, w in state[kind].items()}, alone[kind])
 
 
+@pytest.mark.parametrize("step", ["normalized", "layerwise"])
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("where", ["q", "k", "v", "lr", "decay", "momentum"])
-def test_a_token_that_is_not_finite_is_not_written(read: str, where: str) -> None:
-    tokens, arguments = example(11, read=read)
+def test_a_token_that_is_not_finite_is_not_written(read: str, where: str, step: str) -> None:
+    tokens, arguments = example(11, read=read, step=step)
     named_tokens = dict(zip("qkv", tokens, strict=True))
     gates = {name: arguments[name] for name in ("lr", "decay", "momentum")}
     mask = torch.ones(BATCH, 11, dtype=torch.bool)
@@ -180,11 +186,12 @@ def test_a_token_that_is_not_finite_is_not_written(read: str, where: str) -> Non
     assert all(g.isfinite().all() for g in found)
 
 
+@pytest.mark.parametrize("step", ["normalized", "layerwise"])
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("every", [1, 20, 40])
 @pytest.mark.parametrize("has_momentum", [False, True])
-def test_recomputing_changes_nothing(read: str, every: int, has_momentum: bool) -> None:
-    tokens, arguments = example(150, read=read)  # more than two blocks
+def test_recomputing_changes_nothing(read: str, every: int, has_momentum: bool, step: str) -> None:
+    tokens, arguments = example(150, read=read, step=step)  # more than two blocks
     arguments["momentum"] = arguments["momentum"] if has_momentum else None
     leaves = [x.requires_grad_() for x in (*tokens, *arguments["weights"], arguments["lr"], arguments["decay"])]
     kept = deep_memory(*tokens, **arguments)
@@ -194,9 +201,10 @@ def test_recomputing_changes_nothing(read: str, every: int, has_momentum: bool) 
     close(gradients(outputs(*again), leaves, probes), gradients(outputs(*kept), leaves, probes), 1e-13)
 
 
-def test_every_weight_gets_a_gradient_however_few_tokens() -> None:
+@pytest.mark.parametrize("step", ["normalized", "layerwise"])
+def test_every_weight_gets_a_gradient_however_few_tokens(step: str) -> None:
     for length, read, depth in itertools.product((1, 4, 9), READS, (1, 2, 3)):
-        tokens, arguments = example(length, read=read)
+        tokens, arguments = example(length, read=read, step=step)
         weights = [w.requires_grad_() for w in weights_of(depth)]
         y, _ = deep_memory(*tokens, **{**arguments, "weights": weights})
         for gradient in torch.autograd.grad(y.square().sum(), weights):

@@ -9,12 +9,13 @@ from nestopt.levels.deep.deep_memory import deep_memory
 from tests.levels.deep.deep_cases import BATCH, HEADS, READS, close, example, gradients, outputs
 
 
+@pytest.mark.parametrize("step", ["normalized", "layerwise"])
 @pytest.mark.parametrize("what", ["all", "tokens", "weights", "gates"])
 @pytest.mark.parametrize("delta", [0.0, 1.0])
 @pytest.mark.parametrize("read", READS)
-def test_vmap_is_a_loop(read: str, delta: float, what: str) -> None:
+def test_vmap_is_a_loop(read: str, delta: float, what: str, step: str) -> None:
     """Over everything, or one kind of argument; and its backward pass, inside of which gradients are written on."""
-    many = [example(6, read=read, delta=delta) for _ in range(3)]
+    many = [example(6, read=read, delta=delta, step=step) for _ in range(3)]
 
     def of_kind(i: int, kind: str) -> list[Tensor]:
         tokens, arguments = many[i]
@@ -33,7 +34,7 @@ def test_vmap_is_a_loop(read: str, delta: float, what: str) -> None:
 
     def run(tokens: list[Tensor], weights: list[Tensor], gates: list[Tensor]) -> tuple[Tensor, ...]:
         given = dict(zip(("lr", "decay", "momentum"), gates, strict=True))
-        y, state = deep_memory(*tokens, **given, weights=weights, read=read, delta=delta, chunk=4)  # type: ignore[arg-type]
+        y, state = deep_memory(*tokens, **given, weights=weights, read=read, delta=delta, chunk=4, step=step)  # type: ignore[arg-type]
         return y, state["weights"]["W1"], state["momentum"]["W2"]
 
     fast = torch.vmap(run, in_dims=dims)(*stacked)
@@ -47,8 +48,9 @@ def test_vmap_is_a_loop(read: str, delta: float, what: str) -> None:
     close(gradients(fast, leaves, probes), gradients(slow, leaves, probes))
 
 
-def test_functional_gradients() -> None:
-    tokens, arguments = example(6)
+@pytest.mark.parametrize("step", ["normalized", "layerwise"])
+def test_functional_gradients(step: str) -> None:
+    tokens, arguments = example(6, step=step)
     weights = arguments.pop("weights")
 
     def loss(weights: list[Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -67,9 +69,9 @@ def test_functional_gradients() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, as it traces
-@pytest.mark.parametrize("read", READS)
-def test_compiled_in_one_graph(read: str) -> None:
-    tokens, arguments = example(7, read=read)
+@pytest.mark.parametrize(("read", "step"), [("after", "layerwise"), ("before", "normalized"), ("chunk", "normalized")])
+def test_compiled_in_one_graph(read: str, step: str) -> None:
+    tokens, arguments = example(7, read=read, step=step)
     leaves = [x.requires_grad_() for x in (*tokens, *arguments["weights"], arguments["lr"], arguments["momentum"])]
     compiled = torch.compile(deep_memory, fullgraph=True, backend="aot_eager")
     fast, slow = compiled(*tokens, **arguments), deep_memory(*tokens, **arguments)
@@ -92,11 +94,12 @@ def test_within_activation_checkpointing() -> None:
     close(gradients(again, leaves, probes), gradients(plain, leaves, probes))
 
 
+@pytest.mark.parametrize("step", ["normalized", "layerwise"])
 @pytest.mark.parametrize("absent", [(), ("decay",), ("momentum",), ("decay", "momentum")], ids=str)
 @pytest.mark.parametrize("length", [3, 8])
-def test_gradients_are_written_on_only_inside(length: int, absent: tuple[str, ...]) -> None:
+def test_gradients_are_written_on_only_inside(length: int, absent: tuple[str, ...], step: str) -> None:
     """A caller's own gradients stay as they are; twice backward is the same twice; with and without a graph."""
-    tokens, arguments = example(length, **dict.fromkeys(absent))
+    tokens, arguments = example(length, **dict.fromkeys(absent), step=step)
     weights = [w.expand(BATCH, HEADS, *w.shape).clone().requires_grad_() for w in arguments.pop("weights")]
     y, state = deep_memory(*tokens, **arguments, weights=weights)
     ends = list(state["weights"].values())

@@ -1,4 +1,4 @@
-"""The normalised step of a deep memory does not diverge, whatever keys it is given."""
+"""The normalised steps of a deep memory do not diverge, whatever keys they are given."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def in_pieces(k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def run(
-    length: int, chunk: int, read: Literal["after", "chunk"], delta: float, dtype: torch.dtype
+    length: int, chunk: int, read: Literal["after", "chunk"], delta: float, dtype: torch.dtype, **how: Any
 ) -> tuple[Tensor, Tensor]:
     """The errors of the reads and the norms of the weights, of all keys and rates (12), and of all momenta (3).
 
@@ -63,22 +63,23 @@ def run(
     k, v = (x.repeat_interleave(len(RATES), 0)[:, :, None].expand(-1, -1, 3, -1).to(dtype) for x in stream(length))
     lr = torch.tensor(RATES).repeat(len(KEYS))[:, None, None].expand(*k.shape[:3])
     weights = [0.5 * torch.randn(DIM, HIDDEN) / HIDDEN**0.5, torch.randn(HIDDEN, DIM) / DIM**0.5]
-    momentum = torch.tensor(MOMENTA)
-    y, norms = in_pieces(k, v, weights=weights, lr=lr, momentum=momentum, delta=delta, chunk=chunk, read=read)
-    start = k.float() + F.silu(k.float() @ weights[1].T) @ weights[0].T
+    how = {"delta": delta, "chunk": chunk, "read": read, "residual": True} | how
+    y, norms = in_pieces(k, v, weights=weights, lr=lr, momentum=torch.tensor(MOMENTA), **how)
+    start = k.float() * how["residual"] + F.silu(k.float() @ weights[1].T) @ weights[0].T
     before = (start - v.float()).square().mean((1, 3)).sqrt()
     errors = (y.float() - v.float()).square().mean(-1).unflatten(1, (PARTS, -1)).mean(2).sqrt()
     return errors / before[:, None], norms / norms[..., :1]
 
 
-def check(errors: Tensor, norms: Tensor) -> None:
+def check(errors: Tensor, norms: Tensor, huge: float = 1e4) -> None:
+    """Nothing grows; norms of memories of values of length 10,000 are at most `huge`."""
     assert errors.isfinite().all()
     assert norms.isfinite().all()
     worst, largest = errors.amax((1, 2)), norms.amax((1, 2))
     for i, (kind, rate) in enumerate(itertools.product(KEYS, RATES)):
         # values 10,000 times the memory's own size are far from where it was linearised: it passes them at first
         assert worst[i] <= (100 if kind == "huge values" else 1.2), (kind, rate)
-        assert largest[i] <= (1e4 if kind == "huge values" else 10), (kind, rate)
+        assert largest[i] <= (huge if kind == "huge values" else 10), (kind, rate)
     assert (errors[:, -1] <= 1.1 * errors[:, :-1].amax(1)).all()
     half = norms.shape[-1] // 2
     assert (norms[..., half:].amax(-1) <= 2 * norms[..., :half].amax(-1)).all()
@@ -103,6 +104,30 @@ def test_no_keys_make_it_diverge_ever(
     chunk: int, read: Literal["after", "chunk"], delta: float, dtype: torch.dtype
 ) -> None:
     check(*run(16384, chunk, read, delta, dtype))
+
+
+LAYERWISE = [
+    pytest.param(chunk, read, delta, residual, marks=() if chunk == 64 else pytest.mark.slow)
+    for chunk, read, delta, residual in itertools.product((16, 64), ("chunk", "after"), (0.0, 1.0), (True, False))
+]
+
+
+@pytest.mark.parametrize(("chunk", "read", "delta", "residual"), LAYERWISE)
+def test_no_keys_make_the_layerwise_step_diverge(
+    chunk: int, read: Literal["after", "chunk"], delta: float, residual: bool
+) -> None:
+    check(*run(2048, chunk, read, delta, torch.float32, step="layerwise", residual=residual))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forget", ["all", "outer"])
+@pytest.mark.parametrize(("chunk", "read", "delta", "residual"), LAYERWISE)
+def test_no_keys_make_the_layerwise_step_diverge_ever(
+    chunk: int, read: Literal["after", "chunk"], delta: float, residual: bool, forget: Literal["all", "outer"]
+) -> None:
+    decay = None if forget == "all" else 0.999
+    how = {"step": "layerwise", "residual": residual, "decay": decay, "forget": forget}
+    check(*run(16384, chunk, read, delta, torch.float32, **how), huge=1.1e4)
 
 
 @pytest.mark.parametrize("lr", [0.5, 1.0])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.levels.deep.deep_twin import Mlp, step_norms
+from tests.levels.deep.deep_twin import Mlp, layerwise, step_norms
 
 Box = dict[str, list[Tensor]]
 """A memory: its `"weights"`, W1 first, and `"momentum"`."""
@@ -65,6 +65,15 @@ class Head:
     def written(self, box: Box, tokens: Sequence[dict[str, Any]]) -> Box:
         first, delta, raw = box["weights"], self.options["delta"], self.options["step"] == "raw"
         tokens = [token for token in tokens if token["live"]]
+        if self.options["step"] == "layerwise":
+            own = [cut(self.mlp.read(first, token["v"]), token["v"]) for token in tokens]
+            given = [
+                (token["k"], v, token["lr"], token["alpha"], token["theta"])
+                for token, v in zip(tokens, own, strict=True)
+            ]
+            states = layerwise(self.mlp, first, box["momentum"], given, self.options | {"objective": "l2"})
+            weights, momenta = states[-1] if states else (first, box["momentum"])
+            return {"weights": weights, "momentum": momenta}
         inputs = [self.mlp.passes(first, token["k"])[0] for token in tokens]
         norms = step_norms(inputs, [self.mlp.sensitivity(first, token["k"]) for token in tokens], delta, ahead=True)
         weights, momenta = box["weights"], box["momentum"]

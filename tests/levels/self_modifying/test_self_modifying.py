@@ -14,8 +14,10 @@ from nestopt.ops import deep_memory, self_modifying
 from tests.levels.deep.deep_cases import F64, close, gradients
 from tests.levels.self_modifying.self_cases import BATCH, HEADS, Case, build, cases, example, flat, label, run_twin
 
+LAYERWISE = [case | {"step": "layerwise"} for case in cases(3)]
 
-@pytest.mark.parametrize("case", [case for seed in range(3) for case in cases(seed)], ids=label)
+
+@pytest.mark.parametrize("case", [*(case for seed in range(3) for case in cases(seed)), *LAYERWISE], ids=label)
 def test_equals_the_token_loop_with_every_gradient(case: Case) -> None:
     tokens, arguments, leaves = build(case)
     fast, slow = flat(*self_modifying(*tokens, **arguments)), run_twin(tokens, arguments)
@@ -36,7 +38,7 @@ def test_long_enough_for_blocks_of_chunks(chunk: int, projection_chunk: int) -> 
         close(flat(*self_modifying(*tokens, **arguments)), run_twin(tokens, arguments))
 
 
-@pytest.mark.parametrize("step", ["normalized", "raw"])
+@pytest.mark.parametrize("step", ["normalized", "raw", "layerwise"])
 def test_padding_neither_writes_nor_fades(step: str) -> None:
     tokens, arguments, leaves = example(14, step=step)
     mask = torch.rand(BATCH, 14) < 0.6
@@ -83,7 +85,7 @@ def test_autocast_changes_nothing() -> None:
     torch.testing.assert_close(mine, self_modifying(*tokens, **low), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("step", ["normalized", "raw"])
+@pytest.mark.parametrize("step", ["layerwise", "raw"])
 def test_first_and_second_derivatives(step: str) -> None:
     torch.manual_seed(2)
     q, k, v = (torch.randn(1, 3, 1, 2, dtype=F64) for _ in range(3))
@@ -114,7 +116,7 @@ def gate(x: Tensor, parts: tuple[Tensor, Tensor]) -> Tensor:
     return torch.sigmoid((x * w).sum(-1) + b)
 
 
-@pytest.mark.parametrize("step", ["normalized", "raw"])
+@pytest.mark.parametrize("step", ["normalized", "raw", "layerwise"])
 @pytest.mark.parametrize("length", [6, 11])
 def test_one_memory_alone_is_a_deep_memory_of_its_own_values(step: str, length: int) -> None:
     """The first chunk's values are those of the start; from there on, of the chunk before."""
@@ -123,7 +125,7 @@ def test_one_memory_alone_is_a_deep_memory_of_its_own_values(step: str, length: 
     readout, (w1, w2) = arguments["readout"], arguments["starts"]["memory"]
     lr, decay = gate(k, readout["eta"]), gate(k, readout["alpha"])
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-    lr = lr if step == "normalized" else lr * arguments["eta_max"]
+    lr = lr if step != "raw" else lr * arguments["eta_max"]
     y, state = self_modifying(*tokens, **arguments)
     ys, end = [], None
     now = {"W1": w1.expand(BATCH, HEADS, -1, -1), "W2": w2.expand(BATCH, HEADS, -1, -1)}
@@ -131,7 +133,7 @@ def test_one_memory_alone_is_a_deep_memory_of_its_own_values(step: str, length: 
         part = slice(begin, begin + 4)
         x = v[:, part].transpose(1, 2)
         own = x + F.silu(x @ now["W2"].mT) @ now["W1"].mT
-        if step == "normalized":
+        if step != "raw":
             own = own * (x.norm(dim=-1, keepdim=True) / own.norm(dim=-1, keepdim=True)).clamp_max(1)
         gates = {"lr": lr[:, part], "decay": decay[:, part], "momentum": arguments["momentum"][:, part]}
         how = {"delta": 0.5, "read": "chunk", "chunk": 4, "step": step, "weights": [w1, w2], "state": end}

@@ -80,6 +80,7 @@ DOLLAR_MATH = re.compile(r"(?<![\\$`\w])\$(?=[^\s$])([^$`]*?[^\s$`\\])\$(?![\w$`
 nitpicky = True
 LIBRARIES = (
     "annotated_types",
+    "dist",
     "numpy",
     "np",
     "pluggy",
@@ -95,7 +96,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"nestopt\..*\._\w+"),  # a private alias or type variable, shown in a signature
     (r"py:.*", rf"({'|'.join((*LIBRARIES, *sys.stdlib_module_names))})(\..*)?"),
     (r"py:.*", rf"({'|'.join(dir(builtins))})"),
-    (r"py:.*", r"(Any|Callable|ClassVar|Iterable|Iterator|Literal|Mapping|Module|Path|Sequence|Tensor)"),
+    (r"py:.*", r"(Any|Callable|ClassVar|DeviceMesh|Iterable|Iterator|Literal|Mapping|Module|Path|Sequence|Tensor)"),
     # names of our own type aliases and validators, which the fields of a schema show as they are written
     (
         r"py:class",

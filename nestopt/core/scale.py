@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def largest(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
-    """Return the largest |x| over `dim` (default: all), kept above 0; no gradient passes through it."""
+    """Return the largest absolute value over `dim` (default: all), kept above 0; no gradient passes through it."""
     if not x.numel():
         return x.new_ones(())
     norm = torch.linalg.vector_norm(x.detach(), math.inf, dim, keepdim=dim is not None)

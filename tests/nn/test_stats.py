@@ -67,7 +67,7 @@ def test_surprise_of_an_mlp_with_features_and_padding() -> None:
         for h in range(2):
             k, v = ((x[b, live] @ p.weight.mT).split(4, -1)[h] for p in (module.key, module.value))
             phi = torch.nn.functional.elu(k / k.norm(dim=-1, keepdim=True)) + 1
-            read = phi + torch.nn.functional.silu(phi @ w2[h].mT) @ w1[h].mT
+            read = torch.nn.functional.silu(phi @ w2[h].mT) @ w1[h].mT
             same(stats["surprise"][b, h, 0], (read - v).square().mean().sqrt())
 
 

@@ -187,7 +187,7 @@ class Watcher:
         if now not in self._passes:
             self._passes[now] = {}
             for each in self._known.values():
-                if each.grad is not None and each.grad[0]() is not each.param.grad:
+                if each.gradient is not None and each.gradient[0]() is not each.param.grad:
                     each.clear()
             # at the end of all that is queued: DistributedDataParallel writes what it has reduced into the gradients
             engine = torch.autograd.Variable._execution_engine

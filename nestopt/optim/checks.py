@@ -19,8 +19,9 @@ log = logging.getLogger("nestopt")
 
 
 def names(group: dict[str, Any], index: int) -> list[str]:
-    """Return the names of the parameters of group `index`, or their places where none were given."""
-    return group.get("param_names") or [f"group {index}, parameter {i}" for i in range(len(group["params"]))]
+    """Return the names of the parameters of group `index`; their places where none were given, or there are others now."""
+    given, count = group.get("param_names"), len(group["params"])
+    return given if given and len(given) == count else [f"group {index}, parameter {i}" for i in range(count)]
 
 
 def check_ordered(params: object) -> None:

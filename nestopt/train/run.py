@@ -70,7 +70,7 @@ class Run:
         """
         for path in (self.metrics_file, self.samples_file):
             check_file(path, alone=True)
-        names = ("config.yaml", "loss.png", "compare.png", "model.safetensors", INDEX)
+        names = ("config.yaml", "loss.png", "compare.png", "compare.json", "model.safetensors", INDEX)
         for path in [*(self.path / name for name in names), *self.path.glob("checkpoint-*")]:
             check_file(path, own=True)
 

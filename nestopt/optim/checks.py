@@ -19,7 +19,7 @@ log = logging.getLogger("nestopt")
 
 
 def names(group: dict[str, Any], index: int) -> list[str]:
-    """Return the names of the parameters of group `index`; their places where none were given, or there are others now."""
+    """Return the names of the parameters of group `index`; their places where none were given, or others are there."""
     given, count = group.get("param_names"), len(group["params"])
     return given if given and len(given) == count else [f"group {index}, parameter {i}" for i in range(count)]
 

@@ -62,9 +62,9 @@ def test_a_few_mutated_configurations(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ten_thousand_mutated_configurations(tmp_path: Path) -> None:
-    """With -s, it says what became of them."""
-    outcomes(range(10_000), tmp_path)
+def test_thousands_of_mutated_configurations(tmp_path: Path) -> None:
+    """With -s, it says what became of them; a quarter of the 10,000 of docs/reliability.md."""
+    outcomes(range(0, 10_000, 4), tmp_path)
 
 
 LAUGHS = "a0: &a0 [lol]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 30))

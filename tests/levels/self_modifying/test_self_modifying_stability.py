@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -93,9 +94,17 @@ WANDERS = ((1, 1), 0.99, 0.0, 1.0)
 """Of constant tokens the norm wanders to 5.8 times the start's here, and does not grow: a momentum of 0.99 carries on a
 hundred steps, each of which is bounded by itself."""
 
-CASES = [
+GRID: list[list[Any]] = [[*PAIRS, (1, 1), (64, 64), (1, 64)], [None, 0.9, 0.99], [0.0, 1.0], [1.0, 1e4]]
+
+
+def _place(case: tuple[Any, ...]) -> int:
+    return sum(values.index(value) for value, values in zip(case, GRID, strict=True)) % 2
+
+
+CASES = [  # half of the grid, in which any two of the values come together
     pytest.param(*case, marks=pytest.mark.xfail(reason="wanders beyond the limit") if case == WANDERS else ())
-    for case in itertools.product([*PAIRS, (1, 1), (64, 64), (1, 64)], (None, 0.9, 0.99), (0.0, 1.0), (1.0, 1e4))
+    for case in itertools.product(*GRID)
+    if _place(case) == _place(WANDERS)
 ]
 
 

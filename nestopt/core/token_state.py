@@ -321,9 +321,9 @@ def fitted(
             found[key] = _fitted_leaf(state[key], shape, batch, owner, f"{path}[{key!r}]", dtype, device)
         elif not shape.optional:
             raise ValueError(f"{owner}: {path}[{key!r}] is missing. Is it the state of another layer?")
-        leaf = found.get(key)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and isinstance(leaf, Tensor):
-            found[key] = leaf.clone() if leaf.is_inference() else leaf  # autograd can save no tensor of inference
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # autograd can save no tensor of inference
+        made = {k: x for k, x in found.items() if isinstance(x, Tensor) and x.is_inference()}
+        found |= {key: leaf.clone() for key, leaf in made.items()}
     return found
 
 

@@ -72,8 +72,7 @@ class Row:
 def like(config: Config, name: str) -> Config:
     """Return `config` with another model in the place of its own: as many parameters, by the width of its MLPs.
 
-    All else is the same for both: width, blocks, heads, convolutions, gates and the optimizer. Its MLPs are trained as
-    the start of every sequence's own, which is how any MLP is trained.
+    All else is the same for both: width, blocks, heads, convolutions, gates, the optimizer, and how MLPs are trained.
 
     Args:
         config: of the run.
@@ -84,7 +83,7 @@ def like(config: Config, name: str) -> Config:
         ConfigError: there is no such level, or no model of it comes within 2 % of the parameters.
     """
     section = config.model
-    rule, mixer = reading_rule(continuum(section)), _mixer(config, name)
+    rule, mixer = continuum(section), _mixer(config, name)
     wanted = parameters(section)
     fastest = next(iter(rule.chain().values()))
     rule = dataclasses.replace(rule, periods=(fastest,), variant="sequential", weights=None)
@@ -100,8 +99,7 @@ def like(config: Config, name: str) -> Config:
         raise ConfigError.refuse(
             "--baseline", name, f"it has {found:,} parameters or more, and the model {wanted:,}; give a larger model"
         )
-    settings = config.train.model_copy(update={"learn": "mixer"})
-    return config.model_copy(update={"model": of(hidden), "train": settings})
+    return config.model_copy(update={"model": of(hidden)})
 
 
 def _mixer(config: Config, name: str) -> Level:
@@ -259,7 +257,7 @@ def comparison_plot(rows: Sequence[Row], path: Path) -> None:
     groups = list(_grouped(rows).items())
     figure = Figure(figsize=(8, 1.2 + 0.45 * len(groups)), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for y, ((_, _), same) in enumerate(groups):
+    for y, (_, same) in enumerate(groups):
         ends = [statistics.fmean(row.still for row in same)]
         for row in same:
             axes.plot(row.still, y, "o", color=_STILL, markersize=6, label="still" if row is rows[0] else None)

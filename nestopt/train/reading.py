@@ -105,17 +105,14 @@ def learner(config: Config, model: HopeLM, rule: Cms) -> HopeLM | None:
     if mlp.learn == "static" and len(mlp.periods) > 1:
         return None
     fresh = models.build_model(config.model.model_copy(update={"mlp": rule})).to(next(model.parameters()))
-    names = [(f".levels.{old}.", f".levels.{new}.") for old, new in zip(_names(mlp), _names(rule), strict=True)]
+    both = zip(level_names(mlp.periods), level_names(rule.periods), strict=True)
+    names = [(f".levels.{old}.", f".levels.{new}.") for old, new in both]
     state = fresh.state_dict()
     for key, value in model.state_dict().items():
         old, new = next(((old, new) for old, new in names if old in key), ("", ""))
         state[key.replace(old, new)] = value
     fresh.load_state_dict(state)
     return fresh.eval()
-
-
-def _names(mlp: Cms) -> Sequence[str]:
-    return level_names(mlp.periods)
 
 
 def read(config: Config, model: HopeLM, text: HeldOut, learn: Learn = True) -> tuple[float, float]:
@@ -194,9 +191,11 @@ def tune(run: Run, *, out: Path | None = None, tuning: int = TUNING, quiet: bool
     said = [*grid(rows), f"bits per byte of {chosen_by.bytes:,} held-out bytes, by which the first is chosen."]
     said.append(f"On {test.bytes:,} others, which were not looked at:")
     before = None if continuum(config.model).learn == "static" else trained
-    for name, reader, learn in (("still", trained, "mixer"), ("as it was", before, True), ("as chosen", model, True)):
+    readers: list[tuple[str, HopeLM | None, Learn]]
+    readers = [("still", trained, "mixer"), ("as it was", before, True), ("as chosen", model, True)]
+    for name, reader, learn in readers:
         if reader is not None:
-            bits, seconds = read(config, reader, test, "mixer" if learn == "mixer" else True)
+            bits, seconds = read(config, reader, test, learn)
             said.append(f"  {name:<9}  {bits:.3f}  ({seconds:.1f} s)")
     if out is not None:
         mlp = dataclasses.replace(best, rate=at.rate)

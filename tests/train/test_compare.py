@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -47,6 +48,16 @@ def test_any_model_of_as_many_parameters_that_may_do_the_same(name: str) -> None
     kept = ("dim", "blocks", "heads", "conv", "gate_output", "vocab", "tie", "precision")
     assert all(getattr(other.model, key) == getattr(config.model, key) for key in kept)
     assert other.train == config.train
+
+
+@pytest.mark.parametrize("learn", ["all", "mixer"])
+@pytest.mark.parametrize("periods", [[1], [32]])
+def test_mlps_are_trained_alike(learn: str, periods: list[int]) -> None:
+    mlp = {"level": "cms", "periods": periods, **({} if periods == [1] else {"learn": "context", "teach": "loss"})}
+    config = Config.from_data({"model": {"mixer": "retnet", "mlp": mlp}, "train": {"learn": learn}})
+    other = like(config, "deltanet")
+    assert isinstance(other.model.mixer, deltanet)
+    assert (other.train, other.model.mlp.learn) == (config.train, config.model.mlp.learn)
 
 
 def test_hope_is_the_mixer_that_the_run_has() -> None:
@@ -127,7 +138,8 @@ def test_a_run_beside_others(tmp_path, capsys: pytest.CaptureFixture[str]) -> No
     assert (run / "compare.png").stat().st_size > 10_000
     rows = [Row(**row) for row in json.loads((run / "compare.json").read_text())]
     assert [row.seed for row in rows] == [0] * 5 + [1] * 5
-    assert table(rows, 0, 0).splitlines()[:6] == [line.rstrip() for line in table(rows, 0, 0).splitlines()[:6]]
+    still, learning = ([getattr(row, key) for row in rows[::5]] for key in ("still", "learning"))
+    assert [spread(still), spread(learning)] == re.findall(r"\d\.\d+ ± \d\.\d+", table(rows, 0, 0).splitlines()[1])
     for row in rows:
         assert row.steps == 6 or row.limit == "equal seconds"
         assert row.learning is not None
@@ -153,7 +165,3 @@ def still_bits(path) -> float:
 def test_spreads() -> None:
     assert spread([1.5]) == "1.500"
     assert spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000"
-
-
-def test_deltanet_is_itself() -> None:
-    assert isinstance(like(Config(), "deltanet").model.mixer, deltanet)

@@ -22,6 +22,7 @@ from benchmarks.peer_rows import WideMuon
 
 STEPS = 12
 LR = 0.02
+REST = {"stack": "adamw", "lr": LR}
 ROOT_EVERY = 4
 HIDDEN = ("up.weight", "down.weight")
 """What Muon takes of `Small`."""
@@ -74,11 +75,11 @@ def _torch(name: str, **options: Any) -> Callable[[nn.Module], Stepper]:
 
 
 def _stack(spec: Any) -> Callable[[nn.Module, bool], Stepper]:
-    return lambda model, capturable: nestopt.optimizer(model, spec, lr=LR, capturable=capturable)
+    return lambda model, capturable: nestopt.optimizer(model, spec, lr=LR, rest=REST, capturable=capturable)
 
 
 def _own(spec: Any) -> Callable[[nn.Module], Stepper]:
-    return lambda model: nestopt.optimizer(model, spec, lr=LR)
+    return lambda model: nestopt.optimizer(model, spec, lr=LR, rest=REST)
 
 
 class _MuonAndAdamW:

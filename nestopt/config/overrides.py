@@ -27,7 +27,7 @@ _STEP = re.compile(r"\[(\d+)\]|[^.\[\]]+")
 _KINDS = {"stack": "level", "mixer": "level", "mlp": "level", "rest": "level", "dataset": "dataset"}
 """The keys of the schema that hold parts. (What holds parts within a part, its class says.)"""
 
-_ITEMS = {"mixers": "level"}
+_ITEMS = {"mixers": "level", "mlps": "level"}
 """Those that hold lists of them."""
 
 _REST = ("stack", "lr")

@@ -43,7 +43,7 @@ _NEAR = 10_000
 class ModelConfig(Section):
     """The language model: by default a small Hope, whose MLPs go on learning as it reads."""
 
-    rivals: ClassVar[Mapping[str, tuple[str, Any]]] = {"mixer": ("mixers", [])}
+    rivals: ClassVar[Mapping[str, tuple[str, Any]]] = {"mixer": ("mixers", []), "mlp": ("mlps", [])}
 
     mixer: LevelSpec = Field(
         default=_spec("attention"),
@@ -64,7 +64,11 @@ class ModelConfig(Section):
                 "through": "first_order",
             }
         ),
-        description="what follows it, token by token: a cms",
+        description="what follows it, token by token: a cms; given without `mlps`, all blocks have it",
+    )
+    mlps: list[LevelSpec] = Field(
+        default=[],
+        description="one for each block, in the same way; empty: all have `mlp`",
     )
     dim: Whole = Field(default=128, gt=0, description="width: numbers per token")
     blocks: Whole = Field(default=3, ge=1, le=1024, description="how many blocks, each a mixer and an mlp")

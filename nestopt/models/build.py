@@ -6,7 +6,7 @@ import torch
 
 from nestopt.config import ConfigError, ModelConfig
 from nestopt.core.level import Level
-from nestopt.levels.continuum.level import Cms
+from nestopt.models.continua import continua
 from nestopt.models.hope import HopeLM
 from nestopt.models.size import check_fits
 from nestopt.nn.hope import HopeBlock
@@ -18,8 +18,7 @@ def build_model(section: ModelConfig) -> HopeLM:
     Raises:
         ConfigError: its `mlp` is not a `cms`, a level can't mix tokens, or there is not as much memory.
     """
-    if not isinstance(section.mlp, Cms):
-        raise ConfigError.refuse("model.mlp", section.mlp.label, "give a cms, such as {level: cms, periods: [1, 16]}")
+    continua(section)
     try:
         check_fits(section)
         return HopeLM(**{name: getattr(section, name) for name in ModelConfig.model_fields})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import cycle, islice
 from typing import Any, Literal
 
 import torch
@@ -42,9 +43,9 @@ class HopeLM(nn.Module):
         blocks: how many.
         heads: of each mixer; they divide `dim`.
         mixer: the level that mixes tokens. Default `attention`.
-        mixers: one for each block, from the first on, again and again, in place of `mixer`.
         mlp: the continuum of MLPs of each block. Default one MLP, on the fastest clock. With `learn="context"` it
             learns while the model reads; with `teach="loss"`, from the model's own next-token loss.
+        mixers, mlps: one for each block, from the first on, again and again, in place of `mixer` and of `mlp`.
         conv: width of each mixer's causal convolution; 0 is none.
         gate_output: whether each mixer's read is multiplied by silu(W_g h).
         tie: whether the head's weights are the embedding's.
@@ -74,6 +75,7 @@ class HopeLM(nn.Module):
         mixer: Level | None = None,
         mixers: Sequence[Level] = (),
         mlp: Cms | None = None,
+        mlps: Sequence[Cms] = (),
         conv: int = 4,
         gate_output: bool = False,
         tie: bool = False,
@@ -86,11 +88,11 @@ class HopeLM(nn.Module):
             if value < 1:
                 given, low = (segment, 0) if name == "segment" else (value, 1)
                 raise ValueError(f"HopeLM: {name}={given} is not allowed; give a whole number, {low} or more")
-        cycle = list(mixers) or [Attention() if mixer is None else mixer]
         self.vocab, self.segment = vocab, segment
         self.embedding = nn.Embedding(vocab, dim)
+        levels = zip(cycle(mixers or [mixer or Attention()]), cycle(mlps or [mlp]))
         self.blocks = nn.ModuleList(
-            HopeBlock(dim, heads, cycle[i % len(cycle)], mlp, conv=conv, gate_output=gate_output) for i in range(blocks)
+            HopeBlock(dim, heads, *pair, conv=conv, gate_output=gate_output) for pair in islice(levels, blocks)
         )
         self.precision = precision
         self.norm = nn.RMSNorm(dim)

@@ -13,6 +13,7 @@ from torch import Tensor
 from nestopt.config import ConfigError, ModelConfig
 from nestopt.config.errors import join
 from nestopt.core.part import Part
+from nestopt.models.continua import continua, cycle
 from nestopt.models.hope import HopeLM
 
 LARGE = 4096
@@ -80,17 +81,17 @@ def in_words(size: int) -> str:
 
 def _counted(section: ModelConfig) -> int:
     """Return how many numbers the weights are, from one block of each kind."""
-    cycle = list(section.mixers) or [section.mixer]
-    options = {name: getattr(section, name) for name in ("vocab", "dim", "heads", "mlp", "conv", "gate_output", "tie")}
+    mixers, mlps, every = section.mixers or [section.mixer], continua(section), cycle(section)
+    options = {name: getattr(section, name) for name in ("vocab", "dim", "heads", "conv", "gate_output", "tie")}
     total = 0
     with torch.device("meta"):
-        for i, mixer in enumerate(cycle[: section.blocks]):
+        for i in range(min(every, section.blocks)):
             try:
-                model = HopeLM(blocks=1, mixer=mixer, **options)
+                model = HopeLM(blocks=1, mixer=mixers[i % len(mixers)], mlp=mlps[i % len(mlps)], **options)
             except RuntimeError:  # torch counts no further than 2⁶³
                 return 2**62
             block = sum(p.numel() for p in model.blocks.parameters())
-            total += block * len(range(i, section.blocks, len(cycle)))
+            total += block * len(range(i, section.blocks, every))
     return total + sum(p.numel() for p in model.parameters()) - block
 
 
@@ -98,7 +99,7 @@ def _numbers(section: ModelConfig) -> Iterator[tuple[str, int]]:
     """Yield the whole numbers of a section, and those that its levels are made of, with their paths."""
     for key in ("dim", "blocks", "vocab", "conv"):
         yield f"model.{key}", getattr(section, key)
-    for key in ("mixers", "mlp") if section.mixers else ("mixer", "mlp"):
+    for key in ("mixers" if section.mixers else "mixer", "mlps" if section.mlps else "mlp"):
         yield from _within(getattr(section, key), f"model.{key}")
 
 

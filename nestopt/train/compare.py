@@ -20,13 +20,15 @@ from nestopt.config.files import replacing, write
 from nestopt.config.spec import build
 from nestopt.core import Level
 from nestopt.core.memories import Mlp, Window
+from nestopt.levels.continuum.level import Cms
 from nestopt.levels.presets import Attention, WindowAttention
 from nestopt.levels.self_modifying.level import SelfModifying
+from nestopt.models.continua import continua, learning
 from nestopt.train.data.source import HeldOut
 from nestopt.train.engines.engine import device_of
 from nestopt.train.errors import CheckpointError, extra
 from nestopt.train.loop import train
-from nestopt.train.reading import at_best_rate, continuum, learner, read, reading_rule, texts
+from nestopt.train.reading import at_best_rate, learner, read, reading_rule, texts
 from nestopt.train.tables import grid
 from nestopt.train.training import Result
 
@@ -83,14 +85,17 @@ def like(config: Config, name: str) -> Config:
         ConfigError: there is no such level, or no model of it comes within 2 % of the parameters.
     """
     section = config.model
-    rule, mixer = continuum(section), _mixer(config, name)
-    wanted = parameters(section)
-    fastest = next(iter(rule.chain().values()))
-    rule = dataclasses.replace(rule, periods=(fastest,), variant="sequential", weights=None)
+    mixer, wanted = _mixer(config, name), parameters(section)
+
+    def one(mlp: Cms, hidden: int) -> Cms:
+        """On the fastest of its clocks."""
+        periods, memory = (next(iter(mlp.chain().values())),), Mlp(hidden=hidden, residual=False)
+        return dataclasses.replace(mlp, periods=periods, variant="sequential", weights=None, memory=memory)
 
     def of(hidden: int) -> ModelConfig:
-        mlp = dataclasses.replace(rule, memory=Mlp(hidden=hidden, residual=False))
-        return section.model_copy(update={"mixer": mixer, "mixers": [], "mlp": mlp})
+        found = [one(mlp, hidden) for mlp in continua(section)]
+        mlps = {"mlps": found} if section.mlps else {"mlp": found[0]}
+        return section.model_copy(update={"mixer": mixer, "mixers": [], **mlps})
 
     least = parameters(of(1))
     hidden = max(1, 1 + round((wanted - least) / (parameters(of(2)) - least)))
@@ -194,7 +199,7 @@ _NEVER = 10**9
 def _measure(name: str, limit: str, config: Config, result: Result, tune: HeldOut, test: HeldOut, quiet: bool) -> Row:
     still = result.run.load_model(device_of(config.train.device))
     still_bits, still_s = read(config, still, test, "mixer")
-    model = learner(config, still, reading_rule(continuum(config.model)))
+    model = learner(config, still, reading_rule(learning(config.model)))
     bits, learning_s, rate = None, math.nan, math.nan
     if model is not None:
         bar = partial(tqdm, desc=f"{name}: rates", leave=False, disable=quiet, dynamic_ncols=True)

@@ -15,6 +15,7 @@ from nestopt import models
 from nestopt.config import Config, ConfigError, ModelConfig, as_saved, save
 from nestopt.levels.continuum.level import Auto, Cms, level_names
 from nestopt.models import HopeLM
+from nestopt.models.continua import continua, learning, with_learning
 from nestopt.nn.hope import Learn
 from nestopt.train.data import sources
 from nestopt.train.data.source import HeldOut
@@ -56,12 +57,6 @@ class Reading:
     seconds: float
 
 
-def continuum(section: ModelConfig) -> Cms:
-    """Return what follows each mixer."""
-    assert isinstance(section.mlp, Cms)
-    return section.mlp
-
-
 def reading_rule(mlp: Cms) -> Cms:
     """Return how MLPs learn as they read: as they do, or, of those that don't, from the loss, every 32 tokens."""
     if mlp.learn == "context":
@@ -99,20 +94,29 @@ def _part(text: HeldOut, part: slice) -> HeldOut:
 def learner(config: Config, model: HopeLM, rule: Cms) -> HopeLM | None:
     """Return a trained model whose MLPs learn as it reads, by `rule`: the same weights under the names of its levels.
 
-    None where its MLPs are several that don't learn so: their periods are numbers of the optimizer's steps.
+    Where the MLPs of some blocks learn so already, these alone do. None where none does and each is several: their
+    periods are numbers of the optimizer's steps.
     """
-    mlp = continuum(config.model)
+    mlp = learning(config.model)
     if mlp.learn == "static" and len(mlp.periods) > 1:
         return None
-    fresh = models.build_model(config.model.model_copy(update={"mlp": rule})).to(next(model.parameters()))
-    both = zip(level_names(mlp.periods), level_names(rule.periods), strict=True)
-    names = [(f".levels.{old}.", f".levels.{new}.") for old, new in both]
+    section = _ruled(config.model, rule)
+    fresh = models.build_model(section).to(next(model.parameters()))
+    before, after = ([level_names(mlp.periods) for mlp in continua(one)] for one in (config.model, section))
+    names: dict[str, str] = {}
+    for i in range(section.blocks):
+        both = zip(before[i % len(before)], after[i % len(after)], strict=True)
+        names |= {f"blocks.{i}.mlp.levels.{old}.": f"blocks.{i}.mlp.levels.{new}." for old, new in both}
     state = fresh.state_dict()
     for key, value in model.state_dict().items():
-        old, new = next(((old, new) for old, new in names if old in key), ("", ""))
-        state[key.replace(old, new)] = value
+        old, new = next(((old, new) for old, new in names.items() if key.startswith(old)), ("", ""))
+        state[new + key.removeprefix(old)] = value
     fresh.load_state_dict(state)
     return fresh.eval()
+
+
+def _ruled(section: ModelConfig, rule: Cms) -> ModelConfig:
+    return with_learning(section, lambda mlp: dataclasses.replace(rule, memory=mlp.memory))
 
 
 def read(config: Config, model: HopeLM, text: HeldOut, learn: Learn = True) -> tuple[float, float]:
@@ -162,7 +166,7 @@ def tune(run: Run, *, out: Path | None = None, tuning: int = TUNING, quiet: bool
     config = run.config()
     chosen_by, test = texts(config, tuning)
     trained = run.load_model(device_of(config.train.device))
-    rule = reading_rule(continuum(config.model))
+    rule = reading_rule(learning(config.model))
     periods = dict.fromkeys(times for by in PERIODS if (times := _times(rule.periods, by)) is not None)
     keeps = [keep for keep in KEEPS if keep != rule.keep]
     tried: list[tuple[Cms, Reading, HopeLM]] = []
@@ -190,7 +194,7 @@ def tune(run: Run, *, out: Path | None = None, tuning: int = TUNING, quiet: bool
         rows.append((shown, f"{own.keep:g}", f"{found.rate:.3g}", f"{found.bits:.3f}", f"{found.seconds:.1f} s"))
     said = [*grid(rows), f"bits per byte of {chosen_by.bytes:,} held-out bytes, by which the first is chosen."]
     said.append(f"On {test.bytes:,} others, which were not looked at:")
-    before = None if continuum(config.model).learn == "static" else trained
+    before = None if learning(config.model).learn == "static" else trained
     readers: list[tuple[str, HopeLM | None, Learn]]
     readers = [("still", trained, "mixer"), ("as it was", before, True), ("as chosen", model, True)]
     for name, reader, learn in readers:
@@ -198,10 +202,10 @@ def tune(run: Run, *, out: Path | None = None, tuning: int = TUNING, quiet: bool
             bits, seconds = read(config, reader, test, learn)
             said.append(f"  {name:<9}  {bits:.3f}  ({seconds:.1f} s)")
     if out is not None:
-        mlp = dataclasses.replace(best, rate=at.rate)
+        section = _ruled(config.model, dataclasses.replace(best, rate=at.rate))
         out.mkdir(parents=True)
         with as_saved():
-            save(config.model_copy(update={"model": config.model.model_copy(update={"mlp": mlp})}), out / "config.yaml")
+            save(config.model_copy(update={"model": section}), out / "config.yaml")
         Run(out).save_model(dict(model.state_dict()), {"tuned": str(run.path)})
         said.append(f"in {out}: config.yaml, model.safetensors")
     return "\n".join(said)

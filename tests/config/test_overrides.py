@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nestopt import levels as L
-from nestopt.config import Config, ConfigError, build, load
+from nestopt.config import Config, ConfigError, ModelConfig, build, load
 from nestopt.config.io import dump
 from nestopt.config.overrides import apply
 from nestopt.config.sizes import named
 from nestopt.core import chain
+from nestopt.models import build_model
 
 names = st.sampled_from(["a", "b", "c", "d"])
 values = (
@@ -179,6 +180,14 @@ def test_an_override_of_what_another_key_stands_for_acts(written: Any) -> None:
     assert (one.mixer, one.mixers) == (L.attention(), [L.gd()])
     one.mixer = L.titans()
     assert (one.mixer, one.mixers) == (L.titans(), [])
+
+
+def test_an_mlp_for_each_block_takes_the_place_of_one_for_all() -> None:
+    each = load({}, ["model.mlps=[cms, {level: cms, periods: [4]}]"]).model
+    assert (each.mlp, each.mlps) == (ModelConfig().mlp, [L.cms(), L.cms(periods=(4,))])
+    assert load({"model": {"mlps": ["cms"]}}, ["model.mlps[0].periods=[3]"]).model.mlps == [L.cms(periods=(3,))]
+    with pytest.raises(ConfigError, match=r"model.mlps\[1\]: .*give a cms"):
+        build_model(load({}, ["model.mlps=[cms, gd]"]).model)
 
 
 def test_an_override_reaches_into_a_list_of_mixers() -> None:

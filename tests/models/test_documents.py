@@ -55,6 +55,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "mixer": SelfModifying(chunk=2, projection_chunk=4),
         "mlp": cms(teach="loss", through="first_order", **CONTEXT),
     },
+    "the last learns": {"mlps": [cms(), cms(teach="loss", **CONTEXT)]},
     "hope, segments": {
         "mixer": SelfModifying(chunk=2, projection_chunk=4),
         "mlp": cms(teach="loss", **CONTEXT),

@@ -28,6 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "deltanet": {"mixer": "deltanet", "tie": True},
     "titans": {"mixer": {"level": "titans", "chunk": 4, "read": "chunk"}},
     "hope": {"mixer": {"level": "self_modifying", "chunk": 4, "projection_chunk": 8}, "mlp": LEARNING},
+    "the last learns": {"mixer": "deltanet", "mlps": [{"level": "cms"}, LEARNING]},
     "two": {"mixers": ["deltanet", "attention"], "mlp": LEARNING},
 }
 EXACT = ("attention", "window", "deltanet", "two")

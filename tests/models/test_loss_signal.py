@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,8 @@ class Slow:
         (delta,) = torch.autograd.grad(loss, hh, create_graph=True)
         self.seen += 1
         for i, (x, of) in enumerate(zip(inputs, self.weights, strict=True)):
+            if not model.blocks[i].mlp.taught:
+                continue
             out, pull = torch.func.vjp(lambda ws, i=i, x=x: self.continuum(i, x, ws), of)
             (grads,) = pull(delta.view_as(out))
             for name, ws in grads.items():
@@ -124,9 +127,11 @@ class Slow:
 EPS = 1e-4
 
 
-@pytest.mark.parametrize("periods", PERIODS)
-def test_it_is_the_loop_over_tokens(periods: tuple[int, ...]) -> None:
-    model, tokens = make(mlp=taught(periods)), some(2, 12)
+@pytest.mark.parametrize(
+    "mlps", [*([taught(periods)] for periods in PERIODS), [cms(), taught((3,))], [taught(), cms()]]
+)
+def test_it_is_the_loop_over_tokens(mlps: list[Any]) -> None:
+    model, tokens = make(mlps=mlps), some(2, 12)
     slow = torch.stack([torch.stack([s.read(t) for t in row]) for row in tokens.tolist() if (s := Slow(model))])
     fast, _ = model(tokens)
     torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10)
@@ -150,6 +155,7 @@ MODELS = {
     "hope": {"mixer": SelfModifying(chunk=2, projection_chunk=4)},
     "both": {"mixers": [SelfModifying(chunk=2, projection_chunk=4), attention()]},
     "local": {"mlp": taught((3, 5), teach="local")},
+    "the last": {"mlps": [cms(), taught((3, 5))]},
 }
 
 

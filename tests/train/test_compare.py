@@ -50,6 +50,17 @@ def test_any_model_of_as_many_parameters_that_may_do_the_same(name: str) -> None
     assert other.train == config.train
 
 
+def test_each_block_keeps_the_kind_of_its_mlp() -> None:
+    mlps = [
+        {"level": "cms", "periods": [1]},
+        {"level": "cms", "periods": [16, 32], "learn": "context", "teach": "loss"},
+    ]
+    config = Config.from_data({"model": {"mixer": "retnet", "mlps": mlps, "blocks": 2}})
+    other = like(config, "deltanet")
+    assert [(mlp.learn, mlp.periods) for mlp in other.model.mlps] == [("static", (1,)), ("context", (16,))]
+    assert parameters(other.model) == pytest.approx(parameters(config.model), rel=0.02)
+
+
 @pytest.mark.parametrize("learn", ["all", "mixer"])
 @pytest.mark.parametrize("periods", [[1], [32]])
 def test_mlps_are_trained_alike(learn: str, periods: list[int]) -> None:
@@ -109,6 +120,18 @@ def test_the_same_weights_learn_as_they_read() -> None:
     assert reading_rule(cms(periods=(4, 16))).periods == (4, 16)
     two = Config.from_data({"model": {**section, "mlp": {"level": "cms", "periods": [1, 4]}}})
     assert learner(two, build_model(two.model), reading_rule(two.model.mlp)) is None
+
+
+def test_where_one_block_learns_it_alone_does() -> None:
+    mlps = [{"level": "cms", "periods": [1]}, {"level": "cms", "periods": [4], "learn": "context", "teach": "loss"}]
+    some = Config.from_data({"model": {"mixer": "retnet", "dim": 16, "heads": 2, "blocks": 2, "mlps": mlps}})
+    last = build_model(some.model)
+    other = learner(some, last, dataclasses.replace(some.model.mlps[1], periods=(8,)))
+    assert other is not None
+    assert [block.mlp.taught for block in other.blocks] == [False, True]
+    found = other.state_dict()
+    for key, value in last.state_dict().items():
+        assert torch.equal(found[key.replace("1.mlp.levels.every_4", "1.mlp.levels.every_8")], value)
 
 
 @pytest.mark.parametrize(("length", "tested"), [(1000, 300), (1000, 997), (1000, 1000), (1000, 2000), (40, 16), (1, 1)])

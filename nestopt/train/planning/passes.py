@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nestopt.config import ModelConfig
 from nestopt.core.tree import State, leaves
-from nestopt.levels.continuum.level import Cms
 from nestopt.models.build import build_model
+from nestopt.models.continua import continua, cycle
 from nestopt.models.cost import Cost, Live
 from nestopt.models.hope import HopeLM
 from nestopt.nn.hope import Learn, writes
@@ -80,15 +80,15 @@ def count_pass(
     do not grow; else the window is counted as it is. Costs and states are exact so; peaks to half a percent, for the
     moment in a lap at which most is held is not always the same.
     """
-    cycle = max(1, len(section.mixers))
-    cycles, blocks_left = divmod(section.blocks, cycle)
+    every = cycle(section)
+    cycles, blocks_left = divmod(section.blocks, every)
     unit = _unit(section, window, learn, device)
     units, tokens_left = divmod(window, unit) if unit else (1, 0)
     depths, lengths = _ends(cycles), _ends(units)
     found = {}
     with tqdm(total=sum(depths) * sum(lengths), desc="counting", leave=False, disable=quiet, delay=PATIENCE) as bar:
         for depth in depths:
-            smaller = section.model_copy(update={"blocks": depth * cycle + blocks_left})
+            smaller = section.model_copy(update={"blocks": depth * every + blocks_left})
             for length in lengths:
                 tokens = length * unit + tokens_left if unit else window
                 found[depth, length] = _count(smaller, rows, tokens, dtype, learn, device)
@@ -122,12 +122,12 @@ def _unit(section: ModelConfig, window: int, learn: Learn, device: Device) -> in
     """Return after how many tokens a long window goes on as before, at the start of a segment; 0 if after none."""
     if not section.segment:
         return 0
-    assert isinstance(section.mlp, Cms)
-    clocks = section.mlp.periods if section.mlp.learn == "context" and writes(learn, "mlp") else ()
-    unit = math.lcm(section.segment, PIECE, *(period for period in clocks if isinstance(period, int)))
+    learned = [mlp for mlp in continua(section) if mlp.learn == "context" and writes(learn, "mlp")]
+    clocks = [period for mlp in learned for period in mlp.periods if isinstance(period, int)]
+    unit = math.lcm(section.segment, PIECE, *clocks)
     if window < FEW * unit:
         return 0
-    small = section.model_copy(update={"blocks": max(1, len(section.mixers))})
+    small = section.model_copy(update={"blocks": cycle(section)})
     return unit if _state(small, unit, learn, device) == _state(small, 2 * unit, learn, device) else 0
 
 

@@ -14,6 +14,7 @@ from nestopt.config import Config, ConfigError, ModelConfig
 from nestopt.core.memories import Mlp
 from nestopt.levels.continuum.level import Cms
 from nestopt.models.build import build_model
+from nestopt.models.continua import with_learning
 from nestopt.models.cost import Cost, state_bytes, step_cost
 from nestopt.nn.hope import Learn
 from nestopt.train.errors import extra
@@ -44,7 +45,8 @@ class Machine:
         """Measure this one: least squares of relative errors over small models as wide, none of which is planned."""
         costs, seconds = [], []
         for model, size, length in _PROBES:
-            probe = section.model_copy(update={"blocks": 1, "mlp": with_periods(section, model), "segment": 0})
+            probe = section.model_copy(update={"blocks": 1, "mlps": [], "segment": 0})
+            probe = with_periods(probe, model)
             rows, tokens = max(1, batch // size), max(2, window // length)
             costs.append(step_cost(probe, rows, tokens))
             seconds.append(step_seconds(probe, rows, tokens, repeat=repeat))
@@ -79,14 +81,16 @@ def _nonnegative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return best
 
 
-def with_periods(section: ModelConfig, periods: tuple[int, ...] | None) -> Cms:
-    """Return the section's continuum with these periods, in context; None is one static MLP.
+def with_periods(section: ModelConfig, periods: tuple[int, ...] | None) -> ModelConfig:
+    """Return the section with these periods in context, where its continua learn so; None is one static MLP.
 
     All have as many weights as the section's own: the levels share its hidden units.
     """
-    own = section.mlp
-    assert isinstance(own, Cms)
-    memory = own.block(section.dim)
+    return with_learning(section, lambda mlp: _with_periods(mlp, section.dim, periods))
+
+
+def _with_periods(own: Cms, dim: int, periods: tuple[int, ...] | None) -> Cms:
+    memory = own.block(dim)
     count = len(own.periods)
     if isinstance(memory, Mlp) and memory.hidden is not None:
         hidden = max(1, memory.hidden * count // (1 if periods is None else len(periods)))
@@ -187,7 +191,7 @@ def plan(
     machine = Machine.measured(section, data.batch, data.window) if machine is None else machine
     rows = []
     for choice in tqdm(periods, desc="planning", leave=False, disable=quiet):
-        chosen = section.model_copy(update={"mlp": with_periods(section, choice)})
+        chosen = with_periods(section, choice)
         cost = step_cost(chosen, data.batch, data.window)
         measured = step_seconds(chosen, data.batch, data.window) if check else None
         rows.append(Row(choice, cost, state_bytes(chosen), machine.seconds(cost), measured))

@@ -56,7 +56,7 @@ def test_a_step_of_a_transformer() -> None:
 def test_the_choice_of_periods_keeps_the_size() -> None:
     section = small(mlp={"level": "cms", "periods": [4, 8]}).model
     for periods in (None, (4,), (4, 8), (2, 4, 8, 16)):
-        mlp = with_periods(section, periods)
+        mlp = with_periods(section, periods).mlp
         count = 1 if periods is None else len(periods)
         assert mlp.memory.hidden * count == 128
         assert mlp.learn == ("static" if periods is None else "context")
@@ -69,7 +69,7 @@ def test_more_writes_cost_more() -> None:
     assert static.cost.flops < slow.cost.flops
     assert slow.seconds < fast.seconds < both.seconds
     assert static.state < slow.state
-    assert slow.state == state_bytes(small().model.model_copy(update={"mlp": with_periods(small().model, (16,))}))
+    assert slow.state == state_bytes(with_periods(small().model, (16,)))
     text = table(rows)
     assert text.splitlines()[0].split()[:2] == ["levels", "periods"]
     assert "1.00" in text.splitlines()[1]

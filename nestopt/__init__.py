@@ -22,7 +22,16 @@ from nestopt.core import (
 
 # before anything that looks a name up
 registry.add_builtin(levels)
-registry.add_builtin("nestopt.train.data.builtin", kind="dataset")
+for module, kind in (
+    ("nestopt.train.data.builtin", "dataset"),
+    ("nestopt.optim", "optimizer"),
+    ("nestopt.config.sizes", "model"),
+    ("nestopt.train.schedule", "schedule"),
+    ("nestopt.train.callbacks", "callback"),
+    ("nestopt.train.loggers", "logger"),
+    ("nestopt.commands", "command"),
+):
+    registry.add_builtin(module, kind)
 
 from nestopt import core, models, nn, ops, optim, parts
 from nestopt.api import describe, layer, model, optimizer

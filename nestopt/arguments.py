@@ -7,6 +7,8 @@ import argparse
 from nestopt import terminal
 from nestopt._version import VERSION
 from nestopt.core.precision import PRECISIONS
+from nestopt.core.registry import registry
+from nestopt.plugins import templates
 
 
 def parser() -> argparse.ArgumentParser:
@@ -19,51 +21,21 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher puts it there
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
 
-    _add_train(
-        terminal.add_command(
-            commands, "train", "train a language model (alone: on Python's standard library, about 4 minutes)"
-        )
-    )
-    _add_generate(terminal.add_command(commands, "generate", "let a trained model write"))
-    _add_eval(terminal.add_command(commands, "eval", "measure what a trained model does"))
-
-    tune = terminal.add_command(
-        commands, "tune-reading", "choose how fast a trained model learns as it reads: rate, period, keep; no training"
-    )
-    tune.add_argument("path", metavar="RUN")
-    tune.add_argument("--bytes", type=terminal.whole(2), default=32768, help="held out, to choose by (default: 32768)")
-    tune.add_argument("--out", metavar="FOLDER", help="write the model with these settings, as a run of its own")
-    _add_trust(tune)
-    tune.add_argument("-q", "--quiet", action="store_true", help="no progress")
-
-    describe = terminal.add_command(commands, "describe", "the levels of a config, a run or a level's name, in order")
-    terminal.completes(describe.add_argument("path", metavar="CONFIG.yaml | RUN | LEVEL"), terminal.level_names)
-    terminal.completes(
-        describe.add_argument("given", nargs="*", metavar="key=value"), terminal.config_keys, files=False
-    )
-    describe.add_argument("--format", choices=["text", "mermaid", "svg"], default="text")
-
-    _add_plan(
-        terminal.add_command(commands, "plan", "what a training step costs, per number of levels and period of the mlp")
-    )
-    levels = terminal.add_command(commands, "levels", "the levels and parts that can be used by name")
-    pattern = levels.add_argument(
-        "pattern", nargs="?", default="*", metavar="PATTERN", help='such as "*momentum*" (default: all)'
-    )
-    terminal.completes(pattern, terminal.level_names, files=False)
-    terminal.add_command(commands, "plugins", "the plugins that were found, and what is wrong with those skipped")
-    terminal.add_command(commands, "doctor", "versions, devices, and what is missing")
+    for name in terminal.command_names():
+        command = registry.get("command", name)()
+        command.arguments(terminal.add_command(commands, name, command.help, command.examples))
     return parser
 
 
-def _add_train(train: argparse.ArgumentParser) -> None:
+def add_train(train: argparse.ArgumentParser) -> None:
+    """Add what `train` takes."""
     given = train.add_argument(
         "given", nargs="*", metavar="CONFIG.yaml | key=value", help="a config file, and values that go before it"
     )
     terminal.completes(given, terminal.config_keys)
     train.add_argument("--data", metavar="PATH", help="train on this file or folder of text")
     train.add_argument("--out", metavar="FOLDER", help="where runs are kept (default: runs)")
-    train.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
+    train.add_argument("--resume", metavar="RUN", help="go on with an interrupted run; `latest` is the newest")
     train.add_argument(
         "--reset-data",
         action="store_true",
@@ -73,6 +45,7 @@ def _add_train(train: argparse.ArgumentParser) -> None:
         "--init-from", metavar="RUN | FILE", help="begin a new run with these weights, of a run or a safetensors file"
     )
     _add_trust(train)
+    train.add_argument("--name", metavar="NAME", help="of the run's folder (default: the next number)")
     train.add_argument(
         "--baseline",
         type=lambda names: names.split(","),
@@ -93,7 +66,8 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     train.add_argument("-q", "--quiet", action="store_true", help="no progress, no report")
 
 
-def _add_generate(generate: argparse.ArgumentParser) -> None:
+def add_generate(generate: argparse.ArgumentParser) -> None:
+    """Add what `generate` takes."""
     generate.add_argument("path", metavar="RUN")
     generate.add_argument(
         "--prompt", help="text to go on from (default: 'def '; none, after --prompt-file or --from-state)"
@@ -120,6 +94,71 @@ def _add_generate(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--from-state", metavar="FILE", help="go on from what --state saved")
 
 
+def add_tune_reading(tune: argparse.ArgumentParser) -> None:
+    """Add what `tune-reading` takes."""
+    tune.add_argument("path", metavar="RUN")
+    tune.add_argument("--bytes", type=terminal.whole(2), default=32768, help="held out, to choose by (default: 32768)")
+    tune.add_argument("--out", metavar="FOLDER", help="write the model with these settings, as a run of its own")
+    _add_trust(tune)
+    tune.add_argument("-q", "--quiet", action="store_true", help="no progress")
+
+
+def add_describe(describe: argparse.ArgumentParser) -> None:
+    """Add what `describe` takes."""
+    terminal.completes(describe.add_argument("path", metavar="CONFIG.yaml | RUN | LEVEL"), terminal.level_names)
+    terminal.completes(
+        describe.add_argument("given", nargs="*", metavar="key=value"), terminal.config_keys, files=False
+    )
+    describe.add_argument("--format", choices=["text", "mermaid", "svg"], default="text")
+
+
+def add_levels(levels: argparse.ArgumentParser) -> None:
+    """Add what `levels` takes."""
+    pattern = levels.add_argument(
+        "pattern", nargs="?", default="*", metavar="PATTERN", help='such as "*momentum*" (default: all)'
+    )
+    terminal.completes(pattern, terminal.level_names, files=False)
+
+
+def add_plugins(plugins: argparse.ArgumentParser) -> None:
+    """Add what `plugins` takes: nothing, or one of two commands."""
+    plugins.add_argument("--errors", action="store_true", help="also the whole traceback of each error")
+    plugins.add_argument("--json", action="store_true", help="for other programs: all that is known of each")
+    does = plugins.add_subparsers(metavar="DOES", dest="does", title="instead of listing them")
+    new = terminal.add_command(does, "new", "write a package with a plugin, and tests that pass")
+    new.add_argument("name", metavar="NAME", help="such as sign_momentum; the package is nestopt-sign-momentum")
+    new.add_argument(
+        "--kind", choices=templates.KINDS, default="level", metavar="KIND", help=f"{', '.join(templates.KINDS)}"
+    )
+    new.add_argument("--out", metavar="FOLDER", default=".", help="where the package's folder is made (default: here)")
+    check = terminal.add_command(does, "check", "try all that an installed package provides")
+    check.add_argument("package", metavar="PACKAGE", help="its name, or the plugin's")
+
+
+def add_runs(runs: argparse.ArgumentParser) -> None:
+    """Add what `runs` takes."""
+    runs.add_argument(
+        "paths", nargs="*", metavar="RUN | FOLDER", help="runs, and folders of runs (default: the folder runs)"
+    )
+    runs.add_argument("--plot", metavar="FILE", help="draw the held-out and training loss of all in one picture")
+    runs.add_argument("--json", action="store_true", help="for other programs: all that is known of each")
+
+
+def add_sweep(sweep: argparse.ArgumentParser) -> None:
+    """Add what `sweep` takes."""
+    given = sweep.add_argument(
+        "given",
+        nargs="*",
+        metavar="CONFIG.yaml | key=a,b,c",
+        help="a config file, and values; each key with commas is tried at each of its values, with those of all others",
+    )
+    terminal.completes(given, terminal.config_keys)
+    sweep.add_argument("--data", metavar="PATH", help="train on this file or folder of text")
+    sweep.add_argument("--out", metavar="FOLDER", help="where runs are kept (default: runs)")
+    sweep.add_argument("--name", metavar="NAME", help="of the folder in it (default: sweep-1, or the next number)")
+    sweep.add_argument("-q", "--quiet", action="store_true", help="no progress; only the table at the end")
+
+
 def _add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust",
@@ -134,7 +173,8 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_eval(measure: argparse.ArgumentParser) -> None:
+def add_eval(measure: argparse.ArgumentParser) -> None:
+    """Add what `eval` takes."""
     reports = measure.add_subparsers(required=True, metavar="REPORT")
     forgetting = terminal.add_command(
         reports, "forgetting", "what learning while reading gives, and how much is left after more text"
@@ -151,7 +191,8 @@ def _add_eval(measure: argparse.ArgumentParser) -> None:
     forgetting.add_argument("-q", "--quiet", action="store_true", help="no progress")
 
 
-def _add_plan(plan: argparse.ArgumentParser) -> None:
+def add_plan(plan: argparse.ArgumentParser) -> None:
+    """Add what `plan` takes."""
     given = plan.add_argument("given", nargs="*", metavar="CONFIG.yaml | key=value", help="a config file, and values")
     terminal.completes(given, terminal.config_keys)
     plan.add_argument(

@@ -7,7 +7,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from nestopt.train.errors import CheckpointError, CorpusError, MissingExtra, TrainingError
 
+    argv = sys.argv[1:] if argv is None else argv
+    for option in terminal.switched_off(argv):
+        if not option.startswith("no:"):
+            print(f"nestopt: -p {option} is not allowed; give no:NAME to switch a plugin off", file=sys.stderr)
+            return EXIT_USAGE
+        registry.block(option.removeprefix("no:"))
     parser = arguments.parser()
     terminal.complete(parser)
     args, more = parser.parse_known_args(argv)
@@ -37,13 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not hasattr(args, "given") or any(item.startswith("-") for item in more):
             parser.error(f"unknown: {' '.join(more)}")
         args.given += more
-    for option in (option for key, given in vars(args).items() if key.startswith("plugin ") for option in given):
-        if not option.startswith("no:"):
-            print(f"nestopt: -p {option} is not allowed; give no:NAME to switch a plugin off", file=sys.stderr)
-            return EXIT_USAGE
-        registry.block(option.removeprefix("no:"))
     try:
-        return RUNS[args.command](args)
+        return int(registry.get("command", args.command)().run(args))
     except (ConfigError, CorpusError, CheckpointError, MissingExtra) as error:
         print(f"nestopt: {error}", file=sys.stderr)
         status = EXIT_USAGE
@@ -97,12 +98,14 @@ def _load(source: Path | dict[str, Any], overrides: Sequence[str]) -> Config | L
 
 def _like(path: str) -> Config | None:
     """Return the configuration of a new run with the model of the run at `path`; None where that is a file."""
-    from nestopt.train.run import Run
+    from nestopt.train.run import Run, locate
 
-    return Config().model_copy(update={"model": Run.open(path).config().model}) if Path(path).is_dir() else None
+    place = locate(path)
+    return Config().model_copy(update={"model": Run.open(place).config().model}) if place.is_dir() else None
 
 
-def _train(args: argparse.Namespace) -> int:
+def train(args: argparse.Namespace) -> int:
+    """Do what `nestopt train` says."""
     from nestopt.train.engines.peers import watching
 
     with watching() as args.watch:
@@ -110,7 +113,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _train_watched(args: argparse.Namespace) -> int:
-    from nestopt.train.loop import train
+    from nestopt.train.loop import train as train_run
     from nestopt.train.run import Run
     from nestopt.train.trust import check_trusted
 
@@ -123,15 +126,16 @@ def _train_watched(args: argparse.Namespace) -> int:
     if args.resume is not None:
         free = ("train.", "data.") if args.reset_data else ("train.",)
         fixed = [item for item in given if not item.startswith(free)]
-        if fixed or args.out is not None:
-            what = ", ".join(fixed) or "--out"
+        if fixed or args.out is not None or args.name is not None:
+            what = ", ".join(fixed) or ("--out" if args.name is None else "--name")
             raise ConfigError(f"a resumed run has its config already; only train.* can be changed, not {what}")
         run = Run.open(args.resume)
         config = _config(given, run.config())
         if not args.trust:
-            check_trusted(run.config(), run.path, given=config)
+            check_trusted(run.config(), run.path, given=config, training=True)
     else:
         given += [f"train.out={json.dumps(args.out)}"] if args.out is not None else []
+        given += [f"train.name={json.dumps(args.name)}"] if args.name is not None else []
         config = _config(given, _like(args.init_from) if args.init_from is not None else None)
     if args.baseline:
         from nestopt.train.compare import like
@@ -142,7 +146,9 @@ def _train_watched(args: argparse.Namespace) -> int:
             )
         for name in args.baseline:
             like(config, name)
-    result = train(config, resume=args.resume, init_from=args.init_from, reset_data=args.reset_data, quiet=args.quiet)
+    result = train_run(
+        config, resume=args.resume, init_from=args.init_from, reset_data=args.reset_data, quiet=args.quiet
+    )
     finished = result.finished
     if finished and args.baseline:
         from nestopt.train.compare import compare
@@ -152,7 +158,8 @@ def _train_watched(args: argparse.Namespace) -> int:
     return 0 if finished else EXIT_INTERRUPTED
 
 
-def _generate(args: argparse.Namespace) -> int:
+def generate(args: argparse.Namespace) -> int:
+    """Do what `nestopt generate` says."""
     import torch
 
     from nestopt.train.data.codec import codec_of
@@ -204,14 +211,16 @@ def _document(path: str) -> bytes:
         raise ConfigError.refuse("--prompt-file", path, f"it can't be read: {error.strerror}") from None
 
 
-def _forgetting(args: argparse.Namespace) -> int:
+def forgetting(args: argparse.Namespace) -> int:
+    """Do what `nestopt eval` says."""
     from nestopt.evidence.command import answer
 
     print(answer(args))
     return 0
 
 
-def _tune_reading(args: argparse.Namespace) -> int:
+def tune_reading(args: argparse.Namespace) -> int:
+    """Do what `nestopt tune-reading` says."""
     from nestopt.train.reading import tune
     from nestopt.train.run import Run
     from nestopt.train.trust import check_trusted
@@ -225,12 +234,13 @@ def _tune_reading(args: argparse.Namespace) -> int:
     return 0
 
 
-def _describe(args: argparse.Namespace) -> int:
+def describe(args: argparse.Namespace) -> int:
+    """Do what `nestopt describe` says."""
     from nestopt.api import describe
     from nestopt.optim import optimizer
-    from nestopt.train.run import Run, build_model
+    from nestopt.train.run import Run, build_model, locate
 
-    path = Path(args.path)
+    path = locate(args.path)
     if os.path.isdir(path):
         loaded: Config | Level = load_saved(Run.open(path).config_file, args.given)
     elif os.path.exists(path) or names_file(args.path) or os.sep in args.path:
@@ -251,7 +261,8 @@ def _describe(args: argparse.Namespace) -> int:
 _SCALE = ("gpus", "engine", "zero", "memory", "rates", "tflops", "bandwidth", "launch", "share", "tokens", "ranks")
 
 
-def _plan(args: argparse.Namespace) -> int:
+def plan(args: argparse.Namespace) -> int:
+    """Do what `nestopt plan` says."""
     from nestopt.train.planning import periods as plan
 
     config = _config(args.given)
@@ -267,7 +278,45 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def _doctor(args: argparse.Namespace) -> int:
+def plugins(args: argparse.Namespace) -> int:
+    """Do what `nestopt plugins` says."""
+    if args.does == "new":
+        from nestopt.plugins.new import write
+
+        print(write(args.name, args.kind, Path(args.out)))
+        return 0
+    if args.does == "check":
+        from nestopt.plugins.check import check
+
+        return check(args.package)
+    return terminal.show_plugins(errors=args.errors, as_json=args.json)
+
+
+def runs(args: argparse.Namespace) -> int:
+    """Do what `nestopt runs` says."""
+    from nestopt.train import runs
+
+    found = runs.find(args.paths)
+    if args.plot is not None:
+        runs.plot(found, args.plot)
+    print(runs.as_json(found) if args.json else runs.table(found))
+    return 0
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """Do what `nestopt sweep` says."""
+    from nestopt.train.sweep import Choices, sweep
+
+    given = list(args.given)
+    given += [f"data.path={json.dumps(args.data)}"] if args.data is not None else []
+    given += [f"train.out={json.dumps(args.out)}"] if args.out is not None else []
+    choices = Choices.of(given)
+    configs = [_config([*choices.fixed, *chosen]) for chosen in choices]
+    return sweep(configs, choices, name=args.name, quiet=args.quiet)
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Do what `nestopt doctor` says."""
     from nestopt.doctor import report
 
     text, healthy = report()
@@ -277,17 +326,3 @@ def _doctor(args: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-
-RUNS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "train": _train,
-    "generate": _generate,
-    "eval": _forgetting,
-    "tune-reading": _tune_reading,
-    "describe": _describe,
-    "plan": _plan,
-    "levels": lambda args: terminal.show_levels(args.pattern),
-    "plugins": lambda args: terminal.show_plugins(),
-    "doctor": _doctor,
-}
-"""What each command does; gives the exit status."""

@@ -10,14 +10,16 @@ import shutil
 import torch
 
 from nestopt._version import VERSION
-from nestopt.core.registry import registry
+from nestopt.core.registry import SLOW, registry
 
-NEEDED = ("torch", "numpy", "pluggy", "pydantic", "pyyaml")
+NEEDED = ("torch", "numpy", "packaging", "pluggy", "pydantic", "pyyaml")
 OPTIONAL = {
     **dict.fromkeys(("matplotlib", "safetensors", "tqdm"), "training and plots: pip install 'nestopt[train]'"),
     **dict.fromkeys(("argcomplete", "rich"), "completion and tables in a terminal: pip install 'nestopt[cli]'"),
     "datasets": "documents, such as FineWeb-Edu: pip install 'nestopt[data]'",
     "deepspeed": "train.engine=deepspeed: pip install 'nestopt[deepspeed]'",
+    "tensorboard": "train.loggers=[tensorboard]: pip install 'nestopt[tensorboard]'",
+    "wandb": "train.loggers=[wandb]: pip install 'nestopt[wandb]'",
     "transformers": "Hugging Face models: pip install 'nestopt[hf]'",
 }
 
@@ -41,6 +43,8 @@ def report() -> tuple[str, bool]:
         if plugin.error:
             healthy = False
             lines.append(f"plugin {plugin.name} ({plugin.source}) is SKIPPED: {plugin.error}")
+        if plugin.seconds >= SLOW:
+            lines.append(f"plugin {plugin.name} ({plugin.source}) is SLOW: its import takes {plugin.seconds:.1f} s")
     lines.append("all well" if healthy else "something needs attention: see the words in capitals")
     return "\n".join(lines), healthy
 

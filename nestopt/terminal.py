@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -13,14 +15,15 @@ from typing import Any
 from nestopt.config import Config, ConfigError
 from nestopt.config.section import Section
 from nestopt.core.part import is_subclass, nearest
-from nestopt.core.registry import KINDS, registry
+from nestopt.core.registry import KINDS, OBJECTS, SLOW, Plugin, registry
 
 EXAMPLES = {
     "train": """
   nestopt train                                         a small Hope on Python's standard library
   nestopt train --data my/texts --baseline transformer  on a text of your own, beside a Transformer
   nestopt train run.yaml train.steps=300 model.mixer=titans
-  nestopt train --resume runs/001 train.seconds=600""",
+  nestopt train --name wide model.dim=256               into runs/wide
+  nestopt train --resume latest train.seconds=600       the newest run""",
     "generate": """
   nestopt generate runs/001 --prompt 'class ' --length 200
   nestopt generate runs/001 --prompt-file book.txt --state read.safetensors --length 0
@@ -30,6 +33,12 @@ EXAMPLES = {
     "forgetting": """
   nestopt eval forgetting runs/001
   nestopt eval forgetting runs/001 --data my/texts --bytes 1024 --documents 4""",
+    "runs": """
+  nestopt runs                                          those in the folder runs
+  nestopt runs runs/001 runs/002 --plot both.png        these two, in what they differ, and a picture""",
+    "sweep": """
+  nestopt sweep optimizer.lr=0.01,0.02,0.04 train.steps=300
+  nestopt sweep run.yaml model.mixer=titans,deltanet train.seed=0,1 --name mixers""",
     "tune-reading": """
   nestopt tune-reading runs/001
   nestopt tune-reading runs/001 --out runs/tuned""",
@@ -46,19 +55,44 @@ EXAMPLES = {
   nestopt levels '*momentum*'""",
     "plugins": """
   nestopt plugins
-  nestopt plugins -p no:lion""",
+  nestopt plugins --errors -p no:lion
+  nestopt plugins new sign_momentum
+  nestopt plugins check nestopt-lion""",
+    "new": """
+  nestopt plugins new sign_momentum                     a level, in nestopt-sign-momentum
+  nestopt plugins new cauchy --kind objective --out code""",
+    "check": """
+  nestopt plugins check nestopt-lion
+  nestopt plugins check lion""",
     "doctor": """
   nestopt doctor""",
 }
 
 
-def add_command(commands: Any, name: str, help: str) -> argparse.ArgumentParser:
+def command_names() -> list[str]:
+    """Return the names of all commands, nestopt's own first, as its examples are in order."""
+    names = registry.names("command")
+    return [*(name for name in EXAMPLES if name in names), *(name for name in names if name not in EXAMPLES)]
+
+
+def switched_off(argv: Sequence[str]) -> list[str]:
+    """Return what stands behind each `-p` of a line, before it is read: what it names adds no commands."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-p", action="append", default=[])
+    try:
+        return list(parser.parse_known_args(argv)[0].p)
+    except SystemExit:  # nothing stands behind one: the line says so once it is read
+        return []
+
+
+def add_command(commands: Any, name: str, help: str, examples: str = "") -> argparse.ArgumentParser:
     """Add a command with its examples, and with `-p`, which may stand anywhere on the line."""
+    examples = EXAMPLES.get(name) or f"\n{examples}"
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=help,
         description=help,
-        epilog=f"examples:{EXAMPLES[name]}",
+        epilog=f"examples:{examples}" if examples.strip() else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_plugin_switch(parser)
@@ -147,7 +181,13 @@ def show_levels(pattern: str) -> int:
         rows = []
         for name in names:
             owner = registry.owner(kind, name)
-            line = (registry.get(kind, name).__doc__ or "").strip().splitlines() or [""]
+            thing = registry.get(kind, name)
+            keys = (
+                ", ".join(f"{key}={thing[key]}" for key in ("dim", "blocks", "heads") if key in thing)
+                if kind in OBJECTS
+                else ""
+            )
+            line = [keys] if keys else (thing.__doc__ or "").strip().splitlines() or [""]
             rows.append((name, line[0] + ("" if owner.startswith("nestopt") else f"  [plugin {owner}]")))
         if rows:
             print(f"{kind}:")
@@ -155,16 +195,38 @@ def show_levels(pattern: str) -> int:
     return 0
 
 
-def show_plugins() -> int:
-    """Print all plugins and what they provide. Returns 1 if one was skipped, else 0."""
-    rows, skipped = [], False
-    for plugin in registry.plugins():
-        what = ", ".join(f"{kind} {name}" for kind, name in plugin.provides)
-        if plugin.error:
-            what, skipped = f"SKIPPED: {plugin.error}", True
-        rows.append((f"{plugin.name} ({plugin.source}):", "switched off" if plugin.blocked else what))
-    _show(rows, indent="")
-    return int(skipped)
+def show_plugins(*, errors: bool = False, as_json: bool = False) -> int:
+    """Print all plugins, and what they provide by which hook. Returns 1 if one was skipped, else 0.
+
+    Args:
+        errors: also the whole traceback of each.
+        as_json: all that is known, for other programs.
+    """
+    plugins = registry.plugins()
+    if as_json:
+        print(json.dumps([_plugin_data(plugin) for plugin in plugins], indent=1))
+    else:
+        _show([(f"{plugin.name} ({plugin.source}):", _says(plugin)) for plugin in plugins], indent="")
+    for plugin in plugins if errors and not as_json else ():
+        if plugin.traceback:
+            print(f"\n{plugin.name}:\n{plugin.traceback}", end="")
+    return int(any(plugin.error for plugin in plugins))
+
+
+def _says(plugin: Plugin) -> str:
+    if plugin.blocked:
+        return "switched off"
+    by_kind = {kind: [name for of, name in plugin.provides if of == kind] for kind, _ in plugin.provides}
+    what = ", ".join(
+        f"{', '.join(f'{kind} {name}' for name in names)} [{KINDS[kind][1]}]" for kind, names in by_kind.items()
+    )
+    said = f"SKIPPED: {plugin.error}" if plugin.error else what or "nothing"
+    return said + (f"; SLOW: its import takes {plugin.seconds:.1f} s" if plugin.seconds >= SLOW else "")
+
+
+def _plugin_data(plugin: Plugin) -> dict[str, Any]:
+    provides = [{"kind": kind, "name": name, "hook": KINDS[kind][1]} for kind, name in plugin.provides]
+    return dataclasses.asdict(plugin) | {"provides": provides}
 
 
 def _show(rows: Sequence[tuple[str, str]], indent: str = "  ") -> None:

@@ -132,7 +132,7 @@ def test_a_config_file_with_overrides(run, text, tmp_path):
         (["train", "optimizer.lr=[1"], ["on the command line: 'optimizer.lr=[1' is not allowed"]),
         (["describe", "AdamW"], ["no file, run or level is called 'AdamW'", "Did you mean 'adamw'"]),
         (["describe", "adamw", "epss=1"], ["on the command line: epss: 1", "Did you mean 'eps'"]),
-        (["levels", "AdamW"], ["'AdamW'", "Did you mean 'adamw'"]),
+        (["levels", "Titans"], ["'Titans'", "Did you mean 'titans'"]),
         (["plan", "--gpus", "0"], ["--gpus: 0 is not allowed; give a whole number, 1 or more"]),
         (["plan", "--zero", "0"], ["--zero: 0 is not allowed; it is about a run on many GPUs"]),
         (["plan", "--tokens", "0"], ["--tokens: 0 is not allowed"]),
@@ -193,7 +193,19 @@ def test_alone_it_is_help_which_has_examples(run):
     assert status == 0
     assert out.startswith("usage: nestopt")
     assert run("--version") == (0, f"nestopt {nestopt.__version__}\n", "")
-    commands = ["train", "generate", "eval", "eval forgetting", "describe", "plan", "levels", "plugins", "doctor"]
+    commands = [
+        "train",
+        "generate",
+        "eval",
+        "eval forgetting",
+        "runs",
+        "sweep",
+        "describe",
+        "plan",
+        "levels",
+        "plugins",
+    ]
+    commands += ["plugins new", "plugins check", "doctor"]
     for command in commands:
         status, out, _ = run(*command.split(), "--help")
         assert status == 0

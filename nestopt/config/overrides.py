@@ -25,9 +25,10 @@ _PATH = re.compile(r"(\[\d+\]|[^.\[\]\s]+)(\[\d+\]|\.[^.\[\]\s]+)*")
 _STEP = re.compile(r"\[(\d+)\]|[^.\[\]]+")
 
 _KINDS = {"stack": "level", "mixer": "level", "mlp": "level", "rest": "level", "dataset": "dataset"}
+_KINDS["decay_shape"] = "schedule"
 """The keys of the schema that hold parts. (What holds parts within a part, its class says.)"""
 
-_ITEMS = {"mixers": "level", "mlps": "level"}
+_ITEMS = {"mixers": "level", "mlps": "level", "callbacks": "callback", "loggers": "logger"}
 """Those that hold lists of them."""
 
 _REST = ("stack", "lr")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -23,8 +24,14 @@ from nestopt.config.values import Bool, FilePath, Finite, Whole, check_size, no_
 from nestopt.core import Level, Part
 from nestopt.core.precision import Precision
 
+LATEST = "latest"
+"""What stands for the newest run where a run is asked for."""
+
 _written = PlainSerializer(to_spec, return_type=Any)
 LevelSpec = Annotated[Level, BeforeValidator(lambda spec: build("level", spec)), _written]
+ScheduleSpec = Annotated[Part, BeforeValidator(lambda spec: build("schedule", spec)), _written]
+CallbackSpec = Annotated[Part, BeforeValidator(lambda spec: build("callback", spec)), _written]
+LoggerSpec = Annotated[Part, BeforeValidator(lambda spec: build("logger", spec)), _written]
 DatasetSpec = Annotated[Part, BeforeValidator(lambda spec: build("dataset", spec)), _written]
 
 
@@ -207,8 +214,9 @@ class TrainConfig(Section):
     )
     warmup: Finite = Field(default=0.02, ge=0, le=1, description="share of the run in which the learning rate rises")
     decay: Finite = Field(default=0.8, ge=0, le=1, description="share of the run, at its end, in which it falls to 0")
-    decay_shape: Literal["linear", "cosine"] = Field(
-        default="linear", description="how it falls: in a straight line, or along half a wave"
+    decay_shape: ScheduleSpec = Field(
+        default=_spec("linear"),
+        description="how it falls: linear, in a straight line; cosine, along half a wave; or a plugin's schedule",
     )
     clip: Finite | None = Field(default=1.0, gt=0, description="largest norm of the whole gradient; null for any")
     seed: Whole = Field(default=0, ge=0, le=2**64 - 1, description="of all random numbers")
@@ -227,6 +235,14 @@ class TrainConfig(Section):
         "in context is trained as it starts",
     )
     log_every: Whole = Field(default=10, ge=1, description="steps between lines of metrics.jsonl")
+    loggers: list[LoggerSpec] = Field(
+        default=_spec(["jsonl"]),
+        description="where else the lines go: csv, tensorboard, wandb, or a plugin's; metrics.jsonl is always written",
+    )
+    callbacks: list[CallbackSpec] = Field(
+        default=[],
+        description="what else happens at steps, evaluations, checkpoints and the end: early_stopping, or a plugin's",
+    )
     save_every: Whole = Field(
         default=500,
         ge=0,
@@ -267,11 +283,21 @@ class TrainConfig(Section):
         description="seconds that processes wait for one another at most; null: 30 minutes with gloo, 10 with NCCL",
     )
     out: FilePath = Field(default="runs", description="folder in which runs are kept")
+    name: str | None = Field(
+        default=None, description="of the run's folder in it, which must not be there yet; null: the next number"
+    )
     threads: Annotated[Whole, Field(ge=1, le=1024)] | Literal["auto"] | None = Field(
         default="auto",
         description="CPU threads; null: as torch chooses; auto: that, or 1 for a model of `dim` 128 or less, whose "
         "threads would spend more time waiting for each other than they save",
     )
+
+    @field_validator("name")
+    @classmethod
+    def _is_no_path(cls, name: str | None) -> str | None:
+        if name is not None and (name == LATEST or not re.fullmatch(r"(?!\.)[\w.=,+-]{1,100}", name)):
+            raise ValueError(f"give 1 to 100 letters, digits and _ . = , + -, no dot first, and not {LATEST!r}")
+        return name
 
     @model_validator(mode="after")
     def _steps_alone_have_no_limit(self) -> Self:

@@ -1,4 +1,4 @@
-"""The hooks that a plugin may implement. The built-in levels and parts come in by the same ones.
+"""The hooks that a plugin may implement. What nestopt brings itself comes in by the same ones.
 
 A plugin is a module (or object) with any of these, marked with `@nestopt.hookimpl`, named by an entry point of the
 group `nestopt`::
@@ -15,7 +15,8 @@ and in its pyproject.toml::
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pluggy
 
@@ -65,3 +66,33 @@ def nestopt_register_datasets(register: Register) -> None:
 @hookspec
 def nestopt_register_token_forms(register: Register) -> None:
     """Register subclasses of `nestopt.core.TokenForm`: ways to run levels on tokens, the package's own or others'."""
+
+
+@hookspec
+def nestopt_register_optimizers(register: Register) -> None:
+    """Register subclasses of `torch.optim.Optimizer`, which are then attributes of `nestopt.optim`."""
+
+
+@hookspec
+def nestopt_register_models(register: Callable[[str, Mapping[str, Any]], None]) -> None:
+    """Register the sections `model` of configurations by name, such as `hope-340m`."""
+
+
+@hookspec
+def nestopt_register_schedules(register: Register) -> None:
+    """Register subclasses of `nestopt.train.schedule.Schedule`."""
+
+
+@hookspec
+def nestopt_register_callbacks(register: Register) -> None:
+    """Register subclasses of `nestopt.train.callbacks.Callback`."""
+
+
+@hookspec
+def nestopt_register_loggers(register: Register) -> None:
+    """Register subclasses of `nestopt.train.loggers.Logger`."""
+
+
+@hookspec
+def nestopt_register_commands(register: Register) -> None:
+    """Register subclasses of `nestopt.command.Command`: what `nestopt NAME` does."""

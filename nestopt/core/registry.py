@@ -1,4 +1,4 @@
-"""What is known by name: levels and parts, from nestopt itself and from installed plugins."""
+"""What is known by name: levels, parts and more, from nestopt itself and from installed plugins."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ import importlib.metadata
 import inspect
 import os
 import pkgutil
+import re
+import time
+import traceback
 import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pluggy
+import torch
 
+from nestopt._version import VERSION
 from nestopt.core import hookspecs
 from nestopt.core.features import Features
 from nestopt.core.level import Level
 from nestopt.core.memories import Memory
 from nestopt.core.objectives import Objective
 from nestopt.core.outputs import Output
-from nestopt.core.part import Part, is_subclass, label_by, nearest
+from nestopt.core.part import is_subclass, label_by, nearest
 from nestopt.core.retentions import Retention
 from nestopt.core.token_form import TokenForm
 
@@ -32,11 +38,29 @@ KINDS: dict[str, tuple[type | str, str]] = {
     "output": (Output, "nestopt_register_outputs"),
     "dataset": ("nestopt.train.data:Dataset", "nestopt_register_datasets"),
     "token_form": (TokenForm, "nestopt_register_token_forms"),
+    "optimizer": (torch.optim.Optimizer, "nestopt_register_optimizers"),
+    "model": (Mapping, "nestopt_register_models"),
+    "schedule": ("nestopt.train.schedule:Schedule", "nestopt_register_schedules"),
+    "callback": ("nestopt.train.callbacks:Callback", "nestopt_register_callbacks"),
+    "logger": ("nestopt.train.loggers:Logger", "nestopt_register_loggers"),
+    "command": ("nestopt.command:Command", "nestopt_register_commands"),
 }
-"""Each kind of part: its base class (or where that is, if it loads when it is used), and the hook that registers it."""
+"""Each kind of thing: its base class (or where that is, if it loads when it is used), and the hook that registers it.
+
+What is registered is a subclass of it; of `OBJECTS`, an instance.
+"""
+
+OBJECTS = {"model"}
+"""Kinds of which objects are registered, not classes."""
+
+WORDS = {"model", "command"}
+"""Kinds whose names may have hyphens and dots."""
+
+SLOW = 1.0
+"""Seconds from which on the import of a plugin is called slow."""
 
 
-def base_of(kind: str) -> type[Part]:
+def base_of(kind: str) -> type[Any]:
     """Return the class that all parts of a kind derive from."""
     base, _ = KINDS[kind]
     return pkgutil.resolve_name(base) if isinstance(base, str) else base
@@ -64,9 +88,12 @@ class Plugin:
     Attributes:
         name: of its entry point.
         source: the distribution and version, or the module.
-        provides: what it registered, as (kind, name).
+        provides: what it registered, as (kind, name); `KINDS[kind][1]` is the hook.
         error: why it was skipped, or None.
         blocked: whether it was switched off.
+        version: of its distribution; None without one.
+        seconds: that its import took.
+        traceback: of the error, where it is one of Python's.
     """
 
     name: str
@@ -74,6 +101,9 @@ class Plugin:
     provides: tuple[tuple[str, str], ...] = ()
     error: str | None = None
     blocked: bool = False
+    version: str | None = None
+    seconds: float = 0.0
+    traceback: str | None = None
 
 
 class Registry:
@@ -91,7 +121,7 @@ class Registry:
         self._reset()
 
     def _reset(self) -> None:
-        self._classes: dict[str, dict[str, tuple[type, str]]] = {kind: {} for kind in KINDS}
+        self._classes: dict[str, dict[str, tuple[Any, str]]] = {kind: {} for kind in KINDS}
         self._names: dict[type, str] = {}
         self._plugins: dict[str, Plugin] = {}
         self._loaded = False
@@ -156,32 +186,36 @@ class Registry:
         names = {name.strip() for name in switch.split(",")}
         every = switch.lower() in ("1", "true", "all", "yes")
         for point in sorted(importlib.metadata.entry_points(group=self.group), key=lambda p: p.name):
-            source = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
-            if every or point.name in names or point.name in self._blocked:
-                self._plugins[point.name] = Plugin(point.name, source, blocked=True)
-                continue
-            try:
-                plugin = point.load()
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:  # a SystemExit, too: one broken plugin ends no program
-                entry = Plugin(point.name, source, error=f"import failed: {_say(error)}")
-                self._plugins.setdefault(point.name, entry)
-            else:
-                entry = self._take(plugin, point.name, source)
+            entry = self._take_point(point, off=every or point.name in names or point.name in self._blocked)
             if entry.error:
-                text = f"plugin {point.name!r} ({source}) is skipped: {entry.error}"
+                text = f"plugin {point.name!r} ({entry.source}) is skipped: {entry.error}"
                 warnings.warn(text, PluginWarning, stacklevel=2)
         for name, plugin in self._added.items():
             self._take(plugin, name, source=_module_of(plugin))
 
-    def _take(self, plugin: object, name: str, source: str) -> Plugin:
+    def _take_point(self, point: importlib.metadata.EntryPoint, off: bool) -> Plugin:
+        """Import what an entry point names and register it, unless it is `off` or needs another nestopt."""
+        dist, name = point.dist, point.name
+        source, version = (f"{dist.name} {dist.version}", dist.version) if dist else (point.value, None)
+        if off:
+            return self._note(Plugin(name, source, blocked=True, version=version))
+        if dist and (problem := _unmet(dist.requires or ())):
+            return self._note(Plugin(name, source, error=problem, version=version))
+        begin = time.perf_counter()
+        try:
+            plugin = point.load()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a SystemExit, too: one broken plugin ends no program
+            why = f"import failed: {_say(error)}"
+            return self._note(Plugin(name, source, error=why, version=version, traceback=_whole(error)))
+        return self._take(plugin, name, source, version, time.perf_counter() - begin)
+
+    def _take(self, plugin: object, name: str, source: str, version: str | None = None, seconds: float = 0.0) -> Plugin:
         """Register `plugin` and run its hooks. All or nothing: an error leaves none of its names behind."""
         if name in self._plugins:
-            entry = Plugin(name, source, error=f"another plugin is called {name!r} ({self._plugins[name].source})")
-            # under a key of its own, so that both are listed
-            self._plugins[f"{name} ({source})"] = entry
-            return entry
+            taken = f"another plugin is called {name!r} ({self._plugins[name].source})"
+            return self._note(Plugin(name, source, error=taken, version=version))
         try:
             manager = pluggy.PluginManager(hookspecs.PROJECT)  # of its own: only this plugin's hooks are to run
             manager.add_hookspecs(hookspecs)
@@ -193,13 +227,18 @@ class Registry:
             provides = tuple(
                 (kind, known) for kind in KINDS for known, (_, owner) in self._classes[kind].items() if owner == name
             )
-            entry = Plugin(name, source, provides)
+            entry = Plugin(name, source, provides, version=version, seconds=seconds)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
             self._forget(name)
-            entry = Plugin(name, source, error=_say(error))
-        self._plugins[name] = entry
+            entry = Plugin(name, source, error=_say(error), version=version, seconds=seconds, traceback=_whole(error))
+        return self._note(entry)
+
+    def _note(self, entry: Plugin) -> Plugin:
+        """Keep an entry, under a key of its own where another plugin has its name, so that both are listed."""
+        taken = entry.name in self._plugins
+        self._plugins[f"{entry.name} ({entry.source})" if taken else entry.name] = entry
         return entry
 
     def _registrar(self, kind: str, owner: str) -> hookspecs.Register:
@@ -209,23 +248,31 @@ class Registry:
             if kind in self._waiting:
                 self._take_builtin(kind)  # whose names come first
             base = base_of(kind)
-            if not is_subclass(cls, base):
-                raise TypeError(f"{hook}: {name!r} is {cls!r}, not a subclass of {base.__module__}.{base.__qualname__}")
+            full = f"{base.__module__}.{base.__qualname__}"
+            if kind in OBJECTS and not isinstance(cls, base):
+                raise TypeError(f"{hook}: {name!r} is {cls!r}, not a {full}")
+            if kind not in OBJECTS and not is_subclass(cls, base):
+                raise TypeError(f"{hook}: {name!r} is {cls!r}, not a subclass of {full}")
             if inspect.isabstract(cls):
                 raise TypeError(f"{hook}: {name!r} lacks {', '.join(sorted(getattr(cls, '__abstractmethods__', ())))}")
-            if not name.isidentifier():
+            if kind in WORDS:
+                if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+                    raise ValueError(f"{hook}: {name!r} is not a name; use letters, digits, '_', '-' and '.'")
+            elif not name.isidentifier():
                 raise ValueError(f"{hook}: {name!r} is not a name; use letters, digits and '_'")
             if name in self._classes[kind]:
                 raise ValueError(f"the {kind} name {name!r} is taken by plugin {self._classes[kind][name][1]!r}")
             self._classes[kind][name] = (cls, owner)
-            self._names.setdefault(cls, name)
+            if isinstance(cls, type):
+                self._names.setdefault(cls, name)
 
         return register
 
     def _forget(self, owner: str) -> None:
         for known in self._classes.values():
             for name in [name for name, (_, by) in known.items() if by == owner]:
-                self._names.pop(known.pop(name)[0], None)
+                if isinstance(thing := known.pop(name)[0], type):
+                    self._names.pop(thing, None)
 
     # -- looking up ------------------------------------------------------------------------------------------------
 
@@ -270,6 +317,28 @@ def _check_marked(plugin: object) -> None:
         marks = (f"{hookspecs.PROJECT}_impl", f"{hookspecs.PROJECT}_spec")
         if callable(function) and not any(hasattr(function, mark) for mark in marks):
             raise TypeError(f"{hook} is not marked as a hook; write @nestopt.hookimpl above it")
+
+
+def _unmet(requires: Iterable[str]) -> str | None:
+    """Say why a distribution with these requirements can't be used with this nestopt; None where it can."""
+    from packaging.requirements import InvalidRequirement, Requirement
+    from packaging.utils import canonicalize_name
+
+    for text in requires:
+        try:
+            need = Requirement(text)
+        except InvalidRequirement:  # of an old tool, on something else
+            continue
+        ours = canonicalize_name(need.name) == "nestopt" and (need.marker is None or need.marker.evaluate())
+        if ours and not need.specifier.contains(VERSION, prereleases=True):
+            return (
+                f"it needs nestopt{need.specifier}, and nestopt {VERSION} is installed; install another version of it"
+            )
+    return None
+
+
+def _whole(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
 
 
 def _say(error: BaseException) -> str:

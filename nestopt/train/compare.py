@@ -176,7 +176,9 @@ def _runs(
     def trained(what: str, base: Config, **settings: Any) -> tuple[Config, Result]:
         if not quiet:
             print(f"{what}:", flush=True)
-        run = base.model_copy(update={"train": base.train.model_copy(update={"out": str(out), **settings})})
+        run = base.model_copy(
+            update={"train": base.train.model_copy(update={"out": str(out), "name": None, **settings})}
+        )
         return run, train(run, quiet=quiet)
 
     for i in range(seeds):

@@ -51,7 +51,7 @@ def train(
         if config is None:
             config = Config() if run is None else run.config()
             if run is not None and not trust:
-                check_trusted(config, run.path)
+                check_trusted(config, run.path, training=True)
         watch.join(config.train.timeout)
         if watch.joined:
             watch.compare(facts(config, device_of(config.train.device), resume))

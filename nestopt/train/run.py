@@ -12,14 +12,28 @@ import torch
 from torch import Tensor
 
 from nestopt import models
-from nestopt.config import Config, ConfigError, as_saved, save
+from nestopt.config import Config, ConfigError, TrainConfig, as_saved, save
 from nestopt.config.load import load_saved
+from nestopt.config.schema import LATEST
 from nestopt.core.part import nearest
 from nestopt.core.precision import Precision, refusal
 from nestopt.models import HopeLM, size
 from nestopt.optim.sharded.saved import WEIGHTS
 from nestopt.train.errors import CheckpointError
 from nestopt.train.folder import INDEX, Hold, check_file
+
+
+def locate(path: str | Path) -> Path:
+    """Return where the run is that a path, a name or `latest` means (`Run.open`); the path itself where none is."""
+    path = Path(path)
+    for place in [path, Path(TrainConfig.model_fields["out"].default) / path] if path.parts[:-1] == () else [path]:
+        if os.path.isfile(place / "config.yaml"):
+            return place
+        if place.name == LATEST and not os.path.lexists(place):
+            made = [(os.stat(file).st_mtime_ns, file.parent) for file in place.parent.glob("*/config.yaml")]
+            if made:
+                return max(made)[1]
+    return path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +52,15 @@ class Run:
             root.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise ConfigError(f"{root} can't be made, a file is in its way; give a folder", "train.out") from None
+        if config.train.name is not None:
+            path = root / config.train.name
+            try:
+                path.mkdir()
+            except FileExistsError:
+                raise ConfigError.refuse(
+                    "train.name", path.name, f"{path} is there already; give another, or go on with it: --resume {path}"
+                ) from None
+            return cls._with(path, config)
         numbers = [int(found[1]) for child in root.iterdir() if (found := re.fullmatch(r"(\d+)", child.name))]
         number = max(numbers, default=0) + 1
         while True:
@@ -47,14 +70,23 @@ class Run:
             except FileExistsError:  # another run began in the meantime
                 number += 1
                 continue
-            with as_saved():
-                save(config, path / "config.yaml")
-            return cls(path)
+            return cls._with(path, config)
+
+    @classmethod
+    def _with(cls, path: Path, config: Config) -> Run:
+        with as_saved():
+            save(config, path / "config.yaml")
+        return cls(path)
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """Open an existing run folder. Raises ConfigError if it is none."""
-        run = cls(Path(path))
+        """Open an existing run folder. Raises ConfigError if it is none.
+
+        Args:
+            path: of the folder, or `FOLDER/latest`, which is the newest run there; what is not there is looked for in
+                the folder `runs`: `latest`, `001`, or the name of a run.
+        """
+        run = cls(locate(path))
         if not os.path.isfile(run.config_file):  # a Path raises where a name is too long
             parent = run.path.parent
             others = [child.parent.name for child in parent.glob("*/config.yaml")] if os.path.isdir(parent) else []
@@ -70,7 +102,19 @@ class Run:
         """
         for path in (self.metrics_file, self.samples_file):
             check_file(path, alone=True)
-        names = ("config.yaml", "loss.png", "compare.png", "compare.json", "model.safetensors", INDEX)
+        for path in (self.path / name for name in ("tensorboard", "wandb")):
+            if os.path.islink(path) or (os.path.lexists(path) and not path.is_dir()):
+                raise CheckpointError(f"{path}: is no folder of the run's own; have a folder there, or nothing")
+        names = (
+            "metrics.csv",
+            "wandb.id",
+            "config.yaml",
+            "loss.png",
+            "compare.png",
+            "compare.json",
+            "model.safetensors",
+            INDEX,
+        )
         for path in [*(self.path / name for name in names), *self.path.glob("checkpoint-*")]:
             check_file(path, own=True)
 
@@ -146,7 +190,7 @@ def weights_from(path: str | Path) -> tuple[dict[str, Tensor], Path]:
     from nestopt.train.checkpoints import file as checkpoint
     from nestopt.train.checkpoints.shards import ShardReader
 
-    path = Path(path)
+    path = locate(path)
     if path.is_dir():
         run = Run.open(path)
         path = run.model_file if run.model_file.exists() else run.path / INDEX

@@ -1,7 +1,40 @@
 """The learning rate over a run, as a multiplier."""
 
 import math
-from typing import Literal
+from abc import abstractmethod
+from typing import ClassVar, Literal
+
+from nestopt.core.hookspecs import Register, hookimpl
+from nestopt.core.part import Part
+
+
+class Schedule(Part):
+    """How the learning rate goes over a run: `schedule(progress, warmup, decay)` is what multiplies it."""
+
+    kind: ClassVar[str] = "schedule"
+
+    @abstractmethod
+    def __call__(self, progress: float, warmup: float, decay: float) -> float:
+        """Return the multiplier, 0 or more.
+
+        Args:
+            progress: where the run is, above 0 and at most 1.
+            warmup, decay: of the configuration: shares of the run.
+        """
+
+
+class Linear(Schedule):
+    """Up in a straight line, constant, and down to 0 in a straight line."""
+
+    def __call__(self, progress: float, warmup: float, decay: float) -> float:
+        return factor(progress, warmup=warmup, decay=decay)
+
+
+class Cosine(Schedule):
+    """Up in a straight line, constant, and down to 0 along half a wave."""
+
+    def __call__(self, progress: float, warmup: float, decay: float) -> float:
+        return factor(progress, warmup=warmup, decay=decay, shape="cosine")
 
 
 def factor(
@@ -49,3 +82,10 @@ def factor(
     else:
         height = 1.0
     return floor + (1 - floor) * height
+
+
+@hookimpl
+def nestopt_register_schedules(register: Register) -> None:
+    """Register the schedules of this file."""
+    register("linear", Linear)
+    register("cosine", Cosine)

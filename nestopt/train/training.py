@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from nestopt.core.device import upload
 from nestopt.nn.hope import Learn
 from nestopt.optim import optimizer as make_optimizer
 from nestopt.optim.sharded.saved import TensorSlice
-from nestopt.train import engines
+from nestopt.train import engines, loggers
+from nestopt.train.callbacks import Callbacks, Moment, blamed
 from nestopt.train.checkpoints.shards import ShardReader, put_weights
 from nestopt.train.data import sources
 from nestopt.train.data.source import Batch, HeldOut, merged
@@ -26,14 +27,14 @@ from nestopt.train.data.windows import Windows
 from nestopt.train.engines import peers
 from nestopt.train.errors import CorpusError, damaged, extra, whole_number
 from nestopt.train.evaluate import measured
-from nestopt.train.folder import Hold
+from nestopt.train.folder import INDEX, Hold
+from nestopt.train.loggers import Loggers
 from nestopt.train.objective import Objective
-from nestopt.train.report.metrics import MetricsLog
 from nestopt.train.report.report import Report
 from nestopt.train.resume import check_fixed, fixed, saved_random_state, score_at
 from nestopt.train.rng import random_state, restore_random_state
 from nestopt.train.run import Run, build_model, check_batch, weights_from
-from nestopt.train.schedule import factor
+from nestopt.train.schedule import Schedule
 from nestopt.train.together import Stop, agreed, stop_signal
 
 with extra("train"):
@@ -81,6 +82,8 @@ class Training:
         reset: bool = False,
     ) -> None:
         self.config, self.engine, self.quiet = config, engine, quiet or engine.rank != 0
+        for logger in loggers.of(config) if engine.rank == 0 else ():
+            logger.require()
         check_batch(config, engine.world, engine.device)
         found = engine.gathered(sources.documents(config) if engine.rank == 0 else None)
         self.source = sources.make(config, engine.rank, engine.world, found[0])
@@ -102,7 +105,7 @@ class Training:
         self.step, self.elapsed = 0, 0.0
         self.saved, self.best = -1, math.inf  # the step of the last checkpoint, and the best score of one
         self.held: Hold | None = None
-        self.log: MetricsLog | None = None
+        self.log: Loggers | None = None
         self.reset = reset
         self._now = time.process_time if config.train.clock == "cpu" else time.monotonic
         self.losses: list[Tensor] = []  # since the last line of the log
@@ -117,6 +120,7 @@ class Training:
             self.run = run
             if run.begun:
                 self._load(reset)
+        self.callbacks = Callbacks(config.train.callbacks, engine.rank, self._moment)
         self.report = Report(self.run, self.source, self.held_out, size, quiet=self.quiet)
 
     def _digest(self) -> int:
@@ -140,11 +144,11 @@ class Training:
         with stop_signal() as stop:
             if self.step == 0:
                 report.begin(self.optimizer, self.config)
-            log = self.log = MetricsLog(self.run.metrics_file) if writes else None
-            if log:
+            log = None
+            if writes:
                 again = self._progress() >= 1  # what is measured at the end, if the run was stopped there
-                with damaged(log.path):
-                    log.truncate_after(self.step, again="eval/bits_per_byte" if again else None)
+                once_more = "eval/bits_per_byte" if again else None
+                log = self.log = Loggers(self.run, self.config, self.step, once_more)
                 report.cut_samples(self.step - again)
             if self.reset:
                 self._begin_data()
@@ -152,6 +156,7 @@ class Training:
             self._save()
         if not finished:
             ended = f"{stop.name} at step {self.step:,}"
+            self.callbacks("on_end", None)
             report.interrupted(ended)
             return self._result(None, ended)
         try:
@@ -165,7 +170,7 @@ class Training:
         baselines = self.report.baselines if self.engine.rank == 0 and score is not None else {}
         return Result(self.run, self.step, self.elapsed, score, baselines, score is not None, ended)
 
-    def _end(self, log: MetricsLog | None, report: Report) -> float:
+    def _end(self, log: Loggers | None, report: Report) -> float:
         self.engine.check_weights()
         report.say(f"measuring on {self.held_out.bytes:,} held-out bytes …")
         score = self._evaluate(self.held_out)
@@ -177,18 +182,25 @@ class Training:
             log.append({"step": self.step, "seconds": self.elapsed, "eval/bits_per_byte": score})
             report.end(score, self.elapsed, self._ended())
             self.run.save_model(weights, {"step": self.step, "bits_per_byte": score})
+        self.callbacks("on_eval", score)
+        self.callbacks("on_end", score)
         self.engine.wait()
         return score
+
+    def _moment(self, stop: Callable[[str], None]) -> Moment:
+        return Moment(self.run, self.config, self.lm, self.optimizer, self.step, self.elapsed, stop)
 
     def _ended(self) -> str:
         """Say what ended a run that was not interrupted."""
         settings = self.config.train
+        if self.callbacks.stopped:
+            return f"{self.callbacks.stopped} (at step {self.step:,})"
         if self.step >= settings.steps:
             return f"its steps are done (train.steps={settings.steps})"
         of = f"{self.step:,} of {settings.steps:,} steps"
         return f"its time is over (train.seconds={settings.seconds:g}) after {of}; train.seconds=null sets no limit"
 
-    def _steps(self, log: MetricsLog | None, report: Report, stop: Stop) -> bool:
+    def _steps(self, log: Loggers | None, report: Report, stop: Stop) -> bool:
         """Train until the end (True) or until asked to stop (False)."""
         settings = self.config.train
         bar = tqdm(total=settings.steps, initial=self.step, disable=self.quiet, unit="step", dynamic_ncols=True)
@@ -199,6 +211,8 @@ class Training:
             while self._progress() < 1:
                 if self.engine.any(stop.is_set()):
                     return False
+                if self.callbacks.any and self.engine.any(bool(self.callbacks.stopped)):
+                    return True
                 skipped = self.engine.skipped[0]
                 self.engine.finite.step = self.step + 1
                 loss, norm = self._update()
@@ -208,6 +222,7 @@ class Training:
                 self.elapsed = self._seconds_since(begin)
                 bar.total = max(self.step, round(self.step / self._progress()))  # fewer, where time ends the run
                 bar.update()
+                self.callbacks("on_step", loss, norm)
                 if self.step % settings.log_every == 0:
                     self.engine.check_finite()
                     now = time.monotonic()
@@ -250,7 +265,12 @@ class Training:
         settings = self.config.train
         # the first step has a rate above 0, and so has the last
         progress = min(1.0, self._progress() + 0.5 / settings.steps)
-        scale = factor(progress, warmup=settings.warmup, decay=settings.decay, shape=settings.decay_shape)
+        schedule = settings.decay_shape
+        assert isinstance(schedule, Schedule)
+        with blamed(schedule, f"at step {self.step + 1:,}"):
+            scale = schedule(progress, settings.warmup, settings.decay)
+            if not 0 <= scale < math.inf:
+                raise ValueError(f"it gave {scale!r} at {progress:g} of the run; give 0 or more")
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * scale
         return self.engine.update(self._batches(self.source.batch()))
@@ -266,7 +286,7 @@ class Training:
         scale = count * self.engine.world / targets.clamp_min(1)
         return [(part, starts, scale) for part, starts in zip(tokens, batch.starts.chunk(count), strict=True)]
 
-    def _log(self, log: MetricsLog | None, bar: Any, loss: float, norm: float, rate: float) -> None:
+    def _log(self, log: Loggers | None, bar: Any, loss: float, norm: float, rate: float) -> None:
         if log is None:
             return
         bits = loss / math.log(2) / self.held_out.bytes_per_token  # as many bytes as a token has there
@@ -285,7 +305,7 @@ class Training:
             }
         )
 
-    def _middle(self, log: MetricsLog | None, report: Report, bar: Any) -> float:
+    def _middle(self, log: Loggers | None, report: Report, bar: Any) -> float:
         self.engine.check_weights()
         score = self._evaluate(self.source.held_out(self.config.train.eval_bytes))
         if log:
@@ -293,10 +313,11 @@ class Training:
             log.append({"step": self.step, "seconds": self.elapsed, "eval/bits_per_byte": score})
             if not self.quiet:
                 bar.write(f"step {self.step}: held out {score:.3f} bits per byte")
+        self.callbacks("on_eval", score)
         self._show(log, report)
         return score
 
-    def _show(self, log: MetricsLog | None, report: Report) -> None:
+    def _show(self, log: Loggers | None, report: Report) -> None:
         self._sample()
         if log:
             report.plot()
@@ -336,6 +357,7 @@ class Training:
         keep = self.config.train.keep
         self.engine.checkpoints.save(self.run.path, meta, self._own, score=score, keep=keep, make=False)
         self.saved, self.best = self.step, min(self.best, math.inf if score is None else score)
+        self.callbacks("on_checkpoint", self.run.path / INDEX)
 
     def _begin_data(self) -> None:
         """Have the folder say what a run that has been given other data is now."""

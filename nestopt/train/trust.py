@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from nestopt.config import Config, ConfigError
+from nestopt.core import Part
+from nestopt.train.callbacks import EarlyStopping
 from nestopt.train.data.builtin import Documents, Files, Stdlib
 from nestopt.train.data.parquet import is_local
 from nestopt.train.data.sources import dataset_of
 from nestopt.train.data.tokenizer import on_disk
+from nestopt.train.loggers import Csv, Jsonl, Tensorboard, Wandb
 
 _STAYS = (
     "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping "
@@ -25,7 +28,9 @@ _STAYS = (
 _PLACE = re.compile(r"path|file|dir|folder|url", re.IGNORECASE)
 
 
-def check_trusted(config: Config, folder: Path, *, given: Config | None = None, text: bool = True) -> None:
+def check_trusted(
+    config: Config, folder: Path, *, given: Config | None = None, text: bool = True, training: bool = False
+) -> None:
     """Check that what a run's configuration asks for stays in its folder, but for reading local text.
 
     Args:
@@ -33,6 +38,7 @@ def check_trusted(config: Config, folder: Path, *, given: Config | None = None, 
         folder: of the run.
         given: what it has become by what the user has said; None is the same. What the user has said is the user's.
         text: whether its text will be read, or only its tokenizer used.
+        training: whether it will be trained, with its loggers and callbacks.
 
     Raises:
         ConfigError: something reaches out of the folder, or the machine; says what.
@@ -41,12 +47,23 @@ def check_trusted(config: Config, folder: Path, *, given: Config | None = None, 
     found = []
     if config.train.deepspeed and given.train.deepspeed == config.train.deepspeed:
         found += [f"train.deepspeed.{path} can write anywhere" for path in _reaching(config.train.deepspeed)]
+    for key in ("loggers", "callbacks") if training else ():
+        if getattr(given.train, key) == getattr(config.train, key):
+            found += [
+                f"train.{key} has {part.label}, which {_does(part)}"
+                for part in getattr(config.train, key)
+                if not isinstance(part, Jsonl | Csv | Tensorboard | EarlyStopping)
+            ]
     if (given.data.path, given.data.dataset) == (config.data.path, config.data.dataset):
         found += _sources(config, text)
     if found:
         raise ConfigError(
             f"{folder}: {', '.join(found)}; give --trust (trust=True) if you know where this folder comes from"
         )
+
+
+def _does(part: Part) -> str:
+    return "sends to the network" if isinstance(part, Wandb) else "is of a plugin, and does what it wants"
 
 
 def _reaching(settings: Mapping[str, Any], path: str = "") -> Iterator[str]:

@@ -39,6 +39,7 @@ LEVELS = [
     "second_moment",
     "matrix_adagrad",
     "shampoo",
+    "soap",
     "newton_schulz",
     "muon",
     "m3",

@@ -35,7 +35,7 @@ IN_CONTEXT = "cms, in context"
 LINKS = frozenset({"cautious", "centralize", "clip", "gradient_correction", "normalize", "sign"})
 RECIPES = frozenset({"adamuon", "grokfast", "lion_chain", "mars", "normuon", "soap"})
 """Parts of chains, chains, and a basis around a level: made for gradients, and nobody's layers."""
-OF_GRADIENTS = frozenset({"adamw", "dgd", "ggd", "lamb", "trust_ratio", "weight_decay"}) | LINKS | RECIPES
+OF_GRADIENTS = frozenset({"adamw", "dgd", "ftrl", "ggd", "lamb", "trust_ratio", "weight_decay"}) | LINKS | RECIPES
 """Levels that need a parameter or a layer's inputs, and so are no layers; and these."""
 COMPOSED = frozenset({"chain", "nest", "parallel"})
 STACKS = (

@@ -36,6 +36,7 @@ LEVELS = [
     "adam",
     "adamw",
     "regression_optimum",
+    "ftrl",
     "second_moment",
     "matrix_adagrad",
     "shampoo",

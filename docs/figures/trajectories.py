@@ -275,7 +275,7 @@ def _recipes() -> dict[str, Level]:
 
 
 ON_VALLEY = (
-    "gd momentum preconditioned_momentum feature_momentum delta_momentum adam adamw regression_optimum second_moment"
+    "gd momentum preconditioned_momentum feature_momentum delta_momentum adam adamw regression_optimum second_moment ftrl"
 )
 ON_TARGET = "deep_momentum matrix_adagrad shampoo soap newton_schulz muon cms"
 PICTURES = {

@@ -19,6 +19,7 @@ from nestopt.levels.gradient.adam import Adam as adam
 from nestopt.levels.gradient.adam import AdamW as adamw
 from nestopt.levels.gradient.dgd import Dgd as dgd
 from nestopt.levels.gradient.dgd import Ggd as ggd
+from nestopt.levels.gradient.ftrl import Ftrl as ftrl
 from nestopt.levels.gradient.links import Cautious as cautious
 from nestopt.levels.gradient.links import Centralize as centralize
 from nestopt.levels.gradient.links import Clip as clip
@@ -81,6 +82,7 @@ __all__ = [
     "dgd",
     "dla",
     "feature_momentum",
+    "ftrl",
     "gated_deltanet",
     "gated_linear",
     "gd",

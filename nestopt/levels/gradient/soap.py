@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from typing import ClassVar
 
@@ -11,13 +10,13 @@ from torch import Tensor
 
 from nestopt.core.clock import advance, due, start
 from nestopt.core.compose import levels_within
-from nestopt.core.device import by_contract
 from nestopt.core.level import Level
 from nestopt.core.order import Node
 from nestopt.core.part import FINITE, FieldError
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, leaves, replaced, tree_map
 from nestopt.levels.gradient.adam import Adam
+from nestopt.levels.gradient.matrix_root import eigen
 from nestopt.levels.gradient.shampoo import Side, in_range
 from nestopt.levels.gradient.within import check_whole, nodes_within
 
@@ -109,10 +108,7 @@ class Soap(Level):
         new = {**state}
         for side in _kept(state):
             gram = state[side]["gram"]
-            wide = gram.to(torch.promote_types(gram.dtype, torch.float32))
-            with by_contract("eigh") if gram.device.type != "cpu" else contextlib.nullcontext():
-                basis = torch.linalg.eigh(wide)[1].flip(-1).to(gram.dtype)
-            new[side] = {"gram": gram, "basis": basis}
+            new[side] = {"gram": gram, "basis": eigen(gram)[1].flip(-1).to(gram.dtype)}
         return new
 
     def _moved(self, state: State, shape: torch.Size) -> State:

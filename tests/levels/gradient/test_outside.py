@@ -18,6 +18,7 @@ from nestopt.levels import (
     cautious,
     centralize,
     clip,
+    ftrl,
     grokfast,
     lamb,
     lion_chain,
@@ -52,6 +53,11 @@ PEERS: dict[str, tuple[Level, Make, float]] = {
         1e-9,
     ),
     "lion": (lion_chain((0.9, 0.99)), lambda p: theirs.Lion(p, lr=LR, betas=(0.9, 0.99), weight_decay=0.0), 1e-9),
+    "ftrl": (
+        ftrl(l1=0.05, l2=0.1, beta=0.5),
+        lambda p: theirs.FTRL(p, lr=LR, beta=0.5, lambda_1=0.05, lambda_2=0.1),
+        1e-9,
+    ),
     "cautious lion": (
         cautious(of=lion_chain((0.9, 0.99))),
         lambda p: theirs.Lion(p, lr=LR, betas=(0.9, 0.99), weight_decay=0.0, cautious=True),

@@ -32,8 +32,11 @@ LIMITS = Path(__file__).parents[1] / "tests" / "accelerator" / "limits.json"
 
 FORWARD, TRAINING, STEP = MODES = "forward", "forward and backward", "a token"
 IN_CONTEXT = "cms, in context"
-OF_GRADIENTS = frozenset({"adamw", "dgd", "ggd"})
-"""Levels that need a parameter or a layer's inputs, and so are no layers."""
+LINKS = frozenset({"cautious", "centralize", "clip", "gradient_correction", "normalize", "sign"})
+RECIPES = frozenset({"adamuon", "grokfast", "lion_chain", "mars", "normuon", "soap"})
+"""Parts of chains, chains, and a basis around a level: made for gradients, and nobody's layers."""
+OF_GRADIENTS = frozenset({"adamw", "dgd", "ftrl", "ggd", "lamb", "trust_ratio", "weight_decay"}) | LINKS | RECIPES
+"""Levels that need a parameter or a layer's inputs, and so are no layers; and these."""
 COMPOSED = frozenset({"chain", "nest", "parallel"})
 STACKS = (
     *("gd", "momentum", "adam", "adamw", "regression_optimum", "delta_momentum", "deep_momentum"),

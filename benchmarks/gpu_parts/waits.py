@@ -19,12 +19,12 @@ from benchmarks.gpu_parts.optimizers import ROOT_EVERY, Small
 from benchmarks.gpu_parts.setting import NO_CUDA, Row, Setting, attempts, generator, no_waits
 
 COMPOSITES = {"chain", "parallel", "nest"}
-NOT_LAYERS = {"adamw", "dgd", "ggd", *COMPOSITES}
+NOT_LAYERS = {"adamw", "dgd", "ftrl", "ggd", "lamb", "trust_ratio", "weight_decay", *COMPOSITES}
 """Levels that can't run on tokens, and say so when a layer is made of them."""
 NOT_STACKS = {"attention", *COMPOSITES}
 """Likewise on gradients."""
-WAIT = {"shampoo", "matrix_adagrad"}
-"""Levels whose inverse roots wait by contract: as optimizers at some steps, as layers at many tokens."""
+WAIT = {"shampoo", "matrix_adagrad", "soap"}
+"""Levels whose decompositions wait by contract: as optimizers at some steps, as layers at many tokens."""
 
 LAYERS: Mapping[str, tuple[Any, dict[str, Any]]] = {
     **{name: (name, {}) for name in nestopt.levels.list() if name not in NOT_LAYERS | WAIT},

@@ -262,10 +262,22 @@ def _composed() -> dict[str, Level]:
     }
 
 
+def _links() -> dict[str, Level]:
+    return {
+        "sign": nestopt.build("level", "sign"),
+        "normalize": nestopt.build("level", "normalize"),
+        "cautious": nestopt.build("level", {"level": "cautious", "of": "momentum"}),
+    }
+
+
+def _recipes() -> dict[str, Level]:
+    return {name: nestopt.build("level", name) for name in ("lion_chain", "mars", "grokfast")}
+
+
 ON_VALLEY = (
-    "gd momentum preconditioned_momentum feature_momentum delta_momentum adam adamw regression_optimum second_moment"
+    "gd momentum preconditioned_momentum feature_momentum delta_momentum adam adamw regression_optimum second_moment ftrl"
 )
-ON_TARGET = "deep_momentum matrix_adagrad shampoo newton_schulz muon cms"
+ON_TARGET = "deep_momentum matrix_adagrad shampoo soap newton_schulz muon cms"
 PICTURES = {
     **{name: Picture.of(Valley, name) for name in ON_VALLEY.split()},
     **{name: Picture.of(Target, name) for name in ON_TARGET.split()},
@@ -273,6 +285,8 @@ PICTURES = {
     "ggd": Picture(Layer, lambda: {"ggd": ggd(), "ggd of signs": ggd(objective=Dot(), value="sign")}),
     "m3": Picture(Target, lambda: {"m3": m3(), "m3, α = 0": m3(alpha=0.0)}),
     "composing": Picture(Valley, _composed),
+    "links": Picture(Valley, _links),
+    "recipes": Picture(Valley, _recipes),
 }
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from nestopt.config.errors import ConfigError, join, show
 from nestopt.config.values import check_size, convert, number
 from nestopt.core import Gate, Heads, Level, Part, UnknownName, chain, registry
-from nestopt.core.part import FieldError, is_subclass
+from nestopt.core.part import FieldError, is_subclass, read_by
 from nestopt.core.registry import KINDS, base_of
 
 Spec = str | dict[str, Any]
@@ -166,6 +166,9 @@ def _field(hint: Any, value: object, path: str) -> Any:
         if kind == "level" and value:
             return chain([build("level", item, join(path, i)) for i, item in enumerate(value)]).levels  # named by it
     raise ConfigError.refuse(path, value, f"give a list or a mapping of one {kind} or more")
+
+
+read_by(_field)
 
 
 def _check_names(value: Mapping[Any, Any], path: str) -> None:

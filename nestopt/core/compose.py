@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from nestopt.core.clock import advance, advance_, due, start
 from nestopt.core.gates import bind
 from nestopt.core.level import Level
 from nestopt.core.order import Node
-from nestopt.core.part import FieldError, snake_case
+from nestopt.core.part import FieldError, read_part, snake_case
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, leaves, nested, tree_map
 
@@ -88,8 +88,8 @@ class _Many(Level):
     levels: dict[str, Level]
 
     def __post_init__(self) -> None:
-        self.levels = _Levels(_named(self.levels, snake_case(type(self).__name__)))
         super().__post_init__()
+        self.levels = _Levels(_named(self.levels, snake_case(type(self).__name__)))
 
     def init(self, param: Tensor) -> State:
         return {name: start(level, param) for name, level in self.levels.items()}
@@ -318,7 +318,7 @@ class Nest(Level):
 
     @property
     def _positive(self) -> frozenset[str]:
-        return frozenset().union(*(level.positive for level in _levels(self)))
+        return frozenset().union(*(level.positive for level in levels_within(self)))
 
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
         every = period * self.period
@@ -338,17 +338,17 @@ class Nest(Level):
         return [*inner, *outer, learned]
 
 
-def _levels(level: Level) -> Iterator[Level]:
+def levels_within(level: Level) -> Iterator[Level]:
     """Yield a level and all levels within it."""
     yield level
     for _, part in level.parts():
         if isinstance(part, Level):
-            yield from _levels(part)
+            yield from levels_within(part)
 
 
 def _grows(level: Level) -> bool:
     """Return whether the state of `level` grows: it says so, or it does in a step on a tensor without data."""
-    if any(part.appends for part in _levels(level)):
+    if any(part.appends for part in levels_within(level)):
         return True
     bound, param = bind(level), torch.empty(2, 2, device="meta")
     try:
@@ -359,15 +359,17 @@ def _grows(level: Level) -> bool:
         return False
 
 
-def _collect(levels: Sequence[Level | Sequence[Level]], named: Mapping[str, Level]) -> dict[str, Level]:
-    flat: list[Level] = []
-    for level in levels:
-        flat += [level] if isinstance(level, Level) else list(level)
-    return {**_named(flat, "levels"), **named} if flat else dict(named)
+def _collect(given: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    flat: list[Any] = []
+    for level in given:
+        several = isinstance(level, Iterable) and not isinstance(level, Level | str | Mapping | type)
+        flat += list(level) if several else [level]
+    levels = [read_part(Level, level, f"levels[{i}]") for i, level in enumerate(flat)]
+    return {**_named(levels, "levels"), **named} if levels else dict(named)
 
 
-def chain(*levels: Level | Sequence[Level], period: int = 1, **named: Level) -> Chain:
-    """Make a `Chain` of levels, in order; keyword names become state keys.
+def chain(*levels: Any, period: int = 1, **named: Any) -> Chain:
+    """Make a `Chain` of levels or specs of them, in order; keyword names become state keys.
 
     >>> from nestopt.levels import momentum, adam
     >>> list(chain(slow=momentum(0.99), fast=adam()).levels)
@@ -376,15 +378,13 @@ def chain(*levels: Level | Sequence[Level], period: int = 1, **named: Level) -> 
     return Chain(_collect(levels, named), period=period)
 
 
-def parallel(
-    *levels: Level | Sequence[Level], weights: Sequence[float] | None = None, period: int = 1, **named: Level
-) -> Parallel:
-    """Make a `Parallel` of levels with optional `weights`; keyword names become state keys."""
+def parallel(*levels: Any, weights: Sequence[float] | None = None, period: int = 1, **named: Any) -> Parallel:
+    """Make a `Parallel` of levels or specs of them, with optional `weights`; keyword names become state keys."""
     return Parallel(_collect(levels, named), weights=None if weights is None else tuple(weights), period=period)
 
 
 def nest(
-    outer: Level, inner: Level, transfer: Literal["init"] = "init", *, step_size: float = 1.0, period: int = 1
+    outer: Any, inner: Any, transfer: Literal["init"] = "init", *, step_size: float = 1.0, period: int = 1
 ) -> Nest:
-    """Make a `Nest` of a slow level around a fast one."""
+    """Make a `Nest` of a slow level around a fast one; either may be given as a spec."""
     return Nest(outer, inner, transfer, step_size, period=period)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nestopt.core.clock import advance, start
 from nestopt.core.order import Node
-from nestopt.core.part import FieldError, Number, Part
+from nestopt.core.part import PARAM, FieldError, Number, Part
 from nestopt.core.precision import matmul
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, leaves, store
@@ -176,7 +176,12 @@ class Level(Part):
         return 1
 
     def init_tokens(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
-        """Return the state of one sequence and head before its first token, from the start that a layer learned."""
+        """Return the state of one sequence and head before its first token, from the start that a layer learned.
+
+        Raises ValueError for a level that needs a parameter: there is none.
+        """
+        if PARAM in self.needs:
+            raise ValueError(f"{self.label} can't run on tokens: it needs a parameter beside its gradient")
         return start(self, like.new_zeros(dim_v, dim_k))
 
     def token_step(self, q: Tensor, k: Tensor, v: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:

@@ -9,15 +9,15 @@ import numbers
 import re
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeGuard, TypeVar, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
 _T = TypeVar("_T")
 
-FINITE = "finite"
-"""A need of a part (see `Part.requires`)."""
+FINITE, PARAM = "finite", "param"
+"""Needs of a part (see `Part.requires`)."""
 
 
 class Gate:
@@ -179,7 +179,8 @@ class Part(metaclass=_PartType):
     _attributes: ClassVar[tuple[str, ...]]
     requires: ClassVar[frozenset[str]] = frozenset()
     """What this part must be shown to be itself: `"shape"` (whole tensors in their true shape, never a flat slice of
-    several), `"matrix"` (as `"shape"`, and only matrices), `"finite"` (an infinity or a NaN breaks it: an optimizer on
+    several), `"matrix"` (as `"shape"`, and only matrices), `"param"` (a parameter beside the gradient, so that it is no
+    memory of its own, and no layer), `"finite"` (an infinity or a NaN breaks it: an optimizer on
     the CPU raises before anything has changed)."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -193,17 +194,9 @@ class Part(metaclass=_PartType):
     def __post_init__(self) -> None:
         for key in self.field_names:
             setattr(self, key, plain(getattr(self, key)))
-        hints = _part_hints(type(self))
-        for key, expected in hints.items():
-            value = getattr(self, key)
-            if not isinstance(value, expected):
-                raise FieldTypeError(
-                    self.label,
-                    key,
-                    value,
-                    f"is not a {expected.kind}; give an object such as nestopt's own, "
-                    "or write the whole thing as a spec (a name, a mapping or YAML) and pass that to nestopt.build",
-                )
+        for key, field in _fields(type(self)).items():
+            if not field.holds(value := getattr(self, key)):
+                setattr(self, key, _read(field.hint, value, key))
 
     @property
     def label(self) -> str:
@@ -261,16 +254,70 @@ def label_by(name_of: Callable[[type], str | None]) -> None:
     _registered = name_of
 
 
-_HINTS: dict[type, dict[str, type[Part]]] = {}
+Reader = Callable[[Any, Any, str], Any]
 
 
-def _part_hints(cls: type[Part]) -> dict[str, type[Part]]:
-    """Return the fields of `cls` that must hold parts, with the class each must be of."""
-    if cls not in _HINTS:
-        names = set(cls.field_names)
-        found = {}
-        for key, hint in get_type_hints(cls).items():
-            if key in names and is_subclass(hint, Part):
-                found[key] = hint
-        _HINTS[cls] = found
-    return _HINTS[cls]
+def _unread(hint: Any, value: Any, key: str) -> Any:
+    """Raise TypeError: nothing here reads specs yet."""
+    raise TypeError(f"{key}: {value!r} is not a part")
+
+
+_read: Reader = _unread
+
+
+def read_by(reader: Reader) -> None:
+    """Let fields that hold parts be given by specs, which `reader` makes parts of, by a type hint and the key."""
+    global _read  # noqa: PLW0603  # configs know parts, so parts can't import them
+    _read = reader
+
+
+def read_part(hint: Any, value: Any, key: str) -> Any:
+    """Return `value`, a part or a spec of one, as the part or the parts that a field with this type hint holds."""
+    return value if isinstance(value, Part) else _read(hint, value, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    """A field of parts, or of a number that the data may choose, which may be written as a mapping.
+
+    Attributes:
+        hint: its type.
+        part: the class of its parts; None: it is a number.
+        many: whether it holds a mapping or a sequence of them.
+    """
+
+    hint: Any
+    part: type[Part] | None
+    many: bool = False
+
+    def holds(self, value: Any) -> bool:
+        """Return whether `value` is what the field holds, and no spec of it."""
+        if self.part is None:
+            return not isinstance(value, Mapping)
+        if not self.many:
+            return isinstance(value, self.part)
+        items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+        return bool(items) and all(isinstance(item, self.part) for item in items)
+
+
+_FIELDS: dict[type, dict[str, _Field]] = {}
+
+
+def _fields(cls: type[Part]) -> dict[str, _Field]:
+    if cls not in _FIELDS:
+        hints = get_type_hints(cls)
+        found = {key: _field(hints[key]) for key in cls.field_names}
+        _FIELDS[cls] = {key: field for key, field in found.items() if field is not None}
+    return _FIELDS[cls]
+
+
+def _field(hint: Any) -> _Field | None:
+    """Return what a field with this type hint holds, if parts, or a number that the data may choose."""
+    args = get_args(hint)
+    if Gate in args:
+        return _Field(hint, None)
+    if get_origin(hint) in (dict, list, tuple):
+        part = next((arg for arg in args if is_subclass(arg, Part)), None)
+        return _Field(hint, part, many=True) if part is not None else None
+    part = next((arg for arg in (hint, *args) if is_subclass(arg, Part)), None)
+    return _Field(hint, part) if part is not None else None

@@ -19,6 +19,15 @@ from nestopt.levels.gradient.adam import Adam as adam
 from nestopt.levels.gradient.adam import AdamW as adamw
 from nestopt.levels.gradient.dgd import Dgd as dgd
 from nestopt.levels.gradient.dgd import Ggd as ggd
+from nestopt.levels.gradient.ftrl import Ftrl as ftrl
+from nestopt.levels.gradient.links import Cautious as cautious
+from nestopt.levels.gradient.links import Centralize as centralize
+from nestopt.levels.gradient.links import Clip as clip
+from nestopt.levels.gradient.links import GradientCorrection as gradient_correction
+from nestopt.levels.gradient.links import Normalize as normalize
+from nestopt.levels.gradient.links import Sign as sign
+from nestopt.levels.gradient.links import TrustRatio as trust_ratio
+from nestopt.levels.gradient.links import WeightDecay as weight_decay
 from nestopt.levels.gradient.m3 import M3 as m3
 from nestopt.levels.gradient.momentum import DeltaMomentum as delta_momentum
 from nestopt.levels.gradient.momentum import Momentum as momentum
@@ -28,10 +37,17 @@ from nestopt.levels.gradient.muon import NewtonSchulzOutput
 from nestopt.levels.gradient.preconditioned import FeatureMomentum as feature_momentum
 from nestopt.levels.gradient.preconditioned import PreconditionedMomentum as preconditioned_momentum
 from nestopt.levels.gradient.preconditioned import SignedPower
+from nestopt.levels.gradient.recipes import Adamuon as adamuon
+from nestopt.levels.gradient.recipes import Grokfast as grokfast
+from nestopt.levels.gradient.recipes import Lamb as lamb
+from nestopt.levels.gradient.recipes import LionChain as lion_chain
+from nestopt.levels.gradient.recipes import Mars as mars
+from nestopt.levels.gradient.recipes import Normuon as normuon
 from nestopt.levels.gradient.regression import RegressionOptimum as regression_optimum
 from nestopt.levels.gradient.second_moment import SecondMoment as second_moment
 from nestopt.levels.gradient.shampoo import MatrixAdagrad as matrix_adagrad
 from nestopt.levels.gradient.shampoo import Shampoo as shampoo
+from nestopt.levels.gradient.soap import Soap as soap
 from nestopt.levels.listing import names as list  # noqa: F401  # not in __all__, whose names are all levels
 from nestopt.levels.matrix.form import DeltaRuleForm, LinearAttentionForm, OjaForm, OmegaForm
 from nestopt.levels.matrix.level import Omega as omega
@@ -52,9 +68,13 @@ from nestopt.levels.self_modifying.level import SelfModifying as self_modifying
 
 __all__ = [
     "adam",
+    "adamuon",
     "adamw",
     "associative_memory",
     "attention",
+    "cautious",
+    "centralize",
+    "clip",
     "cms",
     "deep_momentum",
     "delta_momentum",
@@ -62,16 +82,24 @@ __all__ = [
     "dgd",
     "dla",
     "feature_momentum",
+    "ftrl",
     "gated_deltanet",
     "gated_linear",
     "gd",
     "ggd",
+    "gradient_correction",
+    "grokfast",
+    "lamb",
     "linear_attention",
+    "lion_chain",
     "m3",
+    "mars",
     "matrix_adagrad",
     "momentum",
     "muon",
     "newton_schulz",
+    "normalize",
+    "normuon",
     "oja",
     "omega",
     "preconditioned_momentum",
@@ -80,8 +108,12 @@ __all__ = [
     "second_moment",
     "self_modifying",
     "shampoo",
+    "sign",
+    "soap",
     "titans",
+    "trust_ratio",
     "ttt",
+    "weight_decay",
     "window_attention",
 ]
 

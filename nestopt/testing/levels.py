@@ -52,7 +52,7 @@ def check_level(level: Level, shape: Sequence[int] = (5, 3)) -> None:
     _check_clock(bind(level), grads)
     _check_optimizer(level, grads)
     _check_spec(level)
-    if "inputs" not in level.needs:
+    if level.needs.isdisjoint(("inputs", "param")):
         check_layer(level)
     assert level == before, f"{level.label}: running it changed its own fields"
 
@@ -106,7 +106,7 @@ def _check_stacks(level: Level, grads: list[Tensor]) -> None:
     states = [start(level, pairs[0][i]) for i in range(2)]
     state = tree_map(lambda *each: torch.stack(each), *states)
     stacked = [torch.stack(pair) for pair in pairs]
-    if level.batched:
+    if level.is_batched:
         together = _run(level, stacked, state)
     else:
         try:

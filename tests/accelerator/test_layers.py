@@ -13,6 +13,7 @@ from nestopt import levels
 from nestopt.nn import CMS, MemoryAttention, MemoryBlock
 from nestopt.ops import fast_form
 from tests.accelerator.held import held
+from tests.levels.gradient.tools import LINKS
 
 PARTS = {"chain", "parallel", "nest"}
 """Made of other levels."""
@@ -28,9 +29,9 @@ COMPOSED: dict[str, Any] = {
     "omega of an mlp": levels.omega(memory=levels.titans().memory),
     "self_modifying with momentum": levels.self_modifying(momentum=0.9, chunk=4, projection_chunk=8),
 }
-ALL: dict[str, Any] = {name: name for name in nestopt.registry.names("level") if name not in PARTS} | COMPOSED
+ALL: dict[str, Any] = {name: name for name in nestopt.registry.names("level") if name not in PARTS | LINKS} | COMPOSED
 
-NO_LAYERS = {"adamw", "dgd", "ggd"}
+NO_LAYERS = {"adamw", "dgd", "ftrl", "ggd"}
 """They need a parameter beside what they remember, or its layer's inputs: errors that other tests look at."""
 
 

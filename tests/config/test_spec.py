@@ -361,8 +361,10 @@ def test_python_users_get_the_errors_they_expect() -> None:
     with pytest.raises(TypeError, match=r"^momentum: beta='x' is not a number$") as type_error:
         L.momentum("x")
     assert type_error.value.key == "beta"
-    with pytest.raises(TypeError, match=r"^titans: rule='adam' is not a level"):
-        L.titans(rule="adam")
+    with pytest.raises(
+        ValueError, match=r"^rule: 'adm' is not allowed; no level is called 'adm'\. Did you mean 'adam'"
+    ):
+        L.titans(rule="adm")
 
 
 # -- plugins ---------------------------------------------------------------------------------------------------------

@@ -136,9 +136,9 @@ def test_trees_round_trip():
     ("make", "error", "words"),
     [
         (chain, ValueError, "no levels given"),
-        (lambda: chain(x=3), TypeError, "x=3 is not a level"),
+        (lambda: chain(x=3), ValueError, r"levels\.x: 3 is not allowed; a level is written as a name"),
         (lambda: Chain({"a.b": gd()}), ValueError, "'a.b'"),
-        (lambda: nest(gd(), "adam"), TypeError, "inner='adam' is not a level"),
+        (lambda: nest(gd(), "adm"), ValueError, "inner: 'adm' is not allowed; no level is called 'adm'"),
         (lambda: nest(gd(), gd(), transfer="inti"), ValueError, "Did you mean 'init'"),
         (lambda: nest(gd(), gd(), step_size=-1.0), ValueError, "step_size=-1.0"),
         (lambda: nest(gd(), Grows()), ValueError, "grows otherwise, and has no start"),

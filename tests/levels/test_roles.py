@@ -8,19 +8,24 @@ import yaml
 from torch import nn
 
 import nestopt
-from nestopt.core import Level, Signal, start
+from nestopt.core import Level, Signal, chain, start
 from nestopt.core.clock import advance_
 from nestopt.core.tree import leaves, tree_map
 from nestopt.levels import (
+    cautious,
+    clip,
     delta_momentum,
     feature_momentum,
     m3,
+    mars,
     matrix_adagrad,
     momentum,
+    normuon,
     preconditioned_momentum,
     regression_optimum,
     second_moment,
     shampoo,
+    soap,
 )
 from nestopt.testing import check_level
 
@@ -39,6 +44,13 @@ RATES: list[tuple[Level, float]] = [
     (shampoo(), 0.03),
     (shampoo(beta=0.0, mode="ema", root_every=2), 0.03),
     (shampoo(max_size=6), 0.03),
+    (second_moment(over="rows"), 0.01),
+    (second_moment(over="factored"), 0.01),
+    (soap(), 0.03),
+    (soap(momentum(period=2), basis_every=2), 0.1),
+    (normuon(), 0.03),
+    (cautious(of=momentum(0.9)), 0.1),
+    (chain(mars(), clip(by="rms")), 0.01),
     (m3(slow_period=2), 0.03),
     (m3(slow_period=2, mode="paper", eps=1.0), 0.03),  # its first steps are as long as ε allows
 ]
@@ -100,7 +112,7 @@ def test_described_in_the_order_of_levels() -> None:
     assert _names(shampoo()) == [["shampoo.momentum", "shampoo.left", "shampoo.right"]]
 
 
-TOGETHER = [level for level in LEVELS if level.label not in ("feature_momentum", "delta_momentum")]
+TOGETHER = [level for level in LEVELS if level.is_batched]
 
 
 @pytest.mark.parametrize("level", TOGETHER, ids=str)

@@ -16,16 +16,17 @@ from nestopt.core.retentions import Decay
 from nestopt.core.tree import leaves
 from nestopt.levels import adam, attention, deltanet, gd, linear_attention, momentum, self_modifying, titans, ttt
 from nestopt.nn import SequenceMemory
+from tests.levels.gradient.tools import LINKS
 
 F64 = torch.float64
 
-REFUSED = {"adamw", "cms", "dgd", "ggd"}
+REFUSED = {"adamw", "cms", "dgd", "ftrl", "ggd"}
 """Registered levels that are not for `SequenceMemory`: a weight or a layer's inputs are what they need, or a CMS."""
 
 COMPOSED = {"chain", "nest", "parallel"}
 """Registered levels that have no defaults."""
 
-REGISTERED = sorted(set(nestopt.levels.list()) - REFUSED - COMPOSED)
+REGISTERED = sorted(set(nestopt.levels.list()) - REFUSED - COMPOSED - LINKS)
 
 VARIANTS: dict[str, Level] = {
     "short window": attention(memory=Window(3)),

@@ -25,6 +25,7 @@ from nestopt.optim import Nested
 from nestopt.optim.execute import flat
 from nestopt.optim.plan import RESTLESS
 from nestopt.testing import check_optimizer
+from tests.levels.gradient.tools import LINKS
 
 NAMES = ("SGD", "Adam", "AdamW", "Muon")
 OUR_STATE = {"momentum_buffer": "momentum"}
@@ -57,8 +58,10 @@ SCHEDULES = {
 }
 
 COMPOSED = {"chain", "parallel", "nest"}
+SIMPLE = LINKS - {"lamb", "cautious", "normuon"}
+"""What these are made of, one by one."""
 STACKS: dict[str, Callable[[], Level]] = {
-    **{name: registry.get("level", name) for name in registry.names("level") if name not in COMPOSED},
+    **{name: registry.get("level", name) for name in registry.names("level") if name not in COMPOSED | SIMPLE},
     "attention": lambda: levels.attention(memory=Window(3)),
     "amsgrad": lambda: levels.adam(amsgrad=True),
     "on a clock": lambda: levels.adam(period=3),

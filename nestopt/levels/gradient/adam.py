@@ -15,6 +15,7 @@ from nestopt.core.tree import State, store
 from nestopt.levels.gradient import fused
 from nestopt.levels.gradient.fused import Memories, Numbers, Tensors
 from nestopt.levels.gradient.scratch import scratch_like
+from nestopt.levels.gradient.within import param_of
 
 
 class Adam(Level):
@@ -113,12 +114,8 @@ class AdamW(Adam):
     def _decayed(self, direction: Tensor, signal: Signal) -> Tensor:
         if isinstance(self.weight_decay, int | float) and self.weight_decay == 0:
             return direction
-        if signal.param is None:
-            raise ValueError(
-                "adamw: weight decay needs the parameter, and a level that is itself the memory (on tokens) has none; "
-                "use adam"
-            )
-        return direction + self.weight_decay * signal.param  # type: ignore[operator]
+        param = param_of(self, signal, "weight decay", "use adam")
+        return direction + self.weight_decay * param  # type: ignore[operator]
 
 
 def _step(

@@ -34,8 +34,7 @@ def inverse_root(gram: Tensor, order: int, eps: float = 1e-6) -> Tensor:
     size = torch.linalg.vector_norm(a.detach(), math.inf, (-2, -1), keepdim=True) if a.numel() else a.new_ones(())
     size = torch.where(size > 0, size, 1.0)  # ε times a small eigenvalue would vanish
     a = a / size
-    with by_contract("eigh") if a.device.type != "cpu" else contextlib.nullcontext():
-        values, vectors = torch.linalg.eigh(a.detach())
+    values, vectors = eigen(a)
     largest = values[..., -1:].clamp_min(0)
     values = values.clamp_min(0) + torch.where(largest > 0, eps * largest, 1.0)
     roots = values ** (1 / order)
@@ -43,6 +42,16 @@ def inverse_root(gram: Tensor, order: int, eps: float = 1e-6) -> Tensor:
     if torch.is_grad_enabled():
         inverse = inverse + _derivative(a - a.detach(), roots, vectors, order, eps)
     return (inverse * size ** (-1 / order)).to(gram.dtype)
+
+
+def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues `[..., n]`, rising, and vectors of symmetric matrices, in float32 or wider, without gradients.
+
+    On a GPU it waits for the device.
+    """
+    wide = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
+    with by_contract("eigh") if wide.device.type != "cpu" else contextlib.nullcontext():
+        return torch.linalg.eigh(wide)
 
 
 def _derivative(change: Tensor, roots: Tensor, vectors: Tensor, order: int, eps: float) -> Tensor:

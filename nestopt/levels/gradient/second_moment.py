@@ -14,7 +14,7 @@ from nestopt.core.level import Level
 from nestopt.core.order import Node
 from nestopt.core.scale import square_limit
 from nestopt.core.signal import Signal
-from nestopt.core.tree import State
+from nestopt.core.tree import State, tree_map
 from nestopt.levels.gradient.scratch import scratch_like
 from nestopt.levels.gradient.within import nodes_within, refuse_unused
 
@@ -35,12 +35,15 @@ class SecondMoment(Level):
         bias_correction: divide the average by 1 - β2^t. Default True.
         of: the level whose direction is scaled. Default `gd`.
         mode: `"ema"`, an average (default), or `"sum"`.
+        over: which squares share a number: none (`"entries"`, default), those of one row of a matrix (`"rows"`, as in
+            NorMuon), or a row's times a column's (`"factored"`, as in Adafactor: $h = r c / \overline r$ with r and c
+            the averages of rows and columns). The latter two take matrices only, and next to no memory.
 
     Raises:
         FieldError: a number out of range; `beta2` or `bias_correction` given for a sum, which has neither.
     """
 
-    positive: ClassVar[frozenset[str]] = frozenset({"exp_avg_sq"})
+    positive: ClassVar[frozenset[str]] = frozenset({"exp_avg_sq", "rows", "columns"})
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"exp_avg_sq": "l2 to g²"}
@@ -50,29 +53,46 @@ class SecondMoment(Level):
     bias_correction: bool = True
     of: Level = dataclasses.field(default_factory=Gd)
     mode: Literal["ema", "sum"] = "ema"
+    over: Literal["entries", "rows", "factored"] = "entries"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check("beta2", 0.0, 1.0, closed="[)")
         self.check("eps", 0.0)
         self.check_choice("mode", ("ema", "sum"))
+        self.check_choice("over", ("entries", "rows", "factored"))
         if self.mode == "sum":
             refuse_unused(self, ("beta2", "bias_correction"), "mode='sum'")
 
     def init(self, param: Tensor) -> State:
-        return {"exp_avg_sq": torch.zeros_like(param), "of": start(self.of, param)}
+        kept = torch.zeros_like(param) if self.over == "entries" else tree_map(torch.zeros_like, self._means(param))
+        return {"exp_avg_sq": kept, "of": start(self.of, param)}
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs if self.over == "entries" else super().needs | {"matrix"}
+
+    @property
+    def is_elementwise(self) -> bool:
+        return self.over == "entries" and super().is_elementwise
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         grad = grad.clamp(-square_limit(grad), square_limit(grad))
         direction, of = advance(self.of, grad, state["of"], signal.inside("of"))
         keep, take = self._weights
-        h = (keep * state["exp_avg_sq"]).addcmul(grad, grad, value=take)
+        if self.over == "entries":
+            kept = h = (keep * state["exp_avg_sq"]).addcmul(grad, grad, value=take)
+        else:
+            kept = tree_map(lambda old, new: keep * old + take * new, state["exp_avg_sq"], self._means(grad))
+            h = self._spread(kept)
         square = signal.debias(h, self.beta2) if self._corrects else h
         # the root of an exact 0 has no gradient, and a level must be differentiable
         root = square.clamp_min(torch.finfo(h.dtype).tiny).sqrt()
-        return direction / (root + self.eps), {"exp_avg_sq": h, "of": of}
+        return direction / (root + self.eps), {"exp_avg_sq": kept, "of": of}
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
+        if self.over != "entries":
+            return super().step_(grad, state, signal)
         grad = grad.clamp(-square_limit(grad), square_limit(grad))
         direction = advance_(self.of, grad, state["of"], signal.inside("of"))
         keep, take = self._weights
@@ -81,6 +101,19 @@ class SecondMoment(Level):
         tiny = torch.finfo(h.dtype).tiny
         root = torch.sqrt(square if self.eps else square.clamp_min(tiny), out=scratch_like(direction))
         return torch.div(direction, root.add_(self.eps), out=root)
+
+    def _means(self, grad: Tensor) -> State:
+        """Return the mean squares that stand for those of a matrix's entries."""
+        square = grad.square()
+        rows = {"rows": square.mean(-1, keepdim=True)}
+        return rows if self.over == "rows" else {**rows, "columns": square.mean(-2, keepdim=True)}
+
+    def _spread(self, kept: State) -> Tensor:
+        """Return the second moments that the kept ones stand for."""
+        rows: Tensor = kept["rows"]
+        if self.over == "rows":
+            return rows
+        return rows / rows.mean(-2, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny) * kept["columns"]
 
     @property
     def rates_as(self) -> str:

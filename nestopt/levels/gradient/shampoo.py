@@ -65,7 +65,7 @@ class MatrixPreconditioner(Level):
         return state
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
-        grad, fine = _in_range(grad)
+        grad, fine = in_range(grad)
         new: State = {}
         if self.beta:
             new["momentum"] = torch.lerp(state["momentum"], grad, (1 - self.beta) * fine)
@@ -80,7 +80,7 @@ class MatrixPreconditioner(Level):
         return self._read(grad, new, signal) * fine, new
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
-        grad, fine = _in_range(grad)
+        grad, fine = in_range(grad)
         if self.beta:
             state["momentum"].lerp_(grad, (1 - self.beta) * fine)
         keep, take = self._weights
@@ -125,7 +125,7 @@ class MatrixPreconditioner(Level):
         return [*found, *sides]
 
 
-def _in_range(grad: Tensor) -> tuple[Tensor, Tensor]:
+def in_range(grad: Tensor) -> tuple[Tensor, Tensor]:
     """Return each matrix, shortened to what has a Gram matrix in its dtype, and 1 `[..., 1, 1]`, or zeros and 0."""
     size = largest(grad, (-2, -1))
     fine = size.isfinite()

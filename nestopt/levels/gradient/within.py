@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from nestopt.core.clock import start
 from nestopt.core.level import Level
 from nestopt.core.order import Node
 from nestopt.core.part import FieldError, Part
+from nestopt.core.signal import Signal
 from nestopt.core.tree import leaves
 
 
@@ -42,3 +44,13 @@ def check_whole(part: Part, *keys: str) -> None:
         value = getattr(part, key)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise FieldError(part.label, key, value, "is not allowed; give a whole number, 1 or more")
+
+
+def param_of(level: Level, signal: Signal, what: str, instead: str = "leave it out there") -> Tensor:
+    """Return the parameter, which `what` of a level needs. Raises ValueError where the level itself is the memory."""
+    if signal.param is None:
+        raise ValueError(
+            f"{level.label}: {what} needs the parameter, and a level that is itself the memory (on tokens) has none; "
+            f"{instead}"
+        )
+    return signal.param

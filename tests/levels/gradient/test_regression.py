@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nestopt.core.part import FieldError
-from nestopt.levels import adam, momentum, regression_optimum
+from nestopt.levels import adam, matrix_adagrad, momentum, regression_optimum
 from tests.levels.gradient.tools import bytes_per_parameter, randoms, run, same
 
 
@@ -79,3 +81,41 @@ def test_wrong_values_say_what_is_allowed(make, words) -> None:
         make()
     for word in words:
         assert word in str(error.value)
+
+
+# -- on matrices ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 9])  # fewer rows of gradients than columns: the least of all solutions
+def test_a_matrix_answers_whole_gradients_with_the_identity(count: int) -> None:
+    """target=0: the m that is nearest to m gᵀ = 1 over all gradients, by least squares of all of them at once."""
+    grads, beta, ridge = randoms(2, 5, count=count), 0.8, 0.3
+    for side in ("right", "left"):
+        level = regression_optimum((beta, beta), target=0.0, ridge=ridge, bias_correction=False, side=side)
+        got = run(level, grads)[-1]
+        weights = [(1 - beta) * beta ** (count - 1 - i) for i in range(count)]
+        shown = grads if side == "right" else [g.mT for g in grads]
+        rows, columns = shown[0].shape
+        a = torch.cat([math.sqrt(w) * g for w, g in zip(weights, shown, strict=True)])
+        b = torch.cat([math.sqrt(w) * torch.eye(rows, dtype=torch.float64) for w in weights])
+        a = torch.cat([a, math.sqrt(ridge) * torch.eye(columns, dtype=torch.float64)])
+        b = torch.cat([b, torch.zeros(columns, rows, dtype=torch.float64)])
+        m = torch.linalg.lstsq(a, b, driver="gelsd").solution.mT
+        same(got, m if side == "right" else m.mT, 1e-9)
+
+
+def test_between_newton_and_momentum_a_matrix_is_matrix_adagrad() -> None:
+    grads = randoms(4, 4)
+    for side in ("left", "right"):
+        got = run(regression_optimum((0.9, 0.99), ridge=0.0, side=side), grads)
+        same(got, run(matrix_adagrad(0.9, 0.99, 1e-14, "ema", root_every=1, side=side), grads), 1e-6)
+        plain = run(regression_optimum((0.9, 0.99), target="square", ridge=0.0, side=side), grads)
+        same(plain, run(regression_optimum((0.9, 0.99), target="square", ridge=0.0), grads), 1e-9)
+
+
+def test_a_newton_like_step_is_as_long_as_the_inverse_of_a_gradient() -> None:
+    grads = [g.float() for g in randoms(3, 6)]  # ridge and rounding: there are more columns than rows
+    level = regression_optimum(target=0.0, ridge=0.0, side="right")
+    one, small = run(level, grads, 1e-3), run(level, [1e-3 * g for g in grads], 1e-3)
+    torch.testing.assert_close(small, 1e3 * one, rtol=1e-2, atol=1e-2 * float(small.abs().max()))
+    same(run(level, [torch.zeros(3, 6)] * 2), torch.zeros(2, 3, 6))

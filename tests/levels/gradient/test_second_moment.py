@@ -122,3 +122,31 @@ def test_wrong_values_say_what_is_allowed(make, words) -> None:
 def test_gd_is_what_it_scales_by_default() -> None:
     grads = randoms(3, 4)
     assert torch.equal(run(second_moment(of=gd()), grads), run(second_moment(), grads))
+
+
+@pytest.mark.parametrize("mode", ["ema", "sum"])
+def test_squares_that_share_a_number(mode: str) -> None:
+    grads, keep, take = randoms(4, 3), 0.8 if mode == "ema" else 1.0, 0.2 if mode == "ema" else 1.0
+    given = {"beta2": 0.8} if mode == "ema" else {}
+    rows, columns = [0.0] * 4, [0.0] * 3
+    got = {over: run(second_moment(eps=1e-2, mode=mode, over=over, **given), grads) for over in ("rows", "factored")}
+    for t, g in enumerate(grads):
+        start = 1 - keep ** (t + 1) if mode == "ema" else 1.0
+        rows = [keep * r + take * sum(float(x) ** 2 for x in g[i]) / 3 for i, r in enumerate(rows)]
+        columns = [keep * c + take * sum(float(x) ** 2 for x in g[:, j]) / 4 for j, c in enumerate(columns)]
+        for i in range(4):
+            for j in range(3):
+                by_row, factored = rows[i], rows[i] * columns[j] / (sum(rows) / 4)
+                for over, h in (("rows", by_row), ("factored", factored)):
+                    want = float(g[i, j]) / (math.sqrt(h / start) + 1e-2)
+                    assert float(got[over][t, i, j]) == pytest.approx(want, rel=1e-10)
+
+
+def test_factors_are_exact_for_squares_that_are_a_product() -> None:
+    a, b = torch.rand(5, 1, dtype=torch.float64) + 0.1, torch.rand(1, 4, dtype=torch.float64) + 0.1
+    grads = [torch.randn(5, 4).sign().double() * a * b for _ in range(6)]
+    same(run(second_moment(over="factored"), grads), run(second_moment(), grads), 1e-9)
+    assert bytes_per_parameter(second_moment(over="factored"), 100, 50) == 4 * 150 / 5000
+    assert bytes_per_parameter(second_moment(over="rows"), 100, 50) == 4 * 100 / 5000
+    with pytest.raises(ValueError, match=r"second_moment takes matrices"):
+        Nested([torch.nn.Parameter(torch.zeros(3))], second_moment(over="rows"))

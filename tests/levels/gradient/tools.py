@@ -7,9 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nestopt.core import Level, Signal, advance, start
+from nestopt.core import Level, Signal, advance, registry, start
 from nestopt.core.clock import advance_
 from nestopt.core.tree import State, leaves, tree_map
+
+LINKS = {
+    name
+    for name in registry.names("level")
+    if registry.get("level", name).__module__.rpartition(".")[2] in ("links", "recipes")
+}
+"""Links of a chain, and chains of them by a name: nobody makes a layer of one alone."""
 
 
 def run(level: Level, grads: Sequence[Tensor], tolerance: float = 1e-9) -> Tensor:

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from nestopt.core.clock import start
-from nestopt.core.compose import Chain, Nest
+from nestopt.core.compose import Chain
 from nestopt.core.gates import bind
 from nestopt.core.level import Level
+from nestopt.core.nesting import Nest
 from nestopt.core.signal import Signal
+from nestopt.core.weights import around
 from nestopt.levels.continuum.level import Cms
 from nestopt.optim.checks import names
 
@@ -66,7 +68,8 @@ def explain(groups: Sequence[dict[str, Any]], level_of: Callable[[dict[str, Any]
     rows = Explanation()
     for g, group in enumerate(groups):
         level, params = level_of(group), group["params"]
-        label, clocks = level.label, "".join(f"; {said}" for said in _sums(bind(level)))
+        said = [*_sums(bind(level)), *(own.explained() for _, own in around(level))]
+        label, clocks = level.label, "".join(f"; {one}" for one in said)
         reasons = [why + clocks for why in group.get("why") or [UNROUTED] * len(params)]
         for name, param, why in zip(names(group, g), params, reasons, strict=True):
             shape, rate, period = tuple(param.shape), float(group["lr"]), group.get("period", 1)

@@ -20,8 +20,9 @@ from nestopt.levels.gradient.fused import Numbers
 from nestopt.optim.layer_inputs.sums import Totals, keep, kept, means
 from nestopt.optim.views import Split, advance_stack_, back, in_pieces, local, matrix_view, work_dtype
 
-STEP, SUM = "step", "group_sum"
-"""The optimizer's own state keys: how often it has seen a gradient, and what a group with a period has summed."""
+STEP, SUM, TRAINED = "step", "group_sum", "trained_weights"
+"""The optimizer's own state keys: how often it has seen a gradient, what a group with a period has summed, and the
+weights that it goes on from, while the parameter holds those to evaluate with."""
 
 
 _KIND = attrgetter("dtype", "device")

@@ -235,7 +235,7 @@ class Nested(weights.Weighted, Optimizer):
         if self.seed is None:  # one of several processes can't give up alone
             checks.check_finite(self.param_groups, levels, grads)
         if not self._is_settled(levels, grads):
-            self._plan.settle(self.param_groups, [bind(level) for level in levels], grads, self.state)
+            self._plan.settle(self.param_groups, [bind(level, step=None) for level in levels], grads, self.state)
         if self._recorder is not None:
             self._recorder.clear()
         asking = None
@@ -265,7 +265,7 @@ class Nested(weights.Weighted, Optimizer):
             if share.forms != [None if grad is None else (grad.shape, grad.layout) for grad in own]:
                 return False
             if level is not share.level:
-                bound = bind(level)
+                bound = bind(level, step=None)
                 if not alike(bound, share.level):
                     return False
                 share.level = bound
@@ -275,7 +275,7 @@ class Nested(weights.Weighted, Optimizer):
         for index, group in enumerate(self.param_groups):
             checks.check_gradients(group, index, [param.grad for param in group["params"]])
         for index, group in enumerate(self.param_groups):
-            level, settings = bind(self.level(group)), self._update_settings(group)
+            level, settings = bind(self.level(group), step=None), self._update_settings(group)
             view = None if level.is_elementwise else group.get("view")
             together: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
             for param in group["params"]:

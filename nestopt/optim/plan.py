@@ -121,7 +121,7 @@ class Plan:
                     continue
                 self._changes += not fits
                 old.leave()
-            self._try(level, group, grads[i])
+            self._try(bind(level), group, grads[i])
             self.shares[i : i + 1] = [self._share(group, i, level, forms[i], state)]
             self.known = list(state.values())
 
@@ -176,13 +176,13 @@ class Plan:
 
 def check_capturable_group(group: dict[str, Any], index: int, level: Level) -> None:
     """Raise ValueError for a level of a group whose step can't be captured; ContractError for one that breaks rules."""
-    level, seen = bind(level), set()
+    level, seen = bind(level, step=None), set()
     view = None if level.is_elementwise else group.get("view")
     for name, param in zip(names(group, index), group["params"], strict=True):
         kind = (param.shape, param.dtype, param.device)
         if kind not in seen and param.numel():
             seen.add(kind)
-            for stranger in strangers(level):
+            for stranger in strangers(bind(level)):
                 check_stranger(level, stranger, param, torch.ones_like(param), view)
             check_capturable(level, param, group.get("period", 1), view, name)
 

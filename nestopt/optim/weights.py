@@ -43,7 +43,8 @@ def after_step(
     period = group.get("period", 1)
     due = [(own, int(own.count) // period) for own in executors if int(own.count) % period == 0]
     for path, own in reversed(list(around(level))) if due else ():
-        share = own.share(group, max(step for _, step in due), float(lr))
+        last = max(step for _, step in due)
+        share = bind(own, step=last).share(group, last, float(lr))
         cells = [
             (cell, step)
             for executor, step in due
@@ -55,7 +56,7 @@ def after_step(
         if own.across_processes and cells and dist.is_available() and dist.is_initialized():
             weights = _mean(own, weights, [cell.state for cell, _ in cells], comm)
         for (cell, step), shown in zip(cells, weights, strict=True):
-            cell.put(own, shown, Signal(step, shown, lr), share)
+            cell.put(bind(own, step=step), shown, Signal(step, shown, lr), share)
 
 
 class _Cell:

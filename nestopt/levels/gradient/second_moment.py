@@ -11,6 +11,7 @@ from torch import Tensor
 from nestopt.core.associative import Gd
 from nestopt.core.clock import advance, advance_, start
 from nestopt.core.level import Level
+from nestopt.core.mixing import plus_square
 from nestopt.core.order import Node
 from nestopt.core.scale import square_limit
 from nestopt.core.signal import Signal
@@ -66,7 +67,7 @@ class SecondMoment(Level):
         grad = grad.clamp(-square_limit(grad), square_limit(grad))
         direction, of = advance(self.of, grad, state["of"], signal.inside("of"))
         keep, take = self._weights
-        h = (keep * state["exp_avg_sq"]).addcmul(grad, grad, value=take)
+        h = plus_square(keep * state["exp_avg_sq"], grad, take)
         square = signal.debias(h, self.beta2) if self._corrects else h
         # the root of an exact 0 has no gradient, and a level must be differentiable
         root = square.clamp_min(torch.finfo(h.dtype).tiny).sqrt()

@@ -61,8 +61,8 @@ def functional_step(
     """
     if unknown := grads.keys() - params.keys():
         raise KeyError(f"gradients of unknown parameters: {sorted(unknown)}; params has {sorted(params)}")
-    level = bind(build("level", stack, "stack"))
     step = 1 if state is None else state["step"] + 1
+    level = bind(build("level", stack, "stack"), step=step)
     levels = {} if state is None else state["levels"]
     new_params, new_levels = dict(params), dict(levels)
     noted = {} if state is None else dict(state.get("weights", {}))

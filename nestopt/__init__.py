@@ -19,6 +19,7 @@ from nestopt.core import (
     parallel,
     registry,
 )
+from nestopt.core.schedule import Schedule
 
 # before anything that looks a name up
 registry.add_builtin(levels)
@@ -46,6 +47,7 @@ __all__ = [
     "Gate",
     "Heads",
     "Level",
+    "Schedule",
     "Signal",
     "build",
     "chain",

@@ -19,10 +19,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from torch import Tensor
 
 from nestopt.config.errors import ConfigError, join, show
-from nestopt.config.values import check_size, convert, number
+from nestopt.config.values import check_size, convert, number, schedules
 from nestopt.core import Gate, Heads, Level, Part, UnknownName, chain, registry
 from nestopt.core.part import FieldError, is_subclass, read_by
 from nestopt.core.registry import KINDS, base_of
+from nestopt.core.schedule import Schedule
 
 Spec = str | dict[str, Any]
 """A part as plain data: a name, or a mapping with the part's kind as first key."""
@@ -148,6 +149,8 @@ def _as_yaml(text: str) -> str:
 
 def _field(hint: Any, value: object, path: str) -> Any:
     """Return `value` as a field with this type hint."""
+    if (scheduled := schedules(value, path)) is not None:
+        return scheduled
     whole, (hint, optional) = hint, _without_none(hint)
     if value is None and optional:
         return None
@@ -256,6 +259,13 @@ def _to_spec(part: Part, path: str) -> Spec:
 def _plain(value: Any, path: str) -> Any:
     if isinstance(value, Part):
         return _to_spec(value, path)
+    if isinstance(value, Schedule):
+        if value.function is not None:
+            raise ConfigError(
+                f"{value!r} is a function, which can't be written as plain data; give points", path, value
+            )
+        points = dict(value.points)
+        return {"schedule": points if value.shape == "linear" else {"points": points, "shape": value.shape}}
     if isinstance(value, Heads):
         return {"heads": value.init if value.ratio == 0.5 else {"init": value.init, "ratio": value.ratio}}
     if isinstance(value, Gate):

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from nestopt.config.errors import ConfigError, join, translate
 from nestopt.core import Gate, Heads, Number
+from nestopt.core.schedule import Schedule
 
 
 def no_bool(allowed: str) -> BeforeValidator:
@@ -150,6 +151,41 @@ def number(value: object, path: str) -> Number:
         raise ConfigError.refuse(path, dict(value), "give a number, or {gate: NUMBER} for one that the data choose")
     (key, spec), *_ = value.items()
     return _gate(key, spec, join(path, key))
+
+
+def schedules(value: object, path: str) -> Any:
+    """Read a number that steps drive, or a list with one among its numbers; None for anything else.
+
+    Written `{schedule: {0: 0.9, 1000: 0.99}}`, or `{schedule: {points: {0: 0.9, 1000: 0.99}, shape: cosine}}`.
+    """
+    if isinstance(value, Schedule):
+        return value
+    if isinstance(value, list | tuple):
+        found = [schedules(item, join(path, i)) for i, item in enumerate(value)]
+        if all(item is None for item in found):
+            return None
+        pairs = enumerate(zip(found, value, strict=True))
+        return tuple(convert(float, item, join(path, i)) if made is None else made for i, (made, item) in pairs)
+    if not isinstance(value, Mapping) or "schedule" not in value:
+        return None
+    if len(value) != 1:
+        raise ConfigError.refuse(
+            path, dict(value), "give a number, or {schedule: {STEP: NUMBER, ...}} and nothing else"
+        )
+    spec, path = value["schedule"], join(path, "schedule")
+    if isinstance(spec, Mapping) and "points" in spec:
+        for key in spec:
+            if key not in ("points", "shape"):
+                raise ConfigError.unknown_key(path, key, spec[key], "a schedule", ("points", "shape"))
+        points, shape = spec["points"], spec.get("shape")
+    else:
+        points, shape = spec, None
+    if isinstance(points, Mapping):
+        points = {step: convert(float, number, join(path, step)) for step, number in points.items()}
+    try:
+        return Schedule(points, shape)
+    except ValueError as error:
+        raise ConfigError(str(error), path, spec) from None
 
 
 _GATES: dict[str, tuple[type[Gate], tuple[str, ...]]] = {

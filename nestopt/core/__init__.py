@@ -5,12 +5,13 @@ from typing import Any
 
 from nestopt.core.associative import AssociativeMemory, Gd
 from nestopt.core.clock import advance, start
-from nestopt.core.compose import Chain, Nest, Parallel, chain, nest, parallel
+from nestopt.core.compose import Chain, Parallel, chain, parallel
 from nestopt.core.features import Features
 from nestopt.core.gates import bind, gates_of
 from nestopt.core.hookspecs import hookimpl
 from nestopt.core.level import Level
 from nestopt.core.memories import Memory
+from nestopt.core.nesting import Nest, nest
 from nestopt.core.objectives import Objective
 from nestopt.core.order import Node, ordered
 from nestopt.core.outputs import Output

@@ -1,22 +1,21 @@
-"""Levels made of levels: one after another, side by side, and one inside another. To any depth."""
+"""Levels made of levels: one after another, and side by side. To any depth."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from nestopt.core.clock import advance, advance_, due, start
-from nestopt.core.gates import bind
+from nestopt.core.clock import advance, advance_, start
 from nestopt.core.level import Level
 from nestopt.core.order import Node
 from nestopt.core.part import FieldError, read_part, snake_case
 from nestopt.core.signal import Signal
-from nestopt.core.tree import State, leaves, nested, tree_map
+from nestopt.core.tree import State, nested
 
 
 def _named(levels: Mapping[str, Level] | Iterable[Level], owner: str) -> dict[str, Level]:
@@ -217,148 +216,6 @@ class Parallel(_Many):
         ]
 
 
-class Nest(Level):
-    """A slow level learns where a fast level starts each of its contexts (NL sec. 3.3, eq. 28 and 72).
-
-    The inner level runs for `outer.period` steps; then the outer level takes one step on (start - where the inner
-    level's state arrived), which is the first-order meta-gradient, and the inner state is put back at the new start.
-    With `outer=gd()` the start moves all the way, and the nest is its inner level. An outer level whose steps have a
-    size of their own (adam, muon) needs a `step_size` of the size of the inner state: of gradients, for momenta.
-
-    A state that is never negative (`Level.positive`: second moments) begins no context below both where it began and
-    where it arrived.
-
-    Args:
-        outer: the slow level; its `period` is the length of the inner level's context.
-        inner: the fast level; its direction is the nest's.
-        transfer: how knowledge crosses: `"init"`.
-        step_size: of the outer level's steps, 0 or more. Default 1.
-
-    Raises:
-        FieldError: a number out of range; an inner level whose state grows, which has no start that could be learned.
-    """
-
-    outer: Level
-    inner: Level
-    transfer: Literal["init"] = "init"
-    step_size: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_choice("transfer", ("init",))
-        self.check("step_size", 0.0)
-        if _grows(self.inner):
-            problem = "is not allowed: it keeps its pairs, or grows otherwise, and has no start that could be learned"
-            raise FieldError(self.label, "inner", self.inner, problem)
-
-    @property
-    def qk_norm(self) -> bool:
-        """Whether a layer should L2-normalise queries and keys: as the inner level asks."""
-        return getattr(self.inner, "qk_norm", False)
-
-    @property
-    def v_norm(self) -> bool:
-        """Whether a layer should L2-normalise values: as the inner level asks."""
-        return getattr(self.inner, "v_norm", False)
-
-    @property
-    def of_tokens(self) -> bool:
-        return self.inner.of_tokens
-
-    def learned_start(self, dim_k: int, dim_v: int) -> dict[str, Tensor]:
-        return {f"inner.{key}": x for key, x in self.inner.learned_start(dim_k, dim_v).items()}
-
-    def init_tokens(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
-        if not self.of_tokens:
-            return super().init_tokens(dim_k, dim_v, like, learned)
-        if self.period > 1:
-            problem = "is not allowed on tokens, where the outer level's period is its clock; leave it out"
-            raise FieldError(self.label, "period", self.period, problem)
-        return self._around(self.inner.init_tokens(dim_k, dim_v, like, nested(learned).get("inner", {})))
-
-    def init(self, param: Tensor) -> State:
-        return self._around(start(self.inner, param))
-
-    def _around(self, inner: State) -> State:
-        outer = {path: self.outer.init(leaf) for path, leaf in leaves(inner)}
-        return {"inner": inner, "start": tree_map(torch.clone, inner), "outer": nested(outer)}
-
-    def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
-        direction, inner = advance(self.inner, grad, state["inner"], signal)
-        now = due(signal.step, self.outer.period)
-        if now is False:
-            return direction, {**state, "inner": inner}
-        begins, outer = self._learn(inner, state, signal.every(self.outer.period))
-        new = {"inner": begins, "start": begins, "outer": outer}
-        if isinstance(now, Tensor):
-            kept = {**state, "inner": inner}
-            new = tree_map(lambda written, old: torch.where(now, written, old), new, kept)
-        return direction, new
-
-    def _learn(self, inner: State, state: State, signal: Signal) -> tuple[State, State]:
-        arrived, begins, outer = dict(leaves(inner)), {}, {}
-        for path, at in leaves(state["start"]):
-            node = state["outer"]
-            for key in path.split("."):
-                node = node[key]
-            move, outer[path] = self.outer.step(at - arrived[path], node, signal.on(at))
-            begins[path] = self.next_start(path, at, arrived[path], move)
-        return nested(begins), nested(outer)
-
-    def next_start(self, path: str, at: Tensor, arrived: Tensor, move: Tensor) -> Tensor:
-        """Return where a tensor of the inner state begins its next context."""
-        begins = at - self.step_size * move
-        return (
-            torch.maximum(begins, torch.minimum(at, arrived)) if path.rpartition(".")[2] in self._positive else begins
-        )
-
-    @property
-    def rates_as(self) -> str:
-        return self.inner.rates_as
-
-    @property
-    def _positive(self) -> frozenset[str]:
-        return frozenset().union(*(level.positive for level in levels_within(self)))
-
-    def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
-        every = period * self.period
-        inner = self.inner.nodes(f"{name}.inner", every, after)
-        if not any(leaves(start(self.inner, torch.zeros(2, 2)))):
-            return inner  # which has no start to be learned
-        needs = tuple(node.name for node in inner)
-        outer = self.outer.nodes(f"{name}.outer", every, needs)
-        learned = Node(
-            f"{name}.start",
-            every * self.outer.period,
-            tuple(node.name for node in outer),
-            memory="start of the inner level",
-            objective="l2 to where it arrives",
-            rule=self.outer.label,
-        )
-        return [*inner, *outer, learned]
-
-
-def levels_within(level: Level) -> Iterator[Level]:
-    """Yield a level and all levels within it."""
-    yield level
-    for _, part in level.parts():
-        if isinstance(part, Level):
-            yield from levels_within(part)
-
-
-def _grows(level: Level) -> bool:
-    """Return whether the state of `level` grows: it says so, or it does in a step on a tensor without data."""
-    if any(part.appends for part in levels_within(level)):
-        return True
-    bound, param = bind(level), torch.empty(2, 2, device="meta")
-    try:
-        state = start(bound, param)
-        _, new = advance(bound, param, state, Signal(bound.period, param, 1.0))
-        return {k: x.shape for k, x in leaves(new)} != {k: x.shape for k, x in leaves(state)}
-    except Exception:  # it decides by values, or can't run on such a tensor: whoever runs it will see
-        return False
-
-
 def _collect(given: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
     flat: list[Any] = []
     for level in given:
@@ -381,10 +238,3 @@ def chain(*levels: Any, period: int = 1, **named: Any) -> Chain:
 def parallel(*levels: Any, weights: Sequence[float] | None = None, period: int = 1, **named: Any) -> Parallel:
     """Make a `Parallel` of levels or specs of them, with optional `weights`; keyword names become state keys."""
     return Parallel(_collect(levels, named), weights=None if weights is None else tuple(weights), period=period)
-
-
-def nest(
-    outer: Any, inner: Any, transfer: Literal["init"] = "init", *, step_size: float = 1.0, period: int = 1
-) -> Nest:
-    """Make a `Nest` of a slow level around a fast one; either may be given as a spec."""
-    return Nest(outer, inner, transfer, step_size, period=period)

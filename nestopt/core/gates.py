@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from nestopt.core.device import constants
-from nestopt.core.part import Gate, Heads, Part
+from nestopt.core.part import FieldError, Gate, Heads, Part
+from nestopt.core.schedule import is_scheduled, resolved, schedules_in
 
 P = TypeVar("P", bound=Part)
 
@@ -30,14 +32,68 @@ def per_head(gates: Mapping[str, Gate], like: Tensor) -> dict[str, Tensor]:
     }
 
 
-def bind(part: P, values: Mapping[str, Tensor] | None = None) -> P:
+def bind(part: P, values: Mapping[str, Tensor] | None = None, step: int | Tensor | None = 1) -> P:
     """Return a copy of `part` whose gates are numbers: those of `values` by dotted path, each other gate its `init`.
 
-    A part without gates is returned as it is.
+    Schedules are the numbers of `step`; None leaves them. A part without either is returned as it is.
     """
-    gates = gates_of(part)
-    numbers = {path: (values or {}).get(path, gate.init) for path, gate in gates.items()}
-    return with_values(part, numbers) if gates else part
+    numbers: dict[str, Any] = {path: (values or {}).get(path, gate.init) for path, gate in gates_of(part).items()}
+    if part.is_scheduled and step is not None:
+        numbers |= scheduled_numbers(part, step)
+    return with_values(part, numbers) if numbers else part
+
+
+def schedules_of(part: Part, prefix: str = "") -> dict[str, Any]:
+    """Return the fields of `part` and of the parts within it that have schedules, by dotted path."""
+    if not part.is_scheduled:
+        return {}
+    found = {prefix + key: value for key in part.field_names if is_scheduled(value := getattr(part, key))}
+    for name, inner in part.parts():
+        found |= schedules_of(inner, f"{prefix}{name}.")
+    return found
+
+
+def with_schedules(part: P, values: Mapping[str, Any]) -> P:
+    """Return a copy of `part` with schedules in these fields, by dotted path."""
+    made = with_values(part, values)
+    _mark(made)
+    return made
+
+
+def _mark(part: Part) -> bool:
+    inner = [_mark(own) for _, own in part.parts()]
+    found = any(inner) or any(is_scheduled(getattr(part, key)) for key in part.field_names)
+    if found and not part.is_scheduled:
+        part.is_scheduled = True  # type: ignore[misc]
+        part._attributes = (*part._attributes, "is_scheduled")  # type: ignore[misc]
+    return found
+
+
+def refuse_schedules(part: Part) -> None:
+    """Raise FieldError for a schedule in what runs on tokens."""
+    for path, value in schedules_of(part).items():
+        problem = "is not allowed on tokens: an optimizer's steps drive schedules; give a number, or a Gate"
+        raise FieldError(part.label, path, value, problem)
+
+
+def scheduled_numbers(part: Part, step: int | Tensor) -> dict[str, Any]:
+    """Return the numbers at a step of all fields that have schedules, by dotted path.
+
+    Raises FieldError where a schedule that is a function gives one that the part does not allow.
+    """
+    found = {path: resolved(value, lambda own: own.at(step)) for path, value in schedules_of(part).items()}
+    if isinstance(step, int):
+        _check_functions(part, step)
+    return found
+
+
+def _check_functions(part: Part, step: int) -> None:
+    own = {key: value for key in part.field_names if is_scheduled(value := getattr(part, key))}
+    if any(schedule.function is not None for value in own.values() for schedule in schedules_in(value)):
+        dataclasses.replace(part, **{key: resolved(value, lambda one: one.at(step)) for key, value in own.items()})  # type: ignore[type-var]
+    for _, inner in part.parts():
+        if inner.is_scheduled:
+            _check_functions(inner, step)
 
 
 def with_values(part: P, values: Mapping[str, Any]) -> P:

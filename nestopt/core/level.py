@@ -101,6 +101,11 @@ class Level(Part):
                 self.label, "period", self.period, "is not allowed; give a whole number of steps, 1 or more"
             )
 
+        for key, part in self.parts():
+            if isinstance(part, Level) and part.of_weights and not (self.of_weights and key == "inner"):
+                problem = "moves weights, of which there is one set, so it stands around a whole stack: put this in it"
+                raise FieldError(self.label, key, part, problem)
+
     # -- on gradients ----------------------------------------------------------------------------------------------
 
     def init(self, param: Tensor) -> State:
@@ -144,6 +149,11 @@ class Level(Part):
         if not type(self).elementwise or any(isinstance(number, Tensor) and number.ndim for number in numbers):
             return False
         return all(part.is_elementwise for _, part in self.parts() if isinstance(part, Level))
+
+    @property
+    def of_weights(self) -> bool:
+        """Whether it acts on the weights themselves, after each update (see `nestopt.core.weights`)."""
+        return False
 
     @property
     def steady_gain(self) -> Number:

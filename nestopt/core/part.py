@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import math
 import numbers
 import re
@@ -13,6 +14,8 @@ from typing import Any, ClassVar, TypeGuard, TypeVar, get_args, get_origin, get_
 
 from torch import Tensor
 from typing_extensions import dataclass_transform
+
+from nestopt.core.schedule import is_scheduled, resolved
 
 _T = TypeVar("_T")
 
@@ -159,9 +162,38 @@ class _PartType(ABCMeta):
     """Notes in a part, once it is made, the names of its attributes: torch 2.11's compiler can't list them."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        part = super().__call__(*args, **kwargs)
+        if any(map(is_scheduled, (*args, *kwargs.values()))):
+            part = cls._with_schedules(inspect.signature(vars(cls)["__init__"]).bind(None, *args, **kwargs).arguments)
+        else:
+            part = super().__call__(*args, **kwargs)
+        if any(inner.is_scheduled for _, inner in part.parts()):
+            part.is_scheduled = True
         part._attributes = (*vars(part), "_attributes")
         return part
+
+    def _with_schedules(cls, given: Mapping[str, Any]) -> Any:
+        """Make a part whose numbers are allowed at both ends of their schedules, and so between."""
+        fields = {key: value for key, value in given.items() if key != "self"}
+        scheduled = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+        scheduled = {key: value for key, value in scheduled.items() if is_scheduled(value)}
+        ends = [
+            {key: resolved(value, lambda own, end=end: own.ends[end]) for key, value in scheduled.items()}  # type: ignore[misc]
+            for end in (0, 1)
+        ]
+        part, _ = (super(_PartType, cls).__call__(**{**fields, **end}) for end in ends)
+        hints = get_type_hints(cls)
+        for key, value in scheduled.items():
+            if float not in _flat(hints[key]):
+                problem = "is not allowed; a schedule can stand for any number but a whole one"
+                raise FieldTypeError(part.label, key, value, problem)
+            setattr(part, key, value)
+        part.is_scheduled = True
+        return part
+
+
+def _flat(hint: Any) -> set[Any]:
+    """Return a type hint and all within it."""
+    return {hint}.union(*map(_flat, get_args(hint)))
 
 
 @dataclass_transform(field_specifiers=(dataclasses.field,))
@@ -177,6 +209,8 @@ class Part(metaclass=_PartType):
     """What fields were by default, as a spec has them, when saved runs did not name the first of these, which they now
     always do (`nestopt.config.as_saved`)."""
     _attributes: ClassVar[tuple[str, ...]]
+    is_scheduled: ClassVar[bool] = False
+    """Whether a number of it, or of a part within it, is a `Schedule`: set where one is made."""
     requires: ClassVar[frozenset[str]] = frozenset()
     """What this part must be shown to be itself: `"shape"` (whole tensors in their true shape, never a flat slice of
     several), `"matrix"` (as `"shape"`, and only matrices), `"param"` (a parameter beside the gradient, so that it is no

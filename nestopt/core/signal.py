@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nestopt.core.inputs import LayerInputs
 
-Debiases = Callable[[float, int], Tensor]
+Debiases = Callable[[float | Tensor, int], Tensor]
 """What gives 1 / (1 - β^(step // period)) ready made."""
 
 Note = Callable[[str, Tensor], None]
@@ -51,10 +51,12 @@ class Signal:
             step = self.step // period
         return dataclasses.replace(self, step=step, divided=self.divided * period)
 
-    def debias(self, average: Tensor, beta: float) -> Tensor:
+    def debias(self, average: Tensor, beta: float | Tensor) -> Tensor:
         """average / (1 - β^step): what an average with decay β would be, had it not started at 0 (Kingma & Ba 2015)."""
         if self.debiases is not None:
             return average * self.debiases(beta, self.divided)
+        if isinstance(beta, Tensor):
+            return average / -torch.expm1(self.step * beta.log())
         if not isinstance(self.step, Tensor):
             return average / (1.0 - beta**self.step)
         # 1 - β^t would lose its digits where β^t is close to 1

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from nestopt.core.gates import per_head
+from nestopt.core.gates import per_head, refuse_schedules
 from nestopt.core.level import Level
 from nestopt.core.part import nearest
 from nestopt.core.registry import registry
@@ -64,6 +64,7 @@ def choose_form(level: Level, setting: FormSetting, name: str | None = None) -> 
 
 def make_form(level: Level, setting: FormSetting, name: str | None = None) -> TokenForm:
     """Make the form that `choose_form` chooses. That a level runs by the reference machine is logged once."""
+    refuse_schedules(level)
     choice = choose_form(level, setting, name)
     form = choice.form(level, setting)
     form.choice = choice

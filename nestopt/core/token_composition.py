@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from nestopt.core.compose import Chain, Nest, Parallel
+from nestopt.core.compose import Chain, Parallel
 from nestopt.core.gates import bind
 from nestopt.core.level import Level
+from nestopt.core.nesting import Nest
 from nestopt.core.part import FieldError
 from nestopt.core.signal import Signal
 from nestopt.core.token_batch import TokenBatch
@@ -193,6 +194,8 @@ class NestForm(_Composition):
     @classmethod
     def accepts(cls, level: Level, device: torch.device, dtype: torch.dtype) -> Accepted | Refused:
         assert isinstance(level, Nest)
+        if level.of_weights:
+            return Refused("weights are an optimizer's")
         if level.period > 1:
             return Refused(_clock(level))
         return Accepted(f"the inner level by its own form, in contexts of {level.outer.period} tokens")

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from nestopt.core.associative import AssociativeMemory
 from nestopt.core.clock import READ, SUM, start
-from nestopt.core.compose import Chain, Nest, Parallel
+from nestopt.core.compose import Chain, Parallel
 from nestopt.core.gates import bind
 from nestopt.core.level import Level
 from nestopt.core.memories import Memory as Store
 from nestopt.core.memories import Window
+from nestopt.core.nesting import Nest
 from nestopt.core.order import Node
 from nestopt.core.tree import State, leaves
+from nestopt.core.weights import OfWeights
 from nestopt.description.memory import Context, Memory
 from nestopt.levels.continuum.level import Cms
 
@@ -48,7 +50,7 @@ def words(level: Level) -> str:
             _bracketed(child) if len(level.levels) > 1 else words(child) for child in level.levels.values()
         )
     elif isinstance(level, Nest):
-        said = f"nest({words(level.outer)}, {words(level.inner)})"
+        said = f"nest({words(level.outer)}, {words(level.inner)}{', of weights' if level.of_weights else ''})"
     else:
         said = level.label
     if level.period == 1:
@@ -133,6 +135,10 @@ def measure(level: Level, name: str, state: Mapping[str, Any]) -> Sizes:
     if isinstance(level, Chain | Parallel | Cms):
         children = level.clocks().levels if isinstance(level, Cms) else level.levels
         found = add(measure(child, f"{name}.{key}", own.get(key, {})) for key, child in children.items())
+    elif isinstance(level, OfWeights) and level.of_weights:
+        parts = {key: part for key, part in level.parts() if isinstance(part, Level)}
+        kept = {f"{name}.{key}": _size([leaf]) for key, leaf in own.items() if isinstance(leaf, Tensor)}
+        found = add([*(measure(part, f"{name}.{key}", own.get(key, {})) for key, part in parts.items()), kept])
     elif isinstance(level, Nest):
         found = _nest(level, name, own)
     elif isinstance(level, AssociativeMemory) and "memory" in own:

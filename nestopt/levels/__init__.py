@@ -5,9 +5,10 @@ from __future__ import annotations
 from nestopt.core import features, memories, objectives, outputs, retentions
 from nestopt.core.associative import AssociativeMemory as associative_memory
 from nestopt.core.associative import Gd as gd
-from nestopt.core.compose import Chain, Nest, Parallel
+from nestopt.core.compose import Chain, Parallel
 from nestopt.core.hookspecs import Register, hookimpl
 from nestopt.core.level import Level
+from nestopt.core.nesting import Nest
 from nestopt.core.registry import UnknownName, registry
 from nestopt.core.token_composition import ChainForm, NestForm, ParallelForm
 from nestopt.core.token_reference import ReferenceForm

@@ -23,7 +23,7 @@ from nestopt.core.level import Level
 from nestopt.core.part import Part, plain
 from nestopt.core.tree import leaves
 from nestopt.optim.checks import check_group, check_parameters
-from nestopt.optim.execute.update import STEP, SUM
+from nestopt.optim.execute.update import STEP, SUM, TRAINED
 from nestopt.optim.layer_inputs.sums import KEPT, layout_of_totals
 from nestopt.optim.views import Split, layout, work_dtype
 
@@ -212,6 +212,8 @@ def checked_state(
             # of groups and inputs there are as many as there were
             sizes = layout_of_totals(wants, param.shape, work_dtype(param), 0, 0)
             expected |= {KEPT + key: torch.empty(size, dtype=d, device="meta") for key, (size, d) in sizes.items()}
+    if TRAINED in found:
+        expected[TRAINED] = torch.empty_like(param, device="meta")
     for key in expected.keys() - found:
         former = re.sub(r"\brms$", "exp_avg_sq", key)
         if former in found and former not in expected:  # m3, whose V is kept as its root now

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nestopt.core.inputs import INPUTS, request_of
 from nestopt.core.level import Level
 from nestopt.core.part import FINITE
+from nestopt.core.schedule import is_scheduled
 from nestopt.optim.metrics import finite
 from nestopt.optim.views import Split, in_pieces
 
@@ -50,6 +51,12 @@ def named_as(groups: Sequence[dict[str, Any]], group: dict[str, Any], model: nn.
 
 def check_group(group: dict[str, Any]) -> None:
     """Raise ValueError for settings of a group that are out of range."""
+    for key, value in group.items():
+        if is_scheduled(value):
+            raise TypeError(
+                f"{key}={value!r} is not allowed in a parameter group: torch's schedulers change those; a stack's "
+                "numbers may be schedules, as in nestopt.optimizer(model, momentum(beta=Schedule(...)))"
+            )
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr has {lr.numel()} elements; a tensor learning rate must have 1")

@@ -12,6 +12,7 @@ from nestopt.core.associative import AssociativeMemory
 from nestopt.core.gates import with_values
 from nestopt.core.level import Level
 from nestopt.core.part import Gate
+from nestopt.core.schedule import Schedule
 
 log = logging.getLogger("nestopt")
 
@@ -39,7 +40,7 @@ def _averages(level: Level, prefix: str = "", period: int = 1) -> Iterator[tuple
     if level.momentum_field is not None:
         value = getattr(level, level.momentum_field)
         beta, *rest = value if isinstance(value, tuple) else (value,)
-        beta = beta.init if isinstance(beta, Gate) else beta
+        beta = beta.init if isinstance(beta, Gate) else beta.at(1) if isinstance(beta, Schedule) else beta
         if not isinstance(beta, Tensor):  # which is not looked at: it may be on an accelerator
             yield prefix + level.momentum_field, beta ** (1 / every), tuple(rest)
     if not isinstance(level, AssociativeMemory):  # whose rule learns a memory, and averages no gradients of ours

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from nestopt.core.clock import start
-from nestopt.core.compose import Chain, Nest
-from nestopt.core.gates import bind
+from nestopt.core.compose import Chain
+from nestopt.core.gates import bind, schedules_of
 from nestopt.core.level import Level
+from nestopt.core.nesting import Nest
 from nestopt.core.signal import Signal
+from nestopt.core.weights import around
 from nestopt.levels.continuum.level import Cms
 from nestopt.optim.checks import names
 
@@ -66,12 +68,19 @@ def explain(groups: Sequence[dict[str, Any]], level_of: Callable[[dict[str, Any]
     rows = Explanation()
     for g, group in enumerate(groups):
         level, params = level_of(group), group["params"]
-        label, clocks = level.label, "".join(f"; {said}" for said in _sums(bind(level)))
+        said = [f"{path}: {_shown(value)}" for path, value in schedules_of(level).items()]
+        said += [*_sums(bind(level)), *(own.explained() for _, own in around(bind(level)))]
+        label, clocks = level.label, "".join(f"; {one}" for one in said)
         reasons = [why + clocks for why in group.get("why") or [UNROUTED] * len(params)]
         for name, param, why in zip(names(group, g), params, reasons, strict=True):
             shape, rate, period = tuple(param.shape), float(group["lr"]), group.get("period", 1)
             rows.append(Row(name, shape, label, rate, period, why, frozen=not param.requires_grad))
     return rows
+
+
+def _shown(value: Any) -> str:
+    """Return a number, a schedule, or several of these, as a reader would have them."""
+    return f"({', '.join(map(_shown, value))})" if isinstance(value, tuple) else str(value)
 
 
 def _sums(level: Level) -> list[str]:

@@ -16,6 +16,7 @@ from nestopt.config.load import names_file
 from nestopt.config.schema import GroupConfig, OptimizerConfig
 from nestopt.core.inputs import INPUTS
 from nestopt.core.part import nearest
+from nestopt.core.weights import wrapped
 from nestopt.optim.checks import check_ordered
 from nestopt.optim.optimizer import Nested, StepOptions
 from nestopt.optim.routing.layers import layers
@@ -48,7 +49,8 @@ def optimizer(
     r"""Make an optimizer that runs `spec` on a model.
 
     A stack that needs matrices (muon) gets the hidden matrices: not embeddings, the output layer, norms, biases,
-    depthwise convolutions, or tensors of more dimensions; those go to `rest`. One that needs the inputs of layers
+    depthwise convolutions, or tensors of more dimensions; those go to `rest`, with the levels of weights that stand
+    around the stack (a Lookahead) around it, too. One that needs the inputs of layers
     (dgd) gets the weights of linear and convolution layers, the output layer's too, and the optimizer watches the
     model. Any other stack gets everything. Tied weights count once. What is frozen now has its place too, costs
     nothing, and trains from when it is unfrozen. `print(optimizer.explain())` shows the outcome and why.
@@ -204,7 +206,14 @@ def _settings(spec: Any, given: Mapping[str, Any]) -> OptimizerConfig:
         base = {name: getattr(spec, name) for name in OptimizerConfig.model_fields}
     else:
         base = {"stack": spec, "lr": RATE, "rest": "adamw", "strict": False}
-    return OptimizerConfig(**base | {key: value for key, value in given.items() if value is not None})
+    made = OptimizerConfig(**base | {key: value for key, value in given.items() if value is not None})
+    if made.stack.of_weights and not made.rest.stack.of_weights:  # which stand around all of a model
+        around_rest = wrapped(made.stack, made.rest.stack)
+        if "matrix" in around_rest.needs - made.rest.stack.needs:
+            problem = f"the levels of weights of {made.stack.label} take matrices; give a nest of weights for the rest"
+            raise ConfigError.refuse("rest.stack", made.rest.stack.label, problem)
+        made = made.model_copy(update={"rest": made.rest.model_copy(update={"stack": around_rest})})
+    return made
 
 
 def _named(source: nn.Module | Iterable[Any]) -> dict[str, Tensor]:

@@ -14,21 +14,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nestopt.config.spec import build
-from nestopt.core.contract import strangers
 from nestopt.core.gates import bind
 from nestopt.core.inputs import INPUTS
 from nestopt.core.level import Level
 from nestopt.core.part import nearest, plain
-from nestopt.optim import checkpoint, checks
+from nestopt.optim import checkpoint, checks, weights
 from nestopt.optim.cycled import cycled
-from nestopt.optim.execute.capturable import begin_on_device, check_capturable, step_capturable
+from nestopt.optim.execute.capturable import begin_on_device, step_capturable
 from nestopt.optim.execute.update import UpdateSettings
 from nestopt.optim.explain import Explanation, explain
 from nestopt.optim.layer_inputs.sums import Totals
 from nestopt.optim.layer_inputs.uses import Scale
 from nestopt.optim.layer_inputs.watcher import Seen, Watcher, shown
 from nestopt.optim.metrics import Recorder, finite, memory_norms
-from nestopt.optim.plan import Plan, alike, check_stranger
+from nestopt.optim.plan import Plan, alike, check_capturable_group
 
 OnNonfinite = Literal["ignore", "skip", "raise"]
 
@@ -53,7 +52,7 @@ class StepOptions:
 OPTIONS = tuple(field.name for field in dataclasses.fields(StepOptions))
 
 
-class Nested(Optimizer):
+class Nested(weights.Weighted, Optimizer):
     r"""Runs a level, or a stack of them, on the gradients of parameters.
 
     $$W \leftarrow (1 - \mathrm{lr}\cdot\lambda)\,W - \mathrm{lr}\cdot u, \qquad u = \mathrm{stack}(g)$$
@@ -148,6 +147,7 @@ class Nested(Optimizer):
         self._model: weakref.ref[nn.Module] | None = None
         self._unseen: list[str] | None = []  # None once a step has said so
         self._skipped = 0
+        self._evaluates = weights.evaluates(self.__dict__.get("state", {}))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; it may have its own `stack`. Nothing is added if anything in it is wrong.
@@ -174,25 +174,15 @@ class Nested(Optimizer):
             checks.check_parameters(added, index, level)
             if INPUTS in level.needs:
                 checks.check_inputs(added, level, capturable=self.options.capturable)
+            weights.check_levels(list(map(self.level, self.param_groups)), capturable=self.options.capturable)
             if self.options.capturable:
-                self._check_capturable(added, index)
+                check_capturable_group(added, index, level)
         except Exception:
             self.param_groups.pop()
             raise
         self._accepted.update(map(id, added["params"]))
         if isinstance(watcher := self.__dict__.get("_watcher"), Watcher):
             watcher.add(dict.fromkeys(added["params"], level))
-
-    def _check_capturable(self, group: dict[str, Any], index: int) -> None:
-        level, seen = bind(self.level(group)), set()
-        view = None if level.is_elementwise else group.get("view")
-        for name, param in zip(checks.names(group, index), group["params"], strict=True):
-            kind = (param.shape, param.dtype, param.device)
-            if kind not in seen and param.numel():
-                seen.add(kind)
-                for stranger in strangers(level):
-                    check_stranger(level, stranger, param, torch.ones_like(param), view)
-                check_capturable(level, param, group.get("period", 1), view, name)
 
     def _accept(self, level: Level, param: Tensor, name: str) -> None:
         """Raise RuntimeError for what an engine has put in the place of a parameter whose shape `level` must see."""
@@ -227,6 +217,7 @@ class Nested(Optimizer):
             RuntimeError: a gradient is sparse, of another shape than its parameter, or, with `on_nonfinite="raise"`,
                 not finite. Nothing has been changed then.
         """
+        self.check_trains()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -244,7 +235,7 @@ class Nested(Optimizer):
         if self.seed is None:  # one of several processes can't give up alone
             checks.check_finite(self.param_groups, levels, grads)
         if not self._is_settled(levels, grads):
-            self._plan.settle(self.param_groups, [bind(level) for level in levels], grads, self.state)
+            self._plan.settle(self.param_groups, [bind(level, step=None) for level in levels], grads, self.state)
         if self._recorder is not None:
             self._recorder.clear()
         asking = None
@@ -253,6 +244,8 @@ class Nested(Optimizer):
             for executor in share.executors:
                 executor.step(share.level, [own[place] for place in executor.places], settings)
                 asking = share.level if executor.inputs is not None else asking
+            if share.level.of_weights:
+                weights.after_step(share.level, group, share.executors, settings.lr, self._comm)
         if asking is not None and self._unseen is not None:
             unseen, self._unseen = self._unseen, None
             if self._watcher is None:
@@ -272,7 +265,7 @@ class Nested(Optimizer):
             if share.forms != [None if grad is None else (grad.shape, grad.layout) for grad in own]:
                 return False
             if level is not share.level:
-                bound = bind(level)
+                bound = bind(level, step=None)
                 if not alike(bound, share.level):
                     return False
                 share.level = bound
@@ -282,7 +275,7 @@ class Nested(Optimizer):
         for index, group in enumerate(self.param_groups):
             checks.check_gradients(group, index, [param.grad for param in group["params"]])
         for index, group in enumerate(self.param_groups):
-            level, settings = bind(self.level(group)), self._update_settings(group)
+            level, settings = bind(self.level(group), step=None), self._update_settings(group)
             view = None if level.is_elementwise else group.get("view")
             together: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
             for param in group["params"]:

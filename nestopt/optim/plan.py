@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nestopt.core.contract import begun, stepped, strangers
+from nestopt.core.gates import bind
 from nestopt.core.inputs import INPUTS
 from nestopt.core.level import Level
 from nestopt.core.part import Part
@@ -21,8 +22,9 @@ from nestopt.core.signal import Note, Signal
 from nestopt.core.tree import State, leaves
 from nestopt.optim.checkpoint import keeps_shape
 from nestopt.optim.checks import check_gradients, check_whole, names
+from nestopt.optim.execute.capturable import check_capturable
 from nestopt.optim.execute.choose import executors
-from nestopt.optim.execute.update import STEP, SUM, Executor, Slot, placed
+from nestopt.optim.execute.update import STEP, SUM, TRAINED, Executor, Slot, placed
 from nestopt.optim.layer_inputs.sums import KEPT, Totals
 from nestopt.optim.views import Split, begin, layout, matrix_view, work_dtype
 
@@ -119,7 +121,7 @@ class Plan:
                     continue
                 self._changes += not fits
                 old.leave()
-            self._try(level, group, grads[i])
+            self._try(bind(level), group, grads[i])
             self.shares[i : i + 1] = [self._share(group, i, level, forms[i], state)]
             self.known = list(state.values())
 
@@ -172,6 +174,19 @@ class Plan:
         return Slot(param, state, placed(tree, state), view, place)
 
 
+def check_capturable_group(group: dict[str, Any], index: int, level: Level) -> None:
+    """Raise ValueError for a level of a group whose step can't be captured; ContractError for one that breaks rules."""
+    level, seen = bind(level, step=None), set()
+    view = None if level.is_elementwise else group.get("view")
+    for name, param in zip(names(group, index), group["params"], strict=True):
+        kind = (param.shape, param.dtype, param.device)
+        if kind not in seen and param.numel():
+            seen.add(kind)
+            for stranger in strangers(bind(level)):
+                check_stranger(level, stranger, param, torch.ones_like(param), view)
+            check_capturable(level, param, group.get("period", 1), view, name)
+
+
 def check_stranger(level: Level, stranger: Level, param: Tensor, grad: Tensor, view: Split | None = None) -> None:
     """Raise ContractError where `stranger`, a level within `level`, breaks the contract on a tensor like `param`."""
     if param.device.type == "meta":  # without numbers there is nothing to compare
@@ -186,7 +201,7 @@ def check_stranger(level: Level, stranger: Level, param: Tensor, grad: Tensor, v
 
 
 def _check_keys(level: Level, tree: State) -> None:
-    if taken := tree.keys() & {STEP, SUM}:
+    if taken := tree.keys() & {STEP, SUM, TRAINED}:
         raise ValueError(f"{level.label}: the state key {min(taken)!r} is the optimizer's own; give it another name")
 
 

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given
 from torch import nn
 
-from nestopt.core.compose import Chain, chain, nest, parallel
+from nestopt.core.compose import Chain, chain, parallel
+from nestopt.core.nesting import nest
 from nestopt.description import Description, Memory, describe
 from nestopt.description.rows import direct
 from nestopt.description.text import shorten, size, width

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 
 import nestopt
 from nestopt.core.clock import start
-from nestopt.core.compose import Chain, Parallel, chain, nest, parallel
+from nestopt.core.compose import Chain, Parallel, chain, parallel
 from nestopt.core.gates import bind
 from nestopt.core.level import Level
 from nestopt.core.memories import Window
+from nestopt.core.nesting import nest
 from nestopt.core.tree import leaves
 from nestopt.description import Description, describe
 from nestopt.levels import (

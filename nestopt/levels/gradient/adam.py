@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nestopt.core.level import Level
+from nestopt.core.mixing import mixed, plus_square
 from nestopt.core.part import FieldError, Gate, Number
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, store
@@ -67,8 +68,8 @@ class Adam(Level):
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         beta1, beta2 = self.betas
-        m = torch.lerp(state["exp_avg"], grad, 1 - beta1)
-        h = (state["exp_avg_sq"] * beta2).addcmul(grad, grad, value=1 - beta2)
+        m = mixed(state["exp_avg"], grad, 1 - beta1)
+        h = plus_square(state["exp_avg_sq"] * beta2, grad, 1 - beta2)
         new = {"exp_avg": m, "exp_avg_sq": h}
         if self.amsgrad:
             h = new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], h)

@@ -13,6 +13,7 @@ from nestopt.core.clock import advance, start
 from nestopt.core.device import number_like
 from nestopt.core.level import Level
 from nestopt.core.memories import rows
+from nestopt.core.mixing import plus
 from nestopt.core.order import Node
 from nestopt.core.part import Gate, Number
 from nestopt.core.scale import length
@@ -61,11 +62,11 @@ class Momentum(Level):
         return {"momentum": torch.zeros_like(param)}
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
-        m = _add(self.beta * state["momentum"], grad, 1 - self.dampening)  # type: ignore[operator]
+        m = plus(self.beta * state["momentum"], grad, 1 - self.dampening)  # type: ignore[operator]
         if self.undamped_start:
             first = signal.step == 1
             m = torch.where(first, grad, m) if isinstance(first, Tensor) else grad if first else m
-        return (_add(grad, m, self.beta) if self.nesterov else m), {"momentum": m}  # type: ignore[arg-type]
+        return (plus(grad, m, self.beta) if self.nesterov else m), {"momentum": m}
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
         m, beta, dampening = state["momentum"], self.beta, self.dampening
@@ -91,6 +92,8 @@ def _step(
     on_device = not isinstance(step, int)  # and whether a step is the first must be known on the host
     if decay or isinstance(own.beta, Tensor) or isinstance(own.dampening, Tensor) or (own.undamped_start and on_device):
         return False
+    if own.beta == 0 and "momentum" in memories:  # which the kernel would not write
+        return False
     torch._fused_sgd_(  # type: ignore[call-overload]
         params,
         grads,
@@ -112,11 +115,6 @@ fused.KERNELS |= {Gd: _step, Momentum: _step}
 def _less(number: Number) -> float | Tensor:
     """Return 1 - number, of a gate its initial value."""
     return 1 - (number.init if isinstance(number, Gate) else number)
-
-
-def _add(a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
-    """Return a + scale · b, rounded once where it can be."""
-    return a + scale * b if isinstance(scale, Tensor) else torch.add(a, b, alpha=scale)
 
 
 class DeltaMomentum(Level):

@@ -11,6 +11,7 @@ from torch import Tensor
 from nestopt.core.associative import Gd
 from nestopt.core.clock import advance, advance_, start
 from nestopt.core.level import Level
+from nestopt.core.mixing import plus_square
 from nestopt.core.order import Node
 from nestopt.core.scale import square_limit
 from nestopt.core.signal import Signal
@@ -81,7 +82,7 @@ class SecondMoment(Level):
         direction, of = advance(self.of, grad, state["of"], signal.inside("of"))
         keep, take = self._weights
         if self.over == "entries":
-            kept = h = (keep * state["exp_avg_sq"]).addcmul(grad, grad, value=take)
+            kept = h = plus_square(keep * state["exp_avg_sq"], grad, take)
         else:
             kept = tree_map(lambda old, new: keep * old + take * new, state["exp_avg_sq"], self._means(grad))
             h = self._spread(kept)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nestopt.core.clock import advance, due, start
-from nestopt.core.compose import levels_within
 from nestopt.core.level import Level
+from nestopt.core.nesting import levels_within
 from nestopt.core.order import Node
 from nestopt.core.part import FINITE, FieldError
 from nestopt.core.signal import Signal

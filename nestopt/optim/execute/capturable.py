@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nestopt.core.clock import advance, due
 from nestopt.core.device import no_exceptions, where
+from nestopt.core.gates import bind
 from nestopt.core.level import Level
 from nestopt.core.signal import Signal
 from nestopt.core.tree import leaves, tree_map
@@ -30,7 +31,7 @@ def begin_on_device(level: Level, param: Tensor, period: int, view: Split | None
 
 def check_capturable(level: Level, param: Tensor, period: int, view: Split | None, name: str) -> None:
     """Raise ValueError naming the level whose step on `param` can't be captured; found by a step without data."""
-    fault = _fault(level, param, period, view)
+    fault = fault_of(level, param, period, view)
     if fault is None:
         return
     inner = [part for _, part in level.parts() if isinstance(part, Level)]
@@ -42,7 +43,8 @@ def check_capturable(level: Level, param: Tensor, period: int, view: Split | Non
     ) from fault
 
 
-def _fault(level: Level, param: Tensor, period: int, view: Split | None) -> Exception | None:
+def fault_of(level: Level, param: Tensor, period: int, view: Split | None) -> Exception | None:
+    """Return what a step of `level` on `param` fails by where no value is looked at; None where it does not."""
     like = torch.empty(param.shape, dtype=param.dtype, device="meta")
     like.grad = torch.empty_like(like)
     # on a CPU nobody waits, and no graph is captured that could not
@@ -76,7 +78,7 @@ def _by_kernel(
     """Step all parameters by torch's kernel for the whole update, if it has one that can read them as they lie."""
     kernel = kernel_of(level, params[0])
     # a compiler makes a kernel of its own
-    if kernel is None or settings.period > 1 or torch.compiler.is_compiling():
+    if kernel is None or level.is_scheduled or settings.period > 1 or torch.compiler.is_compiling():
         return False
     grads = [param.grad for param in params if param.grad is not None]
     memories = {key: [state[key] for state in states] for key in states[0] if key != STEP}
@@ -94,6 +96,7 @@ def _step_one(level: Level, param: Tensor, state: dict[str, Any], settings: Upda
     grad = param.grad.to(wide.dtype)
     if settings.period > 1:
         grad = state[SUM].add_(grad)
+    level = bind(level, step=step // settings.period)
     shown = matrix_view(settings.gradient(grad, wide), level, view)
     tree = placed(layout(level, param, view), state)
     signal = Signal(step, matrix_view(wide, level, view), settings.lr)

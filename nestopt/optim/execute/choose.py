@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 from nestopt.core.level import Level
 from nestopt.levels.gradient.fused import kernel_of
 from nestopt.optim.execute import flat
+from nestopt.optim.execute.capturable import fault_of
 from nestopt.optim.execute.compiled import Compiled
 from nestopt.optim.execute.flat import Flat
 from nestopt.optim.execute.stacked import Stacked
 from nestopt.optim.execute.update import STEP, Executor, Slot
+
+log = logging.getLogger("nestopt")
 
 STACK = 1 << 20
 """Elements of a stack at most, on the CPU: what its copies of gradients and parameters take is bounded by it."""
@@ -45,7 +49,8 @@ def executors(
         if way is None:
             made.append(Executor(level, own))
         elif way in ("kernel", "pieces"):
-            made.append((Compiled if compiled and way == "pieces" else Flat)(level, own, packed=packed))
+            kind = Compiled if compiled and way == "pieces" and _compiles(level, own[0]) else Flat
+            made.append(kind(level, own, packed=packed))
         else:
             most = STACK if device.type == "cpu" else ACCELERATOR_STACK
             stacks = -(-len(own) // max(1, most // way.numel()))
@@ -53,6 +58,14 @@ def executors(
                 part = own[len(own) * i // stacks : len(own) * (i + 1) // stacks]
                 made.append(Stacked(level, part) if len(part) > 1 else Executor(level, part))
     return made
+
+
+def _compiles(level: Level, slot: Slot) -> bool:
+    """Return whether a kernel of `level` can be told what its schedules give; that it can't is said."""
+    fault = fault_of(level, slot.param, 1, slot.view) if level.is_scheduled else None
+    if fault is not None:
+        log.warning("%s runs without compile=True: its schedules give numbers that it looks at: %s", level.label, fault)
+    return fault is None
 
 
 def _way(level: Level, slot: Slot, packed: bool) -> str | torch.Size | None:

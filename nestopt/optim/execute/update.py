@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nestopt.core.clock import advance_, due
 from nestopt.core.contract import whose
+from nestopt.core.gates import bind
 from nestopt.core.level import Level
 from nestopt.core.signal import Note, Signal
 from nestopt.core.tree import State, leaves, tree_map
@@ -20,8 +21,9 @@ from nestopt.levels.gradient.fused import Numbers
 from nestopt.optim.layer_inputs.sums import Totals, keep, kept, means
 from nestopt.optim.views import Split, advance_stack_, back, in_pieces, local, matrix_view, work_dtype
 
-STEP, SUM = "step", "group_sum"
-"""The optimizer's own state keys: how often it has seen a gradient, and what a group with a period has summed."""
+STEP, SUM, TRAINED = "step", "group_sum", "trained_weights"
+"""The optimizer's own state keys: how often it has seen a gradient, what a group with a period has summed, and the
+weights that it goes on from, while the parameter holds those to evaluate with."""
 
 
 _KIND = attrgetter("dtype", "device")
@@ -160,7 +162,7 @@ class Executor:
         self.count += 1
         step = int(self.count)
         if settings.period == 1:
-            self.move(level, grads, settings, step)
+            self.move(self.at_step(level, step), grads, settings, step)
             return
         for state, param in zip(self.states, self.params, strict=True):
             if SUM not in state:
@@ -172,8 +174,13 @@ class Executor:
                 if (totals := self.inputs(param)) is not None:
                     keep(state, totals)
         if due(step, settings.period):
-            self.move(level, sums, settings, step // settings.period)
+            step //= settings.period
+            self.move(self.at_step(level, step), sums, settings, step)
             torch._foreach_zero_(sums)
+
+    def at_step(self, level: Level, step: int) -> Level:
+        """Return `level` with the numbers that its schedules give at this step."""
+        return bind(level, step=step) if level.is_scheduled else level
 
     def move(self, level: Level, grads: Sequence[Tensor], settings: UpdateSettings, step: int) -> None:
         """Write the gradients into the memories, and update the parameters."""

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from nestopt.core.inputs import INPUTS
 from nestopt.core.level import Level
+from nestopt.core.weights import around
 from nestopt.optim.checkpoint import OWN, merged_group, plain_groups
 from nestopt.optim.checks import names, warn_unseen
 from nestopt.optim.layer_inputs.sums import Totals
@@ -60,6 +61,11 @@ class Sharded(Optimizer):
             raise ValueError(
                 f"{nested.options} is not for several processes, which would each decide for themselves; "
                 "leave out on_nonfinite, capturable and metrics"
+            )
+        if any(own.across_processes for group in nested.param_groups for _, own in around(nested.level(group))):
+            raise ValueError(
+                "across_processes=True is for processes that each train a whole model by themselves; leave it out "
+                "where an engine shares the work between them"
             )
         self.nested = nested
         # frozen parameters stay the model's: engines have no slices of them

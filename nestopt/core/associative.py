@@ -39,6 +39,7 @@ Shown = Callable[[str, Tensor], LayerInputs]
 class Gd(Level):
     """Gradient descent: the direction is the gradient (NL eq. 32). `W ← W - lr·g`; no state."""
 
+    reads_param: ClassVar[bool] = False
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
 

@@ -210,7 +210,8 @@ class Nested(Optimizer):
 
     def level(self, group: dict[str, Any]) -> Level:
         """Return the level that a parameter group runs."""
-        return cycled(group["stack"], group.get("momentum"))
+        momentum = group.get("momentum")
+        return group["stack"] if momentum is None else cycled(group["stack"], momentum)
 
     def coupled(self, group: dict[str, Any]) -> bool:
         """Return whether a group's weight decay is added to the gradient (L2) instead of taken off the weights."""
@@ -241,10 +242,10 @@ class Nested(Optimizer):
             self._skipped += 1
             return loss
         levels = [self.level(group) for group in self.param_groups]
-        if self.seed is None:  # one of several processes can't give up alone
-            checks.check_finite(self.param_groups, levels, grads)
         if not self._is_settled(levels, grads):
             self._plan.settle(self.param_groups, [bind(level) for level in levels], grads, self.state)
+        elif self._plan.breakable:
+            checks.check_finite(self.param_groups, levels, grads)
         if self._recorder is not None:
             self._recorder.clear()
         asking = None
@@ -349,9 +350,11 @@ class Nested(Optimizer):
         return memory_norms(self.param_groups, self.state) | reported
 
     def _update_settings(self, group: dict[str, Any]) -> UpdateSettings:
-        lr, decay, coupled = plain(group["lr"]), plain(group["weight_decay"]), self.coupled(group)
+        lr, coupled = group["lr"], self.coupled(group)
+        decay: Any = group["weight_decay"]
+        decay = decay if isinstance(decay, Tensor) else float(decay)  # schedules may write numbers of other libraries
         return UpdateSettings(
-            lr.reshape(()) if isinstance(lr, Tensor) else lr,
+            lr.reshape(()) if isinstance(lr, Tensor) else float(lr),
             decay=0.0 if coupled else decay,
             coupled=decay if coupled else 0.0,
             maximize=group["maximize"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,8 @@ from nestopt.config.schema import GroupConfig, OptimizerConfig
 from nestopt.core.inputs import INPUTS
 from nestopt.core.part import nearest
 from nestopt.optim.checks import check_ordered
-from nestopt.optim.optimizer import Nested, StepOptions
+from nestopt.optim.optimizer import Nested
+from nestopt.optim.options import OPTIONS
 from nestopt.optim.routing.layers import layers
 from nestopt.optim.routing.place import REST, WHOLE, Chooser, Place, check, place
 from nestopt.optim.routing.roles import roles, unnamed
@@ -81,9 +81,8 @@ def optimizer(
         ValueError: nothing to optimize; `strict` and nothing for the stack; layers that can't be told.
         TypeError: an argument that there is not.
     """
-    allowed = [field.name for field in dataclasses.fields(StepOptions)]
-    for name in options.keys() - set(allowed):
-        hint = nearest(name, [*inspect.signature(optimizer).parameters, *allowed])
+    for name in options.keys() - set(OPTIONS):
+        hint = nearest(name, [*inspect.signature(optimizer).parameters, *OPTIONS])
         raise TypeError(f"nestopt.optimizer has no argument {name!r}.{hint}")
     settings = _settings(
         spec,

@@ -20,7 +20,8 @@ from nestopt.levels.gradient.newton_schulz import QUINTIC
 from nestopt.levels.gradient.shampoo import Shampoo as ShampooLevel
 from nestopt.levels.presets import DeepMomentum as DeepMomentumLevel
 from nestopt.optim.layer_inputs.uses import Scale
-from nestopt.optim.optimizer import Nested, OnNonfinite
+from nestopt.optim.optimizer import Nested
+from nestopt.optim.options import OnNonfinite
 
 COMMON = {
     "params": "named or in groups.",

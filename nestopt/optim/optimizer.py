@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import is_
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -18,7 +17,7 @@ from nestopt.core.contract import strangers
 from nestopt.core.gates import bind
 from nestopt.core.inputs import INPUTS
 from nestopt.core.level import Level
-from nestopt.core.part import nearest, plain
+from nestopt.core.part import plain
 from nestopt.optim import checkpoint, checks
 from nestopt.optim.cycled import cycled
 from nestopt.optim.execute.capturable import begin_on_device, check_capturable, step_capturable
@@ -28,29 +27,8 @@ from nestopt.optim.layer_inputs.sums import Totals
 from nestopt.optim.layer_inputs.uses import Scale
 from nestopt.optim.layer_inputs.watcher import Seen, Watcher, shown
 from nestopt.optim.metrics import Recorder, finite, memory_norms
+from nestopt.optim.options import OPTIONS, OnNonfinite, StepOptions
 from nestopt.optim.plan import Plan, alike, check_stranger
-
-OnNonfinite = Literal["ignore", "skip", "raise"]
-
-
-@dataclasses.dataclass(frozen=True)
-class StepOptions:
-    """How an optimizer takes its steps; see the arguments of `Nested`."""
-
-    on_nonfinite: OnNonfinite = "ignore"
-    capturable: bool = False
-    compile: bool = False
-    metrics: bool = False
-
-    def __post_init__(self) -> None:
-        if self.on_nonfinite not in (allowed := get_args(OnNonfinite)):
-            hint = nearest(str(self.on_nonfinite), allowed)
-            raise ValueError(f"on_nonfinite={self.on_nonfinite!r} is not allowed; give one of {list(allowed)}.{hint}")
-        if self.capturable and (self.compile or self.metrics or self.on_nonfinite != "ignore"):
-            raise ValueError("capturable=True looks at no value; leave out compile, metrics and on_nonfinite")
-
-
-OPTIONS = tuple(field.name for field in dataclasses.fields(StepOptions))
 
 
 class Nested(Optimizer):
@@ -313,6 +291,15 @@ class Nested(Optimizer):
         self.of_model(model)
         levels = {param: self.level(group) for group in self.param_groups for param in group["params"]}
         self._watcher = Watcher(model, levels, loss_scale=loss_scale, group=group)
+
+    @property
+    def watcher(self) -> Seen | None:
+        """Who says what layers were shown: `watch` makes one; an engine that knows better puts its own here."""
+        return self._watcher
+
+    @watcher.setter
+    def watcher(self, seen: Seen | None) -> None:
+        self._watcher = seen
 
     def of_model(self, model: nn.Module) -> None:
         """Call parameters that are added without names as `model` does, which is not kept alive."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -22,7 +22,7 @@ from nestopt.core.gates import bind
 from nestopt.core.inputs import INPUTS, LayerInputs, request_of
 from nestopt.core.level import Level
 from nestopt.core.memories import Matrix, Memory, Theta
-from nestopt.core.normalized import check_layerwise, joint_rates, states_after
+from nestopt.core.normalized import Shown, check_layerwise, joint_rates, states_after
 from nestopt.core.objectives import Dot, Objective
 from nestopt.core.order import Node
 from nestopt.core.outputs import Output, Plain
@@ -32,13 +32,11 @@ from nestopt.core.retentions import Keep, Retention
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, tree_map
 
-Shown = Callable[[str, Tensor], LayerInputs]
-"""What a weight of a memory, by name and as it is now, was shown."""
-
 
 class Gd(Level):
     """Gradient descent: the direction is the gradient (NL eq. 32). `W ← W - lr·g`; no state."""
 
+    reads_param: ClassVar[bool] = False
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
 
@@ -193,7 +191,7 @@ class AssociativeMemory(Level):
         return inputs
 
     @property
-    def _delta(self) -> Number | None:
+    def delta_decay(self) -> Number | None:
         """The strength of the delta decay, if the rule has one."""
         return getattr(self.rule, "delta", None) if INPUTS in self.rule.needs else None
 
@@ -231,7 +229,8 @@ class AssociativeMemory(Level):
         if not self.normalized:
             return lr
         damping, delta = (
-            None if number is None else number_like(number, k).expand_as(lr) for number in (self._damping, self._delta)
+            None if number is None else number_like(number, k).expand_as(lr)
+            for number in (self._damping, self.delta_decay)
         )
         assert damping is not None
         return joint_rates(self, theta, k, lr, damping, delta)
@@ -277,7 +276,7 @@ class AssociativeMemory(Level):
             return self._answer(new["memory"] if self.read == "after" else before, q), new
         rate = self._rate(at, k[None])
         surprise = self.gradient(at, k, v) if not self.normalized else self.gradient(at, k[None], v[None], rate)
-        new = self._written({**state, "memory": at}, surprise, signal, self.shown(at, k[None], rate))
+        new = self.written({**state, "memory": at}, surprise, signal, self.shown(at, k[None], rate))
         seen = new["memory"] if self.read == "after" else before
         return self._answer(seen, q), new
 
@@ -295,7 +294,7 @@ class AssociativeMemory(Level):
         rate = self._of_tokens(whole.lr, k) * live
         if self.normalized:
             k = k * live[:, None]
-            delta = None if whole._delta is None else self._of_tokens(whole._delta, k)
+            delta = None if whole.delta_decay is None else self._of_tokens(whole.delta_decay, k)
             rate = joint_rates(self, at, k, rate, self._of_tokens(whole._damping, k), delta)
         if self.write == "chunk":
             return self._chunk_at_once(q, k, v, rate, gates, live, state, signal)
@@ -305,7 +304,7 @@ class AssociativeMemory(Level):
             level = bind(self, {path: gate[t] for path, gate in gates.items()})
             one = dataclasses.replace(signal, step=signal.step + live[: t + 1].sum())
             surprise = {name: g[t] for name, g in each.items()}
-            new = level._written(now, surprise, one, level.shown(at, k[t : t + 1], rate[t : t + 1]))
+            new = level.written(now, surprise, one, level.shown(at, k[t : t + 1], rate[t : t + 1]))
             new = tree_map(lambda new, old: torch.where(live[t], new, old), new, now)  # noqa: B023
             answers.append(
                 level._answer({"after": new["memory"], "before": now["memory"], "chunk": at}[self.read], q[t])
@@ -329,7 +328,7 @@ class AssociativeMemory(Level):
         at, now, is_over = state["memory"], state, len(k) == self.chunk
         if is_over:
             once = dataclasses.replace(signal, step=signal.step // self.chunk + 1)
-            new = last._written(state, self.gradient(at, k, v, rate), once, self.shown(at, k, rate))
+            new = last.written(state, self.gradient(at, k, v, rate), once, self.shown(at, k, rate))
             now = tree_map(lambda new, old: torch.where(live.any(), new, old), new, state)
         answers = vmap(lambda q, gates: bind(self, gates)._answer(at, q))(q, dict(gates))
         if self.read == "after" and is_over:
@@ -348,7 +347,7 @@ class AssociativeMemory(Level):
         """Return a number of the level for each of the tokens `like` `[C, D]`."""
         return number_like(value, like).expand(len(like))
 
-    def _written(self, state: State, surprise: Theta, signal: Signal, shown: Shown | None) -> State:
+    def written(self, state: State, surprise: Theta, signal: Signal, shown: Shown | None) -> State:
         """Return the state after a write of `surprise`, which this level's clock may put off."""
         if self.period == 1:
             theta, rules = self.learn(state["memory"], state["rule"], surprise, signal, shown)

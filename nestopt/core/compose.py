@@ -136,6 +136,8 @@ class Chain(_Many):
     State keys are the levels' names. Args: `levels`, by name (or a sequence, named after what they are).
     """
 
+    reads_param: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._several = {
@@ -181,6 +183,8 @@ class Parallel(_Many):
         levels: by name (or a sequence, named after what they are).
         weights: one number per level, in their order. Default: all 1.
     """
+
+    reads_param: ClassVar[bool] = False
 
     weights: tuple[float, ...] | None = None
 

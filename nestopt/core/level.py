@@ -68,6 +68,10 @@ class Level(Part):
     alone, and all state has the parameter's shape: the library may then cut tensors to pieces and glue them together,
     which is a great deal faster. It holds for the level by itself; `is_elementwise` asks for those within it, too."""
 
+    reads_param: ClassVar[bool] = True
+    """Whether `step` looks at `signal.param`; the library need not bring parameters together for one that does not.
+    A subclass with a `step` of its own does, unless it says otherwise. `needs_param` asks for levels within, too."""
+
     owns_partial_chunk: ClassVar[bool] = False
     """Whether the state itself keeps the tokens of chunks that are not over: `chunk_step` then takes any number of
     tokens, from anywhere in a chunk."""
@@ -92,6 +96,8 @@ class Level(Part):
                 raise TypeError(f"{cls.__name__}: a level's {old!r} is called {new!r} now; rename it")
         if "step" in vars(cls) and "step_" not in vars(cls):
             cls.step_ = Level.step_  # type: ignore[method-assign]  # that of a parent is of the parent's step
+        if vars(cls).keys() & {"step", "step_"} and "reads_param" not in vars(cls):
+            cls.reads_param = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,6 +147,11 @@ class Level(Part):
     def is_batched(self) -> bool:
         """Whether this level and all levels within it are `batched`."""
         return self.batched and all(part.is_batched for _, part in self.parts() if isinstance(part, Level))
+
+    @property
+    def needs_param(self) -> bool:
+        """Whether this level, or a level within it, looks at the parameter (`reads_param`)."""
+        return self.reads_param or any(part.needs_param for _, part in self.parts() if isinstance(part, Level))
 
     @property
     def is_elementwise(self) -> bool:

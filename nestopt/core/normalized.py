@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,15 +13,14 @@ from torch.func import grad as gradient_of
 from nestopt.core.device import number_like
 from nestopt.core.gates import bind, with_values
 from nestopt.core.inputs import LayerInputs
-from nestopt.core.memories import Theta
+from nestopt.core.level import Level
+from nestopt.core.memories import Memory, Theta
 from nestopt.core.objectives import Dot, Objective
-from nestopt.core.part import FieldError
+from nestopt.core.part import FieldError, Number
 from nestopt.core.precision import matmul
+from nestopt.core.retentions import Retention
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, tree_map
-
-if TYPE_CHECKING:
-    from nestopt.core.associative import AssociativeMemory
 
 FLOOR = 0.1
 """ε: of ‖k‖², beside a layer's own inputs, so that a token whose hidden layer is dead is not stepped on without end."""
@@ -33,8 +32,34 @@ LEAST = 1e-6
 """Of what is divided by: a key of zeros writes nothing."""
 
 
+Shown = Callable[[str, Tensor], LayerInputs]
+"""What a weight of a memory, by name and as it is now, was shown."""
+
+
+class Written(Protocol):
+    """What the normalised steps know of an `AssociativeMemory`, which is a part."""
+
+    memory: Memory
+    objective: Objective
+    rule: Level
+    retention: Retention
+    lr: Number
+    step_size: Number
+    chunk: int
+    read: Literal["after", "before", "chunk"]
+    write: Literal["token", "chunk"]
+    normalized: bool | Literal["layerwise"]
+    bound: float
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def delta_decay(self) -> Number | None: ...
+    def written(self, state: State, surprise: Theta, signal: Signal, shown: Shown | None) -> State: ...
+
+
 def joint_rates(
-    level: AssociativeMemory, theta: Theta, k: Tensor, lr: Tensor, damping: Tensor, delta: Tensor | None = None
+    level: Written, theta: Theta, k: Tensor, lr: Tensor, damping: Tensor, delta: Tensor | None = None
 ) -> Tensor:
     """Return the normalised step sizes `[n]` of pairs with keys `[n, D_k]`, given lr, α · damping and δ, `[n]`
     each.
@@ -63,7 +88,7 @@ def joint_rates(
 
 
 def states_after(
-    level: AssociativeMemory,
+    level: Written,
     k: Tensor,
     v: Tensor,
     gates: Mapping[str, Tensor],
@@ -72,9 +97,10 @@ def states_after(
     signal: Signal,
 ) -> list[State]:
     """Return the states after each token of a chunk: keys and values `[C, D]`, gates and `live` `[C]`."""
+    part: Any = level
     tokens = [
         (
-            bind(level, {path: gate[t] for path, gate in gates.items()}),
+            bind(part, {path: gate[t] for path, gate in gates.items()}),
             k[t : t + 1],
             v[t : t + 1],
             dataclasses.replace(signal, step=signal.step + live[: t + 1].sum()),
@@ -101,7 +127,7 @@ Rates = dict[str, tuple[Tensor, Tensor]]
 """By weight its input `[1, in]`, and the rate `[1]` that it is written with."""
 
 
-def _outer(level: AssociativeMemory, name: str, theta: Theta, k: Tensor, v: Tensor) -> tuple[Theta, Rates, Tensor]:
+def _outer(level: Written, name: str, theta: Theta, k: Tensor, v: Tensor) -> tuple[Theta, Rates, Tensor]:
     """Return the write of the outermost weight, and ∂ℓ/∂y where it does not take that off."""
     layers = level.memory.layers(theta, k)
     assert layers is not None
@@ -116,7 +142,7 @@ def _outer(level: AssociativeMemory, name: str, theta: Theta, k: Tensor, v: Tens
     return {name: rate * found}, {name: (a, rate)}, (1 - taken)[:, None] * wrong
 
 
-def _inner(level: AssociativeMemory, outer: str, first: Theta, k: Tensor, wrong: Tensor) -> tuple[Theta, Rates]:
+def _inner(level: Written, outer: str, first: Theta, k: Tensor, wrong: Tensor) -> tuple[Theta, Rates]:
     """Return the write of the other weights, of what the outermost left."""
     layers = level.memory.layers(first, k)
     assert layers is not None
@@ -129,11 +155,11 @@ def _inner(level: AssociativeMemory, outer: str, first: Theta, k: Tensor, wrong:
     return {name: rate * found[name] for name, (_, rate) in rates.items()}, rates
 
 
-def _delta(level: AssociativeMemory, k: Tensor) -> Tensor:
-    return number_like(0.0 if level._delta is None else level._delta, k)
+def _delta(level: Written, k: Tensor) -> Tensor:
+    return number_like(0.0 if level.delta_decay is None else level.delta_decay, k)
 
 
-def _strength(level: AssociativeMemory, k: Tensor) -> Tensor:
+def _strength(level: Written, k: Tensor) -> Tensor:
     """h `[1]`."""
     keep = number_like(getattr(level.retention, "keep", 1.0), k)
     return (number_like(level.lr, k) * keep * level.bound / (1 + _delta(level, k))).expand(1)
@@ -143,7 +169,7 @@ def _floor(k: Tensor) -> Tensor:
     return LEAST + FLOOR * k.square().sum(-1)
 
 
-def _moved(level: AssociativeMemory, surprise: Theta, rates: Rates, state: State, signal: Signal) -> State:
+def _moved(level: Written, surprise: Theta, rates: Rates, state: State, signal: Signal) -> State:
     """Return the state after a token's write: the rule's direction as an average, the delta decay as it is."""
     gain = number_like(level.rule.steady_gain, next(iter(rates.values()))[1]).clamp_min(1e-30)
 
@@ -156,15 +182,16 @@ def _moved(level: AssociativeMemory, surprise: Theta, rates: Rates, state: State
             rows=share.sqrt()[:, None] * a,
         )
 
-    scaled = with_values(level, {"step_size": level.step_size * gain})  # type: ignore[operator]
-    return scaled._written(state, surprise, signal, shown if level._delta is not None else None)
+    part: Any = level
+    scaled = with_values(part, {"step_size": level.step_size * gain})  # type: ignore[operator]
+    return scaled.written(state, surprise, signal, shown if level.delta_decay is not None else None)
 
 
 def _where(alive: Tensor, new: State, old: State) -> State:
     return tree_map(lambda new, old: torch.where(alive, new, old), new, old)
 
 
-def check_layerwise(level: AssociativeMemory) -> None:
+def check_layerwise(level: Written) -> None:
     """Raise FieldError where `level` can't be written layer by layer."""
     problem = ""
     if level.memory.outermost is None:

@@ -12,8 +12,19 @@ def largest(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
     """Return the largest absolute value over `dim` (default: all), kept above 0; no gradient passes through it."""
     if not x.numel():
         return x.new_ones(())
-    norm = torch.linalg.vector_norm(x.detach(), math.inf, dim, keepdim=dim is not None)
+    x, keep = x.detach(), dim is not None
+    dim = tuple(range(x.ndim)) if dim is None else dim
+    if x.device.type == "cpu":  # where the norm below takes 40 times as long
+        norm = torch.maximum(x.amax(dim, keep), -x.amin(dim, keep))
+    else:
+        norm = torch.linalg.vector_norm(x, math.inf, dim, keepdim=keep)
     return norm.clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def magnitude(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
+    """Return the power of 2 that is at most `largest`, and over half of it: a division by it rounds nothing."""
+    size = largest(x, dim)
+    return size / (2 * torch.frexp(size)[0])
 
 
 def length(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:

@@ -122,8 +122,6 @@ def check_finite(
     groups: Sequence[dict[str, Any]], levels: Sequence[Level], grads: Sequence[Sequence[Tensor | None]]
 ) -> None:
     """Raise RuntimeError for gradients that break a level which says so; those on an accelerator are not waited for."""
-    if not any(FINITE in level.needs for level in levels):
-        return
     asked = [
         [grad if FINITE in level.needs and _is_at_hand(grad) else None for grad in own]
         for level, own in zip(levels, grads, strict=True)

@@ -17,13 +17,11 @@ from nestopt.core.schedule import Schedule
 log = logging.getLogger("nestopt")
 
 
-def cycled(level: Level, momentum: float | None) -> Level:
+def cycled(level: Level, momentum: float) -> Level:
     """Return `level` with `momentum` as the β of its fastest average of gradients; of averages alike, of all of them.
 
-    A level without one stays as it is, which is said once. None changes nothing.
+    A level without one stays as it is, which is said once.
     """
-    if momentum is None:
-        return level
     found = list(_averages(level))
     if not found:
         _say_none(level.label)

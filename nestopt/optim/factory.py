@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,8 @@ from nestopt.core.inputs import INPUTS
 from nestopt.core.part import nearest
 from nestopt.core.weights import wrapped
 from nestopt.optim.checks import check_ordered
-from nestopt.optim.optimizer import Nested, StepOptions
+from nestopt.optim.optimizer import Nested
+from nestopt.optim.options import OPTIONS
 from nestopt.optim.routing.layers import layers
 from nestopt.optim.routing.place import REST, WHOLE, Chooser, Place, check, place
 from nestopt.optim.routing.roles import roles, unnamed
@@ -83,9 +83,8 @@ def optimizer(
         ValueError: nothing to optimize; `strict` and nothing for the stack; layers that can't be told.
         TypeError: an argument that there is not.
     """
-    allowed = [field.name for field in dataclasses.fields(StepOptions)]
-    for name in options.keys() - set(allowed):
-        hint = nearest(name, [*inspect.signature(optimizer).parameters, *allowed])
+    for name in options.keys() - set(OPTIONS):
+        hint = nearest(name, [*inspect.signature(optimizer).parameters, *OPTIONS])
         raise TypeError(f"nestopt.optimizer has no argument {name!r}.{hint}")
     settings = _settings(
         spec,

@@ -19,9 +19,9 @@ from nestopt.levels.gradient.momentum import DeltaMomentum as DeltaMomentumLevel
 from nestopt.levels.gradient.newton_schulz import QUINTIC
 from nestopt.levels.gradient.shampoo import Shampoo as ShampooLevel
 from nestopt.levels.presets import DeepMomentum as DeepMomentumLevel
-from nestopt.optim.cycled import cycled
 from nestopt.optim.layer_inputs.uses import Scale
-from nestopt.optim.optimizer import Nested, OnNonfinite
+from nestopt.optim.optimizer import Nested
+from nestopt.optim.options import OnNonfinite
 
 COMMON = {
     "params": "named or in groups.",
@@ -62,7 +62,9 @@ class OfLevel(Nested):
         cls.__doc__ = "\n".join([head, "", "Args:", *words, "", raises])
 
     def level(self, group: dict[str, Any]) -> Level:
-        return cycled(self.made_of(**{field: group[field] for field in self.fields.values()}), group.get("momentum"))
+        return super().level(
+            {**group, "stack": self.made_of(**{field: group[field] for field in self.fields.values()})}
+        )
 
 
 def _arguments(cls: type) -> dict[str, str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import is_
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,7 @@ from nestopt.config.spec import build
 from nestopt.core.gates import bind
 from nestopt.core.inputs import INPUTS
 from nestopt.core.level import Level
-from nestopt.core.part import nearest, plain
+from nestopt.core.part import plain
 from nestopt.optim import checkpoint, checks, weights
 from nestopt.optim.cycled import cycled
 from nestopt.optim.execute.capturable import begin_on_device, step_capturable
@@ -27,29 +26,8 @@ from nestopt.optim.layer_inputs.sums import Totals
 from nestopt.optim.layer_inputs.uses import Scale
 from nestopt.optim.layer_inputs.watcher import Seen, Watcher, shown
 from nestopt.optim.metrics import Recorder, finite, memory_norms
+from nestopt.optim.options import OPTIONS, OnNonfinite, StepOptions
 from nestopt.optim.plan import Plan, alike, check_capturable_group
-
-OnNonfinite = Literal["ignore", "skip", "raise"]
-
-
-@dataclasses.dataclass(frozen=True)
-class StepOptions:
-    """How an optimizer takes its steps; see the arguments of `Nested`."""
-
-    on_nonfinite: OnNonfinite = "ignore"
-    capturable: bool = False
-    compile: bool = False
-    metrics: bool = False
-
-    def __post_init__(self) -> None:
-        if self.on_nonfinite not in (allowed := get_args(OnNonfinite)):
-            hint = nearest(str(self.on_nonfinite), allowed)
-            raise ValueError(f"on_nonfinite={self.on_nonfinite!r} is not allowed; give one of {list(allowed)}.{hint}")
-        if self.capturable and (self.compile or self.metrics or self.on_nonfinite != "ignore"):
-            raise ValueError("capturable=True looks at no value; leave out compile, metrics and on_nonfinite")
-
-
-OPTIONS = tuple(field.name for field in dataclasses.fields(StepOptions))
 
 
 class Nested(weights.Weighted, Optimizer):
@@ -200,7 +178,8 @@ class Nested(weights.Weighted, Optimizer):
 
     def level(self, group: dict[str, Any]) -> Level:
         """Return the level that a parameter group runs."""
-        return cycled(group["stack"], group.get("momentum"))
+        momentum = group.get("momentum")
+        return group["stack"] if momentum is None else cycled(group["stack"], momentum)
 
     def coupled(self, group: dict[str, Any]) -> bool:
         """Return whether a group's weight decay is added to the gradient (L2) instead of taken off the weights."""
@@ -232,10 +211,10 @@ class Nested(weights.Weighted, Optimizer):
             self._skipped += 1
             return loss
         levels = [self.level(group) for group in self.param_groups]
-        if self.seed is None:  # one of several processes can't give up alone
-            checks.check_finite(self.param_groups, levels, grads)
         if not self._is_settled(levels, grads):
             self._plan.settle(self.param_groups, [bind(level, step=None) for level in levels], grads, self.state)
+        elif self._plan.breakable:
+            checks.check_finite(self.param_groups, levels, grads)
         if self._recorder is not None:
             self._recorder.clear()
         asking = None
@@ -306,6 +285,15 @@ class Nested(weights.Weighted, Optimizer):
         levels = {param: self.level(group) for group in self.param_groups for param in group["params"]}
         self._watcher = Watcher(model, levels, loss_scale=loss_scale, group=group)
 
+    @property
+    def watcher(self) -> Seen | None:
+        """Who says what layers were shown: `watch` makes one; an engine that knows better puts its own here."""
+        return self._watcher
+
+    @watcher.setter
+    def watcher(self, seen: Seen | None) -> None:
+        self._watcher = seen
+
     def of_model(self, model: nn.Module) -> None:
         """Call parameters that are added without names as `model` does, which is not kept alive."""
         self._model = weakref.ref(model)
@@ -342,9 +330,11 @@ class Nested(weights.Weighted, Optimizer):
         return memory_norms(self.param_groups, self.state) | reported
 
     def _update_settings(self, group: dict[str, Any]) -> UpdateSettings:
-        lr, decay, coupled = plain(group["lr"]), plain(group["weight_decay"]), self.coupled(group)
+        lr, coupled = group["lr"], self.coupled(group)
+        decay: Any = group["weight_decay"]
+        decay = decay if isinstance(decay, Tensor) else float(decay)  # schedules may write numbers of other libraries
         return UpdateSettings(
-            lr.reshape(()) if isinstance(lr, Tensor) else lr,
+            lr.reshape(()) if isinstance(lr, Tensor) else float(lr),
             decay=0.0 if coupled else decay,
             coupled=decay if coupled else 0.0,
             maximize=group["maximize"],

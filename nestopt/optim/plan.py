@@ -17,11 +17,11 @@ from nestopt.core.contract import begun, stepped, strangers
 from nestopt.core.gates import bind
 from nestopt.core.inputs import INPUTS
 from nestopt.core.level import Level
-from nestopt.core.part import Part
+from nestopt.core.part import FINITE, Part
 from nestopt.core.signal import Note, Signal
 from nestopt.core.tree import State, leaves
 from nestopt.optim.checkpoint import keeps_shape
-from nestopt.optim.checks import check_gradients, check_whole, names
+from nestopt.optim.checks import check_finite, check_gradients, check_whole, names
 from nestopt.optim.execute.capturable import check_capturable
 from nestopt.optim.execute.choose import executors
 from nestopt.optim.execute.update import STEP, SUM, TRAINED, Executor, Slot, placed
@@ -68,9 +68,11 @@ class Plan:
         note: gives where the level of a parameter reports, by the number of its group; None: nobody listens.
         compiled: as of `executors`.
         seed: what starts at random is drawn from this and the parameter's name; None: from torch's own seed and it.
+            With one this is one of several processes, which can't give up a step alone.
 
     Attributes:
         shares: by group.
+        breakable: whether a level says that gradients which are not finite break it, so that each step looks at them.
         known: the states of all parameters, by the dicts that they are in.
     """
 
@@ -88,6 +90,7 @@ class Plan:
         self._compiled, self._seed = compiled, seed
         self.shares: list[Share] = []
         self.known: list[dict[str, Any]] = []
+        self.breakable = False
         self._changes = 0
         self._tried: set[type[Level]] = set()
 
@@ -102,6 +105,9 @@ class Plan:
 
         Raises RuntimeError for a gradient that no level takes, before anything is changed.
         """
+        self.breakable = self._seed is None and any(FINITE in level.needs for level in levels)
+        if self.breakable:
+            check_finite(groups, levels, grads)
         if len(groups) < len(self.shares) or not (
             len(state) == len(self.known) and all(map(is_, state.values(), self.known))
         ):

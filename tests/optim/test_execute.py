@@ -21,6 +21,7 @@ from nestopt import levels
 from nestopt.core import Level, Signal, State, advance, chain, parallel, start
 from nestopt.core.tree import leaves
 from nestopt.levels.gradient.fused import KERNELS
+from nestopt.levels.gradient.muon import Muon
 from nestopt.optim import Nested, functional_step
 from nestopt.optim.execute import flat
 from nestopt.optim.execute.capturable import begin_on_device, step_capturable
@@ -46,6 +47,15 @@ class Halving(Level):
         return memory, {"memory": memory, "inner": {"length": length}}
 
 
+class Decaying(Muon):
+    """Looks at the parameter, which the level it is derived from does not."""
+
+    def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        direction, state = super().step(grad, state, signal)
+        assert signal.param is not None
+        return direction + 0.3 * signal.param, state
+
+
 ELEMENTWISE: dict[str, Callable[[], Level]] = {
     "gd": levels.gd,
     "nesterov": lambda: levels.momentum(0.8, nesterov=True),
@@ -61,6 +71,7 @@ WHOLE: dict[str, Callable[[], Level]] = {
     "vmapped": Halving,
     "vmapped on a clock": lambda: chain(levels.adam(), Halving(period=2)),
     "batched": lambda: levels.muon(dtype="float64", steps=2),
+    "decaying": lambda: Decaying(dtype="float64", steps=2),
     "m3": lambda: levels.m3(slow_period=2, dtype="float64", steps=2),
     "shampoo": lambda: levels.shampoo(root_every=2),
     "delta": levels.delta_momentum,

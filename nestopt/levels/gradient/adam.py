@@ -36,6 +36,7 @@ class Adam(Level):
 
     positive: ClassVar[frozenset[str]] = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
     momentum_field: ClassVar[str | None] = "betas"
+    reads_param: ClassVar[bool] = False
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"exp_avg": "l2 to g", "exp_avg_sq": "l2 to g²", "max_exp_avg_sq": "max"}

@@ -66,6 +66,7 @@ class M3(Level):
     positive: ClassVar[frozenset[str]] = frozenset({"rms"})
     momentum_field: ClassVar[str | None] = "betas"
     requires: ClassVar[frozenset[str]] = frozenset({"matrix"})
+    reads_param: ClassVar[bool] = False
     batched: ClassVar[bool] = True
 
     betas: tuple[float, float, float] = (0.95, 0.999, 0.9)

@@ -41,6 +41,7 @@ class Momentum(Level):
     """
 
     momentum_field: ClassVar[str | None] = "beta"
+    reads_param: ClassVar[bool] = False
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"momentum": "dot"}
@@ -145,6 +146,8 @@ class DeltaMomentum(Level):
     normalize: Literal["clip", "unit"] | None = "clip"
     elementwise: bool = False  # type: ignore[misc]  # what a class says of itself is read from the class
     P: Level = dataclasses.field(default_factory=Gd)
+
+    reads_param: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

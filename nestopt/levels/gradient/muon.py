@@ -35,10 +35,15 @@ def check_iteration(part: Part) -> None:
     part.check_choice("form", get_args(Form))
 
 
-def orthogonal(part: Any, x: Tensor, eps: float = 0.0, *, detached: bool = False) -> Tensor:
-    """Iterate on `x` as the fields of a part say, which `check_iteration` has checked."""
-    dtype = DTYPES.get(part.dtype or "")
-    return newton_schulz(x, part.steps, part.coefficients, eps, dtype, form=part.form, detached=detached)
+def orthogonal(part: Any, x: Tensor, eps: float = 0.0, factor: float = 1.0, *, detached: bool = False) -> Tensor:
+    """Iterate on `x`, in whose dtype the result is, as the fields of a part say, which `check_iteration` has checked.
+
+    The last step multiplies by `factor`, but with form="standard", which rounds as `torch.optim.Muon` does.
+    """
+    late = factor if part.form == "standard" else 1.0
+    dtype, form, factor = DTYPES.get(part.dtype or ""), part.form, factor / late
+    read = newton_schulz(x, part.steps, part.coefficients, eps, dtype, form=form, detached=detached, factor=factor)
+    return read.to(x.dtype) if late == 1 else read.to(x.dtype) * late
 
 
 class NewtonSchulzOutput(Output):
@@ -59,7 +64,7 @@ class NewtonSchulzOutput(Output):
         check_iteration(self)
 
     def __call__(self, read: Tensor) -> Tensor:
-        return orthogonal(self, read).to(read.dtype)
+        return orthogonal(self, read)
 
 
 class NewtonSchulz(Level):
@@ -77,6 +82,7 @@ class NewtonSchulz(Level):
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"matrix"})
+    reads_param: ClassVar[bool] = False
     batched: ClassVar[bool] = True
 
     steps: int = 5
@@ -89,10 +95,10 @@ class NewtonSchulz(Level):
         check_iteration(self)
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
-        return orthogonal(self, grad).to(grad.dtype), state
+        return orthogonal(self, grad), state
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
-        return orthogonal(self, grad, detached=True).to(grad.dtype)
+        return orthogonal(self, grad, detached=True)
 
 
 class Muon(Level):
@@ -113,6 +119,7 @@ class Muon(Level):
 
     momentum_field: ClassVar[str | None] = "beta"
     requires: ClassVar[frozenset[str]] = frozenset({"matrix"})
+    reads_param: ClassVar[bool] = False
     batched: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"momentum": "dot"}
 
@@ -137,14 +144,14 @@ class Muon(Level):
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         m = torch.lerp(state["momentum"], grad, 1 - self.beta)  # type: ignore[operator]
         seen = torch.lerp(grad, m, self.beta) if self.nesterov else m  # type: ignore[arg-type]
-        return orthogonal(self, seen, self.eps).to(m.dtype) * self.factor(*m.shape[-2:]), {"momentum": m}
+        return orthogonal(self, seen, self.eps, self.factor(*m.shape[-2:])), {"momentum": m}
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
         if isinstance(self.beta, Tensor):
             return super().step_(grad, state, signal)
         m = state["momentum"].lerp_(grad, 1 - self.beta)  # type: ignore[operator]
         seen = torch.lerp(grad, m, self.beta) if self.nesterov else m  # type: ignore[arg-type]
-        return orthogonal(self, seen, self.eps, detached=True).to(m.dtype) * self.factor(*m.shape[-2:])
+        return orthogonal(self, seen, self.eps, self.factor(*m.shape[-2:]), detached=True)
 
     @property
     def rates_as(self) -> str:

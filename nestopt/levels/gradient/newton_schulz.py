@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nestopt.core.device import constant_in_graphs
-from nestopt.core.scale import largest
+from nestopt.core.scale import magnitude
 
 Triple = tuple[float, float, float]
 Form = Literal["auto", "standard", "gram"]
@@ -37,14 +38,21 @@ SETS: dict[str, tuple[Triple, ...]] = {"quintic": (QUINTIC,), "cubic": (CUBIC,),
 Coefficients = str | Sequence[float]
 Product = Callable[..., Tensor]
 
+IN_RANGE = 2.0**50
+"""Between 1 / this and this, the norm of a matrix is that of numbers whose squares float32 and bfloat16 hold."""
 TINY = 8
 """Short sides below this: torch's batched product of so small matrices rounds bfloat16 otherwise than its plain one."""
 WIDE = 1.5
-"""Longer by more than this, the Gram form takes fewer FLOPs: 4m²n + 34m³ for five steps, not 20m²n + 10m³."""
-RESTART = 2
-"""In bfloat16 the Gram form starts anew from X after so many steps: rounding would make its Gram matrix indefinite."""
-STRIPS, STRIP = 4, 64
-"""A symmetric product is made in so many strips, where one is this high at least: 10/16 of the FLOPs."""
+"""Longer by more than this, the Gram form takes fewer FLOPs: 8m²n + 28m³ for five steps of bfloat16, not
+20m²n + 10m³."""
+GROWTH, LARGEST = 150.0, 1.5
+"""In bfloat16 the Gram form starts anew from X before an error of its Gram matrix has grown so much: by a² in a step,
+where an eigenvalue is near 0. It begins as 2⁻⁹ of the largest eigenvalue, which is 1 at most, and then about 1.5. Grown
+to 1 it would be an eigenvalue far below 0, on which the iteration diverges. For `quintic` that is after three steps,
+and then after every second."""
+STRIPS, STRIP, WORK = 4, 64, 1 << 19
+"""A symmetric product of factors with so many numbers is made in so many strips, where one is this high at least:
+10/16 of the FLOPs."""
 
 
 @constant_in_graphs
@@ -87,6 +95,7 @@ def newton_schulz(
     *,
     form: Form = "auto",
     detached: bool = False,
+    factor: float = 1.0,
 ) -> Tensor:
     r"""Iterate $X \leftarrow aX + b(XX^\top)X + c(XX^\top)^2X$ from $X / \lVert X\rVert_F$ (NL eq. 43-44).
 
@@ -98,7 +107,8 @@ def newton_schulz(
         dtype: in which to iterate. Default: `work_dtype(x)`.
         form: `"standard"`, as above; `"gram"`: all steps are polynomials of $G = XX^\top$, so they are multiplied up as
             matrices of the short side and applied to X once. `"auto"`: the one of fewer FLOPs (float64: standard).
-        detached: no autograd and no `vmap`: products that are symmetric are then made as such, on the CPU.
+        detached: no autograd and no `vmap`: the CPU may then look at numbers, and make symmetric products as such.
+        factor: of the result.
 
     Returns:
         In the dtype of the iteration.
@@ -106,23 +116,38 @@ def newton_schulz(
     if dtype is None:
         dtype = work_dtype(x)
     if x.ndim > 2 and dtype == torch.bfloat16 and min(x.shape[-2:]) < TINY:
-        alone = [newton_schulz(each, steps, coefficients, eps, dtype, form=form) for each in x.flatten(0, -3)]
-        return torch.stack(alone).reshape(x.shape)
-    tall = x.shape[-2] > x.shape[-1]
-    if not eps:
-        x, eps = x / largest(x, (-2, -1)), torch.finfo(x.dtype).tiny
-    x = x.to(dtype)
+        each_ = partial(newton_schulz, steps=steps, coefficients=coefficients, eps=eps, dtype=dtype, form=form)
+        return torch.stack([each_(each, factor=factor) for each in x.flatten(0, -3)]).reshape(x.shape)
+    tall, on_host = x.shape[-2] > x.shape[-1], detached and x.device.type == "cpu"
+    x = _normalised(x, dtype, eps, detached=detached)
     x = x.mT if tall else x
-    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
     shape, x = x.shape, x if x.ndim == 2 else x.flatten(0, -3)
     short, long = x.shape[-2:]
-    by_strips = detached and form != "standard" and x.ndim == 2 and short >= STRIPS * STRIP and x.device.type == "cpu"
+    by_strips = on_host and form != "standard" and x.ndim == 2 and short >= STRIPS * STRIP
     square = _by_strips if by_strips else _product
     if form == "auto":
         form = "gram" if dtype != torch.float64 and long > WIDE * short else "standard"
-    iterate = _gram if form == "gram" else _standard
-    x = iterate(x, schedule(coefficients, steps), square).reshape(shape)
+    triples = schedule(coefficients, steps)
+    if not triples:
+        x = x * factor
+    else:
+        triples[-1] = tuple(factor * number for number in triples[-1])  # type: ignore[assignment]
+        x = (_gram if form == "gram" else _standard)(x, triples, square)
+    x = x.reshape(shape)
     return x.mT if tall else x
+
+
+def _normalised(x: Tensor, dtype: torch.dtype, eps: float, *, detached: bool) -> Tensor:
+    """Return each matrix at Frobenius norm 1, of numbers of any size unless there is an eps, in `dtype`."""
+    if eps or (detached and x.device.type == "cpu" and dtype != torch.float16):
+        seen = x.to(dtype)
+        norm = torch.linalg.vector_norm(seen, dim=(-2, -1), keepdim=True)
+        # where squares are in range, a power of 2 would change no bit
+        if eps or bool(((norm < IN_RANGE) & (norm > 1 / IN_RANGE)).all()):
+            return seen / norm.clamp(min=eps)
+    size = magnitude(x, (-2, -1))
+    x = torch.div(x, size, out=torch.empty_like(x, dtype=dtype)) if detached else (x / size).to(dtype)
+    return x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def _standard(x: Tensor, triples: list[Triple], square: Product) -> Tensor:
@@ -136,17 +161,18 @@ def _standard(x: Tensor, triples: list[Triple], square: Product) -> Tensor:
 
 def _gram(x: Tensor, triples: list[Triple], square: Product) -> Tensor:
     gram: Tensor = square(x, x.mT)
-    power: Tensor | None = None
+    power, error = None, 1.0
     for i, (a, b, c) in enumerate(triples):
         step = square(gram, gram, gram, b, c) if c else gram * b
-        step = step + a * torch.eye(step.shape[-1], dtype=x.dtype, device=x.device)
+        step.diagonal(dim1=-2, dim2=-1).add_(a)
         # these are polynomials of one matrix: they commute, and all products are symmetric
         power = step if power is None else square(step, power)
         if i + 1 == len(triples):
             return power @ x
-        if x.dtype == torch.bfloat16 and (i + 1) % RESTART == 0:
+        error *= a * a
+        if x.dtype == torch.bfloat16 and error > GROWTH:
             x = power @ x
-            gram, power = square(x, x.mT), None
+            gram, power, error = square(x, x.mT), None, LARGEST
         else:
             gram = square(square(step, gram), step)
     return x
@@ -162,6 +188,8 @@ def _product(left: Tensor, right: Tensor, add: Tensor | None = None, beta: float
 def _by_strips(left: Tensor, right: Tensor, add: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
     """Do as `_product` where that is symmetric: the lower triangle, strip by strip, and its mirror image."""
     m = len(left)
+    if left.numel() < WORK:
+        return _product(left, right, add, beta, alpha)
     out, high = left.new_empty(m, m), -(-m // STRIPS)
     for top in range(0, m, high):
         end = min(top + high, m)

@@ -58,6 +58,7 @@ class PreconditionedMomentum(Level):
     """
 
     momentum_field: ClassVar[str | None] = "beta"
+    reads_param: ClassVar[bool] = False
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"momentum": "dot"}

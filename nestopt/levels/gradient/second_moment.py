@@ -45,6 +45,7 @@ class SecondMoment(Level):
     """
 
     positive: ClassVar[frozenset[str]] = frozenset({"exp_avg_sq", "rows", "columns"})
+    reads_param: ClassVar[bool] = False
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"exp_avg_sq": "l2 to g²"}

@@ -26,6 +26,7 @@ class MatrixPreconditioner(Level):
 
     momentum_field: ClassVar[str | None] = "beta"
     requires: ClassVar[frozenset[str]] = frozenset({"matrix", FINITE})
+    reads_param: ClassVar[bool] = False
     batched: ClassVar[bool] = True
 
     beta: float = 0.9
@@ -77,7 +78,7 @@ class MatrixPreconditioner(Level):
             gram = state[side]["gram"] if keep == 1 else state[side]["gram"] * (1 - (1 - keep) * fine)
             gram = add(gram, x, x.mT, alpha=take)
             new[side] = {"gram": gram, "root": self._root(gram, state, side, signal)}
-        return self._read(grad, new, signal) * fine, new
+        return self._read(grad, new, signal, fine), new
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
         grad, fine = in_range(grad)
@@ -93,7 +94,7 @@ class MatrixPreconditioner(Level):
             root = self._root(gram, state, side, signal)
             if root is not state[side]["root"]:
                 state[side]["root"].copy_(root)
-        return self._read(grad, state, signal) * fine
+        return self._read(grad, state, signal, fine)
 
     @property
     def _weights(self) -> tuple[float, float]:
@@ -111,12 +112,12 @@ class MatrixPreconditioner(Level):
         new = inverse_root(gram, 2 * len(_kept(state)), self.eps)
         return torch.where(now, new, old) if isinstance(now, Tensor) else new
 
-    def _read(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
+    def _read(self, grad: Tensor, state: State, signal: Signal, fine: Tensor) -> Tensor:
         m = state["momentum"] if self.beta else grad
         for side in _kept(state):
             root = state[side]["root"]
             m = root @ m if side == "left" else m @ root
-        return signal.debias(m, self.beta) if self.beta and self.bias_correction else m
+        return m * (signal.debias(fine, self.beta) if self.beta and self.bias_correction else fine)
 
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
         every = period * self.period

@@ -73,7 +73,7 @@ class Omega(AssociativeMemory):
         assert not isinstance(lr, Gate)  # as in every level that runs, it is a number by now
         rate = lr * counts * self.weight**age
         old = {key: value for key, value in state.items() if key != "window"}
-        new = self._written(old, self._sum(before, keys, values, rate), signal, self.shown(before, keys, rate))
+        new = self.written(old, self._sum(before, keys, values, rate), signal, self.shown(before, keys, rate))
         kept = {"keys": keys[1:], "values": values[1:], "counts": counts[1:]}
         return self._answer(new["memory"] if self.read == "after" else before, q), {**new, "window": kept}
 

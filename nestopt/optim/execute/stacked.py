@@ -12,7 +12,7 @@ from torch import Tensor
 from nestopt.core.level import Level
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, leaves
-from nestopt.optim.execute.update import Executor, Slot, UpdateSettings, placed, update, wrong_shape
+from nestopt.optim.execute.update import Executor, Slot, UpdateSettings, placed, update, update_each_, wrong_shape
 from nestopt.optim.views import advance_stack_, back, matrix_view
 
 log = logging.getLogger("nestopt")
@@ -23,8 +23,11 @@ class Stacked(Executor):
 
     def __init__(self, level: Level, slots: Sequence[Slot]) -> None:
         super().__init__(level, slots)
-        self.view = slots[0].view
+        self.view, like = slots[0].view, self.params[0]
+        self.as_is = self.view is None and (like.ndim < 3 or "matrix" not in level.needs)
+        self.narrow = like.dtype != self.dtype
         self.direct, self.alone = level.is_batched and level.period == 1, False
+        self.blind = self.direct and not level.needs_param
         self._keep({path: torch.stack(own) for path, own in self.leaves.items()})
 
     def _keep(self, buffers: Mapping[str, Tensor]) -> None:
@@ -38,9 +41,15 @@ class Stacked(Executor):
         if self.alone:
             super().move(level, grads, settings, step)
             return
-        params = torch.stack([matrix_view(param, level, self.view) for param in self.params]).to(self.dtype)
-        shown = torch.stack([matrix_view(grad, level, self.view) for grad in grads]).to(self.dtype)
-        shown, signal = settings.gradient(shown, params), Signal(step, params, settings.lr)
+        own, params = self.params, None
+        if not self.as_is:
+            grads, own = ([matrix_view(tensor, level, self.view) for tensor in each] for each in (grads, own))
+        shown = torch.stack(list(grads)).to(self.dtype)
+        if self.narrow or settings.coupled or not self.blind:
+            params = torch.stack(own).to(self.dtype)
+        if settings.maximize or settings.coupled:
+            shown = settings.gradient(shown, params)
+        signal = Signal(step, params, settings.lr)
         try:
             step_ = level.step_ if self.direct else partial(advance_stack_, level)
             directions = step_(shown, self.tree, signal)
@@ -54,9 +63,16 @@ class Stacked(Executor):
             return
         if directions.shape != shown.shape:
             raise wrong_shape(level, directions, shown)
-        update(params, directions.to(self.dtype), settings.lr, settings.decay, out=params)
-        moved = [back(one, param, self.view) for one, param in zip(params.unbind(), self.params, strict=True)]
-        torch._foreach_copy_(self.params, moved)
+        moved = directions = directions.to(self.dtype)
+        if params is not None and self.narrow:  # stepped in the wide dtype and rounded once
+            moved = update(params, directions, settings.lr, settings.decay, out=params)
+        apart = list(moved.unbind())
+        if not self.as_is:
+            apart = [back(one, param, self.view) for one, param in zip(apart, self.params, strict=True)]
+        if self.narrow:
+            torch._foreach_copy_(self.params, apart)
+        else:
+            update_each_(self.params, apart, settings.lr, settings.decay)
         if any(node[key] is not buffer for node, key, buffer in self._cells):
             self._keep(dict(leaves(self.tree)))  # it has grown
 

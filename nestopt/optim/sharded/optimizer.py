@@ -96,8 +96,8 @@ class Sharded(Optimizer):
             RuntimeError: the processes have other levels, or slices that do not make the parameters up.
         """
         self._comm = comm
-        if isinstance(self.nested._watcher, Watcher):
-            self.nested._watcher.elsewhere = True
+        if isinstance(self.nested.watcher, Watcher):
+            self.nested.watcher.elsewhere = True
         tables: list[list[Sequence[Slice] | None]] = [[some.table for some in placements]]
         if comm is not None:
             self._check_alike(comm)
@@ -182,7 +182,7 @@ class Sharded(Optimizer):
         return list(found.values())
 
     def _inputs(self, unit: Unit, group: Group) -> dict[str, Totals | None]:
-        level, watcher, shapes = self.level(group), self.nested._watcher, unit.shapes()
+        level, watcher, shapes = self.level(group), self.nested.watcher, unit.shapes()
         if INPUTS not in level.needs:
             return {}
         found: dict[str, Totals | None] = dict.fromkeys(shapes)
@@ -203,8 +203,8 @@ class Sharded(Optimizer):
 
     def forget_inputs(self) -> None:
         """Forget what layers were shown since the last step."""
-        if isinstance(self.nested._watcher, Watcher):
-            self.nested._watcher.forget()
+        if isinstance(self.nested.watcher, Watcher):
+            self.nested.watcher.forget()
 
     def explain(self) -> Any:
         """Explain as `Nested.explain` does."""

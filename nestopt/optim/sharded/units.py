@@ -113,7 +113,7 @@ class Whole(Unit):
         _settings(self._nested, group)
         if INPUTS in self._nested.level(group).needs:
             own = zip(self.names, self.tensors, strict=True)
-            self._nested._watcher = KnownInputs({tensor: inputs.get(name) for name, tensor in own})
+            self._nested.watcher = KnownInputs({tensor: inputs.get(name) for name, tensor in own})
         for tensor, grad in zip(self.tensors, grads, strict=True):
             tensor.grad = grad
         self._nested.step()
@@ -276,7 +276,7 @@ class _Round:
         """Step what has come, which is used up, and send it back."""
         _settings(self.nested, group)
         if INPUTS in self.nested.level(group).needs:
-            self.nested._watcher = KnownInputs({param: inputs.get(name) for name, param in self.work.items()})
+            self.nested.watcher = KnownInputs({param: inputs.get(name) for name, param in self.work.items()})
         for name, param in self.work.items():
             param.data, grad = values.pop(name), grads.pop(name)
             param.grad = None if name in without else grad

@@ -113,7 +113,7 @@ def test_bfloat16_singular_values_are_as_good(form: kernel.Form, decades: float)
 
 
 def test_bfloat16_needs_the_fresh_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "RESTART", 99)
+    monkeypatch.setattr(kernel, "GROWTH", 1e99)
     x = badly_conditioned(4.0)
     assert newton_schulz(x, dtype=torch.bfloat16, form="gram").float().norm(2) > 10 * newton_schulz(x).norm(2)
 
@@ -137,6 +137,35 @@ def test_gradients_and_vmap(form: kernel.Form) -> None:
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: newton_schulz(x, 3, form=form), (x,))
     torch.testing.assert_close(vmap(lambda x: newton_schulz(x, form=form))(x), newton_schulz(x, form=form))
+
+
+@given(st.integers(-100, 100), st.sampled_from([(6, 5), (20, 60)]), st.sampled_from(["float32", "bfloat16", "float64"]))
+def test_a_power_of_two_changes_no_bit(exponent: int, shape: tuple[int, int], dtype: str) -> None:
+    x, wide = torch.randn(shape), getattr(torch, dtype)
+    want = newton_schulz(x, dtype=wide)
+    for detached in (False, True):  # which looks whether the squares are in range
+        assert torch.equal(newton_schulz(x * 2.0**exponent, dtype=wide, detached=detached), want)
+
+
+@pytest.mark.parametrize("coefficients", list(SETS))
+@pytest.mark.parametrize("shape", [(5, 5), (4, 9), (9, 4), (3, 4, 9)], ids=str)
+def test_a_factor_is_of_the_result(shape: tuple[int, ...], coefficients: str) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
+    for steps in (0, 1, 5):
+        got, one = newton_schulz(x, steps, coefficients, factor=0.7), newton_schulz(x, steps, coefficients)
+        torch.testing.assert_close(got, 0.7 * one, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [5, 10])
+@pytest.mark.parametrize("coefficients", list(SETS))
+@pytest.mark.parametrize("decades", [0.5, 2.0, 4.0, 8.0])
+def test_the_gram_form_starts_anew_in_time(steps: int, coefficients: str, decades: float) -> None:
+    x = badly_conditioned(decades)
+    got = newton_schulz(x, steps, coefficients, dtype=torch.bfloat16, form="gram").double()
+    one_by_one = newton_schulz(x, steps, coefficients, dtype=torch.bfloat16, form="standard").double()
+    exact = written_out(x, coefficients, steps)
+    assert torch.linalg.svdvals(got).max() < 1.25
+    assert (got - exact).norm() < 0.05 * exact.norm() + 1.5 * (one_by_one - exact).norm()
 
 
 def test_zeros_stay_zeros() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -24,13 +24,14 @@ from nestopt.core.precision import (
     check_products,
 )
 from nestopt.core.token_batch import check_mask
-from nestopt.core.tree import State
+from nestopt.core.tree import State, tree_map
 from nestopt.levels.continuum.clock import Clocks, Phases, between_writes
 from nestopt.levels.continuum.write import LearnerStep
 from nestopt.models.continuation import go_on
+from nestopt.models.exact_signal import ExactSignal, Passed, nothing_open
 from nestopt.models.families import Family, family_of
 from nestopt.models.loss_signal import TAUGHT, LossTeaching, Read, nothing_carried
-from nestopt.models.trained_mlp import LEVEL, Layer, TrainedMlp, patch, reader
+from nestopt.models.trained_mlp import LEVEL, Layer, TrainedMlp, reading
 from nestopt.nn.rows import Rows
 
 
@@ -52,8 +53,10 @@ class Stacked(nn.Module):
         writer: LearnerStep,
         through: Literal["full", "first_order", "stop"],
         precision: Precision = "float32",
+        signal: Literal["exact", "residual"] = "exact",
     ) -> None:
         super().__init__()
+        self.signal: Literal["exact", "residual"] = signal
         self.pretrained, self.periods, self._family = pretrained, dict(periods), family
         self._blocks = family.blocks(pretrained)
         self.rates, self.targets = nn.ParameterDict(), nn.ParameterDict()
@@ -86,7 +89,9 @@ class Stacked(nn.Module):
     def init_state(self, batch: int) -> State:
         """Return the state of `batch` sequences before their first token."""
         found: State = {f"block_{n}": {LEVEL: layer.init_state(batch)} for n, layer in enumerate(self._layers.values())}
-        if self._layers and not self.targets:
+        if self._layers and not self.targets and self.signal == "exact":
+            found[TAUGHT] = nothing_open(self._exact().width, batch, {}, next(self.pretrained.parameters()).device)
+        elif self._layers and not self.targets:
             like = next(self.pretrained.parameters())
             found[TAUGHT] = nothing_carried(len(self._layers), batch, self._family.width(self.pretrained), like)
         return found
@@ -129,6 +134,8 @@ class Stacked(nn.Module):
             check_mask(attention_mask.bool(), *tokens.shape)
             rows = Rows.of(attention_mask.bool())
             tokens, mask = rows.moved(tokens[..., None])[..., 0], rows.front
+        if learn and self._layers and self.signal == "exact" and not self.targets:
+            return self._exactly_taught(tokens, state, past, mask, rows, cache)
         context = self._family.context(self.pretrained, past, mask)
         if not self._family.causal:
             out, state = self._encoded(tokens, state, mask, learn)
@@ -171,6 +178,49 @@ class Stacked(nn.Module):
                     teaching.observe(self._family.signal(self.pretrained, *known))
             return teaching.end()
 
+    def _exactly_taught(
+        self, tokens: Tensor, state: State, past: State | None, mask: Tensor | None, rows: Rows | None, cache: bool
+    ) -> tuple[Tensor, State]:
+        """Read from write to write, each segment taught when it is over."""
+        if past is not None:
+            state["cache"] = _as_pairs(past)
+        elif cache and mask is not None:  # so that rows that end in the first segment have the start of one
+            with torch.no_grad():
+                first = self._family.context(self.pretrained, None, None)
+                first.run(tokens[:, :1])
+            state["cache"] = tree_map(lambda x: x.narrow(-2 if x.ndim > 2 else -1, 0, 0), _as_pairs(first.tensors()))
+        else:
+            state["cache"] = {}
+        passes = self._layers and next(iter(self._layers.values())).clocks.through != "stop"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(passes)):
+            hidden, state = self._exact(closes=not cache).run(tokens, state, mask)
+            own = state.pop("cache")
+            out = self._family.head(self.pretrained, hidden)
+        if cache:
+            state["cache"] = _as_cache(own)
+        return (out if rows is None else rows.back(out)), state
+
+    def _exact(self, closes: bool = False) -> ExactSignal:
+        def read(tokens: Tensor, state: State, mask: Tensor | None, learns: bool) -> Passed:
+            context = self._family.context(self.pretrained, _as_cache(state["cache"]) or None, mask)
+            outputs: list[Tensor] | None = [] if learns else None
+            with self._weights(state, outputs) as inputs:
+                hidden = context.run(tokens)
+            own = [inputs[i] for i in self._layers]
+            return Passed(hidden, own, outputs or [], {**state, "cache": _as_pairs(context.tensors())})
+
+        layers = list(self._layers.values())
+        return ExactSignal(
+            continua={f"block_{n}": layer for n, layer in enumerate(layers)},
+            key=LEVEL,
+            read=read,
+            signal=partial(self._family.signal, self.pretrained),
+            mixers=lambda state: cast(State, state["cache"]),
+            begin_at=lambda state, mixers: {**state, "cache": mixers},
+            second_order=layers[0].clocks.through == "full",
+            closes=closes,
+        )
+
     def _by_themselves(self, tokens: Tensor, state: State, context: Any, mask: Tensor | None) -> tuple[Tensor, State]:
         """Read from write to write, each level taught by its own objective."""
         found: list[Tensor] = []
@@ -211,23 +261,15 @@ class Stacked(nn.Module):
         return hidden, [inputs[i] for i in self._layers]
 
     @contextmanager
-    def _weights(self, state: State) -> Iterator[dict[int, Tensor]]:
-        """While this lasts, the MLPs have the weights in `state`; gives what they are shown."""
+    def _weights(self, state: State, outputs: list[Tensor] | None = None) -> Iterator[dict[int, Tensor]]:
+        """While this lasts, the MLPs have the weights in `state`; gives what they are shown, and notes `outputs`."""
         inputs: dict[int, Tensor] = {}
-        patched: list[nn.Module] = []
-        try:
+        with ExitStack() as patched:
             for n, (i, layer) in enumerate(self._layers.items()):
-                first, *rest = parts = self._family.mlp(self._blocks[i])
                 weights = layer.weights(state[f"block_{n}"][LEVEL])
-                patch(first, reader(layer, weights, first, i, inputs))
-                if weights is not None:
-                    for part in rest:  # the first has done their work
-                        patch(part, lambda x, *args, **kwargs: x)
-                patched += parts
+                took, gave = partial(inputs.__setitem__, i), None if outputs is None else outputs.append
+                patched.enter_context(reading(layer, self._family.mlp(self._blocks[i]), weights, took, gave))
             yield inputs
-        finally:
-            for module in patched:
-                module.__dict__.pop("forward", None)
 
     @torch.no_grad()
     def generate(
@@ -246,12 +288,26 @@ class Stacked(nn.Module):
         return go_on(partial(self, cache=True, learn=learn), prompt, length, choose, now)
 
 
+def _as_pairs(cache: State) -> State:
+    """Return attention's cache as the kept pairs of layers, whose rows can be chosen and put together."""
+    return {name: {**pairs, "mask": cache["mask"]} for name, pairs in cache["layers"].items()}
+
+
+def _as_cache(pairs: State) -> State:
+    """Return kept pairs of layers as a cache; empty of none."""
+    if not pairs:
+        return {}
+    layers = {name: {"keys": own["keys"], "values": own["values"]} for name, own in pairs.items()}
+    return {"layers": layers, "mask": next(iter(pairs.values()))["mask"]}
+
+
 def stack(
     pretrained: nn.Module,
     levels: int | Sequence[int] | Mapping[int, int] = 64,
     *,
     rate: float | None = None,
     teach: Literal["loss", "local"] = "loss",
+    signal: Literal["exact", "residual"] = "exact",
     learner: Level | None = None,
     keep: float = 1.0,
     through: Literal["full", "first_order", "stop"] = "stop",
@@ -297,6 +353,8 @@ def stack(
         raise ValueError(f"stack: rate={rate} is not allowed; give 0 or more")
     if teach not in ("loss", "local"):
         raise ValueError(f'stack: teach={teach!r} is not allowed; give "loss" or "local"')
+    if signal not in ("exact", "residual"):
+        raise ValueError(f'stack: signal={signal!r} is not allowed; give "exact" or "residual"')
     if teach == "loss" and rate and not family.has_head(pretrained):
         raise ValueError(
             f"stack: {type(pretrained).__name__} predicts no next token, so that no loss can teach it; give "
@@ -304,7 +362,7 @@ def stack(
         )
     periods = _periods(levels, len(family.blocks(pretrained)))
     writer = LearnerStep(Gd() if learner is None else learner, normalized=False, keep=keep)
-    return Stacked(pretrained, family, periods, rate, teach, writer, through, precision)
+    return Stacked(pretrained, family, periods, rate, teach, writer, through, precision, signal)
 
 
 def _periods(levels: int | Sequence[int] | Mapping[int, int], depth: int) -> dict[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -123,20 +124,51 @@ def patch(module: nn.Module, forward: Callable[..., Tensor]) -> None:
     module.__dict__["forward"] = forward
 
 
-def reader(
-    layer: Layer, weights: Theta | None, module: nn.Module, i: int, inputs: dict[int, Tensor]
-) -> Callable[..., Tensor]:
-    """Return what layer i is to run: it keeps what it is shown in `inputs`, and reads with `weights`, if any."""
-    own = type(module).forward
+@contextmanager
+def reading(
+    layer: Layer,
+    parts: Sequence[nn.Module],
+    weights: Theta | None,
+    took: Callable[[Tensor], None],
+    gave: Callable[[Tensor], None] | None = None,
+) -> Iterator[None]:
+    """While this lasts, a layer's MLP, which is `parts`, has the `weights` given, or its own where these are None.
 
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        inputs[i] = x
+    Args:
+        layer: the level that it is.
+        parts: as of `nestopt.models.families.Family.mlp`.
+        weights: of each sequence.
+        took, gave: are told its input and its output, of which a gradient can then be asked.
+    """
+    first, *rest = parts
+
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        took(x)
         if weights is None:
-            return own(module, x, *args, **kwargs)
+            return cast(Tensor, type(first).forward(first, x, *args, **kwargs))
         with _unpatched(layer.memory.module), products_in(layer.precision):
             return read(cast(Memory, layer.memory), weights, x)
 
-    return forward
+    def watched(forward: Callable[..., Tensor], gave: Callable[[Tensor], None]) -> Callable[..., Tensor]:
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            y = forward(*args, **kwargs)
+            gave(y if y.requires_grad else y.requires_grad_())
+            return y
+
+        return run
+
+    runs: list[Callable[..., Tensor]] = [run]
+    for part in rest:  # with weights that are given, the first has done their work
+        runs.append(partial(type(part).forward, part) if weights is None else lambda x, *args, **kwargs: x)
+    if gave is not None:
+        runs[-1] = watched(runs[-1], gave)
+    try:
+        for part, forward in zip(parts, runs, strict=True):
+            patch(part, forward)
+        yield
+    finally:
+        for part in parts:
+            part.__dict__.pop("forward", None)
 
 
 @contextmanager

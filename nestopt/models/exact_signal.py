@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nestopt.core.device import by_contract, numbers_in, remember, upload
 from nestopt.core.token_state import cat, index
 from nestopt.core.tree import State, tree_map
-from nestopt.levels.continuum.clock import between_writes
+from nestopt.levels.continuum.clock import TokenCounts, between_writes
+from nestopt.levels.continuum.scan import LevelGradient
 from nestopt.models.loss_signal import TAUGHT, Continuum
 from nestopt.nn.rows import Rows
 
@@ -45,6 +46,23 @@ class Passed(NamedTuple):
     state: State
 
 
+class Bounded(Continuum, Protocol):
+    """A continuum whose gradient can be looked at before it is learned from."""
+
+    def gradient(
+        self, x: Tensor, delta: Tensor | None, state: State, live: Tensor | None, seen: TokenCounts
+    ) -> tuple[LevelGradient, Tensor]:
+        r"""Return PG, what the learner is to be shown of tokens that were read with the weights in `state`.
+
+        And $\mathrm{rate}\,\langle G, P G\rangle$ of each sequence, `[B]`.
+        """
+        ...
+
+    def learn(self, gradient: LevelGradient, state: State, seen: TokenCounts) -> State:
+        """Learn from that; write where the period is over."""
+        ...
+
+
 def nothing_open(width: int, batch: int, mixers: State, device: torch.device) -> State:
     """Return what the state has of a segment that is not over, before the first token.
 
@@ -58,18 +76,35 @@ def nothing_open(width: int, batch: int, mixers: State, device: torch.device) ->
 
 @dataclasses.dataclass(frozen=True)
 class ExactSignal:
-    """How a model reads from write to write, its continua taught by its loss.
+    r"""How a model reads from write to write, its continua taught by its loss.
+
+    With a `bound` κ, what a sequence's learners are shown of a segment, $P_\ell G_\ell$ of its gradients $G_\ell$ (P is
+    the identity, or the damping of `nestopt.models.trained_mlp`), is multiplied by
+
+    $$s = \min\Big(1,\ \frac{\kappa\,L}{\sum_\ell \mathrm{rate}_\ell\,\langle G_\ell, P_\ell G_\ell\rangle}\Big)$$
+
+    so that what a step of plain gradient descent is foreseen to take off the segment's loss L is κL at most. That is
+    Polyak's step, never longer than the rate says. Where the loss is convex in the weights W, as in the linearised
+    model, and some $W_*$ have no loss on the segment, no rate makes a write lead away from them for κ of 2 or less: in
+    the norm of $P^{-1}$, with $\eta = s\cdot\mathrm{rate}$ and so $\eta\,\langle G, P G\rangle \le \kappa L$,
+
+    $$\lVert W - \eta P G - W_*\rVert^2 = \lVert W - W_*\rVert^2 - 2\eta\,\langle G, W - W_*\rangle
+      + \eta^2\langle G, P G\rangle \le \lVert W - W_*\rVert^2 - (2 - \kappa)\,\eta L,$$
+
+    since $\langle G, W - W_*\rangle \ge L$. A level whose period is k segments takes k such steps at once, and that
+    holds of it for κ of 2/k or less.
 
     Attributes:
         continua: those that are taught, by block.
         key: of a continuum's state in that of its block.
         read: reads tokens `[B, n]`, none of which crosses a write, from a state, with a mask; the outputs of continua
             require a gradient if the last argument says so.
-        signal: the derivative of the loss of targets `[B, n]` by the residual stream.
+        head: logits of the residual stream.
         mixers: of a state, that of what mixes tokens.
         begin_at: puts mixers' states in the place of a state's own.
         second_order: whether an outer gradient passes the signal.
         lockstep: whether what is done must not depend on how long the rows are.
+        bound: κ; None for none. Continua are `Bounded` then.
         closes: whether a segment is over where the call ends: then nothing of it is carried on, and the last position
             of a row, whose next token is not known, teaches nothing.
     """
@@ -77,11 +112,12 @@ class ExactSignal:
     continua: Mapping[str, Continuum]
     key: str
     read: Callable[[Tensor, State, Tensor | None, bool], Passed]
-    signal: Callable[[Tensor, Tensor], Tensor]
+    head: Callable[[Tensor], Tensor]
     mixers: Callable[[State], State]
     begin_at: Callable[[State, State], State]
     second_order: bool
     lockstep: bool = False
+    bound: float | None = None
     closes: bool = False
 
     @property
@@ -141,13 +177,16 @@ class ExactSignal:
             passed = self._read(segment, self.begin_at(state, start), live, True)
             targets = torch.cat([segment[:, 1:], tokens[:, first : first + 1]], dim=1)
             if self.closes:
-                known = torch.ones_like(segment, dtype=torch.bool)
-                known[:, -1] = False
-                state = self._taught(passed, state, targets, known, None, [step], length)
+                told = torch.ones_like(segment, dtype=torch.bool).index_fill(
+                    1, upload([held - 1], segment.device), False
+                )
+                state = self._taught(passed, state, targets, told, None, [step], length)
             else:
-                ends.add([row for row, n in enumerate(counts) if n <= first], segment, [held + n for n in counts], start)
-                rows = self._rows([n > first for n in counts], segment)
-                state = self._taught(passed, state, targets, rows, rows, [step], length - 1 - first + ahead)
+                ends.add(
+                    [row for row, n in enumerate(counts) if n <= first], segment, [held + n for n in counts], start
+                )
+                learn = self._rows([n > first for n in counts], segment)
+                state = self._taught(passed, state, targets, learn, learn, [step], length - 1 - first + ahead)
             step += held + first
         elif not self.closes:
             ends.add([row for row, n in enumerate(counts) if n == 0], tokens[:, :0], counts, start)
@@ -162,10 +201,10 @@ class ExactSignal:
             found.append(passed.hidden if torch.is_grad_enabled() else passed.hidden.detach())
             state = passed.state
             if learns:
-                if self.closes:
-                    known, live = self._known(mask, own, a, b, length), masked
-                else:
-                    known = live = self._rows([n > b for n in counts], own)
+                known = (
+                    self._known(mask, own, a, b, length) if self.closes else self._rows([n > b for n in counts], own)
+                )
+                live = masked if self.closes else known
                 state = self._taught(passed, state, after[:, a:b], known, live, phases, length - 1 - b + ahead)
         if self.closes:
             nothing = nothing_open(self.width, len(tokens), {}, tokens.device)
@@ -214,17 +253,29 @@ class ExactSignal:
             phases, ahead: as of `Continuum.observe`.
         """
         outer = torch.is_grad_enabled()
+        with torch.enable_grad():
+            logits = self.head(passed.hidden)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            losses = F.cross_entropy(logits.mT, targets, reduction="none")
+            loss = (losses if known is None else torch.where(known, losses, 0)).sum(1)
+            total = loss.sum()
         create = outer and self.second_order
-        with torch.set_grad_enabled(create):
-            hidden = passed.hidden if create else passed.hidden.detach()
-            delta = self.signal(hidden, targets).to(hidden.dtype)
-            delta = delta if known is None else torch.where(known[..., None], delta, 0)
-        deltas = torch.autograd.grad(passed.hidden, passed.outputs, delta, retain_graph=outer, create_graph=create)
-        state = dict(state)
-        for (name, one), x, error in zip(self.continua.items(), passed.inputs, deltas, strict=True):
-            own = one.observe(x, error, state[name][self.key], live, phases=phases, ahead=ahead)
-            state[name] = {**state[name], self.key: own}
-        return state
+        deltas = torch.autograd.grad(total, passed.outputs, retain_graph=outer, create_graph=create)
+        own = {name: state[name][self.key] for name in self.continua}
+        given = zip(self.continua, passed.inputs, deltas, strict=True)
+        if self.bound is None:
+            new = {
+                name: self.continua[name].observe(x, error, own[name], live, phases=phases, ahead=ahead)
+                for name, x, error in given
+            }
+        else:
+            layers = cast(Mapping[str, Bounded], self.continua)
+            seen = TokenCounts(targets.shape[1], None if live is None else live.sum(1), phases, ahead)
+            found = {name: layers[name].gradient(x, error, own[name], live, seen) for name, x, error in given}
+            foreseen = torch.stack([taken for _, taken in found.values()]).sum(0)
+            share = _share(self.bound, loss.detach(), foreseen)
+            new = {name: layers[name].learn(_scaled(g, share), own[name], seen) for name, (g, _) in found.items()}
+        return {**state, **{name: {**state[name], self.key: part} for name, part in new.items()}}
 
     def _rows(self, chosen: list[bool], tokens: Tensor) -> Tensor | None:
         """Return `[B, n]`, True in the chosen rows; None if these are all."""
@@ -283,6 +334,16 @@ def _each(numbers: Tensor, batch: int) -> list[int]:
         return several * batch
     with by_contract("places") if numbers.device.type != "cpu" else nullcontext():
         return [int(n) for n in numbers.tolist()]
+
+
+def _share(bound: float, loss: Tensor, foreseen: Tensor) -> Tensor:
+    """Return s of each sequence, `[B]`, of its loss and what a step is foreseen to take off it."""
+    return (bound * loss / foreseen.clamp_min(torch.finfo(loss.dtype).tiny)).clamp_max(1.0)
+
+
+def _scaled(gradient: LevelGradient, share: Tensor) -> LevelGradient:
+    by = {name: g * share.to(g).reshape(-1, *(1,) * (g.ndim - 1)) for name, g in gradient.gradient.items()}
+    return dataclasses.replace(gradient, gradient=by)
 
 
 def _normal(x: Tensor) -> Tensor:

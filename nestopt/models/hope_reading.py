@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 from torch import Tensor
 
 from nestopt.core.device import no_autocast
-from nestopt.core.precision import products_in
+from nestopt.core.precision import matmul, products_in
 from nestopt.core.tree import State
 from nestopt.models import next_token
 from nestopt.models.exact_signal import ExactSignal, Passed
@@ -83,12 +83,18 @@ def exact(model: HopeLM, learn: Learn = True) -> ExactSignal | None:
         continua=taught,
         key="mlp",
         read=read,
-        signal=lambda hidden, targets: _signal(model, hidden, targets),
+        head=lambda hidden: _logits(model, hidden),
         mixers=lambda state: {name: part["mixer"] for name, part in state.items()},
         begin_at=lambda state, mixers: {name: {**part, "mixer": mixers[name]} for name, part in state.items()},
         second_order=any(mlp.level.through in ("full", "truncated") for mlp in taught.values()),
         lockstep=model.lockstep,
     )
+
+
+def _logits(model: HopeLM, hidden: Tensor) -> Tensor:
+    autocast = nullcontext() if model.precision == "float32" else no_autocast(hidden.device)
+    with autocast, products_in(model.precision):
+        return matmul(model.norm(hidden), model.head.weight.mT)
 
 
 def _signal(model: HopeLM, hidden: Tensor, targets: Tensor) -> Tensor:

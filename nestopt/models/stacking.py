@@ -29,7 +29,7 @@ from nestopt.levels.continuum.clock import Clocks, Phases, between_writes
 from nestopt.levels.continuum.write import LearnerStep
 from nestopt.models.continuation import go_on
 from nestopt.models.exact_signal import ExactSignal, Passed, nothing_open
-from nestopt.models.families import Family, family_of
+from nestopt.models.families import Family, as_cache, as_pairs, family_of
 from nestopt.models.loss_signal import TAUGHT, LossTeaching, Read, nothing_carried
 from nestopt.models.trained_mlp import LEVEL, Layer, TrainedMlp, reading
 from nestopt.nn.rows import Rows
@@ -54,9 +54,12 @@ class Stacked(nn.Module):
         through: Literal["full", "first_order", "stop"],
         precision: Precision = "float32",
         signal: Literal["exact", "residual"] = "exact",
+        bound: float | None = None,
+        damping: float | None = None,
     ) -> None:
         super().__init__()
         self.signal: Literal["exact", "residual"] = signal
+        self._bound = bound
         self.pretrained, self.periods, self._family = pretrained, dict(periods), family
         self._blocks = family.blocks(pretrained)
         self.rates, self.targets = nn.ParameterDict(), nn.ParameterDict()
@@ -72,7 +75,7 @@ class Stacked(nn.Module):
                 self.targets[str(i)] = nn.Parameter(torch.eye(family.width(pretrained), device=weight.device))
             target = self.targets[str(i)] if teach == "local" else None
             clocks = Clocks({LEVEL: period}, writer, through=through)
-            self._layers[i] = Layer(memory, self.rates[str(i)], clocks, target, precision)
+            self._layers[i] = Layer(memory, self.rates[str(i)], clocks, target, precision, damping)
 
     @property
     def precision(self) -> Precision:
@@ -183,12 +186,12 @@ class Stacked(nn.Module):
     ) -> tuple[Tensor, State]:
         """Read from write to write, each segment taught when it is over."""
         if past is not None:
-            state["cache"] = _as_pairs(past)
+            state["cache"] = as_pairs(past)
         elif cache and mask is not None:  # so that rows that end in the first segment have the start of one
             with torch.no_grad():
                 first = self._family.context(self.pretrained, None, None)
                 first.run(tokens[:, :1])
-            state["cache"] = tree_map(lambda x: x.narrow(-2 if x.ndim > 2 else -1, 0, 0), _as_pairs(first.tensors()))
+            state["cache"] = tree_map(lambda x: x.narrow(-2 if x.ndim > 2 else -1, 0, 0), as_pairs(first.tensors()))
         else:
             state["cache"] = {}
         passes = self._layers and next(iter(self._layers.values())).clocks.through != "stop"
@@ -197,27 +200,28 @@ class Stacked(nn.Module):
             own = state.pop("cache")
             out = self._family.head(self.pretrained, hidden)
         if cache:
-            state["cache"] = _as_cache(own)
+            state["cache"] = as_cache(own)
         return (out if rows is None else rows.back(out)), state
 
     def _exact(self, closes: bool = False) -> ExactSignal:
         def read(tokens: Tensor, state: State, mask: Tensor | None, learns: bool) -> Passed:
-            context = self._family.context(self.pretrained, _as_cache(state["cache"]) or None, mask)
+            context = self._family.context(self.pretrained, as_cache(state["cache"]) or None, mask)
             outputs: list[Tensor] | None = [] if learns else None
             with self._weights(state, outputs) as inputs:
                 hidden = context.run(tokens)
             own = [inputs[i] for i in self._layers]
-            return Passed(hidden, own, outputs or [], {**state, "cache": _as_pairs(context.tensors())})
+            return Passed(hidden, own, outputs or [], {**state, "cache": as_pairs(context.tensors())})
 
         layers = list(self._layers.values())
         return ExactSignal(
             continua={f"block_{n}": layer for n, layer in enumerate(layers)},
             key=LEVEL,
             read=read,
-            signal=partial(self._family.signal, self.pretrained),
+            head=partial(self._family.head, self.pretrained),
             mixers=lambda state: cast(State, state["cache"]),
             begin_at=lambda state, mixers: {**state, "cache": mixers},
             second_order=layers[0].clocks.through == "full",
+            bound=self._bound,
             closes=closes,
         )
 
@@ -288,19 +292,6 @@ class Stacked(nn.Module):
         return go_on(partial(self, cache=True, learn=learn), prompt, length, choose, now)
 
 
-def _as_pairs(cache: State) -> State:
-    """Return attention's cache as the kept pairs of layers, whose rows can be chosen and put together."""
-    return {name: {**pairs, "mask": cache["mask"]} for name, pairs in cache["layers"].items()}
-
-
-def _as_cache(pairs: State) -> State:
-    """Return kept pairs of layers as a cache; empty of none."""
-    if not pairs:
-        return {}
-    layers = {name: {"keys": own["keys"], "values": own["values"]} for name, own in pairs.items()}
-    return {"layers": layers, "mask": next(iter(pairs.values()))["mask"]}
-
-
 def stack(
     pretrained: nn.Module,
     levels: int | Sequence[int] | Mapping[int, int] = 64,
@@ -308,6 +299,8 @@ def stack(
     rate: float | None = None,
     teach: Literal["loss", "local"] = "loss",
     signal: Literal["exact", "residual"] = "exact",
+    bound: float | None = 0.5,
+    damping: float | None = 10.0,
     learner: Level | None = None,
     keep: float = 1.0,
     through: Literal["full", "first_order", "stop"] = "stop",
@@ -316,20 +309,28 @@ def stack(
 ) -> Stacked:
     r"""Let the MLPs of a trained Hugging Face model learn while it reads.
 
-    Taught by the loss, each takes $\delta_t = \partial\ell_t/\partial h_t$ of the stream before the last norm as the
-    error at its own output, as a `HopeLM`'s continuum does (`nestopt.models.loss_signal`), and steps every period along
-    the sum of its gradients.
+    Taught by the loss, each takes a step every period along the sum of its gradients: of its own next-token loss,
+    backpropagated through the layers after it, a segment between two writes at a time (`nestopt.models.exact_signal`).
+    With `cache=False` a call's segments are over where it ends, and its last token teaches nothing.
 
     Args:
         pretrained: a GPT-2, a Llama or one like it (Mistral, Qwen, SmolLM, …), or a BERT. It is not changed.
         levels: tokens between writes: of all MLPs; or several, spread evenly over the depth from the first layer on
             (slow ones first, as a rule); or by layer, counted from 0, or from the end with negative numbers: only these
             learn.
-        rate: of the learner's steps, on plain sums of gradients: the same for all at first, learned as its logarithm.
-            0: the model is as it was. Default 3e-4, or with `teach="local"`, whose error grows as it is followed too
-            far, 1e-5.
+        rate: of the learner's steps, on sums of gradients: the same for all at first, learned as its logarithm. 0: the
+            model is as it was. Default 2e-3, or 3e-4 where these are plain sums; with `teach="local"`, whose error
+            grows as it is followed too far, 1e-5.
         teach: `"loss"`, of the model's own next-token prediction; `"local"`: M(x) is to be V x, with V learned and at
             first the identity, for models without a head.
+        signal: the error at an MLP's output. `"exact"`: the derivative of the loss by it. `"residual"`: that by the
+            stream before the last norm, as if no layer came after: cheaper, right in the last layer, and less and less
+            like it below; bound and damping are not for it.
+        bound: share of a segment's loss that a write may be foreseen to take off, above 0 and 2 at most: what keeps a
+            rate that is too great from doing harm. None: none. A learner that divides by the size of what it is shown,
+            as `adam` does, undoes it.
+        damping: how many times at most a direction that all inputs of a linear layer share is written, in the place of
+            once a token (`nestopt.models.trained_mlp`). None: gradients are plain.
         learner: what is shown the gradients. Default `gd`.
         keep: what is left, at each write, of the way from the trained weights.
         through: how the outer gradient passes a write, if weights or rates are to be trained
@@ -347,14 +348,19 @@ def stack(
     """
     check_precision(precision, "stack")
     family = family_of(pretrained) if family is None else family
+    exact = teach == "loss" and signal == "exact"
     if rate is None:
-        rate = 3e-4 if teach == "loss" else 1e-5
+        rate = 1e-5 if teach == "local" else 2e-3 if exact and damping is not None else 3e-4
     if rate < 0 or not math.isfinite(rate):
         raise ValueError(f"stack: rate={rate} is not allowed; give 0 or more")
     if teach not in ("loss", "local"):
         raise ValueError(f'stack: teach={teach!r} is not allowed; give "loss" or "local"')
     if signal not in ("exact", "residual"):
         raise ValueError(f'stack: signal={signal!r} is not allowed; give "exact" or "residual"')
+    if bound is not None and not 0 < bound <= 2:
+        raise ValueError(f"stack: bound={bound} is not allowed; give a number above 0, 2 or less, or None for no bound")
+    if damping is not None and not 0 < damping < math.inf:
+        raise ValueError(f"stack: damping={damping} is not allowed; give a number above 0, or None for plain gradients")
     if teach == "loss" and rate and not family.has_head(pretrained):
         raise ValueError(
             f"stack: {type(pretrained).__name__} predicts no next token, so that no loss can teach it; give "
@@ -362,7 +368,8 @@ def stack(
         )
     periods = _periods(levels, len(family.blocks(pretrained)))
     writer = LearnerStep(Gd() if learner is None else learner, normalized=False, keep=keep)
-    return Stacked(pretrained, family, periods, rate, teach, writer, through, precision, signal)
+    held = {"bound": bound, "damping": damping} if exact else {}
+    return Stacked(pretrained, family, periods, rate, teach, writer, through, precision, signal, **held)
 
 
 def _periods(levels: int | Sequence[int] | Mapping[int, int], depth: int) -> dict[int, int]:

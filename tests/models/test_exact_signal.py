@@ -59,7 +59,9 @@ class Loop:
             {name: {k: w for k, w in level.named_parameters() if k[0] == "W"} for name, level in b.mlp.levels.items()}
             for b in model.blocks
         ]
-        self.sums = [{n: {k: torch.zeros_like(w) for k, w in ws.items()} for n, ws in of.items()} for of in self.weights]
+        self.sums = [
+            {n: {k: torch.zeros_like(w) for k, w in ws.items()} for n, ws in of.items()} for of in self.weights
+        ]
         self.periods = model.blocks[0].mlp.level.chain()
         self.seen, self.segment, self.start = 0, list[int](), self.mixers
         self.gradients: list[list[Tensor]] = []
@@ -186,7 +188,7 @@ def test_padding_changes_nothing(name: str, side: str) -> None:
     mask[2, :] = False
     with torch.no_grad():
         padded, state = model(tokens, mask=mask)
-        at_once, end = model(more, state)
+        at_once, _ = model(more, state)
         by_token = []
         for token in more.unbind(1):
             logits, state = model(token[:, None], state)

@@ -314,13 +314,10 @@ def test_no_rate_is_ruin() -> None:
 
     still = loss(0, None)
     for damping in (10.0, None):
-        rates = [0.003, 0.01, 0.03]
-        found = [loss(rate, None, damping) for rate in rates]
-        best = min(found)
-        rate = rates[found.index(best)]
-        assert best < 0.9 * still
-        guarded = [loss(times * rate, 0.5, damping) for times in (3, 1000)]
-        print(damping, still, found, guarded, loss(3 * rate, None, damping), loss(1000 * rate, None, damping))
+        assert loss(0.03, None, damping) < 0.97 * still  # useful
+        assert loss(1.0, None, damping) > 2 * still
+        for rate in (0.1, 1.0, 100.0):
+            assert loss(rate, 0.5, damping) < 0.97 * still
 
 
 def test_bounds_that_are_refused() -> None:

@@ -221,3 +221,16 @@ def _together(seen: Tensor, new: Tensor) -> Tensor:
     """Both masks, which together hold a token in every place if both are known to."""
     mask = torch.cat([seen, new], dim=1)
     return remember(mask, [1]) if known(seen) == known(new) == [1] else mask
+
+
+def as_pairs(cache: State) -> State:
+    """Return attention's cache as the kept pairs of layers, whose rows can be chosen and put together."""
+    return {name: {**pairs, "mask": cache["mask"]} for name, pairs in cache["layers"].items()}
+
+
+def as_cache(pairs: State) -> State:
+    """Return kept pairs of layers as a cache; empty of none."""
+    if not pairs:
+        return {}
+    layers = {name: {"keys": own["keys"], "values": own["values"]} for name, own in pairs.items()}
+    return {"layers": layers, "mask": next(iter(pairs.values()))["mask"]}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from itertools import cycle, islice
 from typing import Any, Literal
@@ -11,19 +10,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nestopt.core.device import no_autocast
 from nestopt.core.level import Level
-from nestopt.core.precision import Precision, check_precision, check_products, products_in
+from nestopt.core.precision import Precision, check_precision, check_products
 from nestopt.core.token_batch import check_mask
 from nestopt.core.token_state import Rows as Chosen
 from nestopt.core.token_state import as_mask, fitted, numbers, reset_rows, shapes_of
 from nestopt.core.tree import State, leaves
 from nestopt.levels.continuum.level import Cms
 from nestopt.levels.presets import Attention
-from nestopt.models import next_token
+from nestopt.models import hope_reading, next_token
 from nestopt.models.continuation import go_on
 from nestopt.models.documents import Pieces, run_documents
-from nestopt.models.loss_signal import TAUGHT, LossTeaching, Read, nothing_carried, teach_signal
+from nestopt.models.exact_signal import nothing_open
+from nestopt.models.loss_signal import TAUGHT, Read, nothing_carried
 from nestopt.models.segments import in_segments
 from nestopt.nn.consolidate import Consolidation, check_into, consolidate_all
 from nestopt.nn.hope import HopeBlock, Learn, writes
@@ -118,7 +117,9 @@ class HopeLM(nn.Module):
     def init_state(self, batch: int) -> State:
         """The state of `batch` sequences before their first token: nested dicts of tensors, `[batch, ...]` each."""
         state: State = {f"block_{i}": block.init_state(batch) for i, block in enumerate(self._blocks())}
-        if self._taught:
+        if exact := hope_reading.exact(self):
+            state[TAUGHT] = nothing_open(exact.width, batch, exact.mixers(state), self.embedding.weight.device)
+        elif self._taught:
             dim = self.embedding.embedding_dim
             state[TAUGHT] = nothing_carried(len(self.blocks), batch, dim, self.embedding.weight)
         return state
@@ -140,7 +141,9 @@ class HopeLM(nn.Module):
         carried = now.pop(TAUGHT, None)
         start = self.init_state(batch)
         new = {name: reset_rows(part, start[name], anew) for name, part in now.items()}
-        if carried is not None:
+        if carried is not None and hope_reading.exact(self):
+            new[TAUGHT] = reset_rows(carried, start[TAUGHT], anew)
+        elif carried is not None:
             new[TAUGHT] = {**carried, "live": carried["live"] & ~anew[:, None]}
         return new
 
@@ -257,7 +260,7 @@ class HopeLM(nn.Module):
         read, length = Read([0], False), tokens.shape[1]
         if state is None:
             state = self.init_state(tokens.shape[0])
-        elif self._taught:
+        elif self._taught and not hope_reading.exact(self):
             i = next(i for i, block in enumerate(self._blocks()) if block.mlp.taught)
             read = Read.of(state[f"block_{i}"]["mlp"]["step"], state[TAUGHT])
         if not self.segment or not torch.is_grad_enabled() or length <= self.segment:
@@ -275,55 +278,21 @@ class HopeLM(nn.Module):
         self, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn, read: Read, ahead: int = 0
     ) -> tuple[Tensor, State]:
         if self._taught and writes(learn, "mlp"):
-            return self._run_taught(tokens, state, mask, learn, read, ahead)
+            if exact := hope_reading.exact(self, learn):
+                return exact.run(tokens, state, mask, ahead)
+            return hope_reading.residual(self, tokens, state, mask, learn, read, ahead)
         # what is not written is not waited for
         carried = {TAUGHT: state[TAUGHT]} if self._taught else {}
-        x, _, new = self._through(tokens, {key: part for key, part in state.items() if key != TAUGHT}, mask, learn)
+        own = {key: part for key, part in state.items() if key != TAUGHT}
+        x, _, new = hope_reading.through(self, tokens, own, mask, learn)
         return x, {**new, **carried}
-
-    def _run_taught(
-        self, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn, read: Read, ahead: int
-    ) -> tuple[Tensor, State]:
-        """Read from write to write, each position taught when its next token has come."""
-        continua = [block.mlp if block.mlp.taught else None for block in self._blocks()]
-        teaching = LossTeaching(tokens, state, continua, mask, read, "mlp", ahead)
-        if teaching.waiting:
-            teaching.observe_carried(self._signal(*teaching.waiting))
-        for part in teaching.parts():
-            masked = None if mask is None else mask[:, part]
-            hidden, inputs, teaching.state = self._through(tokens[:, part], teaching.state, masked, learn)
-            if known := teaching.took(hidden, inputs):
-                teaching.observe(self._signal(*known))
-        return teaching.end()
-
-    def _through(
-        self, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn
-    ) -> tuple[Tensor, list[Tensor], State]:
-        """Run all blocks on tokens of which none crosses a write of a continuum that is taught."""
-        x = next_token.embedded(self.embedding, tokens, "HopeLM")
-        inputs, new = [], {}
-        for name, block in zip(state, self._blocks(), strict=True):
-            own = state[name]
-            x, mixer = block.mixed(x, own["mixer"], mask=mask, learn=learn)
-            inputs.append(x)
-            if block.mlp.taught:
-                x, mlp = block.mlp.read(x, own["mlp"]), own["mlp"]
-            else:
-                x, mlp = block.mlp(x, own["mlp"], mask=mask, learn=writes(learn, "mlp"))
-            new[name] = {"mixer": mixer, "mlp": mlp}
-        return x, inputs, new
-
-    def _signal(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        autocast = nullcontext() if self.precision == "float32" else no_autocast(hidden.device)
-        with autocast, products_in(self.precision):
-            return teach_signal(hidden, targets.long(), self.norm, self.head)
 
     @property
     def _taught(self) -> bool:
         return any(block.mlp.taught for block in self._blocks())
 
     def _blocks(self) -> Sequence[HopeBlock]:
-        return list(self.blocks)  # type: ignore[arg-type]  # a ModuleList forgets of what it is
+        return hope_reading.blocks_of(self)
 
     def fitted(self, state: Mapping[str, Any]) -> State:
         """Return `state`, such as one from a file, in which dicts without tensors may be missing.
@@ -367,7 +336,7 @@ class HopeLM(nn.Module):
         fresh = self.init_state(tokens.shape[0])
         begun = {name: {**part, "mlp": now[name]["mlp"]} for name, part in fresh.items() if name != TAUGHT}
         with torch.no_grad():
-            _, inputs, _ = self._through(tokens, begun, None, "mixer")
+            _, inputs, _ = hope_reading.through(self, tokens, begun, None, "mixer")
         continua = {f"block_{i}": block.mlp for i, block in enumerate(self._blocks())}
         states = {name: now[name]["mlp"] for name in continua}
         after, found = consolidate_all(continua, states, inputs, into=into, steps=steps, lr=lr)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -24,13 +24,14 @@ from nestopt.core.precision import (
     check_products,
 )
 from nestopt.core.token_batch import check_mask
-from nestopt.core.tree import State
+from nestopt.core.tree import State, tree_map
 from nestopt.levels.continuum.clock import Clocks, Phases, between_writes
 from nestopt.levels.continuum.write import LearnerStep
 from nestopt.models.continuation import go_on
-from nestopt.models.families import Family, family_of
+from nestopt.models.exact_signal import ExactSignal, Passed, nothing_open
+from nestopt.models.families import Family, as_cache, as_pairs, family_of
 from nestopt.models.loss_signal import TAUGHT, LossTeaching, Read, nothing_carried
-from nestopt.models.trained_mlp import LEVEL, Layer, TrainedMlp, patch, reader
+from nestopt.models.trained_mlp import LEVEL, Layer, TrainedMlp, reading
 from nestopt.nn.rows import Rows
 
 
@@ -52,8 +53,13 @@ class Stacked(nn.Module):
         writer: LearnerStep,
         through: Literal["full", "first_order", "stop"],
         precision: Precision = "float32",
+        signal: Literal["exact", "residual"] = "exact",
+        bound: float | None = None,
+        damping: float | None = None,
     ) -> None:
         super().__init__()
+        self.signal: Literal["exact", "residual"] = signal
+        self._bound = bound
         self.pretrained, self.periods, self._family = pretrained, dict(periods), family
         self._blocks = family.blocks(pretrained)
         self.rates, self.targets = nn.ParameterDict(), nn.ParameterDict()
@@ -69,7 +75,7 @@ class Stacked(nn.Module):
                 self.targets[str(i)] = nn.Parameter(torch.eye(family.width(pretrained), device=weight.device))
             target = self.targets[str(i)] if teach == "local" else None
             clocks = Clocks({LEVEL: period}, writer, through=through)
-            self._layers[i] = Layer(memory, self.rates[str(i)], clocks, target, precision)
+            self._layers[i] = Layer(memory, self.rates[str(i)], clocks, target, precision, damping)
 
     @property
     def precision(self) -> Precision:
@@ -86,7 +92,9 @@ class Stacked(nn.Module):
     def init_state(self, batch: int) -> State:
         """Return the state of `batch` sequences before their first token."""
         found: State = {f"block_{n}": {LEVEL: layer.init_state(batch)} for n, layer in enumerate(self._layers.values())}
-        if self._layers and not self.targets:
+        if self._layers and not self.targets and self.signal == "exact":
+            found[TAUGHT] = nothing_open(self._exact().width, batch, {}, next(self.pretrained.parameters()).device)
+        elif self._layers and not self.targets:
             like = next(self.pretrained.parameters())
             found[TAUGHT] = nothing_carried(len(self._layers), batch, self._family.width(self.pretrained), like)
         return found
@@ -129,6 +137,8 @@ class Stacked(nn.Module):
             check_mask(attention_mask.bool(), *tokens.shape)
             rows = Rows.of(attention_mask.bool())
             tokens, mask = rows.moved(tokens[..., None])[..., 0], rows.front
+        if learn and self._layers and self.signal == "exact" and not self.targets:
+            return self._exactly_taught(tokens, state, past, mask, rows, cache)
         context = self._family.context(self.pretrained, past, mask)
         if not self._family.causal:
             out, state = self._encoded(tokens, state, mask, learn)
@@ -171,6 +181,50 @@ class Stacked(nn.Module):
                     teaching.observe(self._family.signal(self.pretrained, *known))
             return teaching.end()
 
+    def _exactly_taught(
+        self, tokens: Tensor, state: State, past: State | None, mask: Tensor | None, rows: Rows | None, cache: bool
+    ) -> tuple[Tensor, State]:
+        """Read from write to write, each segment taught when it is over."""
+        if past is not None:
+            state["cache"] = as_pairs(past)
+        elif cache and mask is not None:  # so that rows that end in the first segment have the start of one
+            with torch.no_grad():
+                first = self._family.context(self.pretrained, None, None)
+                first.run(tokens[:, :1])
+            state["cache"] = tree_map(lambda x: x.narrow(-2 if x.ndim > 2 else -1, 0, 0), as_pairs(first.tensors()))
+        else:
+            state["cache"] = {}
+        passes = self._layers and next(iter(self._layers.values())).clocks.through != "stop"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(passes)):
+            hidden, state = self._exact(closes=not cache).run(tokens, state, mask)
+            own = state.pop("cache")
+            out = self._family.head(self.pretrained, hidden)
+        if cache:
+            state["cache"] = as_cache(own)
+        return (out if rows is None else rows.back(out)), state
+
+    def _exact(self, closes: bool = False) -> ExactSignal:
+        def read(tokens: Tensor, state: State, mask: Tensor | None, learns: bool) -> Passed:
+            context = self._family.context(self.pretrained, as_cache(state["cache"]) or None, mask)
+            outputs: list[Tensor] | None = [] if learns else None
+            with self._weights(state, outputs) as inputs:
+                hidden = context.run(tokens)
+            own = [inputs[i] for i in self._layers]
+            return Passed(hidden, own, outputs or [], {**state, "cache": as_pairs(context.tensors())})
+
+        layers = list(self._layers.values())
+        return ExactSignal(
+            continua={f"block_{n}": layer for n, layer in enumerate(layers)},
+            key=LEVEL,
+            read=read,
+            head=partial(self._family.head, self.pretrained),
+            mixers=lambda state: cast(State, state["cache"]),
+            begin_at=lambda state, mixers: {**state, "cache": mixers},
+            second_order=layers[0].clocks.through == "full",
+            bound=self._bound,
+            closes=closes,
+        )
+
     def _by_themselves(self, tokens: Tensor, state: State, context: Any, mask: Tensor | None) -> tuple[Tensor, State]:
         """Read from write to write, each level taught by its own objective."""
         found: list[Tensor] = []
@@ -211,23 +265,15 @@ class Stacked(nn.Module):
         return hidden, [inputs[i] for i in self._layers]
 
     @contextmanager
-    def _weights(self, state: State) -> Iterator[dict[int, Tensor]]:
-        """While this lasts, the MLPs have the weights in `state`; gives what they are shown."""
+    def _weights(self, state: State, outputs: list[Tensor] | None = None) -> Iterator[dict[int, Tensor]]:
+        """While this lasts, the MLPs have the weights in `state`; gives what they are shown, and notes `outputs`."""
         inputs: dict[int, Tensor] = {}
-        patched: list[nn.Module] = []
-        try:
+        with ExitStack() as patched:
             for n, (i, layer) in enumerate(self._layers.items()):
-                first, *rest = parts = self._family.mlp(self._blocks[i])
                 weights = layer.weights(state[f"block_{n}"][LEVEL])
-                patch(first, reader(layer, weights, first, i, inputs))
-                if weights is not None:
-                    for part in rest:  # the first has done their work
-                        patch(part, lambda x, *args, **kwargs: x)
-                patched += parts
+                took, gave = partial(inputs.__setitem__, i), None if outputs is None else outputs.append
+                patched.enter_context(reading(layer, self._family.mlp(self._blocks[i]), weights, took, gave))
             yield inputs
-        finally:
-            for module in patched:
-                module.__dict__.pop("forward", None)
 
     @torch.no_grad()
     def generate(
@@ -252,6 +298,9 @@ def stack(
     *,
     rate: float | None = None,
     teach: Literal["loss", "local"] = "loss",
+    signal: Literal["exact", "residual"] = "exact",
+    bound: float | None = 0.5,
+    damping: float | None = 10.0,
     learner: Level | None = None,
     keep: float = 1.0,
     through: Literal["full", "first_order", "stop"] = "stop",
@@ -260,20 +309,28 @@ def stack(
 ) -> Stacked:
     r"""Let the MLPs of a trained Hugging Face model learn while it reads.
 
-    Taught by the loss, each takes $\delta_t = \partial\ell_t/\partial h_t$ of the stream before the last norm as the
-    error at its own output, as a `HopeLM`'s continuum does (`nestopt.models.loss_signal`), and steps every period along
-    the sum of its gradients.
+    Taught by the loss, each takes a step every period along the sum of its gradients: of its own next-token loss,
+    backpropagated through the layers after it, a segment between two writes at a time (`nestopt.models.exact_signal`).
+    With `cache=False` a call's segments are over where it ends, and its last token teaches nothing.
 
     Args:
         pretrained: a GPT-2, a Llama or one like it (Mistral, Qwen, SmolLM, …), or a BERT. It is not changed.
         levels: tokens between writes: of all MLPs; or several, spread evenly over the depth from the first layer on
             (slow ones first, as a rule); or by layer, counted from 0, or from the end with negative numbers: only these
             learn.
-        rate: of the learner's steps, on plain sums of gradients: the same for all at first, learned as its logarithm.
-            0: the model is as it was. Default 3e-4, or with `teach="local"`, whose error grows as it is followed too
-            far, 1e-5.
+        rate: of the learner's steps, on sums of gradients: the same for all at first, learned as its logarithm. 0: the
+            model is as it was. Default 2e-3, or 3e-4 where these are plain sums; with `teach="local"`, whose error
+            grows as it is followed too far, 1e-5.
         teach: `"loss"`, of the model's own next-token prediction; `"local"`: M(x) is to be V x, with V learned and at
             first the identity, for models without a head.
+        signal: the error at an MLP's output. `"exact"`: the derivative of the loss by it. `"residual"`: that by the
+            stream before the last norm, as if no layer came after: cheaper, right in the last layer, and less and less
+            like it below; bound and damping are not for it.
+        bound: share of a segment's loss that a write may be foreseen to take off, above 0 and 2 at most: what keeps a
+            rate that is too great from doing harm. None: none. A learner that divides by the size of what it is shown,
+            as `adam` does, undoes it.
+        damping: how many times at most a direction that all inputs of a linear layer share is written, in the place of
+            once a token (`nestopt.models.trained_mlp`). None: gradients are plain.
         learner: what is shown the gradients. Default `gd`.
         keep: what is left, at each write, of the way from the trained weights.
         through: how the outer gradient passes a write, if weights or rates are to be trained
@@ -291,12 +348,19 @@ def stack(
     """
     check_precision(precision, "stack")
     family = family_of(pretrained) if family is None else family
+    exact = teach == "loss" and signal == "exact"
     if rate is None:
-        rate = 3e-4 if teach == "loss" else 1e-5
+        rate = 1e-5 if teach == "local" else 2e-3 if exact and damping is not None else 3e-4
     if rate < 0 or not math.isfinite(rate):
         raise ValueError(f"stack: rate={rate} is not allowed; give 0 or more")
     if teach not in ("loss", "local"):
         raise ValueError(f'stack: teach={teach!r} is not allowed; give "loss" or "local"')
+    if signal not in ("exact", "residual"):
+        raise ValueError(f'stack: signal={signal!r} is not allowed; give "exact" or "residual"')
+    if bound is not None and not 0 < bound <= 2:
+        raise ValueError(f"stack: bound={bound} is not allowed; give a number above 0, 2 or less, or None for no bound")
+    if damping is not None and not 0 < damping < math.inf:
+        raise ValueError(f"stack: damping={damping} is not allowed; give a number above 0, or None for plain gradients")
     if teach == "loss" and rate and not family.has_head(pretrained):
         raise ValueError(
             f"stack: {type(pretrained).__name__} predicts no next token, so that no loss can teach it; give "
@@ -304,7 +368,8 @@ def stack(
         )
     periods = _periods(levels, len(family.blocks(pretrained)))
     writer = LearnerStep(Gd() if learner is None else learner, normalized=False, keep=keep)
-    return Stacked(pretrained, family, periods, rate, teach, writer, through, precision)
+    held = {"bound": bound, "damping": damping} if exact else {}
+    return Stacked(pretrained, family, periods, rate, teach, writer, through, precision, signal, **held)
 
 
 def _periods(levels: int | Sequence[int] | Mapping[int, int], depth: int) -> dict[int, int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from nestopt.core.memories import Memory, Theta
 from nestopt.core.precision import EveryProduct, Precision, current, matmul, products_in
 from nestopt.core.tree import State
 from nestopt.levels.continuum.clock import Clocks, Phases, TokenCounts
-from nestopt.levels.continuum.memory import is_shared, linearize, read
+from nestopt.levels.continuum.memory import each_row, is_shared, linearize, read
 from nestopt.levels.continuum.scan import LevelGradient
 
 LEVEL = "mlp"
@@ -39,7 +40,11 @@ class TrainedMlp:
     """A trained MLP as a memory."""
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
+        from transformers.pytorch_utils import Conv1D
+
         self.module = _Weights(parts)
+        named = self.module.named_modules()
+        self.linear = {f"{name}.weight": m for name, m in named if isinstance(m, nn.Linear | Conv1D)}
 
     def start(self) -> Theta:
         return dict(self.module.named_parameters())
@@ -51,9 +56,32 @@ class TrainedMlp:
     def layers(self, theta: Theta, k: Tensor) -> None:
         return None
 
+    def inputs(self, theta: Theta, k: Tensor) -> Theta:
+        """Return what each of its linear layers is shown when k `[n, D]` is read, `[n, in]` by the weight's name."""
+        found: Theta = {}
+
+        def took(name: str) -> Callable[..., None]:
+            return lambda module, args: found.__setitem__(name, args[0])
+
+        with ExitStack() as hooks:
+            for name, layer in self.linear.items():
+                handle = layer.register_forward_pre_hook(took(name))
+                hooks.callback(handle.remove)
+            self.read(theta, k)
+        return found
+
 
 class Layer:
-    """One layer's MLP as a level: a `Continuum` of `nestopt.models.loss_signal`.
+    r"""One layer's MLP as a level: a `Continuum` of `nestopt.models.loss_signal`.
+
+    With a `damping` c, the gradient $G = E^\top A$ of a linear layer that was shown A `[n, in]`, and whose outputs have
+    the errors E `[n, out]`, is divided along the directions of its inputs by what they share:
+
+    $$G\,\Big(I + \frac{A^\top A}{c\,a}\Big)^{-1} = G - G A^\top\,(c\,a\,I + A A^\top)^{-1} A, \qquad
+      a = \tfrac1n \textstyle\sum_t \lVert a_t\rVert^2$$
+
+    A direction that all tokens have in common is then written about c times, and not n times; the layer's outputs at
+    these tokens move by at most $\mathrm{rate}\cdot c\,a\,\lVert E\rVert$, however many they are and however alike.
 
     Attributes:
         memory: the MLP.
@@ -61,12 +89,20 @@ class Layer:
         clocks: when it writes.
         target: V of the local objective; None is taught by the model's loss.
         precision: of the products that the MLP is read and taught by.
+        damping: c; None for plain gradients.
     """
 
     def __init__(
-        self, memory: TrainedMlp, rate: Tensor, clocks: Clocks, target: Tensor | None, precision: Precision
+        self,
+        memory: TrainedMlp,
+        rate: Tensor,
+        clocks: Clocks,
+        target: Tensor | None,
+        precision: Precision,
+        damping: float | None = None,
     ) -> None:
         self.memory, self.rate, self.clocks, self.target = memory, rate, clocks, target
+        self.damping = damping
         self.precision: Precision = precision
 
     def starts(self) -> dict[str, Theta]:
@@ -98,14 +134,19 @@ class Layer:
         ahead: int = 0,
     ) -> State:
         """Learn from x `[B, n, D]`, which was answered with the weights in `state`; write where the period is over."""
-        count = None if live is None else live.sum(1)
+        seen = TokenCounts(x.shape[1], None if live is None else live.sum(1), phases, ahead)
+        return self.learn(self.gradient(x, delta, state, live, seen)[0], state, seen)
+
+    def gradient(
+        self, x: Tensor, delta: Tensor | None, state: State, live: Tensor | None, seen: TokenCounts
+    ) -> tuple[LevelGradient, Tensor]:
+        """Return what x teaches, summed over tokens, and what a step on it is foreseen to take off the loss, `[B]`."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        seen = TokenCounts(x.shape[1], count, phases, ahead)
         constant = self.clocks.constant(seen, self.clocks.chain[LEVEL])
         graph = torch.set_grad_enabled(torch.is_grad_enabled() and not constant)
         with graph, products_in(self.precision):
-            x = x.to(dtype)
-            at = linearize(cast(Memory, self.memory), state["levels"][LEVEL]["weights"], x)
+            x, weights = x.to(dtype), state["levels"][LEVEL]["weights"]
+            at = linearize(cast(Memory, self.memory), weights, x)
             if self.target is None:
                 assert delta is not None
                 error = delta.to(dtype)
@@ -113,8 +154,29 @@ class Layer:
                 error = at.y - matmul(x, self.target.to(dtype).mT)
             if live is not None:
                 error = torch.where(live[..., None], error, 0)
-            none = error.new_zeros(len(error))
-            gradient = LevelGradient(at.gradient(error), none, none)
+            plain = at.gradient(error)
+            shown = plain if self.damping is None else self._damped(plain, weights, x, live, self.damping)
+        none = error.new_zeros(len(error))
+        products = [(g.detach() * plain[name].detach()).flatten(1).sum(1) for name, g in shown.items()]
+        return LevelGradient(shown, none, none), self.rate.detach().exp() * torch.stack(products).sum(0)
+
+    def _damped(self, plain: Theta, weights: Theta, x: Tensor, live: Tensor | None, damping: float) -> Theta:
+        """Return the gradients `[B, ...]` of linear layers as the class says, others as they are."""
+        found = dict(plain)
+        for name, a in each_row(self.memory.inputs, weights, x).items():
+            a = a if live is None else torch.where(live[..., None], a, 0)
+            squares = a.square().sum(-1)
+            count = squares.shape[1] if live is None else live.sum(1).clamp_min(1)
+            scale = (damping * squares.sum(1) / count).clamp_min(torch.finfo(a.dtype).tiny)
+            gram = matmul(a, a.mT) + scale[:, None, None] * torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
+            linear = isinstance(self.memory.linear[name], nn.Linear)
+            g = plain[name] if linear else plain[name].mT  # a Conv1D has its weight the other way round
+            g = g - matmul(torch.linalg.solve(gram, matmul(a, g.mT)).mT, a)
+            found[name] = g if linear else g.mT
+        return found
+
+    def learn(self, gradient: LevelGradient, state: State, seen: TokenCounts) -> State:
+        """Add it to the period's; write where that is over."""
         return self.clocks.after(state, {LEVEL: gradient}, seen, self.starts(), {LEVEL: self.rate.exp()[0]})
 
 
@@ -123,20 +185,51 @@ def patch(module: nn.Module, forward: Callable[..., Tensor]) -> None:
     module.__dict__["forward"] = forward
 
 
-def reader(
-    layer: Layer, weights: Theta | None, module: nn.Module, i: int, inputs: dict[int, Tensor]
-) -> Callable[..., Tensor]:
-    """Return what layer i is to run: it keeps what it is shown in `inputs`, and reads with `weights`, if any."""
-    own = type(module).forward
+@contextmanager
+def reading(
+    layer: Layer,
+    parts: Sequence[nn.Module],
+    weights: Theta | None,
+    took: Callable[[Tensor], None],
+    gave: Callable[[Tensor], None] | None = None,
+) -> Iterator[None]:
+    """While this lasts, a layer's MLP, which is `parts`, has the `weights` given, or its own where these are None.
 
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        inputs[i] = x
+    Args:
+        layer: the level that it is.
+        parts: as of `nestopt.models.families.Family.mlp`.
+        weights: of each sequence.
+        took, gave: are told its input and its output, of which a gradient can then be asked.
+    """
+    first, *rest = parts
+
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        took(x)
         if weights is None:
-            return own(module, x, *args, **kwargs)
+            return cast(Tensor, type(first).forward(first, x, *args, **kwargs))
         with _unpatched(layer.memory.module), products_in(layer.precision):
             return read(cast(Memory, layer.memory), weights, x)
 
-    return forward
+    def watched(forward: Callable[..., Tensor], gave: Callable[[Tensor], None]) -> Callable[..., Tensor]:
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            y = forward(*args, **kwargs)
+            gave(y if y.requires_grad else y.requires_grad_())
+            return y
+
+        return run
+
+    runs: list[Callable[..., Tensor]] = [run]
+    for part in rest:  # with weights that are given, the first has done their work
+        runs.append(partial(type(part).forward, part) if weights is None else lambda x, *args, **kwargs: x)
+    if gave is not None:
+        runs[-1] = watched(runs[-1], gave)
+    try:
+        for part, forward in zip(parts, runs, strict=True):
+            patch(part, forward)
+        yield
+    finally:
+        for part in parts:
+            part.__dict__.pop("forward", None)
 
 
 @contextmanager

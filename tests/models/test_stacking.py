@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 import itertools
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,8 @@ class Slow:
 TEACHERS = {"loss": 0.3, "local": 0.02}
 """How the levels are taught, and a rate that moves them."""
 
+SIGNALS = [("loss", "exact"), ("loss", "residual"), ("local", "residual")]
+
 
 @pytest.mark.parametrize("teach", TEACHERS)
 @pytest.mark.parametrize("name", DECODERS)
@@ -155,7 +159,7 @@ def test_it_is_the_loop_over_tokens(name: str, teach: Any) -> None:
         ]
     )
     before = {key: p.clone() for key, p in model.named_parameters()}
-    found, _ = stack(model, {0: 4, -1: 3}, rate=rate, teach=teach)(x)
+    found, _ = stack(model, {0: 4, -1: 3}, rate=rate, teach=teach, signal="residual")(x)
     # whose own attention is in float32 here and there, and not the same for one token as for all
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
     frozen = model(x).logits
@@ -164,10 +168,10 @@ def test_it_is_the_loop_over_tokens(name: str, teach: Any) -> None:
     assert "forward" not in model.get_submodule(f"{where[0]}.{where[1]}.0.mlp").__dict__
 
 
-@pytest.mark.parametrize("teach", TEACHERS)
+@pytest.mark.parametrize(("teach", "signal"), SIGNALS)
 @pytest.mark.parametrize("name", DECODERS)
-def test_any_pieces_are_the_whole(name: str, teach: Any) -> None:
-    stacked, x = stack(make(name), [5, 2], rate=TEACHERS[teach], teach=teach), some()
+def test_any_pieces_are_the_whole(name: str, teach: Any, signal: Any) -> None:
+    stacked, x = stack(make(name), [5, 2], rate=TEACHERS[teach], teach=teach, signal=signal), some()
     whole, end = stacked(x, cache=True)
     for cuts in ([4], [1, 5, 6], [2, 4, 10]):
         state: State | None = None
@@ -177,17 +181,18 @@ def test_any_pieces_are_the_whole(name: str, teach: Any) -> None:
             found.append(y)
         torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(dict(leaves(state or {})), dict(leaves(end)), rtol=1e-10, atol=1e-10)
-    float32 = stack(make(name).float(), [5, 2], rate=TEACHERS[teach], teach=teach)
-    whole, _ = float32(x)
+    float32 = stack(make(name).float(), [5, 2], rate=TEACHERS[teach], teach=teach, signal=signal)
+    whole, _ = float32(x, cache=True)
     first, state = float32(x[:, :6], cache=True)
     torch.testing.assert_close(
         torch.cat([first, float32(x[:, 6:], state, cache=True)[0]], 1), whole, rtol=1e-4, atol=1e-5
     )
 
 
+@pytest.mark.parametrize("signal", ["exact", "residual"])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_each_sequence_by_itself_and_no_token_before_its_time(name: str) -> None:
-    stacked, x = stack(make(name), 3, rate=0.3), some(3)
+def test_each_sequence_by_itself_and_no_token_before_its_time(name: str, signal: Any) -> None:
+    stacked, x = stack(make(name), 3, rate=0.3, signal=signal), some(3)
     y, state = stacked(x)
     torch.testing.assert_close(stacked(x[[2, 0]])[0], y[[2, 0]], rtol=1e-10, atol=1e-10)
     other = x.clone()
@@ -205,16 +210,141 @@ def test_each_sequence_by_itself_and_no_token_before_its_time(name: str) -> None
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("teach", TEACHERS)
-def test_padding_is_neither_read_nor_learned_from(name: str, side: str, teach: Any) -> None:
-    stacked, x, more = stack(make(name), 3, rate=TEACHERS[teach], teach=teach), some(), some(2, 5, seed=4)
+@pytest.mark.parametrize(("teach", "signal"), SIGNALS)
+@pytest.mark.parametrize("cache", [False, True])
+def test_padding_is_neither_read_nor_learned_from(name: str, side: str, teach: Any, signal: Any, cache: bool) -> None:
+    stacked = partial(stack(make(name), 4, rate=TEACHERS[teach], teach=teach, signal=signal), cache=cache)
+    x, more = some(), some(2, 5, seed=4)
     mask = torch.ones_like(x)
-    mask[1, slice(0, 4) if side == "left" else slice(7, 11)] = 0
+    mask[1, {"left": slice(0, 4), "right": slice(2, 11)}[side]] = 0  # also so that it ends in the first segment
     y, state = stacked(x, attention_mask=mask)
     alone, own = stacked(x[1:][mask[1:].bool()][None])
     torch.testing.assert_close(y[1][mask[1].bool()], alone[0], rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(y[0], stacked(x[:1])[0][0], rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(stacked(more, state)[0][1:], stacked(more[1:], own)[0], rtol=1e-9, atol=1e-10)
+
+
+class Backpropagated:
+    """One sequence through a copy of the model, segment by segment: autograd of its loss by the MLPs' own weights."""
+
+    def __init__(
+        self, model: Any, periods: dict[int, int], rate: float, bound: float | None, damping: float | None
+    ) -> None:
+        self.model, self.periods, self.rate, self.bound = copy.deepcopy(model), periods, rate, bound
+        self.damping, self.shown = damping, dict[nn.Parameter, Tensor]()
+        core = getattr(self.model, "model", None) or self.model.transformer
+        layers = core.layers if hasattr(core, "layers") else core.h
+        self.weights = {i: list(layers[i].mlp.parameters()) for i in periods}
+        self.sums = {i: [torch.zeros_like(p) for p in own] for i, own in self.weights.items()}
+        for i in periods if damping else ():
+            for module in layers[i].mlp.modules():
+                if isinstance(getattr(module, "weight", None), nn.Parameter):
+                    module.register_forward_pre_hook(lambda m, args: self.shown.update({m.weight: args[0][0].detach()}))
+
+    def damped(self, weight: nn.Parameter, g: Tensor) -> Tensor:
+        """G (I + AᵀA / c a)⁻¹, as it is written; of a bias G."""
+        if weight not in self.shown:
+            return g
+        a, turned = self.shown[weight], weight.shape[1] != self.shown[weight].shape[1]
+        assert self.damping is not None
+        metric = torch.eye(a.shape[1]) + a.mT @ a / (self.damping * a.square().sum(1).mean())
+        g = (g.mT if turned else g) @ torch.linalg.inv(metric.double())
+        return g.mT if turned else g
+
+    def read(self, tokens: list[int]) -> Tensor:
+        """Logits of all tokens, which are one context; the last has no next one."""
+        cache, found, seen = transformers.DynamicCache(), [], 0
+        while seen < len(tokens):
+            size = min(period - seen % period for period in self.periods.values())
+            segment, following = tokens[seen : seen + size], tokens[seen + 1 : seen + size + 1]
+            out = self.model(torch.tensor([segment]), cache=cache, use_cache=True).logits[0]
+            found.append(out.detach())
+            seen += len(segment)
+            loss = F.cross_entropy(out[: len(following)], torch.tensor(following), reduction="sum")
+            flat = [p for own in self.weights.values() for p in own]
+            grads = torch.autograd.grad(loss, flat) if following else [torch.zeros_like(p) for p in flat]
+            damped = [self.damped(p, g) for p, g in zip(flat, grads, strict=True)]
+            step = self.rate * sum(float((g * d).sum()) for g, d in zip(grads, damped, strict=True))
+            share = 1.0 if self.bound is None or not step else min(1.0, self.bound * loss.item() / step)
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+            given = iter(damped)
+            for i, own in self.weights.items():
+                self.sums[i] = [total + share * next(given) for total in self.sums[i]]
+                if seen % self.periods[i] == 0:
+                    with torch.no_grad():
+                        for p, total in zip(own, self.sums[i], strict=True):
+                            p.sub_(self.rate * total)
+                    self.sums[i] = [torch.zeros_like(p) for p in own]
+        return torch.cat(found)
+
+
+@pytest.mark.parametrize(("bound", "damping"), [(None, None), (0.2, None), (0.2, 0.7)])
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_exact_signal_is_the_loop_over_segments(name: str, bound: float | None, damping: float | None) -> None:
+    model, x, periods = make(name), some(2, 12), {0: 4, 1: 2, 2: 6}
+    wanted = torch.stack([Backpropagated(model, periods, 0.2, bound, damping).read(row) for row in x.tolist()])
+    stacked = stack(model, periods, rate=0.2, bound=bound, damping=damping)
+    stacked.double()  # the logarithms of rates, too
+    with torch.no_grad():
+        for rate in stacked.rates.values():
+            rate.fill_(math.log(0.2))
+    found, _ = stacked(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    assert not torch.isclose(found[:, 4:], model(x).logits[:, 4:]).all(-1).any()
+    assert not torch.isclose(stack(model, periods, rate=0.2, signal="residual")(x)[0], found).all()
+
+
+def test_no_rate_is_ruin() -> None:
+    """A model that has learned to count is to learn, from what it reads, that two can be added, too."""
+    torch.manual_seed(0)
+    model: Any = DECODERS["llama"]().train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(60):
+        up = (torch.randint(50, (16, 1)) + torch.arange(24)) % 50
+        optimizer.zero_grad()
+        model(up, labels=up).loss.backward()
+        optimizer.step()
+    x = (1 + (torch.rand(1, 80) < 0.2).long()).cumsum(1) % 50
+
+    def loss(rate: float, bound: float | None, damping: float | None = 10.0) -> float:
+        with torch.no_grad():
+            logits, _ = stack(model.eval(), 4, rate=rate, bound=bound, damping=damping)(x)
+        return F.cross_entropy(logits[0, :-1], x[0, 1:]).item()
+
+    still = loss(0, None)
+    for damping in (10.0, None):
+        assert loss(0.03, None, damping) < 0.97 * still  # useful
+        assert loss(1.0, None, damping) > 2 * still
+        for rate in (0.1, 1.0, 100.0):
+            assert loss(rate, 0.5, damping) < 0.97 * still
+
+
+def test_bounds_that_are_refused() -> None:
+    model = make("llama")
+    for bound in (0.0, 2.5):
+        with pytest.raises(
+            ValueError, match=f"bound={bound} is not allowed; give a number above 0, 2 or less, or None"
+        ):
+            stack(model, bound=bound)
+    with pytest.raises(ValueError, match="damping=0 is not allowed; give a number above 0, or None"):
+        stack(model, damping=0)
+    with pytest.raises(ValueError, match='signal=\'true\' is not allowed; give "exact" or "residual"'):
+        stack(model, signal="true")  # type: ignore[arg-type]
+
+
+def test_what_is_open_of_a_context_is_closed_with_it() -> None:
+    """A call without the cache learns from what it can: all but its last token, and what a cached one had not yet."""
+    model, x = make("llama"), some(2, 12)
+    stacked = stack(model, 5, rate=0.2)
+    with torch.inference_mode():
+        _, whole = stacked(x[:, :8])
+        _, open_ = stacked(x[:, :8], cache=True)
+        assert open_["taught"]["count"].tolist() == [3, 3]
+        open_.pop("cache")
+        second, state = stacked(x[:, 8:], open_)
+    torch.testing.assert_close(second, stacked(x[:, 8:], whole)[0].detach(), rtol=1e-9, atol=1e-10)
+    assert state["block_0"]["mlp"]["step"].tolist() == [12, 12]
 
 
 def test_it_learns_what_it_reads() -> None:
@@ -250,10 +380,11 @@ def test_an_encoder_learns_by_its_own_objective() -> None:
         stacked(x, cache=True)
 
 
+@pytest.mark.parametrize("signal", ["exact", "residual"])
 @pytest.mark.parametrize("through", ["full", "first_order"])
-def test_starts_and_rates_can_be_trained(through: str) -> None:
+def test_starts_and_rates_can_be_trained(through: str, signal: Any) -> None:
     model, x = make("llama"), some()
-    stacked = stack(model, 3, rate=0.3, through=through)  # type: ignore[arg-type]
+    stacked = stack(model, 3, rate=0.3, through=through, signal=signal)  # type: ignore[arg-type]
     logits, _ = stacked(x)
     F.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten()).backward()
     for name, p in stacked.named_parameters():

@@ -145,6 +145,9 @@ class Cms(Level):
         teach: what a level learns from in context. `"local"`: $M^{(\ell)}(\mathrm{rms\_norm}(x_\ell))$ is to be
             $V_\ell\,\mathrm{rms\_norm}(x)$ of the continuum's input x, in squared error, with $V_\ell$ learned.
             `"loss"`: the error at the continuum's output, which a language model hands in.
+        signal: which error a language model hands in. `"exact"`: the derivative of its loss by the continuum's output,
+            through all that comes after; one backward pass between two writes. `"residual"`: that by the stream after
+            the last block, as if no block came after; exact in the last block, and less and less like it below.
         learner: what is shown the gradients of a period in context: any level but one that needs a layer's inputs.
         rate: of the learner's steps at the start; a number per level, learned as its logarithm. 0: the weights stay.
             Default 0.5 of the normalised step, 0.05 of the plain one.
@@ -168,6 +171,7 @@ class Cms(Level):
     variant: Literal["sequential", "independent", "nested"] = "sequential"
     learn: Literal["static", "context"] = "static"
     teach: Literal["local", "loss"] = "local"
+    signal: Literal["exact", "residual"] = "residual"
     learner: Level = dataclasses.field(default_factory=Gd)
     rate: float | None = None
     normalized: bool | None = None
@@ -191,6 +195,7 @@ class Cms(Level):
         self.check_choice("variant", ("sequential", "independent", "nested"))
         self.check_choice("learn", ("static", "context"))
         self.check_choice("teach", ("local", "loss"))
+        self.check_choice("signal", ("exact", "residual"))
         self.check_choice("through", ("full", "truncated", "first_order", "stop"))
         if self.rate is not None:
             self.check("rate", 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 from torch import Tensor
@@ -41,6 +42,13 @@ def read(memory: Memory, theta: Theta, k: Tensor) -> Tensor:
     if type(memory) is Mlp or not rows:
         return memory.read(theta, k)
     return vmap(memory.read, in_dims=(_dims(theta, rows), 0))(theta, k)
+
+
+def each_row(function: Callable[[Theta, Tensor], Theta], theta: Theta, k: Tensor) -> Theta:
+    """Return what `function` makes of the weights and keys `[n, D]` of each sequence, `[B, ...]` by name."""
+    theta, rows = _rows(theta)
+    found: Theta = vmap(function, in_dims=(_dims(theta, rows), 0))(theta, k)
+    return found
 
 
 def linearize(memory: Memory, theta: Theta, k: Tensor) -> Linearization:

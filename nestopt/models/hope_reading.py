@@ -1,0 +1,103 @@
+"""How a `HopeLM` reads: through its blocks, and, where its loss teaches their continua, from write to write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, cast
+
+from torch import Tensor
+
+from nestopt.core.device import no_autocast
+from nestopt.core.precision import matmul, products_in
+from nestopt.core.tree import State
+from nestopt.models import next_token
+from nestopt.models.exact_signal import ExactSignal, Passed
+from nestopt.models.loss_signal import LossTeaching, Read, teach_signal
+from nestopt.nn.hope import HopeBlock, Learn, writes
+
+if TYPE_CHECKING:
+    from nestopt.models.hope import HopeLM
+
+
+def blocks_of(model: HopeLM) -> list[HopeBlock]:
+    """Return its blocks, from the first."""
+    return cast(list[HopeBlock], list(model.blocks))  # a ModuleList forgets of what it is
+
+
+def through(
+    model: HopeLM, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn, outputs: list[Tensor] | None = None
+) -> tuple[Tensor, list[Tensor], State]:
+    """Run all blocks on tokens of which none crosses a write of a continuum that is taught.
+
+    Returns:
+        The stream after the last block and the input of each continuum, `[B, n, dim]` each, and the state; `outputs`
+        gets the output of each that is taught, of which a gradient can be asked.
+    """
+    x = next_token.embedded(model.embedding, tokens, "HopeLM")
+    inputs, new = [], {}
+    for name, block in zip(state, blocks_of(model), strict=True):
+        own = state[name]
+        x, mixer = block.mixed(x, own["mixer"], mask=mask, learn=learn)
+        inputs.append(x)
+        if block.mlp.taught:
+            x, mlp = block.mlp.read(x, own["mlp"]), own["mlp"]
+            if outputs is not None:
+                x = x if x.requires_grad else x.requires_grad_()
+                outputs.append(x)
+        else:
+            x, mlp = block.mlp(x, own["mlp"], mask=mask, learn=writes(learn, "mlp"))
+        new[name] = {"mixer": mixer, "mlp": mlp}
+    return x, inputs, new
+
+
+def residual(
+    model: HopeLM, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn, read: Read, ahead: int
+) -> tuple[Tensor, State]:
+    """Read from write to write, each position taught when its next token has come, by the residual stream's error."""
+    continua = [block.mlp if block.mlp.taught else None for block in blocks_of(model)]
+    teaching = LossTeaching(tokens, state, continua, mask, read, "mlp", ahead)
+    if teaching.waiting:
+        teaching.observe_carried(_signal(model, *teaching.waiting))
+    for part in teaching.parts():
+        masked = None if mask is None else mask[:, part]
+        hidden, inputs, teaching.state = through(model, tokens[:, part], teaching.state, masked, learn)
+        if known := teaching.took(hidden, inputs):
+            teaching.observe(_signal(model, *known))
+    return teaching.end()
+
+
+def exact(model: HopeLM, learn: Learn = True) -> ExactSignal | None:
+    """Return how a model reads whose continua are taught the gradient of its loss; None where they are not."""
+    taught = {f"block_{i}": block.mlp for i, block in enumerate(blocks_of(model)) if block.mlp.taught}
+    if not any(mlp.level.signal == "exact" for mlp in taught.values()):
+        return None
+
+    def read(tokens: Tensor, state: State, mask: Tensor | None, learns: bool) -> Passed:
+        outputs: list[Tensor] | None = [] if learns else None
+        hidden, inputs, new = through(model, tokens, state, mask, learn, outputs)
+        own: Sequence[Tensor] = [x for name, x in zip(state, inputs, strict=True) if name in taught]
+        return Passed(hidden, own, outputs or [], new)
+
+    return ExactSignal(
+        continua=taught,
+        key="mlp",
+        read=read,
+        head=lambda hidden: _logits(model, hidden),
+        mixers=lambda state: {name: part["mixer"] for name, part in state.items()},
+        begin_at=lambda state, mixers: {name: {**part, "mixer": mixers[name]} for name, part in state.items()},
+        second_order=any(mlp.level.through in ("full", "truncated") for mlp in taught.values()),
+        lockstep=model.lockstep,
+    )
+
+
+def _logits(model: HopeLM, hidden: Tensor) -> Tensor:
+    autocast = nullcontext() if model.precision == "float32" else no_autocast(hidden.device)
+    with autocast, products_in(model.precision):
+        return matmul(model.norm(hidden), model.head.weight.mT)
+
+
+def _signal(model: HopeLM, hidden: Tensor, targets: Tensor) -> Tensor:
+    autocast = nullcontext() if model.precision == "float32" else no_autocast(hidden.device)
+    with autocast, products_in(model.precision):
+        return teach_signal(hidden, targets.long(), model.norm, model.head)

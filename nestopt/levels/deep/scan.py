@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nestopt.core.pending import RowChunks
 from nestopt.core.precision import current, product, products_in
 from nestopt.core.tree import State
 from nestopt.levels.deep.chunk import step, write
@@ -73,6 +74,29 @@ def scan_chunks(
         ys.append(_read_open(now, asked[answered], rest, settings))
     y = torch.cat(ys, dim=2) if len(ys) > 1 else ys[0]
     return (y if settings.read == "chunk" or not done else y[:, :, done:]), now, rest
+
+
+def scan_rows(
+    now: WeightState,
+    q: Tensor,
+    pending: Mapping[str, Tensor] | None,
+    fresh: Mapping[str, Tensor],
+    settings: Settings,
+    mask: Tensor | None,
+) -> tuple[Tensor, WeightState, State]:
+    """Do as `scan_chunks` with rows that may be at places of their own in a chunk, and have padding (`mask`)."""
+    rows = RowChunks.of(pending, mask, q, settings.chunk)
+    if rows is None:
+        return scan_chunks(now, q, pending, fresh, settings)
+    every, asked = idle(rows.joined(pending, fresh)), rows.joined(None, {"q": q})["q"]
+    y, now, rest = scan_chunks(now, asked, None, every, settings)
+    return rows.back(y), now, rows.kept(rest)
+
+
+def idle(tokens: Mapping[str, Tensor]) -> State:
+    """Return tokens with gates that write nothing and fade nothing where they are not live."""
+    none = {"lr": 0.0, "decay": 1.0, "momentum": 1.0}
+    return {name: torch.where(tokens["live"], x, none[name]) if name in none else x for name, x in tokens.items()}
 
 
 def concat_tokens(pending: Mapping[str, Tensor] | None, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,15 +14,16 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from nestopt.core.device import number_like
 from nestopt.core.gates import bind, gates_of
 from nestopt.core.level import Level
 from nestopt.core.part import Gate, Number
-from nestopt.core.pending import PENDING, RowChunks
+from nestopt.core.pending import COUNT, PENDING, RowChunks
 from nestopt.core.recall import recalled
 from nestopt.core.token_batch import TokenBatch
-from nestopt.core.token_state import Rows, begin, cat, index, reset_rows
+from nestopt.core.token_state import Rows, cat, index, reset_rows
 from nestopt.core.tree import State, leaves, nested, tree_map
 
 
@@ -143,8 +144,31 @@ class TokenForm(ABC):
         """Return the state of `batch` sequences before their first token, on the device and in the dtype of `like`.
 
         `learned` is the start that a layer has learned, `[H, ..]` each (`Level.learned_start`); empty where it has not.
+        By default the state is as the reference machine has it, its leaves `[B, H, ..]`. `"step"` counts the tokens
+        seen. Of a level with a `chunk_size` above 1, `"level"` is the state at the start of a chunk that is not over,
+        and `"pending"` has its tokens so far: k, v, which of them are live, and the gates by path, `[B, H, n, ..]`, and
+        their `"count"` `[B]` where rows differ in it; a level that `owns_partial_chunk` has them in a way of its own.
         """
-        return begin(self._bound, self.gates, batch, heads, dim_k, dim_v, like, learned)
+
+        def one(learned: State) -> State:
+            return self._bound.init_tokens(dim_k, dim_v, like, learned)
+
+        if learned:
+            state = vmap(one, randomness="different")(dict(learned))  # a rule may start at random
+        else:
+            first = one({})
+            state = tree_map(lambda leaf: leaf.expand(heads, *leaf.shape), first)
+        state = tree_map(lambda leaf: leaf.expand(batch, *leaf.shape), state)
+        whole: State = {"step": torch.zeros(batch, heads, dtype=torch.int64, device=like.device), "level": state}
+        if self._bound.chunk_size > 1 and not self._bound.owns_partial_chunk:
+            none = (batch, heads, 0)
+            whole[PENDING] = {
+                "k": like.new_zeros(*none, dim_k),
+                "v": like.new_zeros(*none, dim_v),
+                "live": torch.zeros(none, dtype=torch.bool, device=like.device),
+                "gates": nested({path: like.new_zeros(none) for path in self.gates}),
+            }
+        return whole
 
     def run(
         self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State, *, step: bool = False
@@ -155,10 +179,11 @@ class TokenForm(ABC):
         again with those of the call, so laid out that the chunks of all rows begin together
         (`nestopt.core.pending.RowChunks`). A form with a layout of its own sees to that itself: it gets `tokens.mask`.
         """
-        rows = RowChunks.of(state[PENDING], tokens.mask, tokens.k, self.chunk) if PENDING in state else None
+        pending, rows = state.get(PENDING, {}), None
+        if pending and (tokens.mask is not None or COUNT in pending):
+            rows = RowChunks.of(pending, tokens.mask, tokens.k, self.chunk)
         if rows is None:
             return (self.step if step else self.forward)(tokens, gates, state)
-        pending = state[PENDING]
         fresh = {"k": tokens.k, "v": tokens.v, "live": tokens.active, "gates": nested(self.every_gate(tokens, gates))}
         held = rows.joined(pending, fresh)
         q, live = rows.joined(None, {"q": tokens.q})["q"], held["live"]

@@ -1,63 +1,20 @@
-"""States of memories on tokens, nested dicts of tensors `[batch, ...]`: their start, rows, and whether they fit."""
+"""States of memories on tokens, nested dicts of tensors `[batch, ...]`: their rows, and whether they fit."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from nestopt.core.device import upload
-from nestopt.core.level import Level
 from nestopt.core.part import nearest
 from nestopt.core.pending import COUNT, OF_TOKENS, PENDING, alike, all_settled, without
-from nestopt.core.tree import State, leaves, nested, tree_map
+from nestopt.core.tree import State, leaves, tree_map
 
 PAIRS = {"keys", "values"}
 """The keys of a memory that keeps its pairs; which of them count is its "mask", where not all do."""
-
-
-def begin(
-    bound: Level,
-    gates: Collection[str],
-    batch: int,
-    heads: int,
-    dim_k: int,
-    dim_v: int,
-    like: Tensor,
-    learned: Mapping[str, Tensor],
-) -> State:
-    """Return the state before the first token, as the reference machine has it; tensors as `like` in dtype and device.
-
-    `bound` is the level with numbers in the place of its gates (`nestopt.core.gates.bind`), `gates` are their paths,
-    and `learned` is the start that a layer learned, `[H, ...]` each. Leaves of the state are `[B, H, ...]`; `"step"`
-    counts the tokens seen, `[B, H]`. Of a level with a `chunk_size` above 1, `"level"` is the state at the start of a
-    chunk that is not over, and `"pending"` has its tokens so far: k, v, which of them are live, and the gates by path,
-    `[B, H, n, ..]`, and their `"count"` `[B]` where rows differ in it; a level that `owns_partial_chunk` has them in a
-    way of its own.
-    """
-
-    def one(learned: State) -> State:
-        return bound.init_tokens(dim_k, dim_v, like, learned)
-
-    if learned:
-        state = vmap(one, randomness="different")(dict(learned))  # a rule may start at random
-    else:
-        first = one({})
-        state = tree_map(lambda leaf: leaf.expand(heads, *leaf.shape), first)
-    state = tree_map(lambda leaf: leaf.expand(batch, *leaf.shape), state)
-    whole: State = {"step": torch.zeros(batch, heads, dtype=torch.int64, device=like.device), "level": state}
-    if bound.chunk_size > 1 and not bound.owns_partial_chunk:
-        none = (batch, heads, 0)
-        whole[PENDING] = {
-            "k": like.new_zeros(*none, dim_k),
-            "v": like.new_zeros(*none, dim_v),
-            "live": torch.zeros(none, dtype=torch.bool, device=like.device),
-            "gates": nested({path: like.new_zeros(none) for path in gates}),
-        }
-    return whole
 
 
 Rows = Sequence[int] | Sequence[bool] | Tensor

@@ -224,7 +224,14 @@ class SequenceMemory(nn.Module):
             ValueError: for another width of x, no tokens, a mask or `cu_seqlens` that does not fit, or a state of
                 another batch size, layer or dtype.
         """
-        self._check_tokens(x)
+        if x.ndim != 3 or x.shape[-1] != self.dim:
+            raise ValueError(
+                f"SequenceMemory: x has the shape {list(x.shape)}; it must be [batch, tokens, dim={self.dim}]"
+            )
+        if x.shape[1] == 0:
+            raise ValueError(
+                f"SequenceMemory: x has the shape {list(x.shape)}: there is no token in it; give one or more"
+            )
         stats: Stats = {}
 
         def attend(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: State, mask: Tensor | None) -> Any:
@@ -366,16 +373,6 @@ class SequenceMemory(nn.Module):
     def gates_at(self, h: Tensor) -> dict[str, Tensor]:
         """Return the learned gates at h `[.., dim]` (after the convolution), `[.., heads]` each, by dotted path."""
         return {} if self.gates is None else self.level_gates.by_path(self.gates(h))
-
-    def _check_tokens(self, x: Tensor) -> None:
-        if x.ndim != 3 or x.shape[-1] != self.dim:
-            raise ValueError(
-                f"SequenceMemory: x has the shape {list(x.shape)}; it must be [batch, tokens, dim={self.dim}]"
-            )
-        if x.shape[1] == 0:
-            raise ValueError(
-                f"SequenceMemory: x has the shape {list(x.shape)}: there is no token in it; give one or more"
-            )
 
     def extra_repr(self) -> str:
         precision = "" if self.precision == "float32" else f", precision={self.precision}"

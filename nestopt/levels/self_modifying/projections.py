@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestopt.core.pending import COUNT, RowChunks
+from nestopt.kernels.products import GateProducts
 from nestopt.levels.deep import mlp
-from nestopt.levels.deep.chunk import step
-from nestopt.levels.deep.gate_products import GateProducts
 from nestopt.levels.deep.mlp import Chunk, ChunkGates, Settings
 from nestopt.levels.deep.own_values import bounded
 from nestopt.levels.deep.scan import (
@@ -26,6 +25,7 @@ from nestopt.levels.deep.scan import (
     damping,
     idle,
     recomputed,
+    step,
     weights_after,
 )
 from nestopt.levels.deep.weight import BlockWeight
@@ -232,7 +232,7 @@ def _written(weights: Sequence[BlockWeight], tokens: Made, maker: ProjectionMemo
 
     def at(gates: GateProducts) -> ChunkGates:
         gates = gates.each(lambda x: _repeated(x, count))
-        before = gates.before() if maker.settings.needs_before else None
+        before = gates.before() if maker.settings.delta or maker.settings.step == "layerwise" else None
         return ChunkGates(None, before, gates.rows(size - 1, size))
 
     each = (*(tokens[name] for name in ("k", "v", "lr")), damping(tokens, maker.settings))

@@ -21,7 +21,7 @@ import nestopt
 from nestopt.core import AssociativeMemory, Gate
 from nestopt.core.memories import Mlp, Window
 from nestopt.core.part import Heads
-from nestopt.core.token_state import PENDING
+from nestopt.core.pending import PENDING
 from nestopt.core.tree import State, leaves
 from nestopt.ops import fast_form
 

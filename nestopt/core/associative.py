@@ -302,7 +302,7 @@ class AssociativeMemory(Level):
         answers, now = [], state
         for t in range(len(k)):
             level = bind(self, {path: gate[t] for path, gate in gates.items()})
-            one = dataclasses.replace(signal, step=signal.step + live[: t + 1].sum())
+            one = dataclasses.replace(signal, step=(signal.step + live[: t + 1].sum()).clamp_min(1))
             surprise = {name: g[t] for name, g in each.items()}
             new = level.written(now, surprise, one, level.shown(at, k[t : t + 1], rate[t : t + 1]))
             new = tree_map(lambda new, old: torch.where(live[t], new, old), new, now)  # noqa: B023

@@ -103,7 +103,7 @@ def states_after(
             bind(part, {path: gate[t] for path, gate in gates.items()}),
             k[t : t + 1],
             v[t : t + 1],
-            dataclasses.replace(signal, step=signal.step + live[: t + 1].sum()),
+            dataclasses.replace(signal, step=(signal.step + live[: t + 1].sum()).clamp_min(1)),
         )
         for t in range(len(k))
     ]

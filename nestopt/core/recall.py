@@ -13,6 +13,7 @@ from nestopt.core.gates import bind, gates_of
 from nestopt.core.level import Level
 from nestopt.core.memories import Matrix, Mlp, Theta, Window
 from nestopt.core.outputs import Plain
+from nestopt.core.pending import COUNT, PENDING, count_of
 from nestopt.core.signal import Signal
 from nestopt.core.token_batch import TokenBatch
 from nestopt.core.tree import State, leaves
@@ -28,26 +29,28 @@ def recalled(level: Level, tokens: TokenBatch, gates: Mapping[str, Tensor], stat
     (those of a chunk that is not over, too), or, with `read="chunk"`, as that chunk found it. Any other level is asked
     by its `token_read`. `gates` are `[B, H, T]`, by dotted path; one that is missing is at its initial value.
     """
-    pending: State = state.get("pending", {})
+    pending = {name: x for name, x in state.get(PENDING, {}).items() if name != COUNT}
     begun = bool(pending) and pending["k"].shape[2] > 0
     if isinstance(level, AssociativeMemory):
         theta = state["level"]["memory"]
         if begun and level.read != "chunk":
-            theta = _after_pending(level, state)
+            theta = _after_pending(level, {**state, PENDING: pending})
         return answers(level, tokens.q, theta, gates)
     dim_v = tokens.v.shape[-1]
 
-    def one(q: Tensor, now: State, memory: State, pending: State, step: Tensor) -> Tensor:
+    def one(q: Tensor, now: State, memory: State, pending: State, step: Tensor, count: Tensor) -> Tensor:
         if begun:
-            return _answered_next(level, q, now, memory, pending, step)
+            return _answered_next(level, q, now, memory, pending, step, count)
         return bind(level, now).token_read(q, dim_v, memory, Signal(step=step + 1))
 
     shape = tokens.active.shape
     missing = {path: gate for path, gate in gates_of(level).items() if path not in gates}
     every = {**gates, **{path: tokens.v.new_full(shape, gate.init) for path, gate in missing.items()}}
     of_heads = vmap(vmap(one))
-    of_tokens = vmap(of_heads, in_dims=(2, 2, None, None, None), out_dims=2, chunk_size=AT_ONCE)
-    return of_tokens(tokens.q, every, state["level"], pending, state["step"])
+    of_tokens = vmap(of_heads, in_dims=(2, 2, None, None, None, None), out_dims=2, chunk_size=AT_ONCE)
+    step = state["step"]
+    count = count_of(state[PENDING])[:, None].expand_as(step) if begun else step
+    return of_tokens(tokens.q, every, state["level"], pending, step, count)
 
 
 def answers(level: AssociativeMemory, q: Tensor, theta: Theta, gates: Mapping[str, Tensor]) -> Tensor:
@@ -80,15 +83,18 @@ def _after_pending(level: AssociativeMemory, state: State) -> Theta:
         _, new = level.chunk_step(k, k, v, dict(leaves(held["gates"])), live, before, signal)
         return new["memory"]
 
-    return vmap(vmap(one))(state["pending"], state["level"], state["step"])
+    return vmap(vmap(one))(state[PENDING], state["level"], state["step"])
 
 
-def _answered_next(level: Level, q: Tensor, now: State, memory: State, pending: State, step: Tensor) -> Tensor:
-    """Return the answer to one token that is not written, after those that are pending."""
+def _answered_next(
+    level: Level, q: Tensor, now: State, memory: State, pending: State, step: Tensor, count: Tensor
+) -> Tensor:
+    """Return the answer to one token that is not written, after those that are pending, the first `count`."""
     k, v, live = (pending[name] for name in ("k", "v", "live"))
+    place = torch.arange(len(k) + 1, device=k.device) == count
 
     def then(x: Tensor, last: Tensor) -> Tensor:
-        return torch.cat([x, last[None]])
+        return torch.where(place.reshape(-1, *(1,) * last.ndim), last, torch.cat([x, last[None]]))
 
     y, _ = level.chunk_step(
         then(torch.zeros_like(k), q),
@@ -99,4 +105,4 @@ def _answered_next(level: Level, q: Tensor, now: State, memory: State, pending: 
         memory,
         Signal(step=step - live.sum()),
     )
-    return y[-1]
+    return torch.where(place[:, None], y, 0).sum(0)

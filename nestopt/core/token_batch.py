@@ -69,11 +69,6 @@ class TokenBatch:
         return self.active[..., 0] if self.active.shape[-1] == 1 else self.active.sum(-1)
 
     @property
-    def nonfinite(self) -> Tensor:
-        """`[B, H, T]`: whether a token, which is no padding, holds a number that is not finite."""
-        return ~self.finite
-
-    @property
     def length(self) -> int | Tensor:
         """How many tokens each row has, those that are not finite among them: T, or `[B, 1]` where there is padding."""
         return self.active.shape[2] if self.mask is None else self.mask.sum(-1, keepdim=True)
@@ -87,7 +82,7 @@ class TokenBatch:
         if y.shape[2] == 1:
             y = torch.where(self.finite[..., None], y, torch.nan)
         else:  # whose backward pass is shorter
-            y = y.masked_fill(self.nonfinite[..., None], torch.nan)
+            y = y.masked_fill(~self.finite[..., None], torch.nan)
         return y.transpose(1, 2).to(self.dtype_in)
 
     def replace(self, **tensors: Tensor) -> TokenBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -17,11 +18,11 @@ from nestopt.core.gates import bind
 from nestopt.core.level import Level
 from nestopt.core.nesting import Nest
 from nestopt.core.part import FieldError
+from nestopt.core.pending import PENDING, RowChunks
 from nestopt.core.signal import Signal
 from nestopt.core.token_batch import TokenBatch
 from nestopt.core.token_choice import make_form
 from nestopt.core.token_form import Accepted, FormSetting, Refused, TokenForm
-from nestopt.core.token_state import PENDING
 from nestopt.core.tree import State, leaves, nested, replaced, tree_map
 
 Run = Callable[[TokenBatch, Mapping[str, Tensor], State], tuple[Tensor, State]]
@@ -95,10 +96,10 @@ class _OfSeveral(_Composition):
     """A form that shows tokens to each of its parts, and combines what they answer."""
 
     def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
-        return self._through([form.forward for form in self.parts.values()], tokens, gates, state)
+        return self._through([form.run for form in self.parts.values()], tokens, gates, state)
 
     def step(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
-        return self._through([form.step for form in self.parts.values()], tokens, gates, state)
+        return self._through([partial(form.run, step=True) for form in self.parts.values()], tokens, gates, state)
 
     @abstractmethod
     def _through(
@@ -171,9 +172,9 @@ class ChainForm(_OfSeveral):
 class NestForm(_Composition):
     """Run the inner level by its form, a context of tokens after the other; between them the outer level learns.
 
-    A context is `outer.period` places of a sequence, padding among them. State: `"inner"` is that of the inner form,
-    `"start"` where each of its tensors begins a context, `"outer"` what the outer level remembers of these, `"writes"`
-    `[B, H]` how often it has learned, and `"pending"` which places of a context that is not over have tokens.
+    A context is `outer.period` tokens of a sequence. State: `"inner"` is that of the inner form, `"start"` where each
+    of its tensors begins a context, `"outer"` what the outer level remembers of these, `"writes"` `[B, H]` how often it
+    has learned, and `"pending"` which tokens of a context that is not over were written.
     """
 
     levels: ClassVar[tuple[type[Level], ...]] = (Nest,)
@@ -224,29 +225,53 @@ class NestForm(_Composition):
         keys = path.split(".")
         return leaf.is_floating_point() and PENDING not in keys and keys[0] not in self.inner.level.constant_keys
 
+    def run(
+        self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State, *, step: bool = False
+    ) -> tuple[Tensor, State]:
+        rows = RowChunks.of(state[PENDING], tokens.mask, tokens.k, self.chunk)
+        if rows is None:
+            return self.forward(tokens, gates, state)
+        live = rows.joined(state[PENDING], {"live": tokens.active})["live"]
+        # the inner level has seen those that are pending
+        shown = rows.taken & ~rows.was_pending
+        now = {"q": tokens.q, "k": tokens.k, "v": tokens.v, "live": tokens.active}
+        held = rows.joined(None, {**now, "gates": self.every_gate(tokens, gates)})
+        q, k, v, active = (held[name] for name in now)
+        every = dataclasses.replace(tokens, q=q, k=k, v=v, active=active, finite=active, mask=shown)
+        y, new = self._contexts(every, held["gates"], state, live)
+        return rows.back(y), {**new, PENDING: rows.kept(new[PENDING])}
+
     def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
-        live, level, ys, first = state[PENDING]["live"], state["level"], [], 0
-        left, length = self.chunk - live.shape[2], tokens.k.shape[2]
+        return self._contexts(tokens, gates, state, torch.cat([state[PENDING]["live"], tokens.active], dim=2))
+
+    def _contexts(
+        self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State, live: Tensor
+    ) -> tuple[Tensor, State]:
+        """Run the tokens, which are the last of those that `live` `[B, H, n]` says it of, from a context's start on."""
+        level, ys, first, length = state["level"], [], 0, tokens.k.shape[2]
+        begun = live.shape[2] - length
+        left = self.chunk - begun
         lengths = [min(left, length), *[self.chunk] * ((length - left) // self.chunk)]
         lengths += [length - sum(lengths)] if length > sum(lengths) else []
         for piece in tokens.split(lengths):
             part = slice(first, first + piece.k.shape[2])
             here = {path: gate[:, :, part] for path, gate in gates.items()}
-            y, inner = self.inner.forward(piece, within(here, "inner"), level["inner"])
+            y, inner = self.inner.run(piece, within(here, "inner"), level["inner"])
             ys.append(y)
-            level, live, first = {**level, "inner": inner}, torch.cat([live, piece.active], dim=2), part.stop
-            if live.shape[2] == self.chunk:
+            level, first = {**level, "inner": inner}, part.stop
+            if (end := begun + first) % self.chunk == 0:
                 last = {path: gate[:, :, -1] for path, gate in within(here, "outer").items()}
-                level, live = self._learned(level, live.any(2), last), live[:, :, :0]
+                level = self._learned(level, live[:, :, end - self.chunk : end].any(2), last)
         y = ys[0] if len(ys) == 1 else torch.cat(ys, dim=2)
-        return y, {"step": state["step"] + tokens.count, "level": level, PENDING: {"live": live}}
+        rest = live[:, :, live.shape[2] - live.shape[2] % self.chunk :]
+        return y, {"step": state["step"] + tokens.count, "level": level, PENDING: {"live": rest}}
 
     def read(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> Tensor:
         return self.inner.read(tokens, within(gates, "inner"), state["level"]["inner"])
 
     def _learned(self, level: State, wrote: Tensor, gates: State) -> State:
         """The state after a context, in which the sequences and heads of `wrote` `[B, H]` have learned something."""
-        arrived, begins, outer = dict(leaves(level["inner"]["level"])), {}, {}
+        arrived, begins, goes_on, outer = dict(leaves(level["inner"]["level"])), {}, {}, {}
         writes = level["writes"] + wrote
 
         def step(path: str, at: Tensor, end: Tensor, state: State, now: State, step: Tensor) -> tuple[Tensor, State]:
@@ -262,6 +287,7 @@ class NestForm(_Composition):
             for key in path.split("."):
                 before = before[key]
             new, after = vmap(vmap(partial(step, path)))(at, arrived[path], before, gates, writes.clamp_min(1))
-            begins[path], outer[path] = chosen(new, at), tree_map(chosen, after, before)
-        inner = {**level["inner"], "level": replaced(level["inner"]["level"], begins)}
+            begins[path], goes_on[path] = chosen(new, at), chosen(new, arrived[path])
+            outer[path] = tree_map(chosen, after, before)
+        inner = {**level["inner"], "level": replaced(level["inner"]["level"], goes_on)}
         return {"inner": inner, "start": nested(begins), "outer": nested(outer), "writes": writes}

@@ -14,15 +14,17 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from nestopt.core.device import number_like
 from nestopt.core.gates import bind, gates_of
 from nestopt.core.level import Level
 from nestopt.core.part import Gate, Number
+from nestopt.core.pending import COUNT, PENDING, RowChunks
 from nestopt.core.recall import recalled
 from nestopt.core.token_batch import TokenBatch
-from nestopt.core.token_state import PENDING, Rows, begin, cat, index, reset_rows
-from nestopt.core.tree import State, nested
+from nestopt.core.token_state import Rows, cat, index, reset_rows
+from nestopt.core.tree import State, leaves, nested, tree_map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,15 +144,65 @@ class TokenForm(ABC):
         """Return the state of `batch` sequences before their first token, on the device and in the dtype of `like`.
 
         `learned` is the start that a layer has learned, `[H, ..]` each (`Level.learned_start`); empty where it has not.
+        By default the state is as the reference machine has it, its leaves `[B, H, ..]`. `"step"` counts the tokens
+        seen. Of a level with a `chunk_size` above 1, `"level"` is the state at the start of a chunk that is not over,
+        and `"pending"` has its tokens so far: k, v, which of them are live, and the gates by path, `[B, H, n, ..]`, and
+        their `"count"` `[B]` where rows differ in it; a level that `owns_partial_chunk` has them in a way of its own.
         """
-        return begin(self._bound, self.gates, batch, heads, dim_k, dim_v, like, learned)
+
+        def one(learned: State) -> State:
+            return self._bound.init_tokens(dim_k, dim_v, like, learned)
+
+        if learned:
+            state = vmap(one, randomness="different")(dict(learned))  # a rule may start at random
+        else:
+            first = one({})
+            state = tree_map(lambda leaf: leaf.expand(heads, *leaf.shape), first)
+        state = tree_map(lambda leaf: leaf.expand(batch, *leaf.shape), state)
+        whole: State = {"step": torch.zeros(batch, heads, dtype=torch.int64, device=like.device), "level": state}
+        if self._bound.chunk_size > 1 and not self._bound.owns_partial_chunk:
+            none = (batch, heads, 0)
+            whole[PENDING] = {
+                "k": like.new_zeros(*none, dim_k),
+                "v": like.new_zeros(*none, dim_v),
+                "live": torch.zeros(none, dtype=torch.bool, device=like.device),
+                "gates": nested({path: like.new_zeros(none) for path in self.gates}),
+            }
+        return whole
+
+    def run(
+        self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State, *, step: bool = False
+    ) -> tuple[Tensor, State]:
+        """Answer tokens, and learn them, as layers do: by `forward`, or with one token each and `step` by that.
+
+        Where rows are at places of their own in a chunk, or have padding, `forward` is shown each row's pending tokens
+        again with those of the call, so laid out that the chunks of all rows begin together
+        (`nestopt.core.pending.RowChunks`). A form with a layout of its own sees to that itself: it gets `tokens.mask`.
+        """
+        pending, rows = state.get(PENDING, {}), None
+        if pending and (tokens.mask is not None or COUNT in pending):
+            rows = RowChunks.of(pending, tokens.mask, tokens.k, self.chunk)
+        if rows is None:
+            return (self.step if step else self.forward)(tokens, gates, state)
+        fresh = {"k": tokens.k, "v": tokens.v, "live": tokens.active, "gates": nested(self.every_gate(tokens, gates))}
+        held = rows.joined(pending, fresh)
+        q, live = rows.joined(None, {"q": tokens.q})["q"], held["live"]
+        shown = dataclasses.replace(tokens, q=q, k=held["k"], v=held["v"], active=live, finite=live, mask=None)
+        begun = {
+            **state,
+            "step": state["step"] - pending["live"].sum(2),
+            PENDING: tree_map(lambda x: x[:, :, :0], {name: pending[name] for name in fresh}),
+        }
+        y, new = self.forward(shown, dict(leaves(held["gates"])), begun)
+        return rows.back(y), {**new, PENDING: rows.kept(new[PENDING])}
 
     @abstractmethod
     def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
         """Answer tokens, and learn them: y `[B, H, T, D_v]` and the state after the last.
 
         `gates` are values of gates of the level by dotted path, `[B, H, T]` each, and any number where a token is not
-        active; one that is missing is at its initial value. Nothing is changed in place.
+        active; one that is missing is at its initial value. Where the state has pending tokens, `run` has seen to it
+        that all rows have as many and there is no padding. Nothing is changed in place.
         """
 
     def step(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
@@ -165,7 +217,7 @@ class TokenForm(ABC):
         return recalled(self.level, tokens, gates, state)
 
     def pending(self, state: State) -> int:
-        """Return how many tokens of a chunk that is not over the state has."""
+        """Return how many tokens of a chunk that is not over the state has: the most of any row, or more."""
         return state[PENDING]["live"].shape[2] if PENDING in state else 0
 
     @property

@@ -5,6 +5,7 @@ Slow and right: it is what every form is tested against, and what runs where the
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -14,10 +15,11 @@ from torch.func import vmap
 
 from nestopt.core.gates import bind
 from nestopt.core.level import Level
+from nestopt.core.pending import COUNT, PENDING, of_shape
 from nestopt.core.signal import Signal
 from nestopt.core.token_batch import TokenBatch
 from nestopt.core.token_form import Accepted, Refused, TokenForm
-from nestopt.core.token_state import PENDING
+from nestopt.core.token_state import cat, index, numbers
 from nestopt.core.tree import State, leaves, nested, tree_map
 
 
@@ -40,7 +42,8 @@ class ReferenceForm(TokenForm):
     def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
         gates = self.every_gate(tokens, gates)
         if self.level.owns_partial_chunk:
-            return self._whole(tokens, gates, state)
+            apart = tokens.mask is not None or any(path.endswith(f"{PENDING}.{COUNT}") for path, _ in leaves(state))
+            return (self._by_place if apart else self._whole)(tokens, gates, state)
         return self._chunks(tokens, gates, state) if self.level.chunk_size > 1 else self._each(tokens, gates, state)
 
     def _each(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
@@ -85,6 +88,33 @@ class ReferenceForm(TokenForm):
                 rest = now
         total = state["step"] + tokens.count
         return torch.cat(ys, dim=2)[:, :, done:], {"step": total, "level": memory, PENDING: rest}
+
+    def _by_place(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
+        """Run a level that keeps the tokens of its chunks itself: rows that are at one place of these after others.
+
+        Which these are is asked of the device, which no form does that is fast.
+        """
+        mask = torch.ones_like(tokens.active[:, 0]) if tokens.mask is None else tokens.mask
+        counts = [mask.sum(1), *(count for path, count in leaves(state) if path.endswith(f"{PENDING}.{COUNT}"))]
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row, place in enumerate(torch.stack(counts, dim=1).tolist()):
+            groups.setdefault(tuple(place), []).append(row)
+        y, states = torch.zeros_like(tokens.v), []
+        for (length, *_), rows in groups.items():
+            now, chosen = index(state, rows), numbers(rows, len(mask), mask.device, "run")
+            if length:
+                at = mask[chosen].nonzero()[:, 1].view(len(rows), length)
+
+                def own(x: Tensor, chosen: Tensor = chosen, at: Tensor = at) -> Tensor:
+                    return x[chosen].gather(2, of_shape(at, x[chosen]))
+
+                q, k, v, active = (own(x) for x in (tokens.q, tokens.k, tokens.v, tokens.active))
+                part = dataclasses.replace(tokens, q=q, k=k, v=v, active=active, finite=active, mask=None)
+                found, now = self._whole(part, {path: own(gate) for path, gate in gates.items()}, now)
+                y = y.index_copy(0, chosen, torch.zeros_like(y[chosen]).scatter(2, of_shape(at, found), found))
+            states.append(now)
+        order = torch.tensor([row for rows in groups.values() for row in rows]).argsort()
+        return y, index(cat(states), order)
 
     def _whole(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
         """Run all tokens at once, of a level that keeps those of its chunks itself."""

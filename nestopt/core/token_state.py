@@ -1,64 +1,20 @@
-"""States of memories on tokens, nested dicts of tensors `[batch, ...]`: their start, rows, and whether they fit."""
+"""States of memories on tokens, nested dicts of tensors `[batch, ...]`: their rows, and whether they fit."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from nestopt.core.device import upload
-from nestopt.core.level import Level
 from nestopt.core.part import nearest
-from nestopt.core.tree import State, leaves, nested, tree_map
-
-PENDING = "pending"
-"""Key of a state: the tokens of a chunk that is not over."""
+from nestopt.core.pending import COUNT, OF_TOKENS, PENDING, alike, all_settled, without
+from nestopt.core.tree import State, leaves, tree_map
 
 PAIRS = {"keys", "values"}
 """The keys of a memory that keeps its pairs; which of them count is its "mask", where not all do."""
-
-
-def begin(
-    bound: Level,
-    gates: Collection[str],
-    batch: int,
-    heads: int,
-    dim_k: int,
-    dim_v: int,
-    like: Tensor,
-    learned: Mapping[str, Tensor],
-) -> State:
-    """Return the state before the first token, as the reference machine has it; tensors as `like` in dtype and device.
-
-    `bound` is the level with numbers in the place of its gates (`nestopt.core.gates.bind`), `gates` are their paths,
-    and `learned` is the start that a layer learned, `[H, ...]` each. Leaves of the state are `[B, H, ...]`; `"step"`
-    counts the tokens seen, `[B, H]`. Of a level with a `chunk_size` above 1, `"level"` is the state at the start of a
-    chunk that is not over, and `"pending"` has its tokens so far: k, v, which of them are live, and the gates by path,
-    `[B, H, n, ..]`; a level that `owns_partial_chunk` has them in a way of its own.
-    """
-
-    def one(learned: State) -> State:
-        return bound.init_tokens(dim_k, dim_v, like, learned)
-
-    if learned:
-        state = vmap(one, randomness="different")(dict(learned))  # a rule may start at random
-    else:
-        first = one({})
-        state = tree_map(lambda leaf: leaf.expand(heads, *leaf.shape), first)
-    state = tree_map(lambda leaf: leaf.expand(batch, *leaf.shape), state)
-    whole: State = {"step": torch.zeros(batch, heads, dtype=torch.int64, device=like.device), "level": state}
-    if bound.chunk_size > 1 and not bound.owns_partial_chunk:
-        none = (batch, heads, 0)
-        whole[PENDING] = {
-            "k": like.new_zeros(*none, dim_k),
-            "v": like.new_zeros(*none, dim_v),
-            "live": torch.zeros(none, dtype=torch.bool, device=like.device),
-            "gates": nested({path: like.new_zeros(none) for path in gates}),
-        }
-    return whole
 
 
 Rows = Sequence[int] | Sequence[bool] | Tensor
@@ -101,15 +57,14 @@ def index(state: Mapping[str, Any], rows: Rows) -> State:
     if first is None:
         return tree_map(Tensor.detach, state)  # of a layer without a state
     chosen = numbers(rows, first.shape[0], first.device, "index")
-    return tree_map(lambda leaf: leaf[chosen], state)
+    return all_settled(tree_map(lambda leaf: leaf[chosen], state))
 
 
 def cat(states: Sequence[Mapping[str, Any]]) -> State:
     """States of one layer, or of equal ones, as one batch.
 
-    Where the sequences of one are at another place of a chunk than those of another, the fewer tokens of the chunk are
-    filled up with places that are not live: the chunk of those sequences is then over earlier, with fewer tokens in it.
-    Kept pairs (`attention`) are filled up likewise, and the layer sees no difference.
+    Sequences may be at any places of a chunk, and have kept as many pairs (`attention`) as they like: where one has
+    fewer than another, places are added that are no tokens, and each goes on as it would alone.
 
     Args:
         states: one or more, with the same keys, devices and, but for the batch and what grows, shapes.
@@ -125,7 +80,7 @@ def cat(states: Sequence[Mapping[str, Any]]) -> State:
 def _cat(states: list[Mapping[str, Any]], path: str) -> State:
     first = states[0]
     if PENDING in first and all(PENDING in state for state in states):
-        states = _pending_filled(states)
+        states = alike(states)
     elif set(first) - {"mask"} == PAIRS:
         states = _pairs_filled(states)
     found: State = {}
@@ -156,27 +111,6 @@ def _check_alike(part: Any, first: Tensor, name: str, i: int) -> None:
             f"cat: {name} is {part.dtype} on {part.device} in states[{i}] and {first.dtype} on {first.device} in "
             "states[0]; they must be the same (see nestopt.nn.to)"
         )
-
-
-def _pending_filled(states: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """States whose pending tokens are as many; those that are added come first and are not live."""
-    pending = [state[PENDING] for state in states]
-    most = max(pending, key=lambda held: held["live"].shape[2])
-    filled: list[Mapping[str, Any]] = []
-    for state, held in zip(states, pending, strict=True):
-        missing = most["live"].shape[2] - held["live"].shape[2]
-        if missing and sorted(dict(leaves(held))) == sorted(dict(leaves(most))):
-
-            def fill(x: Tensor, like: Tensor, missing: int = missing) -> Tensor:
-                # gates in their range, though nothing comes of them: those of some token
-                added = like[:1, :, :missing].detach().expand(x.shape[0], *(-1,) * (x.ndim - 1))
-                return torch.cat([added.to(x), x], dim=2)
-
-            held = tree_map(fill, held, most)
-            for name in [name for name in _OF_TOKENS if name in held]:
-                held[name] = torch.cat([torch.zeros_like(held[name][:, :, :missing]), held[name][:, :, missing:]], 2)
-        filled.append({**state, PENDING: held})
-    return filled
 
 
 def _pairs_filled(states: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -225,17 +159,13 @@ def reset_rows(state: Mapping[str, Any], begun: Mapping[str, Any], rows: Tensor)
     for key, value in state.items():
         if key == PENDING:
             # gates stay in their range
-            zeros = {name: choose(torch.zeros_like(x), x) for name, x in value.items() if name in _OF_TOKENS}
-            found[key] = {**value, **zeros}
+            zeros = {name: choose(torch.zeros_like(x), x) for name, x in value.items() if name in OF_TOKENS}
+            found[key] = without({**value, **zeros}, rows)
         elif isinstance(value, Mapping):
             found[key] = reset_rows(value, begun[key], rows)
         else:
             found[key] = choose(begun[key], value)
     return found
-
-
-_OF_TOKENS = ("k", "v", "live")
-"""What pending tokens are, but for their gates."""
 
 
 def as_mask(rows: Tensor, batch: int) -> Tensor:
@@ -276,6 +206,8 @@ def shapes_of(state: Mapping[str, Any]) -> Shapes:
     }
     if set(found) == PAIRS:
         found["mask"] = Leaf((0,), torch.bool, optional=True)
+    if PENDING in found:
+        found[PENDING][COUNT] = Leaf((), torch.int64, optional=True)
     return found
 
 

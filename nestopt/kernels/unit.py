@@ -14,22 +14,14 @@ from torch import Tensor
 from nestopt.kernels.functions import batched, may_write
 
 
-def unit(x: Tensor) -> Tensor:
-    """x `[.., D]` over its length, as `torch.nn.functional.normalize` on the last dimension.
+def unit(x: Tensor, eps: float | None = None, least: float = 1e-12) -> Tensor:
+    """x `[.., D]` over its length, as `torch.nn.functional.normalize` on the last dimension; with `eps` over its root
+    mean square, as `torch.nn.functional.rms_norm` without a weight.
 
-    Vectors shorter than 1e-12 are divided by that; in float16, which has no such number, those shorter than 2^-10.
+    Vectors shorter than `least` are divided by that; in float16, which has no such number, those shorter than 2^-10.
     """
-    return _unit(x, None)
-
-
-def unit_rms(x: Tensor, eps: float) -> Tensor:
-    """x `[.., D]` over its root mean square, as `torch.nn.functional.rms_norm` without a weight."""
-    return _unit(x, eps)
-
-
-def _unit(x: Tensor, eps: float | None, least: float = 1e-12) -> Tensor:
     if x.dtype == torch.float16:  # which has no room for squares, nor for what a short vector is multiplied with
-        return _unit(x.float(), eps, 2.0**-10).half()
+        return unit(x.float(), eps, 2.0**-10).half()
     # without a graph, as for a token alone, the function by itself: to apply it takes as long again
     return _Unit.apply(x, eps, least) if torch.is_grad_enabled() else x * _inverse(x, eps, least)
 

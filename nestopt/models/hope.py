@@ -172,8 +172,7 @@ class HopeLM(nn.Module):
                 `"mixer"` or `"mlp"`, only those of that half of each block.
 
         Returns:
-            The logits and the state after the last token; with `starts`, of each row's last document. Where the level
-            has chunks, one that then goes on may have fewer tokens in its next chunk than it would have alone.
+            The logits and the state after the last token; with `starts`, of each row's last document.
 
         Raises:
             TypeError: for tokens that are not integers.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from nestopt.kernels.unit import unit_rms
+from nestopt.kernels.unit import unit
 
 
 class HeadNorm(nn.RMSNorm):
@@ -15,4 +15,4 @@ class HeadNorm(nn.RMSNorm):
         self._eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return unit_rms(x, self._eps) * self.weight
+        return unit(x, self._eps) * self.weight

@@ -160,8 +160,6 @@ class SequenceMemory(nn.Module):
     def reset(self, state: Mapping[str, Any], rows: Chosen) -> State:
         """Return `state` with the sequences `rows` begun anew, at the learned start, and all others as they are.
 
-        Where the level has chunks, a sequence that is begun anew within one has fewer tokens in its first.
-
         Args:
             state: of this layer.
             rows: their numbers (a list or an integer tensor), or a bool for each sequence of the batch.
@@ -199,9 +197,8 @@ class SequenceMemory(nn.Module):
     ) -> tuple[Tensor, State] | tuple[Tensor, State, Stats]:
         """Run tokens `[B, T, dim]`, T >= 1: y `[B, T, dim]` and the state after the last token.
 
-        With padding, each row's tokens are moved to its front before anything else: wherever the padding is, a new
-        sequence gives what its tokens give alone. The places behind them count to chunks: of a level with chunks, a row
-        that goes on from the state after padding has fewer tokens in a chunk than it would have alone.
+        Wherever the padding is, each sequence gives what its tokens give alone, and goes on as it does: it has its own
+        place in a chunk.
 
         Args:
             x: tokens.
@@ -227,7 +224,14 @@ class SequenceMemory(nn.Module):
             ValueError: for another width of x, no tokens, a mask or `cu_seqlens` that does not fit, or a state of
                 another batch size, layer or dtype.
         """
-        self._check_tokens(x)
+        if x.ndim != 3 or x.shape[-1] != self.dim:
+            raise ValueError(
+                f"SequenceMemory: x has the shape {list(x.shape)}; it must be [batch, tokens, dim={self.dim}]"
+            )
+        if x.shape[1] == 0:
+            raise ValueError(
+                f"SequenceMemory: x has the shape {list(x.shape)}: there is no token in it; give one or more"
+            )
         stats: Stats = {}
 
         def attend(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: State, mask: Tensor | None) -> Any:
@@ -273,7 +277,7 @@ class SequenceMemory(nn.Module):
         tokens, gates = self._token(h, now["memory"])
         with no_autocast(h.device), products_in(self.precision):
             if learn:
-                y, new["memory"] = self.form.step(tokens, gates, now["memory"])
+                y, new["memory"] = self.form.run(tokens, gates, now["memory"], step=True)
             else:
                 y, new["memory"] = self.form.read(tokens, gates, now["memory"]), now["memory"]
         return self._read_out(tokens.answer(y)[:, 0], h), new
@@ -369,16 +373,6 @@ class SequenceMemory(nn.Module):
     def gates_at(self, h: Tensor) -> dict[str, Tensor]:
         """Return the learned gates at h `[.., dim]` (after the convolution), `[.., heads]` each, by dotted path."""
         return {} if self.gates is None else self.level_gates.by_path(self.gates(h))
-
-    def _check_tokens(self, x: Tensor) -> None:
-        if x.ndim != 3 or x.shape[-1] != self.dim:
-            raise ValueError(
-                f"SequenceMemory: x has the shape {list(x.shape)}; it must be [batch, tokens, dim={self.dim}]"
-            )
-        if x.shape[1] == 0:
-            raise ValueError(
-                f"SequenceMemory: x has the shape {list(x.shape)}: there is no token in it; give one or more"
-            )
 
     def extra_repr(self) -> str:
         precision = "" if self.precision == "float32" else f", precision={self.precision}"

@@ -13,8 +13,8 @@ from nestopt.core.associative import AssociativeMemory
 from nestopt.core.device import constants
 from nestopt.core.gates import bind, gates_of, per_head
 from nestopt.core.level import Level
+from nestopt.core.pending import PENDING
 from nestopt.core.token_form import TokenForm
-from nestopt.core.token_state import PENDING
 from nestopt.core.tree import State, leaves
 from nestopt.ops.run import run_form
 

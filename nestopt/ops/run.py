@@ -49,7 +49,7 @@ def run(
         gates: values of the level's gates by dotted path, `[B, T, H]` each.
         state: from a former call, to go on from there; None starts anew (from `learned`).
         learned: the start a layer learned, `[H, ...]` by name.
-        mask: `[B, T]`, True for tokens, False for padding, which changes nothing but takes its place in a chunk.
+        mask: `[B, T]`, True for tokens, False for padding, wherever it is: it changes nothing.
         cu_seqlens: for sequences end to end in one row, `[1, N, H, D]`: where each begins, and the end.
         checkpoint: of deep memories: recompute in the backward pass all but every so many chunks' weights.
         learn: False reads only: each token is answered from the memory that `state` holds (`nestopt.core.recall`), as
@@ -117,7 +117,7 @@ def run_form(
     given = {**per_head(form.gates, tokens.k), **given}
     with no_autocast(q.device), products_in(precision):
         if learn:
-            y, state = form.forward(tokens, given, state)
+            y, state = form.run(tokens, given, state)
         else:
             y = form.read(tokens, given, state)
     return tokens.answer(y), state

@@ -44,7 +44,7 @@ def test_padding_and_what_is_not_finite_are_not_live() -> None:
     assert torch.equal(x.active, live)
     assert not any(y[~live].any() for y in (x.q, x.k, x.v))
     wrong = ~live & mask[:, None]
-    assert torch.equal(x.nonfinite, wrong)  # padding is not
+    assert torch.equal(~x.finite, wrong)  # padding is not
     assert torch.equal(x.answer(torch.zeros(2, 3, 5, 6)).isnan().any(-1).transpose(1, 2), wrong)
     torch.testing.assert_close(x.gate(inner, 0.5), torch.where(live, 1.0, 0.5))
 

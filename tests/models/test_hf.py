@@ -31,8 +31,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "the last learns": {"mixer": "deltanet", "mlps": [{"level": "cms"}, LEARNING]},
     "two": {"mixers": ["deltanet", "attention"], "mlp": LEARNING},
 }
-EXACT = ("attention", "window", "deltanet", "two")
-"""Those without chunks, in which padding would have a place."""
 
 
 def make(name: str, **more: Any) -> HopeForCausalLM:
@@ -127,15 +125,15 @@ def test_padding_on_either_side(name: str) -> None:
     torch.testing.assert_close(
         model(x, attention_mask=right).logits[1:, :4], model(x[1:, :4]).logits, rtol=1e-4, atol=1e-5
     )
-    if name not in EXACT:
-        return
     padded = x.clone()
     padded[1, :3] = 0
-    made = model.generate(padded, attention_mask=left, max_new_tokens=6, do_sample=False)
-    wanted, _ = model.model.generate(x[1:, 3:], 6, greedy)
-    assert made[1, 7:].equal(wanted[0, 4:])
-    wanted, _ = model.model.generate(x[:1], 6, greedy)
-    assert made[:1].equal(wanted)
+    for use_cache in (True, False):
+        made = model.generate(
+            padded, attention_mask=left, max_new_tokens=11, min_new_tokens=11, do_sample=False, use_cache=use_cache
+        )
+        for row, first in ((0, 0), (1, 3)):
+            options = {"max_new_tokens": 11, "min_new_tokens": 11, "do_sample": False}
+            assert made[row, 7:].equal(model.generate(x[row : row + 1, first:], **options)[0, 7 - first :])
 
 
 def test_they_are_found_where_models_are() -> None:

@@ -12,7 +12,7 @@ import nestopt
 from nestopt.core.tree import leaves
 from nestopt.levels import attention, titans
 from nestopt.nn import SequenceMemory, index
-from tests.nn.tools import F64, LEVELS, in_steps, level_of, make, same, same_states
+from tests.nn.tools import F64, LEVELS, level_of, make, same
 
 LENGTHS = [6, 3, 1, 9]
 PATTERNS = {
@@ -46,34 +46,8 @@ def test_a_padded_sequence_is_what_it_is_alone(name: str, pattern: str) -> None:
         row = dict(leaves(index(state, [i])))
         same(row["conv"], end["conv"])
         same(row["memory.step"], end["memory"]["step"])
-        if module.form.chunk == 1 and "memory.level.memory.keys" not in row:
+        if "memory.level.memory.keys" not in row:
             same(row, dict(leaves(end)), 1e-8)  # roots of nearly singular matrices lose digits
-
-
-@pytest.mark.parametrize("name", [name for name in LEVELS if make(name).form.chunk == 1])
-def test_padded_sequences_go_on_as_they_do_alone(name: str) -> None:
-    module = make(name)
-    alone = [torch.randn(n + 4, 8, dtype=F64) for n in LENGTHS]
-    x, mask = padded("left", [one[:-4] for one in alone], junk=3.0)
-    _, state = module(x, mask=mask)
-    rest = torch.stack([one[-4:] for one in alone])
-    second, mid = module(rest[:, :2], state)
-    third, _ = in_steps(module, rest[:, 2:], mid)
-    for i, one in enumerate(alone):
-        same(torch.cat([second, third], 1)[i], module(one[None])[0][0, -4:])
-
-
-@pytest.mark.parametrize("name", ["titans", "titans in chunks", "ttt in chunks", "titans with adam"])
-def test_after_padding_a_chunk_is_shorter_and_the_memory_is_of_its_own_tokens(name: str) -> None:
-    module = make(name)
-    x = torch.randn(2, 5, 8, dtype=F64)
-    mask = torch.tensor([[True] * 5, [False] * 3 + [True] * 2])
-    _, state = module(x, mask=mask)
-    y, _ = module(torch.zeros(2, 3, 8, dtype=F64), state)
-    _, other = module(torch.where(mask[..., None], x, 100.0), mask=mask)
-    same_states(state, other)
-    assert y.isfinite().all()
-    same(state["memory"]["step"], torch.tensor([[5, 5], [2, 2]]))
 
 
 @pytest.mark.parametrize("name", LEVELS)
@@ -111,9 +85,8 @@ def test_sequences_end_to_end_are_what_they_are_alone(name: str) -> None:
         true, end = module(x[:, a:b])
         same(y[:, a:b], true)
         same(state["conv"][i], end["conv"][0])
-    if module.level.chunk_size == 1:
-        again, _ = module(x, state, cu_seqlens=ends)
-        same(again[:, 4:5], module(torch.cat([x[:, 4:5]] * 2, 1))[0][:, 1:])
+    again, _ = module(x, state, cu_seqlens=ends)
+    same(again[:, 4:5], module(torch.cat([x[:, 4:5]] * 2, 1))[0][:, 1:])
 
 
 def test_a_row_without_tokens_stays_where_it_was() -> None:

@@ -126,22 +126,13 @@ def test_pending_tokens_keep_the_gates_that_they_were_given() -> None:
 def test_sequences_at_other_places_of_a_chunk_go_on_together(
     sizes: tuple[int, int], chunk: int, projection_chunk: int
 ) -> None:
-    """With `cat`. A chunk that is filled up has fewer tokens in it, and until it is over nothing is otherwise."""
     module = layer(chunk=chunk, projection_chunk=projection_chunk, conv=0)
     states = [module(torch.randn(1, size, 8, dtype=F64))[1] for size in sizes]
     x = torch.randn(2, 9, 8, dtype=F64)
     y, end = module(x, cat(states))
-    assert y.isfinite().all()
     assert end["memory"]["step"][:, 0].tolist() == [size + 9 for size in sizes]
-    for i, size in enumerate(sizes):
-        same_for = 9
-        for span in (chunk, projection_chunk):
-            most = max(other % span for other in sizes)
-            if size % span < most:
-                same_for = min(same_for, span - most)
-        alone, _ = module(x[i : i + 1], states[i])
-        same(y[i, :same_for], alone[0, :same_for])
-        assert same_for == 9 or not torch.allclose(y[i], alone[0])
+    for i in range(2):
+        same(y[i], module(x[i : i + 1], states[i])[0][0])
 
 
 def test_begun_anew_within_a_chunk() -> None:

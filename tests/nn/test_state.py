@@ -16,9 +16,7 @@ from nestopt.core.tree import leaves, nested
 from nestopt.levels import attention, deltanet, titans
 from nestopt.models import HopeLM
 from nestopt.nn import CMS, SequenceMemory, cat, clone, detach, index, to
-from tests.nn.tools import F64, LEVELS, level_of, make, same, same_states
-
-CHUNKED = [name for name in LEVELS if level_of(name).chunk_size > 1]
+from tests.nn.tools import F64, LEVELS, make, same, same_states
 
 
 def after(module: SequenceMemory, batch: int, tokens: int) -> dict[str, Any]:
@@ -45,7 +43,7 @@ def test_states_put_together_are_one_batch(name: str) -> None:
     same_states(index(cat([one, two]), [0, 1]), one)
 
 
-@pytest.mark.parametrize("name", [name for name in LEVELS if name not in CHUNKED])
+@pytest.mark.parametrize("name", LEVELS)
 def test_states_of_other_lengths_are_put_together(name: str) -> None:
     module = make(name)
     states, x = [after(module, 1, 2), after(module, 2, 7), after(module, 1, 5)], torch.randn(4, 5, 8, dtype=F64)
@@ -54,28 +52,6 @@ def test_states_of_other_lengths_are_put_together(name: str) -> None:
     same(y, torch.cat([module(part, state)[0] for part, state in zip(parts, states, strict=True)]))
     again, _ = module(x[1:], cat([index(end, [1, 2]), index(end, [3])]))
     same(again[0], module(parts[1], module(parts[1], states[1])[1])[0][0])
-
-
-# where a level has chunks of two lengths, those of either are filled up: see `test_self_modifying`
-@pytest.mark.parametrize("name", [name for name in CHUNKED if name != "self_modifying in chunks"])
-@pytest.mark.parametrize(("first", "second"), [(2, 5), (3, 4), (4, 8), (5, 2)])
-def test_of_sequences_at_other_places_of_a_chunk_the_later_ones_are_as_they_were(
-    name: str, first: int, second: int
-) -> None:
-    module = make(name)
-    span, x = module.level.chunk_size, torch.randn(3, 6, 8, dtype=F64)
-    states = [after(module, 1, first), after(module, 2, second)]
-    y, end = module(x, cat(states))
-    own = torch.cat([module(x[:1], states[0])[0], module(x[1:], states[1])[0]])
-    ahead, behind = (slice(1, 3), slice(0, 1)) if second % span >= first % span else (slice(0, 1), slice(1, 3))
-    same(y[ahead], own[ahead])
-    if first % span == second % span:
-        same(y[behind], own[behind])
-    # the others' chunk is over sooner, and until then nothing is otherwise
-    left = span - max(first % span, second % span)
-    same(y[behind, : left - 1], own[behind, : left - 1])
-    assert y.isfinite().all()
-    same(end["memory"]["step"][:, 0], torch.tensor([first + 6, second + 6, second + 6]))
 
 
 @pytest.mark.parametrize("name", LEVELS)
@@ -90,8 +66,7 @@ def test_rows_begun_anew_know_nothing_and_others_all(name: str, tokens: int) -> 
     other = module.reset(after(module, 3, tokens), [1])
     same(module(x, other)[0][1], y[1], 1e-12)  # whatever it had seen
     same(end["memory"]["step"][:, 0], torch.tensor([tokens + 5, 5, tokens + 5]))
-    if tokens % module.level.chunk_size == 0:
-        same(y[1], module(x)[0][1])
+    same(y[1], module(x)[0][1])
     same(module(x[:, :1], again)[0][1], module(x[:, :1])[0][1])
 
 

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from nestopt.core.device import no_autocast
 from nestopt.core.objectives import L2, Dot
+from nestopt.core.pending import COUNT
 from nestopt.core.precision import Precision, check_products, products_in
 from nestopt.core.token_batch import TokenBatch, check_choice, check_finite, check_range, per_token, run_unpacked
 from nestopt.core.tree import State
 from nestopt.levels.deep import mlp
 from nestopt.levels.deep.mlp import Read, Settings
-from nestopt.levels.deep.scan import WeightState, scan_chunks
+from nestopt.levels.deep.scan import WeightState, idle, scan_chunks, scan_rows
 
 OBJECTIVES = {"l2": L2(), "dot": Dot()}
 STEPS = Literal["normalized", "raw", "layerwise"]
@@ -86,14 +87,16 @@ def deep_memory(
         checkpoint: recompute in the backward pass all but every so many chunks' weights; 0 keeps everything. Memory is
             least near the root of the number of chunks. Chunks below 64 tokens come in blocks of 64: weights are made,
             kept and recomputed once a block.
-        mask: `[B, T]`, True for tokens. Padding takes its place in the chunk, but neither writes nor fades.
+        mask: `[B, T]`, True for tokens. Padding, wherever it is, takes no place in a chunk, is answered with 0, and
+            neither writes nor fades.
         cu_seqlens: for sequences end to end in one row, q `[1, N, H, D]`: where each begins, and the end.
         precision: of the products (`nestopt.core.precision`): `"float32"`, `"tf32"` or `"bfloat16"`.
         validate: check that all numbers are finite and gates in range, at the cost of waiting for the device.
 
     Returns:
         y `[B, T, H, D_v]` in the dtype of v, and the state: `"weights"` and `"momentum"` by name (`[B, H, out, in]`,
-        float32, or float64 if v is) at the start of a chunk that is not over, and its tokens so far in `"pending"`.
+        float32, or float64 if v is) at the start of a chunk that is not over, and its tokens so far in `"pending"`,
+        with their `"count"` `[B]` where rows differ in it.
 
     A token that is not finite is not written, and only its own answer is NaN.
 
@@ -159,11 +162,10 @@ def _run(
     given = TokenBatch.of(q, k, v, mask, *gates.values())
     lengths = given.active.shape
     fresh = {"k": given.k, "v": given.v, "live": given.active}
-    idle = {"lr": 0.0, "decay": 1.0, "momentum": 1.0}
-    fresh |= {name: given.gate(gate, idle[name]).expand(lengths) for name, gate in gates.items()}
+    fresh = idle(fresh | {name: gate.expand(lengths) for name, gate in gates.items()})
     with no_autocast(q.device), products_in(precision):
         now, pending = _begun(weights, fresh, settings, "momentum" in gates, state)
-        y, now, rest = scan_chunks(now, given.q, pending, fresh, settings)
+        y, now, rest = scan_rows(now, given.q, pending, fresh, settings, mask)
     return given.answer(y), {**named(now), "pending": rest}
 
 
@@ -209,7 +211,7 @@ def kept(state: Mapping[str, Any], kind: str, shapes: Sequence[tuple[int, ...]],
 
 def check_pending(pending: Mapping[str, Tensor], fresh: Mapping[str, Tensor], chunk: int) -> None:
     """Raise ValueError unless `pending` tokens are of the kind of the `fresh` ones, and fewer than a chunk."""
-    if set(pending) != set(fresh):
+    if set(pending) - {COUNT} != set(fresh):
         raise ValueError(
             f"state['pending'] has {sorted(pending)}; with these gates it must have {sorted(fresh)}. Is it the state "
             "of another memory?"

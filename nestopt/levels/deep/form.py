@@ -14,11 +14,11 @@ from nestopt.core.level import Level
 from nestopt.core.memories import Matrix, Mlp
 from nestopt.core.objectives import Objective
 from nestopt.core.part import Gate, Number
+from nestopt.core.pending import PENDING
 from nestopt.core.recall import answers
 from nestopt.core.retentions import Decay
 from nestopt.core.token_batch import TokenBatch
 from nestopt.core.token_form import Accepted, FormSetting, Refused, TokenForm
-from nestopt.core.token_state import PENDING
 from nestopt.core.tree import State, leaves, nested, tree_map
 from nestopt.levels.closed_form import LinearRule, linear_rule, refusal, refusal_of_writes
 from nestopt.levels.deep.mlp import Form, Settings, step_of

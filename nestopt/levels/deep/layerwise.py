@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from nestopt.core.normalized import FLOOR, INNER, LEAST
+from nestopt.core.objectives import L2, Dot
 from nestopt.levels.deep import mlp
 from nestopt.levels.deep.mlp import Chunk, Linearised, Settings, Weights
 from nestopt.levels.deep.weight import BlockWeight, solved
@@ -78,10 +79,12 @@ class _Outer:
     ) -> None:
         self.weight, self.k, self.v, self.h, self.floor = weight, k, v, h, floor
         self.tokens, self.settings = tokens, settings
+        # ∂error/∂y where that is one number
+        self.slope = {L2: 1.0, Dot: 0.0}.get(type(settings.objective))
 
     def solve(self, a: Tensor) -> None:
         """Find all, where a `[.., C, in]` is what the weight was applied to last."""
-        delta, slope, form, square = self.settings.delta, self.settings.slope, self.settings.form, a.square().sum(-1)
+        delta, slope, form, square = self.settings.delta, self.slope, self.settings.form, a.square().sum(-1)
         if slope is None or form.norm:
             self._by_rows(a, square)
             return
@@ -113,7 +116,7 @@ class _Outer:
             pulled, felt = mlp.through_norm(found, own) if form.norm else (found, torch.ones_like(own[..., :1]))
             most = (felt.square() + delta) * square[..., now, None]
             rate = self.h[..., now, None] / (self.floor[..., now, None] + most / (1 + delta))
-            left = 1 - rate * ((self.settings.slope != 0) * felt.square() + delta) * square[..., now, None]
+            left = 1 - rate * ((self.slope != 0) * felt.square() + delta) * square[..., now, None]
             rows.append((rate * pulled, delta * rate * own, found, left))
         self.steps, decays, self.errors, left = (torch.cat(x, dim=-2) for x in zip(*rows, strict=True))
         self.left, self.decays = left[..., 0], decays if delta else None

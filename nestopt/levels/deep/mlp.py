@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nestopt.core.objectives import L2, Dot, Objective
+from nestopt.core.objectives import Objective
 from nestopt.core.token_batch import check_choice, check_whole
-from nestopt.levels.deep.gate_products import GateProducts
+from nestopt.kernels.products import GateProducts
 from nestopt.levels.deep.weight import BlockWeight
 
 Read = Literal["after", "before", "chunk"]
@@ -70,21 +70,6 @@ class Settings:
         found = self.objective.error(y, v)
         assert found is not None
         return found
-
-    @property
-    def slope(self) -> float | None:
-        """∂error/∂y where that is one number."""
-        return {L2: 1.0, Dot: 0.0}.get(type(self.objective))
-
-    @property
-    def needs_before(self) -> bool:
-        """Whether writes ask for the gates one token earlier."""
-        return self.delta > 0 or self.step == "layerwise"
-
-    @property
-    def averages(self) -> bool:
-        """Whether 1 - θ stands where S is added to the weights, and not where gradients are added to S."""
-        return self.step == "layerwise"
 
 
 @dataclasses.dataclass(frozen=True)

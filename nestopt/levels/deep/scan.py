@@ -9,11 +9,27 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nestopt.core.pending import RowChunks
 from nestopt.core.precision import current, product, products_in
 from nestopt.core.tree import State
-from nestopt.levels.deep.chunk import step, write
-from nestopt.levels.deep.gate_products import GateProducts
-from nestopt.levels.deep.mlp import Chunk, ChunkGates, Settings, linearise, read
+from nestopt.kernels.products import GateProducts
+from nestopt.levels.deep import layerwise
+from nestopt.levels.deep.mlp import (
+    ACTIVATIONS,
+    Chunk,
+    ChunkGates,
+    Linearised,
+    Settings,
+    Weights,
+    errors,
+    finish,
+    linearise,
+    read,
+    read_and_linearise,
+    sensitivities,
+)
+from nestopt.levels.deep.own_values import bounded
+from nestopt.levels.deep.step_size import step_sizes
 from nestopt.levels.deep.weight import BlockWeight
 
 T = TypeVar("T")
@@ -75,6 +91,29 @@ def scan_chunks(
     return (y if settings.read == "chunk" or not done else y[:, :, done:]), now, rest
 
 
+def scan_rows(
+    now: WeightState,
+    q: Tensor,
+    pending: Mapping[str, Tensor] | None,
+    fresh: Mapping[str, Tensor],
+    settings: Settings,
+    mask: Tensor | None,
+) -> tuple[Tensor, WeightState, State]:
+    """Do as `scan_chunks` with rows that may be at places of their own in a chunk, and have padding (`mask`)."""
+    rows = RowChunks.of(pending, mask, q, settings.chunk)
+    if rows is None:
+        return scan_chunks(now, q, pending, fresh, settings)
+    every, asked = idle(rows.joined(pending, fresh)), rows.joined(None, {"q": q})["q"]
+    y, now, rest = scan_chunks(now, asked, None, every, settings)
+    return rows.back(y), now, rows.kept(rest)
+
+
+def idle(tokens: Mapping[str, Tensor]) -> State:
+    """Return tokens with gates that write nothing and fade nothing where they are not live."""
+    none = {"lr": 0.0, "decay": 1.0, "momentum": 1.0}
+    return {name: torch.where(tokens["live"], x, none[name]) if name in none else x for name, x in tokens.items()}
+
+
 def concat_tokens(pending: Mapping[str, Tensor] | None, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return `pending` tokens, if there are any, and `fresh` ones after them."""
     if pending is None or not pending["k"].shape[2]:
@@ -132,7 +171,8 @@ def _even_blocks(held: Mapping[str, Tensor], size: int, settings: Settings) -> l
 
 def _in_chunks(gates: GateProducts, count: int, size: int, settings: Settings) -> list[list[ChunkGates]]:
     """Return, of each of `count` blocks of `size` tokens, what `gates` come to in its chunks."""
-    asked, chunk = settings.needs_before or settings.read == "before", min(settings.chunk, size)
+    chunk = min(settings.chunk, size)
+    asked = settings.delta or settings.step == "layerwise" or settings.read == "before"
     earlier = gates.before().unbind(2, count) if asked else [None] * count
     found = []
     for at, then in zip(gates.unbind(2, count), earlier, strict=True):
@@ -150,7 +190,9 @@ def _in_chunks(gates: GateProducts, count: int, size: int, settings: Settings) -
 def both_gates(held: Mapping[str, Tensor], settings: Settings, cut: Callable[[GateProducts], T]) -> tuple[T, T]:
     """Return what the gates of tokens `[.., n]` come to for W1 and for the other weights, `cut` into chunks."""
     momentum = held.get("momentum")
-    added = held["live"] if momentum is None or not settings.averages else 1 - momentum  # θ is 1 where it is not live
+    added = held["live"]
+    if momentum is not None and settings.step == "layerwise":
+        added = 1 - momentum  # θ is 1 where it is not live
     outer = cut(GateProducts.of(held.get("decay"), momentum, added))
     same = settings.forget == "all" or "decay" not in held
     return outer, outer if same else cut(GateProducts.of(None, momentum, added))
@@ -159,7 +201,7 @@ def both_gates(held: Mapping[str, Tensor], settings: Settings, cut: Callable[[Ga
 def damping(held: Mapping[str, Tensor], settings: Settings) -> Tensor:
     """α (1 - θ), or, of the layerwise step, α: by what it is shortened."""
     share = held["decay"] if "decay" in held else torch.ones_like(held["lr"])
-    return share * (1 - held["momentum"]) if "momentum" in held and not settings.averages else share
+    return share * (1 - held["momentum"]) if "momentum" in held and settings.step != "layerwise" else share
 
 
 def _through(
@@ -235,3 +277,55 @@ def write_open(now: WeightState, tokens: Mapping[str, Tensor], settings: Setting
     weights = block_weights(now)
     write(weights, linearise(weights, chunk.k, settings.form), chunk.v, chunk, settings)
     return weights_after(weights, chunk)
+
+
+# -- one chunk: no weight is copied for a token ------------------------------------------------------------------------
+
+
+def step(weights: Weights, q: Tensor, tokens: Chunk, settings: Settings) -> Tensor:
+    """Read and write one chunk: `[B, H, C, D_v]`."""
+    if settings.read == "chunk":
+        asked = torch.cat([q, tokens.v], dim=-2) if settings.own_values else q
+        y, at = read_and_linearise(weights, asked, tokens.k, settings.form)
+        v = tokens.v
+        if settings.own_values:
+            y, v = y.split([q.shape[-2], v.shape[-2]], dim=-2)
+            if settings.step != "raw":
+                v = bounded(v, tokens.v)
+        write(weights, at, v, tokens, settings)
+        return y
+    write(weights, linearise(weights, tokens.k, settings.form), tokens.v, tokens, settings)
+    # each token reads the weights as they are by then
+    x = q
+    for i in range(len(weights) - 1, -1, -1):
+        gates = tokens.gates(i).before if settings.read == "before" else tokens.gates(i).now
+        assert gates is not None
+        x = weights[i].read(x, gates)
+        if i:
+            x = ACTIVATIONS[settings.form.activation][0](x)
+    return finish(x, q, settings.form)
+
+
+def write(weights: Weights, at: Linearised, v: Tensor, tokens: Chunk, settings: Settings) -> None:
+    """Write values v `[B, H, C, D_v]` under the keys of `tokens`, that the memory was linearised at."""
+    if settings.step == "layerwise":
+        layerwise.write(weights, at, v, tokens, settings)
+        return
+    found, lr = errors(weights, at, settings.error(at.y, v), settings.form), tokens.lr
+    near: Sequence[Tensor | None] = [None] * len(weights)
+    if settings.step == "normalized" or settings.delta:
+        near = [weights[0].product(a, a.mT) for a in at.inputs]
+    if settings.step == "normalized":
+        lr = step_sizes(
+            lr,
+            tokens.damping,
+            [product for product in near if product is not None],
+            sensitivities(weights, at, settings.form),
+            delta=settings.delta,
+            bound=settings.bound,
+            read=settings.read,
+            chunk=settings.chunk,
+        )
+    strength = settings.delta * lr if settings.delta else None
+    for i, (weight, error, products) in enumerate(zip(weights, found, near, strict=True)):
+        weight.write(lr[..., None] * error, strength, products, tokens.gates(i).before)

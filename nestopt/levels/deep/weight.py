@@ -5,7 +5,7 @@ strengths e_t = δ η_t of the delta decay, the write is
 
 $$S_t = \theta_t S_{t-1} + g_t a_t^\top, \qquad M_t = \alpha_t M_{t-1} - e_t (M_{t-1} a_t) a_t^\top - S_t,$$
 
-and in closed form (`nestopt.levels.deep.gate_products` has the coefficients), per token and without a copy of the
+and in closed form (`nestopt.kernels.products` has the coefficients), per token and without a copy of the
 weight for it,
 
 $$M_t = \gamma_t M_0 - c_t S_0 - \sum_{s\le t}(\Gamma_{ts} w_s + \kappa_{ts} g_s)\, a_s^\top, \qquad
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from nestopt.core.precision import Product, plus_matmul_
 from nestopt.kernels.functions import batched, may_write
-from nestopt.levels.deep.gate_products import GateProducts
+from nestopt.kernels.products import GateProducts
 
 
 class BlockWeight:
@@ -104,14 +104,12 @@ class BlockWeight:
         if strength is not None and near is not None and before is not None:
             answers, _, fading = self.unwritten(near, before)
             decays = strength[..., None] * solved(fading * strength[..., None, :], answers, self.product)
-        self._keep(decays)
+        self.inputs = _rows(self.inputs, self._applied[0])
+        self.decays = self.decays if decays is None else _rows(self.decays, decays)
 
     def append(self, steps: Tensor, decays: Tensor | None) -> None:
         """Write the inputs applied last with g and, where there is a delta decay, w: `[.., C, out]` each."""
         self.steps = _rows(self.steps, steps)
-        self._keep(decays)
-
-    def _keep(self, decays: Tensor | None) -> None:
         self.inputs = _rows(self.inputs, self._applied[0])
         self.decays = self.decays if decays is None else _rows(self.decays, decays)
 

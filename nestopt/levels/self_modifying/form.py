@@ -12,9 +12,9 @@ from torch import Tensor
 
 from nestopt.core.level import Level
 from nestopt.core.objectives import L2
+from nestopt.core.pending import PENDING
 from nestopt.core.token_batch import TokenBatch
 from nestopt.core.token_form import Accepted, FormSetting, Refused, TokenForm
-from nestopt.core.token_state import PENDING
 from nestopt.core.tree import State
 from nestopt.levels.closed_form import is_number, overridden
 from nestopt.levels.deep import mlp

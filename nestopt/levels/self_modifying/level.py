@@ -16,8 +16,8 @@ from nestopt.core.level import Level
 from nestopt.core.memories import Mlp, Theta, rows
 from nestopt.core.order import Node
 from nestopt.core.part import FieldError, Number, nearest
+from nestopt.core.pending import PENDING
 from nestopt.core.signal import Signal
-from nestopt.core.token_state import PENDING
 from nestopt.core.tree import State, nested, tree_map
 from nestopt.levels.deep.own_values import bounded
 from nestopt.levels.self_modifying.writes import in_turn, together

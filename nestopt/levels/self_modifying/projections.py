@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestopt.core.pending import COUNT, RowChunks
+from nestopt.kernels.products import GateProducts
 from nestopt.levels.deep import mlp
-from nestopt.levels.deep.chunk import step
-from nestopt.levels.deep.gate_products import GateProducts
 from nestopt.levels.deep.mlp import Chunk, ChunkGates, Settings
 from nestopt.levels.deep.own_values import bounded
 from nestopt.levels.deep.scan import (
@@ -23,7 +23,9 @@ from nestopt.levels.deep.scan import (
     both_gates,
     concat_tokens,
     damping,
+    idle,
     recomputed,
+    step,
     weights_after,
 )
 from nestopt.levels.deep.weight import BlockWeight
@@ -67,7 +69,14 @@ class ProjectionMemories:
             "lr": torch.where(live, lr if normalized else self.eta_max * lr, 0.0),
             "decay": torch.where(live, keep, 1.0),
         }
-        return found | ({"momentum": given["momentum"]} if "momentum" in given else {})
+        found |= {"momentum": given["momentum"]} if "momentum" in given else {}
+        if (was := given.get(_WAS)) is None:
+            return found
+        return found | {
+            name: torch.where(was[..., None] if x.ndim > was.ndim else was, given[f"{_WAS}{name}"], x)
+            for name, x in found.items()
+            if name != "q"
+        }
 
     def _gate(self, name: str, x: Tensor) -> Tensor:
         w, b = (part.to(x.dtype) for part in self.readout[name])
@@ -75,7 +84,11 @@ class ProjectionMemories:
 
 
 def project(
-    boxes: dict[str, WeightState], given: Mapping[str, Tensor], pending: Made | None, maker: ProjectionMemories
+    boxes: dict[str, WeightState],
+    given: Mapping[str, Tensor],
+    pending: Made | None,
+    maker: ProjectionMemories,
+    mask: Tensor | None = None,
 ) -> tuple[Made, dict[str, WeightState], Made | None]:
     """Make of all tokens what is learned of them, and write it.
 
@@ -84,6 +97,7 @@ def project(
         given: `"q"`, `"k"`, `"v"` `[B, H, T, D]`, `"live"` and perhaps `"momentum"` `[B, H, T]`.
         pending: what was made of the tokens of a chunk that is not over, without `"q"`; None is none.
         maker: of them.
+        mask: `[B, T]`, True for tokens; None is all.
 
     Returns:
         What was made of the given tokens, the memories at the start of the chunk that is not over, and what was made of
@@ -93,13 +107,20 @@ def project(
         return maker.generate(given, {}), boxes, None
     chunk, length = maker.settings.chunk, given["k"].shape[2]
     done = 0 if pending is None else pending["k"].shape[2]
-    if done + length < chunk:  # nothing is written, and so nothing need be stacked
+    rows = RowChunks.of(pending, mask, given["k"], chunk)
+    if done + length < chunk or (rows is not None and not rows.whole):  # nothing is written nor need be stacked
         reads = {
             name: mlp.read(block_weights(boxes[name]), given[SOURCES[name]], maker.settings.form)
             for name in maker.names
         }
         made = maker.generate(given, reads)
-        return made, boxes, concat_tokens(pending, _kept(made))
+        now = _kept(made)
+        return made, boxes, concat_tokens(pending, now) if rows is None else rows.kept(rows.joined(pending, now))
+    if rows is not None:
+        every = _with_pending(given, pending, rows)
+        made, boxes, left = project(boxes, every, None, maker)
+        assert left is not None
+        return idle({name: rows.back(x) for name, x in made.items()}), boxes, rows.kept(left)
     rest = (done + length) % chunk
     sizes = [chunk - done, *[chunk] * ((done + length) // chunk - 1), *([rest] if rest else [])]
     pieces = _pieces(given, sizes)
@@ -114,8 +135,23 @@ def project(
     return made, dict(names), {name: x[:, :, length - rest :] for name, x in _kept(made).items()}
 
 
+_WAS = "was "
+"""Before the names of what was made of a pending token."""
+
+
+def _with_pending(given: Mapping[str, Tensor], pending: Made | None, rows: RowChunks) -> Made:
+    """Return pending and given tokens at the places of `rows`: what these are shown, and what was made of those."""
+    every = idle(rows.joined(None, given))
+    if pending is None:
+        return every
+    none = {name: x.new_zeros(*x.shape[:2], given["k"].shape[2], *x.shape[3:]) for name, x in _kept(pending).items()}
+    made = idle(rows.joined(pending, none))
+    was = rows.was_pending[:, None]
+    return every | {_WAS: was} | {f"{_WAS}{name}": x for name, x in made.items()}
+
+
 def _kept(made: Made) -> Made:
-    return {name: x for name, x in made.items() if name != "q"}
+    return {name: x for name, x in made.items() if name not in ("q", COUNT)}
 
 
 def _segment(settings: Settings, count: int) -> int:
@@ -196,7 +232,7 @@ def _written(weights: Sequence[BlockWeight], tokens: Made, maker: ProjectionMemo
 
     def at(gates: GateProducts) -> ChunkGates:
         gates = gates.each(lambda x: _repeated(x, count))
-        before = gates.before() if maker.settings.needs_before else None
+        before = gates.before() if maker.settings.delta or maker.settings.step == "layerwise" else None
         return ChunkGates(None, before, gates.rows(size - 1, size))
 
     each = (*(tokens[name] for name in ("k", "v", "lr")), damping(tokens, maker.settings))

@@ -18,7 +18,7 @@ from nestopt.core.tree import State
 from nestopt.levels.deep import mlp
 from nestopt.levels.deep.deep_memory import check_pending, check_weights, kept, named
 from nestopt.levels.deep.mlp import Settings
-from nestopt.levels.deep.scan import WeightState, scan_chunks
+from nestopt.levels.deep.scan import WeightState, idle, scan_rows
 from nestopt.levels.self_modifying.projections import SOURCES, ProjectionMemories, Readout, project
 
 
@@ -81,7 +81,8 @@ def self_modifying(
         projection_chunk: likewise of the others. One of the two must divide the other.
         state: from a former call with the same settings; `starts` are then not looked at, but for their shapes.
         checkpoint: recompute in the backward pass all but every so many chunks' weights; 0 keeps all.
-        mask: `[B, T]`, True for tokens. Padding takes its place in chunks, but neither writes nor fades.
+        mask: `[B, T]`, True for tokens. Padding, wherever it is, takes no place in a chunk, is answered with 0, and
+            neither writes nor fades.
         cu_seqlens: for sequences end to end in one row, q `[1, N, H, D]`: where each begins, and the end.
         precision: of the products (`nestopt.core.precision`): `"float32"`, `"tf32"` or `"bfloat16"`.
         validate: check that all numbers are finite and the momentum in its range, and wait for the device to say so.
@@ -89,7 +90,8 @@ def self_modifying(
     Returns:
         y `[B, T, H, D]` in the dtype of v, and the state: `"memory"`, and by name in `"projections"` the others, each
         with `"weights"` and perhaps `"momentum"` (`[B, H, out, in]`, float32, or float64 if v is) at the start of its
-        chunk that is not over; and of either kind of chunk the tokens so far, as they were made, in its `"pending"`.
+        chunk that is not over; and of either kind of chunk the tokens so far, as they were made, in its `"pending"`,
+        with their `"count"` `[B]` where rows differ in it.
 
     A token that is not finite is not written, and only its own answer is NaN.
 
@@ -181,10 +183,10 @@ def scan_boxes(
         shown["momentum"] = given.gate(theta, 1.0).expand(live.shape)
     boxes = {name: now_of(state["projections"][name], given.dtype) for name in maker.names}
     before = state["projections"]["pending"] if maker.names else None
-    made, boxes, rest = project(boxes, shown, _idle(before), maker)
+    made, boxes, rest = project(boxes, shown, _held(before), maker, given.mask)
     queries = made.pop("q")
     memory = now_of(state["memory"], given.dtype)
-    y, memory, left = scan_chunks(memory, queries, _idle(state["memory"]["pending"]), made, settings)
+    y, memory, left = scan_rows(memory, queries, _held(state["memory"]["pending"]), made, settings, given.mask)
     projections: State = {name: named(box) for name, box in boxes.items()}
     if rest is not None:
         projections["pending"] = rest
@@ -197,12 +199,9 @@ def now_of(box: Mapping[str, Any], dtype: torch.dtype) -> WeightState:
     return weights, [momentum.to(dtype) for momentum in box["momentum"].values()] if "momentum" in box else None
 
 
-def _idle(pending: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
-    """Tokens of a state; of those that are not live (any more), gates that write nothing and fade nothing."""
-    if pending is None or not pending["k"].shape[2]:
-        return None
-    idle = {"lr": 0.0, "decay": 1.0, "momentum": 1.0}
-    return {name: torch.where(pending["live"], x, idle[name]) if name in idle else x for name, x in pending.items()}
+def _held(pending: Mapping[str, Tensor] | None) -> State | None:
+    """Return the tokens of a state, some of which may not be live any more; None where there are none."""
+    return None if pending is None or not pending["k"].shape[2] else idle(pending)
 
 
 def _begun(starts: Mapping[str, Sequence[Tensor]], given: TokenBatch, has_momentum: bool) -> State:

@@ -197,6 +197,7 @@ def twin(
     momentum: Tensor | None = None,
     momenta: Sequence[Tensor] | None = None,
     mask: Tensor | None = None,
+    written: Tensor | None = None,
     activation: str = "silu",
     residual: bool = True,
     norm: bool = False,
@@ -204,7 +205,8 @@ def twin(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """y, and the weights and momenta at the start of the chunk that is not over.
 
-    Weights and `momenta` are `[B, H, out, in]`, gates `[B, T, H]`; all begins with a chunk.
+    Weights and `momenta` are `[B, H, out, in]`, gates `[B, T, H]`; all begins with a chunk. A token that is not
+    `written` `[B, T]` takes a place in its chunk; padding, which `mask` leaves out, takes none.
     """
     options = {
         "delta": 0.0,
@@ -223,16 +225,17 @@ def twin(
     for b in range(batch):
         for h in range(heads):
             now, kept = [w[b, h] for w in weights], [s[b, h] for s in momenta]
-            answers: list[Tensor] = []
-            for begin in range(0, length, chunk):
-                at = range(begin, min(begin + chunk, length))
+            answers: dict[int, Tensor] = {}
+            there = [t for t in range(length) if mask is None or mask[b, t]]
+            for begin in range(0, len(there), chunk):
+                at = there[begin : begin + chunk]
                 tokens = [tuple(x[b, t, h] for x in (q, k, v, lr, decay, momentum)) for t in at]
-                live = [mask is None or bool(mask[b, t]) for t in at]
+                live = [written is None or bool(written[b, t]) for t in at]
                 found, after, moved = one_chunk(mlp, now, kept, tokens, live, options)
-                answers += found
+                answers |= dict(zip(at, found, strict=True))
                 if len(at) == chunk:
                     now, kept = after, moved
-            ys.append(torch.stack(answers))
+            ys.append(torch.stack([answers.get(t, torch.zeros_like(v[b, t, h])) for t in range(length)]))
             ends.append((now, kept))
 
     def stacked(kind: int, i: int) -> Tensor:

@@ -101,11 +101,13 @@ def twin(
     momentum: Tensor | None = None,
     momenta: Mapping[str, Sequence[Tensor]] | None = None,
     mask: Tensor | None = None,
+    written: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, dict[str, list[Tensor]], dict[str, list[Tensor]]]:
     """y, and by memory the weights and momenta at the start of the chunk that is not over.
 
     `starts` and `momenta` are `[B, H, out, in]`, w `[H, D]`, b `[H]`, momentum `[B, T, H]`; all begins with a chunk.
+    A token that is not `written` `[B, T]` takes a place in its chunk; padding, which `mask` leaves out, takes none.
     """
     options = {
         "delta": 1.0,
@@ -133,7 +135,9 @@ def twin(
             }
             head = Head(boxes, {name: (w[h], c[h]) for name, (w, c) in readout.items()}, options)
             answers = [
-                head.token(q[b, t, h], k[b, t, h], v[b, t, h], theta[b, t, h], mask is None or bool(mask[b, t]))
+                torch.zeros_like(v[b, t, h])
+                if mask is not None and not mask[b, t]
+                else head.token(*(x[b, t, h] for x in (q, k, v, theta)), written is None or bool(written[b, t]))
                 for t in range(length)
             ]
             ys.append(torch.stack(answers))

@@ -83,10 +83,11 @@ class SecondMoment(Level):
         direction, of = advance(self.of, grad, state["of"], signal.inside("of"))
         keep, take = self._weights
         if self.over == "entries":
-            kept = h = plus_square(keep * state["exp_avg_sq"], grad, take)
+            h = plus_square(keep * state["exp_avg_sq"], grad, take)
+            kept: Tensor | dict[str, Tensor] = h
         else:
-            kept = tree_map(lambda old, new: keep * old + take * new, state["exp_avg_sq"], self._means(grad))
-            h = self._spread(kept)
+            means = tree_map(lambda old, new: keep * old + take * new, state["exp_avg_sq"], self._means(grad))
+            kept, h = means, self._spread(means)
         square = signal.debias(h, self.beta2) if self._corrects else h
         # the root of an exact 0 has no gradient, and a level must be differentiable
         root = square.clamp_min(torch.finfo(h.dtype).tiny).sqrt()

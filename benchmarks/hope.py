@@ -1,4 +1,4 @@
-"""What each part of Hope earns: the default model with its parts off in turn, at equal tokens and at equal time."""
+"""What each part of Hope earns: the model of examples/hope.yaml with its parts off in turn, at equal tokens and at equal time."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from nestopt.train.evaluate import stream_bits_per_byte
 from nestopt.train.loop import train
 
 TRANSFORMER, WHOLE = "Transformer", "Hope"
+HOPE = Path(__file__).parents[1] / "examples" / "hope.yaml"
 MEMORIES = ("k", "v", "q", "eta", "alpha")
 
 
@@ -133,12 +134,12 @@ def main(given: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="besides the Transformer")
     parser.add_argument("--bytes", type=int, default=65536, help="held-out bytes (default 65,536)")
     parser.add_argument("--rounds", type=int, default=5, help="of the timing (default 5)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="of the default config")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="of the config")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the report, as Markdown")
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything")
     args = parser.parse_args(given)
     torch.set_num_threads(1)
-    config = load({}, args.set)
+    config = load(HOPE, args.set)
     assert isinstance(config, Config)
     config.train.final_bytes, config.train.threads = args.bytes, 1
     rows = [row for row in variants(config) if not args.only or row.name in (TRANSFORMER, *args.only)]

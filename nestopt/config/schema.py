@@ -41,14 +41,22 @@ def _spec(default: object) -> Any:
 
 
 _ATTENTION = {"level": "window_attention", "memory": {"memory": "window", "size": 128}}
-_HOPE = {"level": "self_modifying", "adaptive": ["k"], "keep": 0.99, "chunk": 16, "projection_chunk": 64}
+_LEARNING = {
+    "level": "cms",
+    "periods": [32],
+    "learn": "context",
+    "teach": "loss",
+    "rate": 0.06,
+    "keep": 0.99,
+    "through": "first_order",
+}
 
 
 _NEAR = 10_000
 
 
 class ModelConfig(Section):
-    """The language model: by default a small Hope, whose MLPs go on learning as it reads."""
+    """The language model: by default a small Hope-Attention, whose last MLP goes on learning as it reads."""
 
     rivals: ClassVar[Mapping[str, tuple[str, Any]]] = {"mixer": ("mixers", []), "mlp": ("mlps", [])}
 
@@ -57,7 +65,7 @@ class ModelConfig(Section):
         description="what mixes tokens in each block: any level; given without `mixers`, all blocks have it",
     )
     mixers: list[LevelSpec] = Field(
-        default=_spec([_ATTENTION, _HOPE, _ATTENTION]),
+        default=_spec([_ATTENTION]),
         description="a mixer for each block, from the first on, again and again; empty: all have `mixer`",
     )
     mlp: LevelSpec = Field(
@@ -74,11 +82,11 @@ class ModelConfig(Section):
         description="what follows it, token by token: a cms; given without `mlps`, all blocks have it",
     )
     mlps: list[LevelSpec] = Field(
-        default=[],
+        default=_spec([{"level": "cms", "periods": [1]}, _LEARNING]),
         description="one for each block, in the same way; empty: all have `mlp`",
     )
-    dim: Whole = Field(default=128, gt=0, description="width: numbers per token")
-    blocks: Whole = Field(default=3, ge=1, le=1024, description="how many blocks, each a mixer and an mlp")
+    dim: Whole = Field(default=160, gt=0, description="width: numbers per token")
+    blocks: Whole = Field(default=2, ge=1, le=1024, description="how many blocks, each a mixer and an mlp")
     heads: Whole = Field(default=4, ge=1, description="memories side by side in a mixer; must divide dim")
     conv: Whole = Field(default=4, ge=0, description="width of the causal depthwise convolution; 0 for none")
     gate_output: Bool = Field(default=True, description="multiply each mixer's read by silu(W x)")
@@ -288,7 +296,7 @@ class TrainConfig(Section):
     )
     threads: Annotated[Whole, Field(ge=1, le=1024)] | Literal["auto"] | None = Field(
         default="auto",
-        description="CPU threads; null: as torch chooses; auto: that, or 1 for a model of `dim` 128 or less, whose "
+        description="CPU threads; null: as torch chooses; auto: that, or 1 for a model of `dim` 160 or less, whose "
         "threads would spend more time waiting for each other than they save",
     )
 
@@ -363,7 +371,7 @@ class Config(Section):
     def threads(self) -> int | None:
         """How many CPU threads torch is to use, or None: as it chooses."""
         given = self.train.threads
-        return given if given != "auto" else 1 if self.model.dim <= 128 else None
+        return given if given != "auto" else 1 if self.model.dim <= 160 else None
 
     def to_data(self) -> dict[str, Any]:
         """Return every key, as plain data: `from_data` makes an equal configuration of it."""

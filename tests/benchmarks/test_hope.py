@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks import hope
-from nestopt.config import Config
+from nestopt.config import load
 from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.train.compare import parameters
 
 
 def test_each_part_is_off_in_its_row() -> None:
-    rows = {row.name: row for row in hope.variants(Config())}
+    config = load(hope.HOPE)
+    rows = {row.name: row for row in hope.variants(config)}
     adaptive = {
         name: [level.adaptive for level in row.model.mixers if isinstance(level, SelfModifying)]
         for name, row in rows.items()
@@ -24,8 +25,8 @@ def test_each_part_is_off_in_its_row() -> None:
         assert adaptive[f"without {name}"] == [tuple(n for n in hope.MEMORIES if n != name)]
     assert adaptive["only the memory that answers"] == [()]
     assert adaptive["attention in their place"] == adaptive[hope.TRANSFORMER] == []
-    assert rows[hope.WHOLE].model == Config().model
-    assert rows[hope.TRANSFORMER].parameters == pytest.approx(parameters(Config().model), rel=0.01)
+    assert rows[hope.WHOLE].model == config.model
+    assert rows[hope.TRANSFORMER].parameters == pytest.approx(parameters(config.model), rel=0.01)
 
 
 def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

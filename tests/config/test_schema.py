@@ -24,6 +24,7 @@ from nestopt.config import (
 )
 from nestopt.config.io import parse
 from nestopt.core import chain
+from nestopt.core.memories import Window
 from nestopt.train.data import Dataset
 
 SECTIONS = [Config, ModelConfig, OptimizerConfig, GroupConfig, RestConfig, ViewConfig, DataConfig, TrainConfig]
@@ -43,9 +44,10 @@ def errors_of(data: Any) -> dict[str, str]:
 
 def test_the_default_run() -> None:
     config = Config()
-    assert [mixer.label for mixer in config.model.mixers] == ["window_attention", "self_modifying", "window_attention"]
-    assert config.model.mlp == L.cms((32,), learn="context", teach="loss", rate=0.08, through="first_order")
-    assert (config.model.dim, config.model.blocks, config.model.heads, config.model.vocab) == (128, 3, 4, 256)
+    assert config.model.mixers == [L.window_attention(memory=Window(128))]
+    learning = L.cms((32,), learn="context", teach="loss", rate=0.06, keep=0.99, through="first_order")
+    assert config.model.mlps == [L.cms((1,)), learning]
+    assert (config.model.dim, config.model.blocks, config.model.heads, config.model.vocab) == (160, 2, 4, 256)
     assert (config.optimizer.stack, config.optimizer.lr) == (L.muon(), 0.02)
     assert config.optimizer.rest == RestConfig(stack=L.adamw((0.9, 0.95), weight_decay=0.0), lr=0.003)
     assert isinstance(config.data.dataset, Dataset)
@@ -245,7 +247,7 @@ def test_heads_must_divide_dim() -> None:
     for heads, divisors in near.items():
         lines = errors_of({"model": {"heads": heads}})
         assert lines == {
-            "model.heads": f"model.heads: {heads} is not allowed; give a divisor of dim=128, such as {divisors}"
+            "model.heads": f"model.heads: {heads} is not allowed; give a divisor of dim=160, such as {divisors}"
         }
 
 
@@ -280,7 +282,7 @@ def test_what_is_assigned_is_checked() -> None:
     before = copy.deepcopy(config)
     with pytest.raises(ConfigError, match=r"^lr: -1 is not allowed; give 0 or more$"):
         config.optimizer.lr = -1
-    with pytest.raises(ConfigError, match=r"^heads: 3 is not allowed; give a divisor of dim=128"):
+    with pytest.raises(ConfigError, match=r"^heads: 3 is not allowed; give a divisor of dim=160"):
         config.model.heads = 3
     with pytest.raises(ConfigError, match=r"Did you mean 'stack'\?"):
         config.optimizer.stak = "adam"

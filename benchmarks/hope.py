@@ -1,4 +1,4 @@
-"""What each part of Hope earns: the model of examples/hope.yaml with its parts off in turn, at equal tokens and at equal time."""
+"""What each part of Hope earns: examples/hope.yaml with its parts off in turn, at equal tokens and equal time."""
 
 from __future__ import annotations
 

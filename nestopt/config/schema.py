@@ -83,7 +83,8 @@ class ModelConfig(Section):
     )
     mlps: list[LevelSpec] = Field(
         default=_spec([{"level": "cms", "periods": [1]}, _LEARNING]),
-        description="one for each block, in the same way; empty: all have `mlp`",
+        description="one for each block; of fewer, the last block has the last, and the first comes again and again; "
+        "empty: all have `mlp`",
     )
     dim: Whole = Field(default=160, gt=0, description="width: numbers per token")
     blocks: Whole = Field(default=2, ge=1, le=1024, description="how many blocks, each a mixer and an mlp")

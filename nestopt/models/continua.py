@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from nestopt.config import ConfigError, ModelConfig
@@ -10,7 +9,7 @@ from nestopt.levels.continuum.level import Cms
 
 
 def continua(section: ModelConfig) -> list[Cms]:
-    """Return what follows the mixers, block by block; as `mlps`, it goes on from its first.
+    """Return what follows the mixers, as given: one for all blocks, or what `to_the_last` makes one for each of.
 
     Raises:
         ConfigError: one is not a `cms`.
@@ -33,8 +32,3 @@ def with_learning(section: ModelConfig, change: Callable[[Cms], Cms]) -> ModelCo
     found, any_learns = continua(section), learning(section).learn == "context"
     new = [level if any_learns and level.learn != "context" else change(level) for level in found]
     return section.model_copy(update={"mlps": new} if section.mlps else {"mlp": new[0]})
-
-
-def cycle(section: ModelConfig) -> int:
-    """Return after how many blocks their levels come again."""
-    return math.lcm(len(section.mixers) or 1, len(section.mlps) or 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import cycle, islice
+from itertools import cycle
 from typing import Any, Literal
 
 import torch
@@ -25,7 +25,7 @@ from nestopt.models.exact_signal import nothing_open
 from nestopt.models.loss_signal import TAUGHT, Read, nothing_carried
 from nestopt.models.segments import in_segments
 from nestopt.nn.consolidate import Consolidation, check_into, consolidate_all
-from nestopt.nn.hope import HopeBlock, Learn, writes
+from nestopt.nn.hope import HopeBlock, Learn, to_the_last, writes
 from nestopt.nn.rows import Rows
 
 
@@ -44,7 +44,9 @@ class HopeLM(nn.Module):
         mixer: the level that mixes tokens. Default `attention`.
         mlp: the continuum of MLPs of each block. Default one MLP, on the fastest clock. With `learn="context"` it
             learns while the model reads; with `teach="loss"`, from the model's own next-token loss.
-        mixers, mlps: one for each block, from the first on, again and again, in place of `mixer` and of `mlp`.
+        mixers: one for each block, from the first on, again and again, in place of `mixer`.
+        mlps: one for each block, in place of `mlp`; of fewer than there are blocks the last has the last, and the first
+            comes again and again: of `[cms(), cms((32,), learn="context")]` the last block's learns.
         conv: width of each mixer's causal convolution; 0 is none.
         gate_output: whether each mixer's read is multiplied by silu(W_g h).
         tie: whether the head's weights are the embedding's.
@@ -89,10 +91,8 @@ class HopeLM(nn.Module):
                 raise ValueError(f"HopeLM: {name}={given} is not allowed; give a whole number, {low} or more")
         self.vocab, self.segment = vocab, segment
         self.embedding = nn.Embedding(vocab, dim)
-        levels = zip(cycle(mixers or [mixer or Attention()]), cycle(mlps or [mlp]))
-        self.blocks = nn.ModuleList(
-            HopeBlock(dim, heads, *pair, conv=conv, gate_output=gate_output) for pair in islice(levels, blocks)
-        )
+        levels = zip(cycle(mixers or [mixer or Attention()]), to_the_last(mlps or [mlp], blocks))
+        self.blocks = nn.ModuleList(HopeBlock(dim, heads, *pair, conv=conv, gate_output=gate_output) for pair in levels)
         self.precision = precision
         self.norm = nn.RMSNorm(dim)
         self.head = nn.Linear(dim, vocab, bias=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from torch import Tensor
 from nestopt.config import ConfigError, ModelConfig
 from nestopt.config.errors import join
 from nestopt.core.part import Part
-from nestopt.models.continua import continua, cycle
+from nestopt.models.continua import continua
 from nestopt.models.hope import HopeLM
+from nestopt.nn.hope import to_the_last
 
 LARGE = 4096
 """Numbers of a section up to this one are counted as small: weights grow with the product of two of them."""
@@ -81,17 +83,19 @@ def in_words(size: int) -> str:
 
 def _counted(section: ModelConfig) -> int:
     """Return how many numbers the weights are, from one block of each kind."""
-    mixers, mlps, every = section.mixers or [section.mixer], continua(section), cycle(section)
+    mixers = section.mixers or [section.mixer]
+    mlps = to_the_last(list(enumerate(continua(section))), section.blocks)
+    blocks = Counter((i % len(mixers), which) for i, (which, _) in enumerate(mlps))
     options = {name: getattr(section, name) for name in ("vocab", "dim", "heads", "conv", "gate_output", "tie")}
     total = 0
     with torch.device("meta"):
-        for i in range(min(every, section.blocks)):
+        for (i, which), count in blocks.items():
             try:
-                model = HopeLM(blocks=1, mixer=mixers[i % len(mixers)], mlp=mlps[i % len(mlps)], **options)
+                model = HopeLM(blocks=1, mixer=mixers[i], mlp=dict(mlps)[which], **options)
             except RuntimeError:  # torch counts no further than 2⁶³
                 return 2**62
             block = sum(p.numel() for p in model.blocks.parameters())
-            total += block * len(range(i, section.blocks, every))
+            total += block * count
     return total + sum(p.numel() for p in model.parameters()) - block
 
 

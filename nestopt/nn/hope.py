@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
@@ -15,6 +15,8 @@ from nestopt.levels.presets import Attention
 from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.nn.cms import CMS
 from nestopt.nn.sequence_memory import SequenceMemory
+
+T = TypeVar("T")
 
 Learn = bool | Literal["mixer", "mlp"]
 """What writes its memories: all, nothing, or one of a block's two halves."""
@@ -96,6 +98,12 @@ class HopeAttentionBlock(HopeBlock):
 
     def __init__(self, dim: int, heads: int = 4, mlp: Cms | None = None, **options: Any) -> None:
         super().__init__(dim, heads, Attention(), mlp, **options)
+
+
+def to_the_last(mlps: Sequence[T], blocks: int) -> list[T]:
+    """Return one for each block: the last has the last, and where there are fewer the first comes again and again."""
+    last = list(mlps)[-blocks:]
+    return [mlps[0]] * (blocks - len(last)) + last
 
 
 def writes(learn: Learn, half: Literal["mixer", "mlp"]) -> bool:

@@ -16,7 +16,7 @@ from nestopt.config import Config, ConfigError, ModelConfig, as_saved, save
 from nestopt.levels.continuum.level import Auto, Cms, level_names
 from nestopt.models import HopeLM
 from nestopt.models.continua import continua, learning, with_learning
-from nestopt.nn.hope import Learn
+from nestopt.nn.hope import Learn, to_the_last
 from nestopt.train.data import sources
 from nestopt.train.data.source import HeldOut
 from nestopt.train.engines.engine import device_of
@@ -102,10 +102,10 @@ def learner(config: Config, model: HopeLM, rule: Cms) -> HopeLM | None:
         return None
     section = _ruled(config.model, rule)
     fresh = models.build_model(section).to(next(model.parameters()))
-    before, after = ([level_names(mlp.periods) for mlp in continua(one)] for one in (config.model, section))
+    each = (to_the_last(continua(one), section.blocks) for one in (config.model, section))
     names: dict[str, str] = {}
-    for i in range(section.blocks):
-        both = zip(before[i % len(before)], after[i % len(after)], strict=True)
+    for i, mlps in enumerate(zip(*each, strict=True)):
+        both = zip(*(level_names(mlp.periods) for mlp in mlps), strict=True)
         names |= {f"blocks.{i}.mlp.levels.{old}.": f"blocks.{i}.mlp.levels.{new}." for old, new in both}
     state = fresh.state_dict()
     for key, value in model.state_dict().items():

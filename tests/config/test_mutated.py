@@ -147,9 +147,9 @@ def test_data_that_hold_themselves() -> None:
         ("mixer=dgd", "model.mixer: dgd can't run on tokens"),
         ("mixers=[attention, dgd]", "model.mixers[1]: dgd can't run on tokens"),
         ("mlp=adam", "model.mlp: 'adam' is not allowed; give a cms"),
-        ("dim=100000000", "model.dim: 100000000 is not allowed; the model's weights would take 480 PB"),
-        ("vocab=100000000000", "model.vocab: 100000000000 is not allowed; the model's weights would take 102 TB"),
-        ("conv=10000000000", "model.conv: 10000000000 is not allowed; the model's weights would take 15.4 TB"),
+        ("dim=100000000", "model.dim: 100000000 is not allowed; the model's weights would take 320 PB"),
+        ("vocab=100000000000", "model.vocab: 100000000000 is not allowed; the model's weights would take 128 TB"),
+        ("conv=10000000000", "model.conv: 10000000000 is not allowed; the model's weights would take 12.8 TB"),
         ("mlp.memory.hidden=100000000000", "model.mlp.memory.hidden: 100000000000 is not allowed; the model's weights"),
     ],
 )

@@ -243,7 +243,7 @@ def test_values_that_are_not_allowed(key: str, value: Any, allowed: str) -> None
 
 
 def test_heads_must_divide_dim() -> None:
-    near = {3: "2 or 4", 5: "4 or 8", 100: "64 or 128", 300: "128"}
+    near = {3: "2 or 4", 6: "5 or 8", 100: "80 or 160", 300: "160"}
     for heads, divisors in near.items():
         lines = errors_of({"model": {"heads": heads}})
         assert lines == {

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nestopt.cli import main
-from nestopt.config import Config, ConfigError
+from nestopt.config import Config, ConfigError, load
 from nestopt.levels import attention, cms, deltanet, self_modifying, window_attention
 from nestopt.models import build_model
 from nestopt.train.compare import Row, like, parameters, spread, table
@@ -50,6 +50,14 @@ def test_any_model_of_as_many_parameters_that_may_do_the_same(name: str) -> None
     assert other.train == config.train
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5])
+def test_the_last_block_has_the_last_mlp(blocks: int) -> None:
+    config = load({"model": {"dim": 16, "heads": 2, "blocks": blocks}})
+    model = build_model(config.model)
+    assert [block.mlp.taught for block in model.blocks] == [False] * (blocks - 1) + [True]
+    assert parameters(config.model) == sum(p.numel() for p in model.parameters())
+
+
 def test_each_block_keeps_the_kind_of_its_mlp() -> None:
     mlps = [
         {"level": "cms", "periods": [1]},
@@ -72,7 +80,7 @@ def test_mlps_are_trained_alike(learn: str, periods: list[int]) -> None:
 
 
 def test_hope_is_the_mixer_that_the_run_has() -> None:
-    mixer = like(Config(), "hope").model.mixer
+    mixer = like(load("examples/hope.yaml"), "hope").model.mixer
     assert isinstance(mixer, self_modifying)
     assert mixer.adaptive == ("k",)
     assert like(Config.from_data({"model": {"mixer": "retnet"}}), "hope").model.mixer == self_modifying()
@@ -167,7 +175,7 @@ def test_a_run_beside_others(tmp_path, capsys: pytest.CaptureFixture[str]) -> No
         assert row.steps == 6 or row.limit == "equal seconds"
         assert row.learning is not None
         assert 0 < row.learning < 9
-        assert row.rate == pytest.approx(min((0.08 * f for f in FACTORS), key=lambda r: abs(math.log(r / row.rate))))
+        assert row.rate == pytest.approx(min((0.06 * f for f in FACTORS), key=lambda r: abs(math.log(r / row.rate))))
         assert min(row.still_s, row.learning_s) > 0
     trained = [read(run / "baseline" / f"{i:03}" / "metrics.jsonl")[-1]["step"] for i in range(1, 10)]
     assert trained == [row.steps for row in rows[1:]]

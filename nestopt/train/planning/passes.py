@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nestopt.config import ModelConfig
 from nestopt.core.tree import State, leaves
 from nestopt.models.build import build_model
-from nestopt.models.continua import continua, cycle
+from nestopt.models.continua import continua
 from nestopt.models.cost import Cost, Live
 from nestopt.models.hope import HopeLM
 from nestopt.nn.hope import Learn, writes
@@ -80,8 +80,9 @@ def count_pass(
     do not grow; else the window is counted as it is. Costs and states are exact so; peaks to half a percent, for the
     moment in a lap at which most is held is not always the same.
     """
-    every = cycle(section)
-    cycles, blocks_left = divmod(section.blocks, every)
+    every = len(section.mixers) or 1
+    cycles = max(0, section.blocks - len(section.mlps)) // every  # the last blocks have MLPs of their own
+    blocks_left = section.blocks - cycles * every
     unit = _unit(section, window, learn, device)
     units, tokens_left = divmod(window, unit) if unit else (1, 0)
     depths, lengths = _ends(cycles), _ends(units)
@@ -127,7 +128,7 @@ def _unit(section: ModelConfig, window: int, learn: Learn, device: Device) -> in
     unit = math.lcm(section.segment, PIECE, *clocks)
     if window < FEW * unit:
         return 0
-    small = section.model_copy(update={"blocks": cycle(section)})
+    small = section.model_copy(update={"blocks": max(1, len(section.mixers), len(section.mlps))})
     return unit if _state(small, unit, learn, device) == _state(small, 2 * unit, learn, device) else 0
 
 

@@ -74,8 +74,9 @@ class Run:
 
     @classmethod
     def _with(cls, path: Path, config: Config) -> Run:
-        with as_saved():
-            save(config, path / "config.yaml")
+        unnamed = config.model_copy(update={"train": config.train.model_copy(update={"name": None})})
+        with as_saved():  # without its name, so that the file begins another run like it
+            save(unnamed, path / "config.yaml")
         return cls(path)
 
     @classmethod

@@ -212,6 +212,7 @@ class Training:
                 if self.engine.any(stop.is_set()):
                     return False
                 if self.callbacks.any and self.engine.any(bool(self.callbacks.stopped)):
+                    self.callbacks.stopped = next(filter(None, self.engine.gathered(self.callbacks.stopped)))
                     return True
                 skipped = self.engine.skipped[0]
                 self.engine.finite.step = self.step + 1

@@ -10,6 +10,7 @@ import os
 import re
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,8 @@ def blocks(data: bytes) -> Iterator[bytes]:
             place += size - place % size
             continue
         _, length, kind = struct.unpack_from("<IHB", data, place)
+        if place + 7 + length > len(data):  # which is being written
+            return
         parts += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or the last part of one
@@ -141,9 +144,12 @@ def test_wandb_offline(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found: dict[int, dict[str, float]] = {}
     for folder in sorted(folders):
         (file,) = folder.glob("*.wandb")
-        for data in blocks(file.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
+        deadline = time.monotonic() + 60  # its own process writes it
+        records: list[Any] = []
+        while not any(record.HasField("exit") for record in records):
+            assert time.monotonic() < deadline
+            records = [wandb_internal_pb2.Record.FromString(data) for data in blocks(file.read_bytes())]
+        for record in records:
             if record.HasField("history"):
                 items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
                 step = int(items["_step"])

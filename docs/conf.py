@@ -100,7 +100,7 @@ nitpick_ignore_regex = [
     # names of our own type aliases and validators, which the fields of a schema show as they are written
     (
         r"py:class",
-        r"(Accept|BeforeValidator|Bool|Bytes|DatasetSpec|Field|FilePath|Fill|Finite|LevelSpec|OnNonfinite|Precision|Whole|_rest|no_bool)",
+        r"(Accept|BeforeValidator|Bool|Bytes|DatasetSpec|Field|FilePath|Fill|Finite|LevelSpec|OnNonfinite|Precision|TaskSpec|Whole|_rest|no_bool)",
     ),
 ]
 

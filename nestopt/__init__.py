@@ -23,6 +23,7 @@ from nestopt.core import (
 # before anything that looks a name up
 registry.add_builtin(levels)
 registry.add_builtin("nestopt.train.data.builtin", kind="dataset")
+registry.add_builtin("nestopt.train.data.tasks", kind="task")
 
 from nestopt import core, models, nn, ops, optim, parts
 from nestopt.api import describe, layer, model, optimizer

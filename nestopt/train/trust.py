@@ -11,6 +11,7 @@ from nestopt.config import Config, ConfigError
 from nestopt.train.data.builtin import Documents, Files, Stdlib
 from nestopt.train.data.parquet import is_local
 from nestopt.train.data.sources import dataset_of
+from nestopt.train.data.tasks import TASKS
 from nestopt.train.data.tokenizer import on_disk
 
 _STAYS = (
@@ -41,7 +42,7 @@ def check_trusted(config: Config, folder: Path, *, given: Config | None = None, 
     found = []
     if config.train.deepspeed and given.train.deepspeed == config.train.deepspeed:
         found += [f"train.deepspeed.{path} can write anywhere" for path in _reaching(config.train.deepspeed)]
-    if (given.data.path, given.data.dataset) == (config.data.path, config.data.dataset):
+    if _text(given) == _text(config):
         found += _sources(config, text)
     if found:
         raise ConfigError(
@@ -58,7 +59,15 @@ def _reaching(settings: Mapping[str, Any], path: str = "") -> Iterator[str]:
             yield from _reaching(value, f"{here}.")
 
 
+def _text(config: Config) -> tuple[object, ...]:
+    return config.data.path, config.data.dataset, config.data.task
+
+
 def _sources(config: Config, text: bool) -> Iterator[str]:
+    if (task := config.data.task) is not None:
+        if type(task) not in TASKS.values():
+            yield f"data.task={task.label} is of a plugin, and reads what it wants"
+        return
     dataset = dataset_of(config)
     if isinstance(dataset, Documents):
         if text and not is_local(dataset.path):

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 import yaml
-from torch import Tensor
 
 import nestopt
 from nestopt.core.level import Level

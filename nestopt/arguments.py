@@ -27,6 +27,10 @@ def parser() -> argparse.ArgumentParser:
     _add_generate(terminal.add_command(commands, "generate", "let a trained model write"))
     _add_eval(terminal.add_command(commands, "eval", "measure what a trained model does"))
 
+    _add_evidence(
+        terminal.add_command(commands, "evidence", "try a claim: models trained alike on tasks, and a verdict")
+    )
+
     tune = terminal.add_command(
         commands, "tune-reading", "choose how fast a trained model learns as it reads: rate, period, keep; no training"
     )
@@ -149,6 +153,27 @@ def _add_eval(measure: argparse.ArgumentParser) -> None:
     _add_precision(forgetting)
     _add_trust(forgetting)
     forgetting.add_argument("-q", "--quiet", action="store_true", help="no progress")
+
+
+def _add_evidence(evidence: argparse.ArgumentParser) -> None:
+    evidence.add_argument("task", metavar="list | CLAIM | TASK", help="list says what there is")
+    evidence.add_argument(
+        "--models", nargs="+", metavar="NAME", help="the first is judged (default: the claim's): any level on tokens"
+    )
+    evidence.add_argument(
+        "--seeds", type=terminal.whole(1), metavar="N", help="(default: 3, and 5 where these do not decide it)"
+    )
+    evidence.add_argument(
+        "--budget",
+        type=terminal.duration,
+        metavar="TIME",
+        help="of CPU for all training, such as 10m (default: the claim's)",
+    )
+    evidence.add_argument(
+        "--quick", action="store_true", help="few steps of few tasks, to see that it works: no verdict"
+    )
+    evidence.add_argument("--out", metavar="DIR", help="for evidence.json and evidence.png (default: evidence/TASK)")
+    evidence.add_argument("-q", "--quiet", action="store_true", help="do not say what is being trained")
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:

@@ -211,6 +211,13 @@ def _forgetting(args: argparse.Namespace) -> int:
     return 0
 
 
+def _evidence(args: argparse.Namespace) -> int:
+    from nestopt.evidence.suite import answer_evidence
+
+    print(answer_evidence(args))
+    return 0
+
+
 def _tune_reading(args: argparse.Namespace) -> int:
     from nestopt.train.reading import tune
     from nestopt.train.run import Run
@@ -283,6 +290,7 @@ RUNS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "generate": _generate,
     "eval": _forgetting,
+    "evidence": _evidence,
     "tune-reading": _tune_reading,
     "describe": _describe,
     "plan": _plan,

@@ -30,6 +30,10 @@ EXAMPLES = {
     "forgetting": """
   nestopt eval forgetting runs/001
   nestopt eval forgetting runs/001 --data my/texts --bytes 1024 --documents 4""",
+    "evidence": """
+  nestopt evidence list
+  nestopt evidence languages --quick
+  nestopt evidence recall --models hope deltanet transformer --budget 2h""",
     "tune-reading": """
   nestopt tune-reading runs/001
   nestopt tune-reading runs/001 --out runs/tuned""",
@@ -104,6 +108,17 @@ def number(least: float, most: float = float("inf"), *, above: bool = False) -> 
         return value
 
     return read
+
+
+def duration(text: str) -> float:
+    """Return `90s`, `10m` or `2h` as seconds. Raises argparse.ArgumentTypeError for other text."""
+    try:
+        found = float(text[:-1]) * {"s": 1, "m": 60, "h": 3600}[text[-1:]]
+    except (ValueError, KeyError):
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give a time above 0, such as 90s, 10m or 2h")
+    return found
 
 
 def complete(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from nestopt.config import build
 from nestopt.core.registry import registry
 from nestopt.evidence import texts, toys, trials
-from nestopt.evidence.trials import Plan, on_tasks
+from nestopt.evidence.trials import Plan, subjects_of
 from nestopt.evidence.verdict import LEAST, Row, Verdict, above, not_below, of_pairs, scores, seeds_of, together
 
 LINEAR = ("retnet", "gated_linear", "linear_attention", "deltanet", "deltanet±", "gated_deltanet")
@@ -25,7 +25,7 @@ class Claim:
         models: by name; the first is the one that it is claimed of.
         part: of the score that decides.
         judge: what the rows say.
-        tasks: by name, each a task as a config has it.
+        tasks: by name, each a task as a config has it, or a subject.
         quick: those of them that are tried in a hurry.
         run: how it is measured where there are no tasks.
         tuned: whether each model is trained at several rates.
@@ -44,7 +44,7 @@ class Claim:
 
     def subjects(self, quick: bool) -> dict[str, trials.Subject]:
         """Return what models are trained on."""
-        return on_tasks({name: spec for name, spec in self.tasks.items() if not quick or name in self.quick})
+        return subjects_of({name: spec for name, spec in self.tasks.items() if not quick or name in self.quick})
 
     def rows(self, plan: Plan) -> list[dict[str, object]]:
         """Measure what is not measured yet, and return all rows."""
@@ -145,7 +145,8 @@ CLAIMS: Mapping[str, Claim] = {
         ("1", "2", "3", "4"),
         "kept",
         _monotone,
-        run=lambda plan: trials.run({"text": texts.Continuum()}, plan),
+        {"text": texts.Continuum()},
+        ("text",),
         budget=2 * 3600.0,
     ),
     "toys": Claim(

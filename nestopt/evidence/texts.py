@@ -11,7 +11,7 @@ from nestopt.evidence.trials import Plan, settings
 from nestopt.levels.continuum.level import Cms
 from nestopt.levels.presets import WindowAttention
 from nestopt.models import HopeLM
-from nestopt.train.compare import SECONDS, THIS, TOKENS, Row, compare
+from nestopt.train.compare import SECONDS, THIS, TOKENS, Row, compare, like
 from nestopt.train.data.sources import dataset_of
 from nestopt.train.loop import train
 from nestopt.train.reading import read, texts
@@ -62,6 +62,8 @@ def language(plan: Plan) -> list[dict[str, object]]:
         length = {"seconds": plan.seconds} if plan.seconds else {"steps": plan.steps, "seconds": None}
         never = {"eval_every": 0, "save_every": 0, "sample_bytes": 0, "clock": "cpu", "out": str(plan.out / "runs")}
         config = Config(model=small, train={**never, **length, **bytes_})
+        for name in others:
+            like(config, name)
         result = train(config, quiet=True)
         if not result.finished:
             raise KeyboardInterrupt

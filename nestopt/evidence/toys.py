@@ -81,8 +81,9 @@ def run(plan: Plan) -> list[dict[str, Any]]:
     """Measure all optimizers of the plan on all functions, and return the rows; scores are -log2 of the steps."""
     most, rates = (150, RATES[3:8:2]) if plan.quick else (2000, RATES)
     rows = []
+    levels = {model: build("level", OPTIMIZERS.get(model, model), "--models") for model in plan.models}
     for name, model, seed in itertools.product(TOYS, plan.models, range(plan.seeds)):
-        level = build("level", OPTIMIZERS.get(model, model))
+        level = levels[model]
         assert isinstance(level, Level)
         tried = functools.partial(_tried, level, TOYS[name], seed, most, rates)
         row = plan.store.once(f"{name}, {model}, seed {seed}, {most} steps, {len(rates)} rates", tried)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -69,6 +69,7 @@ class Plan:
         return self.store.path.parent
 
 
+@runtime_checkable
 class Subject(Protocol):
     """What models are trained on and measured by."""
 
@@ -187,7 +188,14 @@ def check_models(subjects: Mapping[str, Subject], plan: Plan) -> None:
                 raise ConfigError.of([ConfigError(one.problem, "--models") for one in error.errors]) from None
 
 
-def on_tasks(specs: Mapping[str, object]) -> dict[str, Subject]:
-    """Return tasks by name as subjects."""
-    tasks = {name: build("task", spec) for name, spec in specs.items()}
-    return {name: OnTask(task) for name, task in tasks.items() if isinstance(task, Task)}
+def subjects_of(specs: Mapping[str, object]) -> dict[str, Subject]:
+    """Return by name subjects, or tasks as a config has them, as subjects."""
+    found: dict[str, Subject] = {}
+    for name, spec in specs.items():
+        if isinstance(spec, Subject):
+            found[name] = spec
+        else:
+            task = build("task", spec)
+            assert isinstance(task, Task)
+            found[name] = OnTask(task)
+    return found

@@ -107,7 +107,7 @@ class Made:
     def _made(self, what: str, most: int) -> HeldOut:
         long = self._drawn(1, what)[0].shape[1]
         tokens, answers, mask = self._drawn(max(2, most // long), what)
-        return HeldOut(tokens, None, tokens.numel(), answers, mask)
+        return HeldOut(tokens.contiguous(), None, tokens.numel(), answers, mask)  # processes compare its digest
 
     def _drawn(self, count: int, *what: object) -> tuple[Tensor, Tensor, Tensor | None]:
         tokens, answers, mask = self.task.draw(count, generator_of(*what)).told()

@@ -291,6 +291,7 @@ def test_the_score_of_a_run_is_the_mean_over_its_answers() -> None:
     assert measured(model, held, config("parity", Path())) == pytest.approx(float(each.mean()), rel=1e-5)
     beside = Made(task, batch=4, seed=0).beside(400, 400)
     assert not torch.equal(beside.tokens, held.tokens)
+    assert Made(build("task", "mqar"), batch=4, seed=0).held_out(400).tokens.is_contiguous()
     assert generator_of(1, "a").initial_seed() != generator_of(1, "b").initial_seed()
 
 

@@ -10,21 +10,17 @@ with its value. Printed is the share of right answers on new sequences, by seed.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 import yaml
-from torch import Tensor
 
 import nestopt
 from nestopt.core.level import Level
 from nestopt.models import HopeLM
-
-KEYS = VALUES = 32
-"""Of the vocabulary of MQAR."""
+from nestopt.train.data.tasks.recall import Mqar
 
 
 def levels(chunk: int) -> dict[str, Level]:
@@ -56,43 +52,21 @@ def one_pass(level: Level, pairs: int, dim: int, batch: int = 64) -> tuple[float
 # -- MQAR --------------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Mqar:
-    """The task and the model."""
-
-    pairs: int = 8
-    tokens: int = 64
-    batch: int = 64
-    dim: int = 64
-    blocks: int = 2
-    heads: int = 2
-    lr: float = 3e-3
-
-    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Tokens `[batch, tokens]`, and where the next one is to be known."""
-        n, asked = self.pairs, self.tokens // 2 - self.pairs
-        keys = torch.rand(self.batch, KEYS, generator=generator).argsort(-1)[:, :n]
-        values = KEYS + torch.randint(VALUES, (self.batch, n), generator=generator)
-        which = torch.randint(n, (self.batch, asked), generator=generator)
-        again = torch.stack([keys.gather(1, which), values.gather(1, which)], -1).flatten(1)
-        tokens = torch.cat([torch.stack([keys, values], -1).flatten(1), again], 1)
-        place = torch.arange(self.tokens)
-        return tokens, ((place >= 2 * n) & (place % 2 == 0)).expand(self.batch, -1)
+BATCH, DIM, BLOCKS, HEADS, LR = 64, 64, 2, 2, 3e-3
 
 
 def train(level: Level, task: Mqar, steps: int, seed: int) -> tuple[float, float]:
     """The share of right answers after so many steps, and the CPU seconds that these took."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = HopeLM(KEYS + VALUES, task.dim, task.blocks, task.heads, mixer=level)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=task.lr, weight_decay=0.0)
+    model = HopeLM(task.vocab, DIM, BLOCKS, HEADS, mixer=level)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
     begun = time.process_time()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = task.lr * min(1.0, (step + 1) / 20)
-        tokens, asked = task.draw(generator)
-        logits, _ = model(tokens[:, :-1])
-        loss = F.cross_entropy(logits[asked[:, :-1]], tokens[:, 1:][asked[:, :-1]])
+            group["lr"] = LR * min(1.0, (step + 1) / 20)
+        examples = task.draw(BATCH, generator)
+        loss, _ = model.loss(examples.tokens, targets=examples.targets)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -100,9 +74,8 @@ def train(level: Level, task: Mqar, steps: int, seed: int) -> tuple[float, float
     taken, right = time.process_time() - begun, []
     with torch.no_grad():
         for _ in range(8):
-            tokens, asked = task.draw(generator)
-            logits, _ = model(tokens[:, :-1])
-            right.append((logits.argmax(-1) == tokens[:, 1:])[asked[:, :-1]].double().mean())
+            examples = task.draw(BATCH, generator)
+            right.append(task.score(model(examples.tokens)[0], examples).mean())
     return float(torch.stack(right).mean()), taken
 
 

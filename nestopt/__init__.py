@@ -25,6 +25,7 @@ from nestopt.core.schedule import Schedule
 registry.add_builtin(levels)
 for module, kind in (
     ("nestopt.train.data.builtin", "dataset"),
+    ("nestopt.train.data.tasks", "task"),
     ("nestopt.optim", "optimizer"),
     ("nestopt.config.sizes", "model"),
     ("nestopt.train.schedule", "schedule"),

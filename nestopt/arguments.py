@@ -191,6 +191,28 @@ def add_eval(measure: argparse.ArgumentParser) -> None:
     forgetting.add_argument("-q", "--quiet", action="store_true", help="no progress")
 
 
+def add_evidence(evidence: argparse.ArgumentParser) -> None:
+    """Add what `evidence` takes."""
+    evidence.add_argument("task", metavar="list | CLAIM | TASK", help="list says what there is")
+    evidence.add_argument(
+        "--models", nargs="+", metavar="NAME", help="the first is judged (default: the claim's): any level on tokens"
+    )
+    evidence.add_argument(
+        "--seeds", type=terminal.whole(1), metavar="N", help="(default: 3, and 5 where these do not decide it)"
+    )
+    evidence.add_argument(
+        "--budget",
+        type=terminal.duration,
+        metavar="TIME",
+        help="of CPU for all training, such as 10m (default: the claim's)",
+    )
+    evidence.add_argument(
+        "--quick", action="store_true", help="few steps of few tasks, to see that it works: no verdict"
+    )
+    evidence.add_argument("--out", metavar="DIR", help="for evidence.json and evidence.png (default: evidence/TASK)")
+    evidence.add_argument("-q", "--quiet", action="store_true", help="do not say what is being trained")
+
+
 def add_plan(plan: argparse.ArgumentParser) -> None:
     """Add what `plan` takes."""
     given = plan.add_argument("given", nargs="*", metavar="CONFIG.yaml | key=value", help="a config file, and values")

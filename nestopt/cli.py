@@ -219,6 +219,14 @@ def forgetting(args: argparse.Namespace) -> int:
     return 0
 
 
+def evidence(args: argparse.Namespace) -> int:
+    """Do what `nestopt evidence` says."""
+    from nestopt.evidence.suite import answer_evidence
+
+    print(answer_evidence(args))
+    return 0
+
+
 def tune_reading(args: argparse.Namespace) -> int:
     """Do what `nestopt tune-reading` says."""
     from nestopt.train.reading import tune

@@ -33,6 +33,10 @@ def nestopt_register_commands(register: Register) -> None:
     )
     register("generate", _command("let a trained model write", cli.generate, arguments.add_generate))
     register("eval", _command("measure what a trained model does", cli.forgetting, arguments.add_eval))
+    register(
+        "evidence",
+        _command("try a claim: models trained alike on tasks, and a verdict", cli.evidence, arguments.add_evidence),
+    )
     register("runs", _command("list runs, and compare them", cli.runs, arguments.add_runs))
     register(
         "sweep", _command("train one run for each choice of values, and compare them", cli.sweep, arguments.add_sweep)

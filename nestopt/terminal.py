@@ -39,6 +39,10 @@ EXAMPLES = {
     "sweep": """
   nestopt sweep optimizer.lr=0.01,0.02,0.04 train.steps=300
   nestopt sweep run.yaml model.mixer=titans,deltanet train.seed=0,1 --name mixers""",
+    "evidence": """
+  nestopt evidence list
+  nestopt evidence languages --quick
+  nestopt evidence recall --models hope deltanet transformer --budget 2h""",
     "tune-reading": """
   nestopt tune-reading runs/001
   nestopt tune-reading runs/001 --out runs/tuned""",
@@ -138,6 +142,17 @@ def number(least: float, most: float = float("inf"), *, above: bool = False) -> 
         return value
 
     return read
+
+
+def duration(text: str) -> float:
+    """Return `90s`, `10m` or `2h` as seconds. Raises argparse.ArgumentTypeError for other text."""
+    try:
+        found = float(text[:-1]) * {"s": 1, "m": 60, "h": 3600}[text[-1:]]
+    except (ValueError, KeyError):
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give a time above 0, such as 90s, 10m or 2h")
+    return found
 
 
 def complete(parser: argparse.ArgumentParser) -> None:

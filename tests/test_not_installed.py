@@ -84,7 +84,7 @@ COMMANDS = """
 import contextlib, io, json
 from nestopt.cli import main
 for command in ("levels muon", "plugins", "describe run.yaml", "describe run",
-                "train", "generate run", "eval forgetting run", "plan", "plan --gpus 2"):
+                "train", "generate run", "eval forgetting run", "evidence parity", "plan", "plan --gpus 2"):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         code = main(command.split())
     print(json.dumps([command, code, out.getvalue(), err.getvalue()]))

@@ -24,7 +24,7 @@ Complete = Callable[[Any], Any]
 _PATH = re.compile(r"(\[\d+\]|[^.\[\]\s]+)(\[\d+\]|\.[^.\[\]\s]+)*")
 _STEP = re.compile(r"\[(\d+)\]|[^.\[\]]+")
 
-_KINDS = {"stack": "level", "mixer": "level", "mlp": "level", "rest": "level", "dataset": "dataset"}
+_KINDS = {"stack": "level", "mixer": "level", "mlp": "level", "rest": "level", "dataset": "dataset", "task": "task"}
 _KINDS["decay_shape"] = "schedule"
 """The keys of the schema that hold parts. (What holds parts within a part, its class says.)"""
 

@@ -33,6 +33,7 @@ ScheduleSpec = Annotated[Part, BeforeValidator(lambda spec: build("schedule", sp
 CallbackSpec = Annotated[Part, BeforeValidator(lambda spec: build("callback", spec)), _written]
 LoggerSpec = Annotated[Part, BeforeValidator(lambda spec: build("logger", spec)), _written]
 DatasetSpec = Annotated[Part, BeforeValidator(lambda spec: build("dataset", spec)), _written]
+TaskSpec = Annotated[Part, BeforeValidator(lambda spec: build("task", spec)), _written]
 
 
 def _spec(default: object) -> Any:
@@ -198,6 +199,9 @@ class DataConfig(Section):
 
     dataset: DatasetSpec | None = Field(default=_spec("stdlib"), description="the dataset, by name")
     path: FilePath | None = Field(default=None, description="own text: a file or a folder, in place of the dataset")
+    task: TaskSpec | None = Field(
+        default=None, description="in place of text: examples that are made, of a task such as parity or mqar"
+    )
     window: Whole = Field(default=128, ge=1, description="tokens per sequence")
     batch: Whole = Field(default=8, ge=1, description="sequences per step")
     workers: Whole = Field(
@@ -206,6 +210,12 @@ class DataConfig(Section):
         le=1024,
         description="processes that read and tokenize documents ahead; 0: the training process does it",
     )
+
+    @model_validator(mode="after")
+    def _task_or_text(self) -> Self:
+        if self.task is not None and self.path is not None:
+            raise ConfigError.refuse("path", self.path, "it does nothing beside task; give one of them")
+        return self
 
 
 class TrainConfig(Section):

@@ -64,6 +64,11 @@ def nestopt_register_datasets(register: Register) -> None:
 
 
 @hookspec
+def nestopt_register_tasks(register: Register) -> None:
+    """Register subclasses of `nestopt.train.data.Task`."""
+
+
+@hookspec
 def nestopt_register_token_forms(register: Register) -> None:
     """Register subclasses of `nestopt.core.TokenForm`: ways to run levels on tokens, the package's own or others'."""
 

@@ -37,6 +37,7 @@ KINDS: dict[str, tuple[type | str, str]] = {
     "features": (Features, "nestopt_register_features"),
     "output": (Output, "nestopt_register_outputs"),
     "dataset": ("nestopt.train.data:Dataset", "nestopt_register_datasets"),
+    "task": ("nestopt.train.data:Task", "nestopt_register_tasks"),
     "token_form": (TokenForm, "nestopt_register_token_forms"),
     "optimizer": (torch.optim.Optimizer, "nestopt_register_optimizers"),
     "model": (Mapping, "nestopt_register_models"),

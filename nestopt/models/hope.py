@@ -24,7 +24,8 @@ from nestopt.models.documents import Pieces, run_documents
 from nestopt.models.exact_signal import nothing_open
 from nestopt.models.loss_signal import TAUGHT, Read, nothing_carried
 from nestopt.models.segments import in_segments
-from nestopt.nn.consolidate import Consolidation, check_into, consolidate_all
+from nestopt.models.sleep import asleep
+from nestopt.nn.consolidate import Consolidation
 from nestopt.nn.hope import HopeBlock, Learn, to_the_last, writes
 from nestopt.nn.rows import Rows
 
@@ -157,6 +158,7 @@ class HopeLM(nn.Module):
         mask: Tensor | None = None,
         starts: Tensor | None = None,
         learn: Learn = True,
+        targets: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """Read tokens `[B, T]`, T >= 1, of any integer dtype: logits `[B, T, vocab]` of the tokens after each.
 
@@ -170,6 +172,7 @@ class HopeLM(nn.Module):
                 device it is waited for.
             learn: whether memories are written: True; False, all are read as the state has them, and none changes;
                 `"mixer"` or `"mlp"`, only those of that half of each block.
+            targets: as for `loss`; a continuum that learns from the loss is told those of a position once it is read.
 
         Returns:
             The logits and the state after the last token; with `starts`, of each row's last document.
@@ -179,7 +182,7 @@ class HopeLM(nn.Module):
             ValueError: for another shape, no tokens, tokens out of range (on the CPU; elsewhere the device stops), or a
                 state that does not fit.
         """
-        hidden, state = self.hidden(tokens, state, mask=mask, starts=starts, learn=learn)
+        hidden, state = self.hidden(tokens, state, mask=mask, starts=starts, learn=learn, targets=targets)
         return self._logits(hidden), state
 
     def hidden(
@@ -190,6 +193,7 @@ class HopeLM(nn.Module):
         mask: Tensor | None = None,
         starts: Tensor | None = None,
         learn: Learn = True,
+        targets: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """The residual stream after the last block, `[B, T, dim]`, and the state: `forward` but for norm and head."""
         next_token.check_tokens(tokens, "HopeLM")
@@ -198,6 +202,13 @@ class HopeLM(nn.Module):
         now = None if state is None else fitted(state, self._shapes, batch, "HopeLM")
         if mask is not None:
             check_mask(mask, *tokens.shape)
+        if targets is not None:
+            taught = self._taught and writes(learn, "mlp")
+            if taught and hope_reading.exact(self):
+                raise ValueError(
+                    "HopeLM: targets are given, and signal='exact' is of next tokens; give signal='residual'"
+                )
+            targets = next_token.checked_targets(targets, tokens, self.vocab, starts if taught else None)
         if starts is not None:
             next_token.check_starts(starts, tokens, "HopeLM")
             if self.lockstep and now is not None:
@@ -210,7 +221,8 @@ class HopeLM(nn.Module):
         rows = None if mask is None else Rows.of(mask)
         if rows is not None:
             tokens, mask = rows.moved(tokens[..., None])[..., 0], rows.front
-        x, now = self._sequences(tokens, now, mask, learn)
+            targets = None if targets is None else rows.moved(targets.view(*tokens.shape, -1)).view_as(targets)
+        x, now = self._sequences(tokens, now, mask, learn, targets)
         return (x if rows is None else rows.back(x)), now
 
     def loss(
@@ -223,6 +235,7 @@ class HopeLM(nn.Module):
         learn: Learn = True,
         piece: int = 1024,
         reduction: Literal["mean", "sum"] = "mean",
+        targets: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """Return the mean loss, in nats, of all tokens of `[B, T + 1]` but the first, and the state after the first T.
 
@@ -230,19 +243,19 @@ class HopeLM(nn.Module):
         of the whole sequence never exist.
 
         Args:
-            tokens, state, learn: as for `forward`; one token more than is read.
+            tokens, state, learn: as for `forward`; one token more than is read, or `[B, T]` with `targets`.
             mask: `[B, T + 1]`; where a token or the one before it is padding, nothing is counted.
             starts: `[B, T + 1]`, as for `forward`; the first token of a document is not counted.
             piece: positions at a time, 1 or more.
             reduction: `"sum"` for the sum of the losses that are counted: of batches that count differently many, these
                 sums add up to that of one batch, and means do not.
+            targets: in the place of next tokens: classes `[B, T]`, or `[B, T, vocab]`, 1 for each that is right and 0
+                for the others, whose losses (of a yes or no to each) are summed; -100 and padding are not counted.
         """
-        next_token.check_loss(tokens, starts, piece, reduction)
-        masked, begun = (None if given is None else given[:, :-1] for given in (mask, starts))
-        hidden, state = self.hidden(tokens[:, :-1], state, mask=masked, starts=begun, learn=learn)
-        targets = next_token.next_tokens(tokens, mask, starts)
-        total = next_token.summed_loss(self._logits, hidden, targets, piece)
-        return (total if reduction == "sum" else total / (targets != next_token.NOT_COUNTED).sum().clamp_min(1)), state
+        tokens, mask, starts, count = next_token.asked(tokens, mask, starts, targets, piece, reduction)
+        hidden, state = self.hidden(tokens, state, mask=mask, starts=starts, learn=learn, targets=targets)
+        total = next_token.summed_loss(self._logits, hidden, count, piece)
+        return (total if reduction == "sum" else total / next_token.counted(count).sum().clamp_min(1)), state
 
     # -- how -----------------------------------------------------------------------------------------------------------
 
@@ -250,25 +263,26 @@ class HopeLM(nn.Module):
         return self.head(self.norm(hidden))
 
     def _sequences(
-        self, tokens: Tensor, state: State | None, mask: Tensor | None, learn: Learn
+        self, tokens: Tensor, state: State | None, mask: Tensor | None, learn: Learn, targets: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """Read tokens at the front of their rows, from a state of this model, or None for new sequences.
 
         Where `segment` says so, each segment is run again in the backward pass.
         """
-        read, length = Read([0], False), tokens.shape[1]
+        read, length = Read([0], False, targets), tokens.shape[1]
         if state is None:
             state = self.init_state(tokens.shape[0])
         elif self._taught and not hope_reading.exact(self):
             i = next(i for i, block in enumerate(self._blocks()) if block.mlp.taught)
-            read = Read.of(state[f"block_{i}"]["mlp"]["step"], state[TAUGHT])
+            read = Read.of(state[f"block_{i}"]["mlp"]["step"], state[TAUGHT], targets)
         if not self.segment or not torch.is_grad_enabled() or length <= self.segment:
             return self._run(tokens, state, mask, learn, read)
 
         def run(state: State, part: slice) -> tuple[Tensor, State]:
             masked = None if mask is None else mask[:, part]
             carried = read.carried if part.start == 0 else mask is None
-            own = Read([phase + part.start for phase in read.phases], carried)
+            told = None if targets is None else targets[:, part]
+            own = Read([phase + part.start for phase in read.phases], carried, told)
             return self._run(tokens[:, part], state, masked, learn, own, length - part.stop)
 
         return in_segments(run, state, length, self.segment)
@@ -329,17 +343,7 @@ class HopeLM(nn.Module):
         Raises:
             ValueError: if no continuum learns in context, or with `into="state"` none has two levels.
         """
-        check_into(into)
-        next_token.check_tokens(tokens, "HopeLM")
-        now = fitted(state, self._shapes, tokens.shape[0], "HopeLM.consolidate")
-        fresh = self.init_state(tokens.shape[0])
-        begun = {name: {**part, "mlp": now[name]["mlp"]} for name, part in fresh.items() if name != TAUGHT}
-        with torch.no_grad():
-            _, inputs, _ = hope_reading.through(self, tokens, begun, None, "mixer")
-        continua = {f"block_{i}": block.mlp for i, block in enumerate(self._blocks())}
-        states = {name: now[name]["mlp"] for name in continua}
-        after, found = consolidate_all(continua, states, inputs, into=into, steps=steps, lr=lr)
-        return {**now, **{name: {**now[name], "mlp": mlp} for name, mlp in after.items()}}, found
+        return asleep(self, state, tokens, into=into, steps=steps, lr=lr)
 
     @torch.no_grad()
     def generate(

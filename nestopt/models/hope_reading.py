@@ -54,7 +54,7 @@ def through(
 def residual(
     model: HopeLM, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn, read: Read, ahead: int
 ) -> tuple[Tensor, State]:
-    """Read from write to write, each position taught when its next token has come, by the residual stream's error."""
+    """Read from write to write, each position taught once its target is known, by the residual stream's error."""
     continua = [block.mlp if block.mlp.taught else None for block in blocks_of(model)]
     teaching = LossTeaching(tokens, state, continua, mask, read, "mlp", ahead)
     if teaching.waiting:
@@ -100,4 +100,4 @@ def _logits(model: HopeLM, hidden: Tensor) -> Tensor:
 def _signal(model: HopeLM, hidden: Tensor, targets: Tensor) -> Tensor:
     autocast = nullcontext() if model.precision == "float32" else no_autocast(hidden.device)
     with autocast, products_in(model.precision):
-        return teach_signal(hidden, targets.long(), model.norm, model.head)
+        return teach_signal(hidden, targets, model.norm, model.head)

@@ -5,7 +5,8 @@ With h_t the residual stream after the last block and $\ell_t$ the loss of the n
 is taken for the identity, which the residual stream is to first order. In the last block δ is the exact gradient.
 
 A position's loss is known when the next token comes. So the gradient of position t is added, and what it completes is
-written, before token t + 1 is read: the state carries one position that is not yet observed.
+written, before token t + 1 is read: the state carries one position that is not yet observed. Where a task gives targets
+of its own, those of a position are told once it is read, and none is carried.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from nestopt.core.device import numbers_in, remember
 from nestopt.core.precision import matmul
 from nestopt.core.tree import State
 from nestopt.levels.continuum.clock import Phases, between_writes
+from nestopt.models import next_token
 
 
 class Continuum(Protocol):
@@ -49,21 +51,23 @@ class Read(NamedTuple):
     Attributes:
         phases: the different numbers of tokens, with the one that is carried.
         carried: whether every row has one.
+        targets: of each token that is to be read, where the loss is not that of the next one.
     """
 
     phases: Phases
     carried: bool
+    targets: Tensor | None = None
 
     @staticmethod
-    def of(step: Tensor, carried: State) -> Read:
+    def of(step: Tensor, carried: State, targets: Tensor | None = None) -> Read:
         """Return that of rows whose continua have learned from `step` tokens `[B]`, with what is `carried`."""
         live = carried["live"]
         if not live.shape[1]:
-            return Read(numbers_in(step), False)
+            return Read(numbers_in(step), False, targets)
         count = numbers_in(live)
         if len(count) == 1:
-            return Read([phase + count[0] for phase in numbers_in(step)], count[0] == 1)
-        return Read(numbers_in(step + live.sum(1)), False)
+            return Read([phase + count[0] for phase in numbers_in(step)], count[0] == 1, targets)
+        return Read(numbers_in(step + live.sum(1)), False, targets)
 
 
 TAUGHT = "taught"
@@ -78,16 +82,16 @@ def nothing_carried(count: int, batch: int, dim: int, like: Tensor) -> State:
 
 
 def teach_signal(hidden: Tensor, targets: Tensor, norm: nn.RMSNorm, head: nn.Linear) -> Tensor:
-    r"""Return $\partial\ell_t/\partial h_t$ `[B, n, dim]` of the loss $\ell_t$ of `targets` `[B, n]`, in closed form.
+    r"""Return $\partial\ell_t/\partial h_t$ `[B, n, dim]` of the loss $\ell_t$ of `targets`, in closed form.
 
-    The logits are `head(norm(h))`; all is torch operations that can be differentiated again.
+    The logits are `head(norm(h))`; the targets, as those of `next_token.summed_loss`, are next tokens, or a task's own.
+    All is torch operations that can be differentiated again.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     h, weight, scale = hidden.to(dtype), head.weight.to(dtype), norm.weight.to(dtype)
     eps = torch.finfo(hidden.dtype).eps if norm.eps is None else norm.eps
     r = (h.square().mean(-1, keepdim=True) + eps).rsqrt()
-    p = matmul(h * r * scale, weight.mT).softmax(-1)
-    wrong = p.scatter_add(-1, targets[..., None], -torch.ones_like(p[..., :1]))
+    wrong = next_token.wrong(matmul(h * r * scale, weight.mT), targets)
     g = matmul(wrong, weight) * scale
     return r * (g - h * r.square() * (g * h).mean(-1, keepdim=True))
 
@@ -113,7 +117,7 @@ class LossTeaching:
         state: of the whole model, with what is carried under `TAUGHT`; block i's continuum has `state["block_i"][key]`.
         continua: those of the blocks, in order; None where a block has none that is taught.
         mask: `[B, T]`, True for tokens.
-        read: what the rows have read before.
+        read: what the rows have read before, and the targets of what they read now.
         key: of a continuum's state in that of its block.
         ahead: tokens of the model's call that are not in this one, but come next.
 
@@ -166,6 +170,10 @@ class LossTeaching:
         first, last, length = self._part.start, self._part.stop, self._tokens.shape[1]
         self._found.append(hidden)
         self._inputs = {f"block_{i}": x for i, x in enumerate(inputs)}
+        if self._read.targets is not None:
+            self._after, told = self._live[:, first:last], self._read.targets[:, first:last]
+            self._counted = next_token.counted(told)
+            return hidden, told.clamp_min(0)
         live, after = self._live[:, first:last], self._live[:, first + 1 : last + 1]
         self._carried = _carried(self._carried, self._inputs, hidden, live, after, last == length)
         known = min(last, length - 1) - first
@@ -177,6 +185,8 @@ class LossTeaching:
     def observe(self, delta: Tensor) -> None:
         """Teach the continua the error of what `took` gave back."""
         known = delta.shape[1]
+        if self._read.targets is not None:
+            delta = torch.where(self._counted[..., None], delta, 0)
         told = {name: x[:, :known] for name, x in self._inputs.items()}
         some = None if self._mask is None else self._after
         self._observe(told, delta, some, self._phases, self._tokens.shape[1] - 1 - self._part.start - known)
@@ -184,7 +194,7 @@ class LossTeaching:
     def end(self) -> tuple[Tensor, State]:
         """Return the residual stream of all tokens `[B, T, dim]`, and the state of the model."""
         carried = self._carried
-        if self._mask is None:
+        if self._mask is None and self._read.targets is None:
             carried = {**carried, "live": remember(carried["live"], [1])}
         return torch.cat(self._found, dim=1), {**self.state, TAUGHT: carried}
 

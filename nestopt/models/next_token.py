@@ -1,4 +1,4 @@
-"""The loss of next tokens, and what a model is told of a text."""
+"""The loss of next tokens, or of targets that a task gives, and what a model is told of a text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from nestopt.core.device import upload
 
 NOT_COUNTED = -100
-"""A target whose loss is not counted."""
+"""A target whose loss is not counted; of targets `[B, T, vocab]`, all of a position's."""
 
 
 def check_tokens(tokens: Tensor, owner: str) -> None:
@@ -34,9 +34,9 @@ def check_starts(starts: Tensor, tokens: Tensor, owner: str) -> None:
         )
 
 
-def check_loss(tokens: Tensor, starts: Tensor | None, piece: int, reduction: str) -> None:
-    """Raise ValueError for arguments of `HopeLM.loss` that are not allowed."""
-    if tokens.ndim != 2 or tokens.shape[1] < 2:
+def check_loss(tokens: Tensor, starts: Tensor | None, piece: int, reduction: str, told: bool = False) -> None:
+    """Raise ValueError for arguments of `HopeLM.loss` that are not allowed; `told` is whether targets are given."""
+    if not told and (tokens.ndim != 2 or tokens.shape[1] < 2):
         raise ValueError(
             f"HopeLM.loss: tokens have the shape {list(tokens.shape)}; give [batch, tokens], two tokens or more"
         )
@@ -46,6 +46,29 @@ def check_loss(tokens: Tensor, starts: Tensor | None, piece: int, reduction: str
         raise ValueError(f'HopeLM.loss: reduction={reduction!r} is not allowed; give "mean" or "sum"')
     if starts is not None:
         check_starts(starts, tokens, "HopeLM")
+
+
+def checked_targets(targets: Tensor, tokens: Tensor, vocab: int, starts: Tensor | None) -> Tensor:
+    """Return targets of each token as signed numbers: a class, or which of `vocab` are right.
+
+    Raises:
+        ValueError: for others, or for `starts`: an MLP that is taught by targets reads rows of one text.
+    """
+    shape, allowed = list(targets.shape), (list(tokens.shape), [*tokens.shape, vocab])
+    if shape not in allowed or (targets.ndim == 2 and targets.is_floating_point()):
+        raise ValueError(
+            f"HopeLM: targets are {targets.dtype} {shape}; give classes, integers {allowed[0]}, or 1 for each of the "
+            f"vocabulary that is right and 0 for the others, {allowed[1]}"
+        )
+    if starts is not None:
+        raise ValueError("HopeLM: targets and starts are given to mlps that learn from the loss; give rows of one text")
+    return _signed(targets)
+
+
+def _signed(targets: Tensor) -> Tensor:
+    if targets.ndim == 2:
+        return targets.long()
+    return targets if targets.is_floating_point() else targets.to(torch.int8)
 
 
 def embedded(embedding: nn.Embedding, tokens: Tensor, owner: str) -> Tensor:
@@ -71,17 +94,52 @@ def next_tokens(tokens: Tensor, mask: Tensor | None, starts: Tensor | None) -> T
     return targets
 
 
+def counted(targets: Tensor) -> Tensor:
+    """Return `[B, T]`, True where the loss of a target counts."""
+    return (targets if targets.ndim == 2 else targets[..., 0]) != NOT_COUNTED
+
+
+def asked(
+    tokens: Tensor, mask: Tensor | None, starts: Tensor | None, targets: Tensor | None, piece: int, reduction: str
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Return the tokens that `HopeLM.loss` reads, with their mask and starts, and the targets whose loss it counts."""
+    check_loss(tokens, starts, piece, reduction, told=targets is not None)
+    if targets is None:
+        masked, begun = (None if given is None else given[:, :-1] for given in (mask, starts))
+        return tokens[:, :-1], masked, begun, next_tokens(tokens, mask, starts)
+    count = _signed(targets)
+    if mask is not None and mask.shape == targets.shape[:2]:
+        count = count.masked_fill(~(mask if count.ndim == 2 else mask[..., None]), NOT_COUNTED)
+    return tokens, mask, starts, count
+
+
 def summed_loss(logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, piece: int) -> Tensor:
-    """Sum the losses of `targets` `[B, T]` that count, of logits made, and made again, for `piece` positions at a
-    time.
+    """Sum the losses of `targets` that count, of logits made, and made again, for `piece` positions at a time.
+
+    Args:
+        logits: from the stream `[B, n, dim]` to `[B, n, vocab]`.
+        hidden: the stream `[B, T, dim]`.
+        targets: classes `[B, T]`, by cross entropy; or `[B, T, vocab]`, each 0 or 1, by a yes or no to each.
+        piece: positions.
     """
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
         found = logits(x)
         found = found.to(torch.promote_types(found.dtype, torch.float32))
-        return F.cross_entropy(found.flatten(0, 1), y.flatten(), ignore_index=NOT_COUNTED, reduction="sum")
+        if y.ndim == 2:
+            return F.cross_entropy(found.flatten(0, 1), y.flatten(), ignore_index=NOT_COUNTED, reduction="sum")
+        each = F.binary_cross_entropy_with_logits(found, y.clamp_min(0).to(found.dtype), reduction="none").sum(-1)
+        return torch.where(counted(y), each, 0).sum()
 
     pairs = list(zip(hidden.split(piece, dim=1), targets.split(piece, dim=1), strict=True))
     if len(pairs) == 1 or not torch.is_grad_enabled():
         return torch.stack([loss(x, y) for x, y in pairs]).sum()
     return torch.stack([checkpoint(loss, x, y, use_reentrant=False) for x, y in pairs]).sum()
+
+
+def wrong(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the derivative of each position's loss by its logits `[B, n, vocab]`; all targets count."""
+    if targets.ndim == 2:
+        p = logits.softmax(-1)
+        return p.scatter_add(-1, targets.long()[..., None], -torch.ones_like(p[..., :1]))
+    return logits.sigmoid() - targets.to(logits.dtype)

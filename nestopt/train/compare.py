@@ -71,7 +71,7 @@ class Row:
     learning_s: float
 
 
-def like(config: Config, name: str) -> Config:
+def like(config: Config, name: object) -> Config:
     """Return `config` with another model in the place of its own: as many parameters, by the width of its MLPs.
 
     All else is the same for both: width, blocks, heads, convolutions, gates, the optimizer, and how MLPs are trained.
@@ -107,7 +107,7 @@ def like(config: Config, name: str) -> Config:
     return config.model_copy(update={"model": of(hidden)})
 
 
-def _mixer(config: Config, name: str) -> Level:
+def _mixer(config: Config, name: object) -> Level:
     if name in ("transformer", "hope-attention"):
         return WindowAttention(memory=Window(config.data.window)) if config.train.eval_streams else Attention()
     if name == "hope":

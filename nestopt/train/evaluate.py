@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nestopt.config import Config
 from nestopt.models import HopeLM
 from nestopt.nn.hope import Learn
-from nestopt.train.data.source import HeldOut
+from nestopt.train.data.source import HeldOut, counted_answers
 from nestopt.train.errors import extra
 
 with extra("train"):
@@ -34,6 +34,8 @@ def measured(
 ) -> float:
     """Return the mean bits that `model` needs for each byte of held-out text, read as `train.eval_streams` says.
 
+    Of a task, for each answer, none of which it is told: MLPs that learn from the loss learn nothing.
+
     Args:
         model: on any device.
         held_out: the text.
@@ -44,7 +46,9 @@ def measured(
     data, settings = config.data, config.train
     text = held_out.tokens.to(next(model.parameters()).device)
     shared: dict[str, Any] = {"learn": learn, "rank": rank, "world": world, "total": total, "quiet": quiet}
-    if held_out.starts is not None:
+    if held_out.answers is not None:
+        bits = answers_bits(model, held_out, batch=4 * data.batch, **{**shared, "learn": learn and "mixer"})
+    elif held_out.starts is not None:
         rows = max(1, data.batch // (world * settings.accumulate))
         bits = documents_bits(model, text, held_out.starts, window=data.window, batch=rows, **shared)
     elif settings.eval_streams:
@@ -126,6 +130,33 @@ def bits_per_byte(
             for start, row in zip(group, loss.view(len(group), -1), strict=True):
                 nats += row[(0 if start == 0 else known) :].sum(dtype=torch.float64) * counts
     return float(total(nats)) / (len(text) - 1) / math.log(2)
+
+
+def answers_bits(
+    model: HopeLM,
+    held_out: HeldOut,
+    *,
+    batch: int,
+    learn: Learn = "mixer",
+    rank: int = 0,
+    world: int = 1,
+    total: Callable[[Tensor], Tensor] = lambda x: x,
+    quiet: bool = True,
+) -> float:
+    """Return the mean bits that `model` needs for each answer of a task's examples, `batch` of them at a time.
+
+    Other arguments are as of `bits_per_byte`.
+    """
+    tokens, answers, mask = held_out.tokens, held_out.answers, held_out.mask
+    assert answers is not None
+    device = next(model.parameters()).device
+    with _measured(model, tokens.to(device), "examples") as nats:
+        for group, counts in _dealt(range(len(tokens)), len(tokens), batch, rank, world, quiet):
+            own = [None if given is None else given[group].to(device) for given in (tokens, answers, mask)]
+            assert own[0] is not None
+            loss, _ = model.loss(own[0], targets=own[1], mask=own[2], learn=learn, reduction="sum")
+            nats += loss * counts
+    return float(total(nats)) / counted_answers(answers, mask) / math.log(2)
 
 
 def documents_bits(

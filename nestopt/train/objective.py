@@ -22,14 +22,22 @@ class Objective(nn.Module):
         super().__init__()
         self.lm, self.learn = lm, learn
 
-    def forward(self, tokens: Tensor, starts: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-        """Return the mean loss, in nats, of all tokens `[B, T + 1]` but the first.
+    def forward(
+        self,
+        tokens: Tensor,
+        starts: Tensor | None = None,
+        scale: Tensor | None = None,
+        targets: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the mean loss, in nats, of all tokens `[B, T + 1]` but the first, or of `targets`.
 
         Args:
             tokens: of windows.
             starts: `[B, T + 1]`, True where a document begins, whose first token is not counted either.
             scale: the sum of losses times this in the place of their mean, which is of as many as one batch counts.
+            targets, mask: of a task's tokens `[B, T]`, as for `HopeLM.loss`.
         """
         reduction: Literal["mean", "sum"] = "mean" if scale is None else "sum"
-        loss, _ = self.lm.loss(tokens, starts=starts, learn=self.learn, reduction=reduction)
+        loss, _ = self.lm.loss(tokens, starts=starts, targets=targets, mask=mask, learn=self.learn, reduction=reduction)
         return loss if scale is None else loss * scale

@@ -22,7 +22,7 @@ from nestopt.train import engines, loggers
 from nestopt.train.callbacks import Callbacks, Moment, blamed
 from nestopt.train.checkpoints.shards import ShardReader, put_weights
 from nestopt.train.data import sources
-from nestopt.train.data.source import Batch, HeldOut, merged
+from nestopt.train.data.source import Batch, HeldOut, TaskBatch, merged
 from nestopt.train.data.windows import Windows
 from nestopt.train.engines import peers
 from nestopt.train.errors import CorpusError, damaged, extra, whole_number
@@ -276,16 +276,23 @@ class Training:
             group["lr"] = group["initial_lr"] * scale
         return self.engine.update(self._batches(self.source.batch()))
 
-    def _batches(self, batch: Batch) -> list[tuple[Tensor | None, ...]]:
+    def _batches(self, batch: Batch | TaskBatch) -> list[tuple[Tensor | None, ...]]:
         """Return what the objective is called with, `train.accumulate` times."""
         count = self.config.train.accumulate
         tokens = upload(batch.tokens, self.engine.device).chunk(count)
-        if batch.starts is None:
+        if isinstance(batch, Batch) and batch.starts is None:
             return [(part,) for part in tokens]
-        # each counts as many targets as its documents have: the mean is over those of all
+        # each counts as many targets as its documents, or its examples, have: the mean is over those of all
         targets = self.engine.total(torch.full((), float(batch.targets), device=self.engine.device))
         scale = count * self.engine.world / targets.clamp_min(1)
-        return [(part, starts, scale) for part, starts in zip(tokens, batch.starts.chunk(count), strict=True)]
+        if isinstance(batch, Batch):
+            assert batch.starts is not None
+            return [(part, starts, scale) for part, starts in zip(tokens, batch.starts.chunk(count), strict=True)]
+        answers, masks = (
+            [None] * count if given is None else upload(given, self.engine.device).chunk(count)
+            for given in (batch.answers, batch.mask)
+        )
+        return [(part, None, scale, *given) for part, *given in zip(tokens, answers, masks, strict=True)]
 
     def _log(self, log: Loggers | None, bar: Any, loss: float, norm: float, rate: float) -> None:
         if log is None:

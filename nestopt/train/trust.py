@@ -13,6 +13,7 @@ from nestopt.train.callbacks import EarlyStopping
 from nestopt.train.data.builtin import Documents, Files, Stdlib
 from nestopt.train.data.parquet import is_local
 from nestopt.train.data.sources import dataset_of
+from nestopt.train.data.tasks import TASKS
 from nestopt.train.data.tokenizer import on_disk
 from nestopt.train.loggers import Csv, Jsonl, Tensorboard, Wandb
 
@@ -54,7 +55,7 @@ def check_trusted(
                 for part in getattr(config.train, key)
                 if not isinstance(part, Jsonl | Csv | Tensorboard | EarlyStopping)
             ]
-    if (given.data.path, given.data.dataset) == (config.data.path, config.data.dataset):
+    if _text(given) == _text(config):
         found += _sources(config, text)
     if found:
         raise ConfigError(
@@ -75,7 +76,15 @@ def _reaching(settings: Mapping[str, Any], path: str = "") -> Iterator[str]:
             yield from _reaching(value, f"{here}.")
 
 
+def _text(config: Config) -> tuple[object, ...]:
+    return config.data.path, config.data.dataset, config.data.task
+
+
 def _sources(config: Config, text: bool) -> Iterator[str]:
+    if (task := config.data.task) is not None:
+        if type(task) not in TASKS.values():
+            yield f"data.task={task.label} is of a plugin, and reads what it wants"
+        return
     dataset = dataset_of(config)
     if isinstance(dataset, Documents):
         if text and not is_local(dataset.path):

@@ -65,6 +65,9 @@ class Slow:
         self.energy = [{name: torch.zeros((), dtype=torch.float64) for name in of} for of in self.weights]
         self.seen, self.waiting = 0, None  # type: ignore[var-annotated]
 
+    def loss(self, logits: Tensor, token: int) -> Tensor:
+        return F.cross_entropy(logits, torch.tensor([token]))
+
     def continuum(self, i: int, x: Tensor, weights: dict[str, dict[str, Tensor]]) -> Tensor:
         cms_ = self.model.blocks[i].mlp
         for name in cms_.level.chain():
@@ -77,7 +80,7 @@ class Slow:
         inputs, h = self.waiting
         model = self.model
         hh = h.detach().requires_grad_() if not h.requires_grad else h
-        loss = F.cross_entropy(model.head(model.norm(hh)), torch.tensor([token]))
+        loss = self.loss(model.head(model.norm(hh)), token)
         (delta,) = torch.autograd.grad(loss, hh, create_graph=True)
         self.seen += 1
         for i, (x, of) in enumerate(zip(inputs, self.weights, strict=True)):

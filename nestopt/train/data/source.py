@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from nestopt.models.next_token import counted
+
 
 class Batch(NamedTuple):
     """What a process trains on in a step.
@@ -26,6 +28,25 @@ class Batch(NamedTuple):
         return inner.numel() - (0 if self.starts is None else int(self.starts[:, 1:].sum()))
 
 
+class TaskBatch(NamedTuple):
+    """What a process trains on in a step of a task.
+
+    Attributes:
+        tokens: `[rows, T]` int64, on the CPU.
+        answers: a target for each of them, as for `HopeLM.loss`.
+        mask: `[rows, T]`, False at padding; None where there is none.
+    """
+
+    tokens: Tensor
+    answers: Tensor
+    mask: Tensor | None
+
+    @property
+    def targets(self) -> int:
+        """How many are to be guessed."""
+        return counted_answers(self.answers, self.mask)
+
+
 class HeldOut(NamedTuple):
     """Text that is not trained on, the same in every process.
 
@@ -33,16 +54,24 @@ class HeldOut(NamedTuple):
         tokens: `[n]` integers, on the CPU.
         starts: `[n]` bool, True at the first token of a document; None where the text has none.
         bytes: of the text as UTF-8.
+        answers, mask: of a task, whose tokens are `[n, T]`, as of a `TaskBatch`.
     """
 
     tokens: Tensor
     starts: Tensor | None
     bytes: int
+    answers: Tensor | None = None
+    mask: Tensor | None = None
 
     @property
     def bytes_per_token(self) -> float:
-        """By which nats per token become bits per byte: `nats / ln 2 / bytes_per_token`."""
-        return self.bytes / len(self.tokens)
+        """By which nats per token become bits per byte: `nats / ln 2 / bytes_per_token`; 1 of a task's answers."""
+        return 1.0 if self.answers is not None else self.bytes / len(self.tokens)
+
+
+def counted_answers(answers: Tensor, mask: Tensor | None) -> int:
+    """Return how many answers count, of which none is at padding."""
+    return int((counted(answers) if mask is None else counted(answers) & mask).sum())
 
 
 class Source(Protocol):
@@ -59,7 +88,7 @@ class Source(Protocol):
         """One more than the largest token."""
         ...
 
-    def batch(self) -> Batch:
+    def batch(self) -> Batch | TaskBatch:
         """Return the next step's."""
         ...
 

@@ -7,6 +7,7 @@ from nestopt.train.data.builtin import Files
 from nestopt.train.data.dataset import Dataset, DocumentDataset, DocumentSet
 from nestopt.train.data.documents import PackedDocuments
 from nestopt.train.data.source import Source
+from nestopt.train.data.task import Made, Task
 from nestopt.train.data.windows import Windows
 
 
@@ -14,9 +15,11 @@ def dataset_of(config: Config) -> Dataset:
     """Return the dataset that a configuration names: `data.path` goes before `data.dataset`.
 
     Raises:
-        ConfigError: it names none.
+        ConfigError: it names none, or a task.
     """
     data = config.data
+    if isinstance(data.task, Task):
+        raise ConfigError.refuse("data.task", data.task.label, "text is needed here; give data.dataset or data.path")
     if data.path:
         return Files(data.path)
     if not isinstance(data.dataset, Dataset):
@@ -31,9 +34,11 @@ def documents(config: Config) -> DocumentSet | None:
     pickle the answer for the others.
 
     Raises:
-        ConfigError: it names neither.
+        ConfigError: it names neither, nor a task, which has no documents.
         CorpusError: they can't be read.
     """
+    if isinstance(config.data.task, Task):
+        return None
     dataset = dataset_of(config)
     return dataset.documents() if isinstance(dataset, DocumentDataset) else None
 
@@ -51,12 +56,16 @@ def make(config: Config, rank: int = 0, world: int = 1, given: DocumentSet | Non
         CorpusError: the data can't be read.
     """
     data = config.data
-    dataset = dataset_of(config)
+    dataset = data.task if isinstance(data.task, Task) else dataset_of(config)
     if data.batch % world:
         raise ConfigError.refuse("data.batch", data.batch, f"give a multiple of {world}, the number of processes")
     rows = data.batch // world
     source: Source
-    if isinstance(dataset, DocumentDataset):
+    if isinstance(dataset, Task):
+        vocab = max(dataset.vocab, config.model.vocab)
+        source = Made(dataset, batch=data.batch, seed=config.train.seed, vocab=vocab, rank=rank, world=world)
+        needs = f"{dataset.label} has tokens and targets up to {source.vocab - 1}: give {source.vocab} or more"
+    elif isinstance(dataset, DocumentDataset):
         if data.workers > rows:
             raise ConfigError.refuse("data.workers", data.workers, f"give at most {rows}, the rows of a process")
         source = PackedDocuments(

@@ -14,6 +14,7 @@ from nestopt.config.files import replacing
 from nestopt.models import HopeLM
 from nestopt.optim.sharded.optimizer import Sharded
 from nestopt.train.data.source import HeldOut, Source
+from nestopt.train.data.task import Made
 from nestopt.train.data.windows import Windows
 from nestopt.train.errors import damaged, extra
 from nestopt.train.folder import appending, check_file, saying
@@ -45,7 +46,7 @@ class Report:
 
     def __init__(self, run: Run, source: Source, held_out: HeldOut, size: int, *, quiet: bool) -> None:
         self.run, self.source, self.held_out, self.quiet = run, source, held_out, quiet
-        self._size = size
+        self._size, self._unit = size, "byte" if held_out.answers is None else "token"
 
     @functools.cached_property
     def baselines(self) -> dict[str, float]:
@@ -62,11 +63,12 @@ class Report:
         """Say what is about to run."""
         bytes_ = len(self.source.training) if isinstance(self.source, Windows) else None
         text = "documents to train on" if bytes_ is None else f"{bytes_:,} bytes to train on"
+        text = "examples made as it trains" if isinstance(self.source, Made) else text
         stacks = ", ".join(dict.fromkeys(optimizer.level(group).label for group in optimizer.param_groups))
         section = config.model
         mixers = " and ".join(dict.fromkeys(level.label for level in section.mixers or [section.mixer]))
         self.say(
-            f"{self.source.name}: {text}, {self.held_out.bytes:,} held-out bytes to measure on\n"
+            f"{self.source.name}: {text}, {self.held_out.bytes:,} held-out {self._unit}s to measure on\n"
             f"model: {self._size:,} parameters, {section.blocks} blocks of {mixers}, then {section.mlp.label}, "
             f"width {section.dim}; optimizer: {stacks}\n"
             f"run: {self.run.path}"
@@ -75,7 +77,7 @@ class Report:
     def sample(self, model: HopeLM, step: int, config: Config, *, write: bool = True) -> None:
         """Generate some text, and append it to samples.txt if it is to be written."""
         length = config.train.sample_bytes
-        if not length:
+        if not length or isinstance(self.source, Made):
             return
         device = next(model.parameters()).device
         generator = torch.Generator(device).manual_seed(config.train.seed)
@@ -128,7 +130,11 @@ class Report:
         self.say(f"the run has ended: {ended}")
         self.say(
             "\n".join(
-                [f"bits per byte on {self.held_out.bytes:,} held-out bytes, after {seconds:.0f} s of training:", *lines]
+                [
+                    f"bits per {'answer' if self._unit == 'token' else 'byte'} on {self.held_out.bytes:,} held-out "
+                    f"{self._unit}s, after {seconds:.0f} s of training:",
+                    *lines,
+                ]
             )
         )
         self.say(f"in {self.run.path}: loss.png, samples.txt, metrics.jsonl, model.safetensors, config.yaml")

@@ -1,0 +1,94 @@
+"""Models on the bundled text: continua of one to four levels, and the language models of `nestopt train --baseline`."""
+
+from __future__ import annotations
+
+import torch
+
+from nestopt.config import Config, ConfigError
+from nestopt.core.memories import Mlp, Window
+from nestopt.evidence.forgetting import documents_in, forgetting
+from nestopt.evidence.trials import Plan, settings
+from nestopt.levels.continuum.level import Cms
+from nestopt.levels.presets import WindowAttention
+from nestopt.models import HopeLM
+from nestopt.train.compare import SECONDS, THIS, TOKENS, Row, compare, like
+from nestopt.train.data.sources import dataset_of
+from nestopt.train.loop import train
+from nestopt.train.reading import read, texts
+from nestopt.train.training import Result
+
+LATER = (0, 1, 10)
+"""How much other text is read before it is measured what is kept, in documents."""
+
+
+class Continuum:
+    """The bundled text, for models whose MLPs are a continuum of so many levels: `1`, `2`, `3` or `4`."""
+
+    def config(self, model: str, plan: Plan) -> Config:
+        if model not in ("1", "2", "3", "4"):
+            raise ConfigError.refuse("--models", model, "give 1, 2, 3 or 4, the levels of a continuum")
+        count, hidden = int(model), 48 if plan.quick else 192
+        periods = tuple(16 * 4**i for i in range(count))
+        memory = Mlp(hidden=hidden // count, residual=False)
+        learns = {"learn": "context", "teach": "loss", "rate": 0.08, "through": "first_order"}
+        mlp = Cms(periods=periods, memory=memory, **learns)  # type: ignore[arg-type]
+        dim, window = (16, 64) if plan.quick else (64, 128)
+        section = {"mixer": WindowAttention(memory=Window(32)), "mlp": mlp, "dim": dim, "blocks": 2, "heads": 2}
+        data = {"window": window, "batch": 8}
+        return Config(model=section, data=data, train={**settings(plan), "eval_streams": 8})
+
+    def measure(self, model: HopeLM, result: Result, plan: Plan) -> dict[str, float]:
+        config = result.run.config()
+        tune, test = texts(config, config.train.final_bytes)
+        text = torch.from_numpy(dataset_of(config).load().held_out).long()
+        count, size = (2, 32) if plan.quick else (8, 512)
+        documents, new = documents_in(text, size, count, LATER[-1])
+        kept = forgetting(model, documents, new, times=LATER, piece=config.data.window).learning.gain[-1].mean
+        return {"valid": -read(config, model, tune)[0], "bits": -read(config, model, test)[0], "kept": kept}
+
+
+def language(plan: Plan) -> list[dict[str, object]]:
+    """Train the default model and the plan's others by `nestopt train --baseline`, and return the rows.
+
+    Its own name in them is `default`; scores are bits per byte, less than 0, still and as each learns what it reads.
+    """
+    ours, *others = plan.models
+    key = f"{', '.join(plan.models)}, {plan.seeds} seeds, {plan.seconds or plan.steps}"
+
+    def measure() -> dict[str, object]:
+        plan.say(key)
+        small = {"dim": 32, "blocks": 2, "heads": 2, "mixers": [], "mixer": "self_modifying"} if plan.quick else {}
+        bytes_ = {"final_bytes": 512} if plan.quick else {}
+        length = {"seconds": plan.seconds} if plan.seconds else {"steps": plan.steps, "seconds": None}
+        never = {"eval_every": 0, "save_every": 0, "sample_bytes": 0, "clock": "cpu", "out": str(plan.out / "runs")}
+        config = Config(model=small, train={**never, **length, **bytes_})
+        for name in others:
+            like(config, name)
+        result = train(config, quiet=True)
+        if not result.finished:
+            raise KeyboardInterrupt
+        rows = compare(config, result, others, seeds=plan.seeds, quiet=True)
+        if len(rows) < plan.seeds * (1 + 2 * len(others)):
+            raise KeyboardInterrupt
+        return {"found": [found for row in rows for found in _row(row, ours)]}
+
+    return list(plan.store.once(key, measure)["found"])
+
+
+def _row(row: Row, ours: str) -> list[dict[str, object]]:
+    """Return a row of `compare` as one of a claim; the first model stands at both limits."""
+    assert row.learning is not None
+    return [
+        {
+            "task": "text",
+            "model": ours if row.limit == THIS else row.model,
+            "limit": limit,
+            "seed": row.seed,
+            "rate": row.rate,
+            "parameters": row.parameters,
+            "steps": row.steps,
+            "seconds": row.seconds,
+            "scores": {"still": -row.still, "learning": -row.learning},
+        }
+        for limit in ((TOKENS, SECONDS) if row.limit == THIS else (row.limit,))
+    ]

@@ -1,0 +1,242 @@
+"""Claims that are measured and decided: the rules, what is kept on the way, and what each quick one prints."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nestopt.cli import main
+from nestopt.config import build
+from nestopt.config.load import load_saved
+from nestopt.core.level import Level
+from nestopt.evidence import trials
+from nestopt.evidence.claims import CLAIMS
+from nestopt.evidence.store import Store
+from nestopt.evidence.toys import TOYS, steps_of
+from nestopt.evidence.trials import OnTask, Plan
+from nestopt.evidence.verdict import above, not_below, seeds_of
+from nestopt.models import HopeLM
+from nestopt.train.compare import SECONDS, TOKENS
+from nestopt.train.errors import CheckpointError
+
+# -- rules -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("differences", "is_above", "is_not_below"),
+    [
+        ([0.2, 0.21, 0.19], "yes", "yes"),
+        ([0.2, 0.5, 0.01], "undecided", "yes"),  # all agree, but 0.24 is within 2 · 0.14
+        ([0.9] * 40 + [-0.01], "undecided", "yes"),  # far beyond, but one seed does not agree
+        ([-0.2, -0.21, -0.19], "no", "no"),
+        ([-0.2, 0.1, -0.05], "undecided", "yes"),
+        ([0.0, 0.0, 0.0], "undecided", "yes"),
+        ([-0.1, -0.1, -0.1], "no", "no"),
+        ([0.3, 0.3], "undecided", "undecided"),
+    ],
+)
+def test_two_standard_errors_and_all_seeds(differences: list[float], is_above: str, is_not_below: str) -> None:
+    assert above(differences) == is_above
+    assert not_below(differences) == is_not_below
+
+
+def rows(scores: dict[str, list[float]], task: str = "a", limit: str = SECONDS, part: str = "train") -> list[Any]:
+    return [
+        {"task": task, "limit": limit, "model": model, "seed": seed, "scores": {part: score}}
+        for model, found in scores.items()
+        for seed, score in enumerate(found)
+    ]
+
+
+def judged(name: str, found: list[Any]) -> Any:
+    models = list(dict.fromkeys(row["model"] for row in found))
+    return CLAIMS[name].judge(CLAIMS[name], found, models)
+
+
+def test_each_claim_has_its_rule() -> None:
+    good, bad = [0.9, 0.91, 0.92], [0.5, 0.52, 0.51]
+    found = rows({"hope": good, "retnet": [0.1] * 3, "deltanet": bad, "transformer": [1.0, 1.0, 1.0]})
+    recall = judged("recall", found)
+    assert (recall.answer, recall.seeds) == ("yes", 3)
+    assert "hope - transformer = -0.090" in recall.rule
+    assert "hope - deltanet = +0.400" in recall.rule
+    assert judged("mad", found).answer == "no"  # the Transformer is above it
+    worse = judged("recall", found + rows({"hope": bad, "deltanet": good, "retnet": bad}, task="b"))
+    assert worse.answer == "no"
+    assert "b, equal seconds: hope - deltanet" in worse.rule
+    assert judged("mad", rows({"hope": good, "titans": bad})).answer == "yes"
+    assert judged("mad", rows({"hope": good[:2], "titans": bad[:2]})).answer == "undecided"
+    assert str(judged("mad", rows({"hope": good[:2], "titans": bad[:2]}))).endswith("2 seeds, and 3 are needed)")
+
+    right, once = [1.0, 1.0, 0.99], [0.99, 1.0, 0.99]
+    solved = rows({"hope": right, "deltanet": once}, part="41-100")
+    answer = judged("languages", solved)
+    assert answer.answer == "yes"
+    assert "hope 1 of 1, deltanet 0 of 1" in answer.rule
+    assert judged("languages", solved + rows({"hope": once, "deltanet": right}, "b", part="41-100")).answer == "no"
+    assert judged("languages", rows({"hope": [1.0], "deltanet": [1.0]}, part="41-100")).answer == "undecided"
+
+    kept = [{**row, "scores": {"kept": row["scores"]["train"], "bits": 0.0}} for row in rows({"1": bad, "2": good})]
+    assert judged("levels", kept).answer == "yes"
+    assert judged("levels", kept[::-1]).answer == "no"
+    assert seeds_of(found + rows({"hope": [1.0]}, task="b")) == 1
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def plan(folder: Path, **options: Any) -> Plan:
+    given = {"models": ["deltanet"], "seeds": 2, "rates": (0.001, 0.01), "seconds": None, "steps": 2}
+    given |= {"examples": 4, "quick": True, "store": Store(folder / "evidence.json"), "say": lambda text: None}
+    return Plan(**{**given, **options})
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
+    subject = OnTask(build("task", "mod_3"))  # type: ignore[arg-type]
+    said: list[str] = []
+    first = trials.run({"mod_3": subject}, plan(tmp_path, say=said.append))
+    assert len(said) == len(set(said)) == 3  # two rates, and one more seed
+    assert len(first) == 2
+    kept = json.loads((tmp_path / "evidence.json").read_text())
+    for row in first:
+        assert row in kept["rows"]
+        assert (row["limit"], row["steps"]) == (TOKENS, 2)
+        config = load_saved(tmp_path / row["run"] / "config.yaml")
+        assert (config.optimizer.lr, config.train.seed) == (row["rate"], row["seed"])
+        rest = {one["rate"] for one in first if one["model"] == row["model"]}
+        assert rest == {row["rate"]}  # all seeds have the best rate of the first
+        tried = [one for one in kept["rows"] if (one["model"], one["seed"]) == (row["model"], 0)]
+        best = max(tried, key=lambda one: (one["scores"]["valid"], -one["bits"]))
+        assert best["rate"] == row["rate"]
+    kept["rows"] = kept["rows"][:2]
+    (tmp_path / "evidence.json").write_text(json.dumps(kept))
+    again: list[str] = []
+    second = trials.run({"mod_3": subject}, plan(tmp_path, say=again.append))
+    assert again == said[2:]
+    without = [{k: v for k, v in row.items() if k not in ("seconds", "run")} for row in (*first, *second)]
+    assert without[:2] == without[2:]  # the same again, to the last digit
+    (tmp_path / "evidence.json").write_text('{"rows": 3}')
+    with pytest.raises(CheckpointError, match="is damaged"):
+        plan(tmp_path)
+
+
+@pytest.mark.slow
+def test_equal_seconds_and_then_equal_tokens(tmp_path: Path) -> None:
+    subject = OnTask(build("task", "mod_3"))  # type: ignore[arg-type]
+    models = ["deltanet", "transformer"]
+    found = trials.run({"mod_3": subject}, plan(tmp_path, models=models, seconds=0.5, rates=(0.003,)))
+    sizes = {row["parameters"] for row in found}
+    assert max(sizes) <= 1.02 * min(sizes)
+    timed, counted = ([row for row in found if row["limit"] == limit] for limit in (SECONDS, TOKENS))
+    assert len(timed) == len(counted) == 4
+    assert all(0.5 <= row["seconds"] < 1 for row in timed)
+    assert {row["steps"] for row in counted} == {min(row["steps"] for row in timed if row["seed"] == 0)}
+
+
+def test_a_model_that_is_measured_is_told_no_answers() -> None:
+    task = build("task", "parity")
+    mlp = {"level": "cms", "periods": [4], "learn": "context", "teach": "loss", "rate": 0.5}
+    torch.manual_seed(0)
+    model = HopeLM(4, 16, 1, 2, mlp=build("level", mlp))  # type: ignore[arg-type]
+    examples = task.draw(8, torch.Generator().manual_seed(0))  # type: ignore[attr-defined]
+    told, still, by_tokens = (
+        model(examples.tokens, mask=examples.mask, **how)[0][examples.mask]
+        for how in ({"targets": examples.targets}, {"learn": "mixer"}, {})
+    )
+    assert not torch.allclose(told, still)
+    assert not torch.allclose(told, by_tokens)
+
+    subject = OnTask(task)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for level in model.blocks[0].mlp.levels.values():
+            level.rate.fill_(math.nan)  # a model that learned would now say nothing
+    assert subject.score(model, "train", 8) >= 0
+    assert still.isfinite().all()
+
+
+# -- toys --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("rate", [0.5, 1.0])
+def test_steps_of_gradient_descent_are_those_of_the_equation(seed: int, rate: float) -> None:
+    angle = 2 * math.pi * torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
+    x, y, t = 2 * math.cos(angle), 2 * math.sin(angle), 0
+    first = 0.005 * x**2 + 0.5 * y**2
+    while 0.005 * x**2 + 0.5 * y**2 > 1e-3 * first:
+        x, y, t = x * (1 - 0.01 * rate), y * (1 - rate), t + 1
+    level = build("level", "gd")
+    assert isinstance(level, Level)
+    assert steps_of(level, TOYS["times 100"], rate, seed, 5000) == t
+    assert steps_of(level, TOYS["times 100"], 5.0, seed, 50) == 50  # which diverges
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_what_there_is_and_what_can_not_be(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["evidence", "list"]) == 0
+    said = capsys.readouterr().out
+    assert all(re.search(rf"^{name} ", said, re.MULTILINE) for name in (*CLAIMS, "parity", "mqar", "needle"))
+    for given, error in {
+        "languges": "no claim or task is called 'languges'. Did you mean 'languages'?",
+        "parity --models hope": "--models: 'hope' is not allowed; give two or more, each once",
+        "parity --models hope detanet": "--models: 'detanet' is not allowed; no level is called 'detanet'",
+        "levels --models 1 5": "--models: '5' is not allowed; give 1, 2, 3 or 4",
+        f"parity --out {tmp_path / 'file'}": "can't be made, a file is in its way",
+    }.items():
+        (tmp_path / "file").touch()
+        out = [] if "--out" in given else ["--out", str(tmp_path / "out")]
+        assert main(["evidence", *given.split(), *out]) == 2
+        assert error in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["evidence", "parity", "--budget", "10"])
+    assert "'10' is not allowed; give a time above 0, such as 90s, 10m or 2h" in capsys.readouterr().err
+
+
+QUICK = {
+    "languages": ("41-100", ["parity", "a_n_b_n"]),
+    "recall": ("train", ["mqar 8 pairs", "facts, 1 hops"]),
+    "mad": ("train", ["selective_copy", "memorise"]),
+    "levels": ("kept", ["text"]),
+    "toys": ("steps", [*TOYS]),
+    "language": ("learning", ["text"]),
+    "needle": ("start", ["needle"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUICK)
+def test_a_quick_one_prints_a_table_and_a_verdict(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["evidence", name, "--quick", "-q", "--out", str(tmp_path)]
+    assert main(given) == 0
+    said = capsys.readouterr().out
+    part, tasks = QUICK[name]
+    models = CLAIMS["recall" if name == "needle" else name].models
+    head, *lines = said.splitlines()
+    assert head.split()[:3] == ["task", "limit", "model"]
+    assert part in head
+    for task in tasks:
+        for model in models:
+            assert any(line.startswith(f"{task} ") and f" {model} " in line for line in lines), (task, model)
+    (verdict,) = [line for line in lines if line.startswith("claim ")]
+    assert re.search(rf"^claim {name}: .*verdict: undecided \(.*; 1 seed, and 3 are needed\)$", verdict)
+    kept = json.loads((tmp_path / "evidence.json").read_text())
+    assert kept["command"] == f"nestopt evidence {name} --quick --out {tmp_path}"
+    assert kept["verdict"]["answer"] == "undecided"
+    assert {(row["task"], row["model"]) for row in kept["measured"]} == {(t, m) for t in tasks for m in models}
+    for row in kept["measured"]:
+        assert {"seed", "rate", "steps", "scores"} <= row.keys()
+        assert name == "toys" or {"parameters", "seconds"} <= row.keys()
+        assert math.isfinite(row["scores"][part])
+    assert (tmp_path / "evidence.png").stat().st_size > 5000
+    assert main(given) == 0  # and nothing is measured again
+    assert capsys.readouterr().out == said

@@ -43,6 +43,8 @@ def check_capturable(level: Level, param: Tensor, period: int, view: Split | Non
 
 
 def _fault(level: Level, param: Tensor, period: int, view: Split | None) -> Exception | None:
+    if param.is_complex():
+        return ValueError("it is complex")
     like = torch.empty(param.shape, dtype=param.dtype, device="meta")
     like.grad = torch.empty_like(like)
     # on a CPU nobody waits, and no graph is captured that could not

@@ -274,7 +274,10 @@ def _recipes() -> dict[str, Level]:
     return {name: nestopt.build("level", name) for name in ("lion_chain", "mars", "grokfast")}
 
 
-ON_VALLEY = "gd momentum preconditioned_momentum feature_momentum delta_momentum adam adamw regression_optimum second_moment ftrl"
+ON_VALLEY = (
+    "gd momentum preconditioned_momentum feature_momentum delta_momentum adam adamw regression_optimum second_moment"
+    " ftrl"
+)
 ON_TARGET = "deep_momentum matrix_adagrad shampoo soap newton_schulz muon cms"
 PICTURES = {
     **{name: Picture.of(Valley, name) for name in ON_VALLEY.split()},

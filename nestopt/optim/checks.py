@@ -81,8 +81,10 @@ def check_parameters(group: dict[str, Any], index: int, level: Level) -> None:
         if param in seen:
             raise ValueError(f"{name} is in the group twice; a tied weight is one parameter: give it once")
         seen.add(param)
-        if not param.is_floating_point():
-            raise ValueError(f"{name} is {param.dtype}; levels take real floating-point parameters")
+        if not (param.is_floating_point() or (param.is_complex() and level.is_elementwise)):
+            but = f", and complex ones where they work entry by entry, which {level.label} does not"
+            also = but if param.is_complex() else ""
+            raise ValueError(f"{name} is {param.dtype}; levels take real floating-point parameters{also}")
         if view is not None and not view.fits(param):
             raise ValueError(f"{name} has shape {tuple(param.shape)}, which is no matrix of {view.parts} equal parts")
         if needs_matrices and param.ndim < 2:

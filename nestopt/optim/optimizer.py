@@ -61,7 +61,7 @@ class Nested(weights.Weighted, Optimizer):
 
     Raises:
         ValueError: a value out of range, a level of matrices (muon) given a parameter that is none, a parameter that
-            is complex or comes twice.
+            is complex where the level looks at whole tensors, or that comes twice.
     """
 
     renamed: ClassVar[dict[str, str]] = {}

@@ -26,7 +26,7 @@ from nestopt.optim.execute.capturable import check_capturable
 from nestopt.optim.execute.choose import executors
 from nestopt.optim.execute.update import STEP, SUM, TRAINED, Executor, Slot, placed
 from nestopt.optim.layer_inputs.sums import KEPT, Totals
-from nestopt.optim.views import Split, begin, layout, matrix_view, work_dtype
+from nestopt.optim.views import Split, begin, layout, local, matrix_view, work_dtype
 
 RESTLESS = 3
 """After so many changes of which parameters have a gradient, states are no longer moved into common buffers."""
@@ -197,7 +197,8 @@ def check_stranger(level: Level, stranger: Level, param: Tensor, grad: Tensor, v
     """Raise ContractError where `stranger`, a level within `level`, breaks the contract on a tensor like `param`."""
     if param.device.type == "meta":  # without numbers there is nothing to compare
         return
-    seen, shown = (matrix_view(x.detach().to(work_dtype(param), copy=True), level, view) for x in (param, grad))
+    kept = (local(x.detach().to(work_dtype(param), copy=True)) for x in (param, grad))
+    seen, shown = (matrix_view(x, level, view) for x in kept)
     if view is not None and view.stacked and not level.is_elementwise:
         seen, shown = seen[0], shown[0]
     with _drawn_for("", 0, param.device):

@@ -15,7 +15,7 @@ from nestopt.core.tree import State, store, tree_map
 
 
 def work_dtype(param: Tensor) -> torch.dtype:
-    """Return the dtype in which levels work and keep their state: float32 or wider."""
+    """Return the dtype in which levels keep their state: float32 or wider; complex for a complex parameter."""
     return torch.float32 if param.dtype in (torch.float16, torch.bfloat16) else param.dtype
 
 
@@ -25,7 +25,12 @@ def in_pieces(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """Return what this process has of a tensor, of one that lies as `like`; all of one that is not in pieces."""
+    """Return what levels are shown of a tensor: what this process has of it, if it lies as `like` over several.
+
+    All of one that is not in pieces; of a complex one the real and imaginary parts, as a view of one dimension more.
+    """
+    if tensor.is_complex():
+        return torch.view_as_real(tensor)
     if not in_pieces(tensor):
         return tensor
     if like is not None and in_pieces(like) and tensor.placements != like.placements:  # type: ignore[attr-defined]

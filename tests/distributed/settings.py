@@ -103,17 +103,24 @@ LEVELS: dict[str, Any] = {
     "adamw": {"level": "adamw", "weight_decay": 0.1},
     "matrix_adagrad": "matrix_adagrad",
     "shampoo": "shampoo",
+    # of a gradient with fewer rows than columns Adam's basis is open, and a momentum's does not matter
+    "soap": {"level": "soap", "of": "momentum", "basis_every": 2},
     "muon": {"level": "muon", "dtype": "float32"},
     "m3": {"level": "m3", "slow_period": 2, "dtype": "float32"},
     "dgd": "dgd",
     "ggd": "ggd",
     "second_moment": "second_moment",
     "regression_optimum": "regression_optimum",
+    "ftrl": {"level": "ftrl", "l1": 1e-4},
     "cms": {"level": "cms", "periods": [1, 2]},
 }
 """A spec of every level on gradients."""
 
 STACKS: dict[str, Any] = {
+    "links in slices": {
+        "stack": ["gradient_correction", {"level": "clip", "by": "value", "limit": 0.01}, "weight_decay"]
+    },
+    "links at owners": {"stack": [{"level": "clip", "by": "adaptive", "limit": 0.1}, "lamb"]},
     "dgd, up every second step": {"stack": "dgd", "groups": [{"match": "up", "period": 2}], "rest": "adamw"},
 }
 """Sections of a configuration that are more than a level."""

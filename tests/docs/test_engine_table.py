@@ -24,7 +24,13 @@ def cells() -> dict[str, dict[str, str]]:
 
 
 def test_its_rows_are_the_levels_on_gradients() -> None:
-    pages = {path.stem for path in (PAGE.parent / "levels").glob("*.md")} - {"index", "composing", "newton_schulz"}
+    pages = {path.stem for path in (PAGE.parent / "levels").glob("*.md")} - {
+        "index",
+        "composing",
+        "links",
+        "newton_schulz",
+        "recipes",
+    }
     assert list(cells()) == list(LEVELS)
     assert set(LEVELS) == pages
 

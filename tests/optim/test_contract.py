@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import nestopt
 from nestopt import levels
 from nestopt.core import Level, Signal, State, chain, nest, parallel
 from nestopt.core.memories import Window
-from nestopt.optim import SGD, Adam, Nested, torch_named
+from nestopt.optim import Muon, Nested, torch_named
 from nestopt.optim.execute import flat
 from nestopt.optim.execute.update import SUM
 
@@ -361,12 +362,25 @@ def test_sparse_gradient_is_refused_by_name_before_anything_has_changed() -> Non
     assert not optimizer.state
 
 
-@pytest.mark.parametrize("cls", [Nested, SGD, Adam])
-def test_complex_parameters_are_refused_by_name(cls: type[torch.optim.Optimizer]) -> None:
-    with pytest.raises(ValueError, match=r"phase is torch.complex64; levels take real"):
-        cls([("phase", torch.ones(3, dtype=torch.complex64, requires_grad=True))])
+def complex_ones(*shape: int) -> torch.Tensor:
+    return torch.ones(*shape, dtype=torch.complex64, requires_grad=True)
+
+
+@pytest.mark.parametrize("make", [lambda p: Nested(p, "muon"), lambda p: Nested(p, ["momentum", "shampoo"]), Muon])
+def test_complex_parameters_of_levels_of_whole_tensors_are_refused_by_name(make: Any) -> None:
+    with pytest.raises(ValueError, match=r"phase is torch.complex64; levels take real .* work entry by entry, which"):
+        make([("phase", complex_ones(3, 2))])
     with pytest.raises(ValueError, match=r"group 0, parameter 1 is torch.complex64"):
-        cls([torch.ones(2, requires_grad=True), torch.ones(3, dtype=torch.complex64, requires_grad=True)])
+        make([torch.ones(2, 2, requires_grad=True), complex_ones(3, 2)])
+
+
+def test_complex_parameters_are_refused_where_no_step_takes_them() -> None:
+    with pytest.raises(ValueError, match=r"capturable=True, for phase of shape \[3\]: it is complex"):
+        Nested([("phase", complex_ones(3))], "adam", capturable=True)
+    with pytest.raises(ValueError, match=r"phase: give torch\.view_as_real"):
+        nestopt.optim.functional_step("gd", {"phase": complex_ones(3)}, {"phase": torch.ones(3)})
+    with pytest.raises(ValueError, match=r"places is torch.int64; levels take real"):
+        Nested([("places", torch.ones(3, dtype=torch.int64))], "gd")
 
 
 def test_a_parameter_given_twice_is_refused() -> None:

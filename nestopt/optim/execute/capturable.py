@@ -45,6 +45,8 @@ def check_capturable(level: Level, param: Tensor, period: int, view: Split | Non
 
 def fault_of(level: Level, param: Tensor, period: int, view: Split | None) -> Exception | None:
     """Return what a step of `level` on `param` fails by where no value is looked at; None where it does not."""
+    if param.is_complex():
+        return ValueError("it is complex")
     like = torch.empty(param.shape, dtype=param.dtype, device="meta")
     like.grad = torch.empty_like(like)
     # on a CPU nobody waits, and no graph is captured that could not

@@ -71,7 +71,7 @@ def _compiles(level: Level, slot: Slot) -> bool:
 def _way(level: Level, slot: Slot, packed: bool) -> str | torch.Size | None:
     """Return how a slot is stepped: flat, by torch's kernel or in pieces; in a stack of its shape; None: by itself."""
     param, device = slot.param, slot.param.device.type
-    if type(param) not in (Tensor, nn.Parameter):
+    if type(param) not in (Tensor, nn.Parameter) or param.is_complex():
         return None
     if level.is_elementwise:
         if param.is_contiguous() and kernel_of(level, param):

@@ -48,6 +48,7 @@ def functional_step(
 
     Raises:
         KeyError: a gradient of an unknown parameter.
+        ValueError: a complex parameter.
 
     >>> import torch
     >>> from nestopt.levels import momentum
@@ -61,6 +62,8 @@ def functional_step(
     """
     if unknown := grads.keys() - params.keys():
         raise KeyError(f"gradients of unknown parameters: {sorted(unknown)}; params has {sorted(params)}")
+    if of_complex := [name for name in grads if params[name].is_complex()]:
+        raise ValueError(f"{', '.join(of_complex)}: give torch.view_as_real of complex parameters and gradients")
     step = 1 if state is None else state["step"] + 1
     level = bind(build("level", stack, "stack"), step=step)
     levels = {} if state is None else state["levels"]

@@ -143,7 +143,7 @@ class Executor:
         self.params = [slot.param for slot in slots]
         self.states = [slot.state for slot in slots]
         self.places = [slot.place for slot in slots]
-        self.dtype = work_dtype(self.params[0])
+        self.dtype = work_dtype(self.params[0]).to_real()
         self.count: Tensor = slots[0].state[STEP].clone()  # one for all, since they count alike
         for state in self.states:
             state[STEP] = self.count
@@ -181,9 +181,9 @@ class Executor:
             return
         for state, param in zip(self.states, self.params, strict=True):
             if SUM not in state:
-                state[SUM] = torch.zeros_like(param, dtype=self.dtype)
+                state[SUM] = torch.zeros_like(param, dtype=work_dtype(param))
         sums: list[Tensor] = [state[SUM] for state in self.states]
-        torch._foreach_add_(sums, [grad.to(self.dtype) for grad in grads])
+        torch._foreach_add_(sums, [grad.to(own.dtype) for grad, own in zip(grads, sums, strict=True)])
         if self.inputs is not None:
             for state, param in zip(self.states, self.params, strict=True):
                 if (totals := self.inputs(param)) is not None:
@@ -201,9 +201,9 @@ class Executor:
         """Write the gradients into the memories, and update the parameters."""
         grown = False
         for slot, grad in zip(self.slots, grads, strict=True):
-            # only of levels that work entry by entry are parameters in pieces
+            # only of levels that work entry by entry are parameters in pieces, or complex
             param, grad, view = local(slot.param), local(grad, slot.param), slot.view
-            tree = tree_map(local, slot.tree) if in_pieces(slot.param) else slot.tree
+            tree = tree_map(local, slot.tree) if in_pieces(slot.param) or slot.param.is_complex() else slot.tree
             if not param.numel():
                 continue
             wide = param.to(self.dtype)  # a narrow parameter is stepped in the wide dtype and rounded once

@@ -130,6 +130,19 @@ class Level(Part):
         direction, new = self.step(grad, state, signal)
         return store(state, new, direction)
 
+    def average_(self, average: Tensor, keep: float, take: float, grad: Tensor, state: State, signal: Signal) -> bool:
+        """Do as `step_` and set `average` to `keep · average + take · direction`, in fewer passes than by themselves.
+
+        Returns:
+            False, where this level can't: nothing has changed then.
+        """
+        return False
+
+    @property
+    def averages(self) -> tuple[str, float, float] | None:
+        """Return `(key, keep, take)` if a step is `state[key] = keep · state[key] + take · grad`, its direction too."""
+        return None
+
     def before_last_(self, grad: Tensor, state: State, signal: Signal) -> tuple[Level, Tensor, State]:
         """Do in place what comes before the level whose direction is this one's: nothing, but in a chain.
 

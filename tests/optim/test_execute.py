@@ -64,6 +64,8 @@ ELEMENTWISE: dict[str, Callable[[], Level]] = {
     "adamw": lambda: levels.adamw(weight_decay=0.2),
     "on a clock": lambda: levels.adam(period=2),
     "chain": lambda: chain(levels.momentum(0.5, period=2), levels.adam()),
+    "averaged": lambda: chain(levels.momentum(0.8), levels.adam(), levels.momentum(0.7, dampening=0.4)),
+    "averaged sum": lambda: chain(levels.adam(amsgrad=True), levels.momentum(0.9)),
     "sum": lambda: parallel(a=levels.adam(), b=chain(levels.momentum(), levels.gd()), weights=[0.5, 2.0]),
     "preconditioned": levels.preconditioned_momentum,
 }

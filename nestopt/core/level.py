@@ -33,6 +33,9 @@ RENAMED = {
 }
 """What a level's attributes were called, and are."""
 
+OF_STEP = {"step_", "average_", "averages", "reads_param"}
+"""What follows from a level's `step`, so that a subclass with another one does not inherit it."""
+
 
 class Level(Part):
     r"""One level of a nest, defined by what it does to one tensor's gradient.
@@ -94,10 +97,9 @@ class Level(Part):
         for old, new in RENAMED.items():
             if old in vars(cls) and (old != "damping" or old not in cls.field_names):  # a number may be called that
                 raise TypeError(f"{cls.__name__}: a level's {old!r} is called {new!r} now; rename it")
-        if "step" in vars(cls) and "step_" not in vars(cls):
-            cls.step_ = Level.step_  # type: ignore[method-assign]  # that of a parent is of the parent's step
-        if vars(cls).keys() & {"step", "step_"} and "reads_param" not in vars(cls):
-            cls.reads_param = True
+        if "step" in vars(cls):  # what a parent says of its step, and how it does it fast, is of the parent's
+            for name in OF_STEP - vars(cls).keys():
+                setattr(cls, name, vars(Level)[name])
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-
 EXPONENTS = {
     torch.float64: (torch.int64, 0x7FF0000000000000),
     torch.float32: (torch.int32, 0x7F800000),

@@ -87,11 +87,7 @@ class Adam(Level):
         return store(state, new, plain)
 
     def average_(self, average: Tensor, keep: float, take: float, grad: Tensor, state: State, signal: Signal) -> bool:
-        if (
-            type(self) is not Adam
-            or take <= 0
-            or not (fused.available(grad) and fused.reads(grad, [average, *state.values()]))
-        ):
+        if take <= 0 or not (fused.available(grad) and fused.reads(grad, [average, *state.values()])):
             return False
         # to the kernel the average is a parameter, at a rate of -take and with a decay that leaves `keep` of it
         memories, numbers = {key: [leaf] for key, leaf in state.items()}, Numbers(-take, (1 - keep) / -take)

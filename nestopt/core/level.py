@@ -33,6 +33,9 @@ RENAMED = {
 }
 """What a level's attributes were called, and are."""
 
+OF_STEP = {"step_", "average_", "averages", "reads_param"}
+"""What follows from a level's `step`, so that a subclass with another one does not inherit it."""
+
 
 class Level(Part):
     r"""One level of a nest, defined by what it does to one tensor's gradient.
@@ -94,10 +97,9 @@ class Level(Part):
         for old, new in RENAMED.items():
             if old in vars(cls) and (old != "damping" or old not in cls.field_names):  # a number may be called that
                 raise TypeError(f"{cls.__name__}: a level's {old!r} is called {new!r} now; rename it")
-        if "step" in vars(cls) and "step_" not in vars(cls):
-            cls.step_ = Level.step_  # type: ignore[method-assign]  # that of a parent is of the parent's step
-        if vars(cls).keys() & {"step", "step_"} and "reads_param" not in vars(cls):
-            cls.reads_param = True
+        if "step" in vars(cls):  # what a parent says of its step, and how it does it fast, is of the parent's
+            for name in OF_STEP - vars(cls).keys():
+                setattr(cls, name, vars(Level)[name])
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,6 +136,19 @@ class Level(Part):
         """
         direction, new = self.step(grad, state, signal)
         return store(state, new, direction)
+
+    def average_(self, average: Tensor, keep: float, take: float, grad: Tensor, state: State, signal: Signal) -> bool:
+        """Do as `step_` and set `average` to `keep · average + take · direction`, in fewer passes than by themselves.
+
+        Returns:
+            False, where this level can't: nothing has changed then.
+        """
+        return False
+
+    @property
+    def averages(self) -> tuple[str, float, float] | None:
+        """Return `(key, keep, take)` if a step is `state[key] = keep · state[key] + take · grad`, its direction too."""
+        return None
 
     def before_last_(self, grad: Tensor, state: State, signal: Signal) -> tuple[Level, Tensor, State]:
         """Do in place what comes before the level whose direction is this one's: nothing, but in a chain.

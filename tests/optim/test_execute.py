@@ -21,6 +21,7 @@ from nestopt import levels
 from nestopt.core import Level, Signal, State, advance, chain, parallel, start
 from nestopt.core.tree import leaves
 from nestopt.levels.gradient.fused import KERNELS
+from nestopt.levels.gradient.momentum import Momentum
 from nestopt.levels.gradient.muon import Muon
 from nestopt.optim import Nested, functional_step
 from nestopt.optim.execute import flat
@@ -56,6 +57,14 @@ class Decaying(Muon):
         return direction + 0.3 * signal.param, state
 
 
+class Halved(Momentum):
+    """Is no average by the numbers of the level that it is derived from."""
+
+    def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        direction, state = super().step(0.5 * grad, state, signal)
+        return direction, state
+
+
 ELEMENTWISE: dict[str, Callable[[], Level]] = {
     "gd": levels.gd,
     "nesterov": lambda: levels.momentum(0.8, nesterov=True),
@@ -64,6 +73,10 @@ ELEMENTWISE: dict[str, Callable[[], Level]] = {
     "adamw": lambda: levels.adamw(weight_decay=0.2),
     "on a clock": lambda: levels.adam(period=2),
     "chain": lambda: chain(levels.momentum(0.5, period=2), levels.adam()),
+    "averaged": lambda: chain(levels.momentum(0.8), levels.adam(), levels.momentum(0.7, dampening=0.4)),
+    "averaged by another": lambda: chain(levels.adam(), Halved(0.7)),
+    "averaged, of another": lambda: chain(levels.adamw(weight_decay=0.2), levels.momentum(0.7)),
+    "averaged sum": lambda: chain(levels.adam(amsgrad=True), levels.momentum(0.9)),
     "sum": lambda: parallel(a=levels.adam(), b=chain(levels.momentum(), levels.gd()), weights=[0.5, 2.0]),
     "preconditioned": levels.preconditioned_momentum,
 }

@@ -88,6 +88,13 @@ class Adam(Level):
         plain, new = Adam.step(self, grad, state, signal)
         return store(state, new, plain)
 
+    def average_(self, average: Tensor, keep: float, take: float, grad: Tensor, state: State, signal: Signal) -> bool:
+        if take <= 0 or not (fused.available(grad) and fused.reads(grad, [average, *state.values()])):
+            return False
+        # to the kernel the average is a parameter, at a rate of -take and with a decay that leaves `keep` of it
+        memories, numbers = {key: [leaf] for key, leaf in state.items()}, Numbers(-take, (1 - keep) / -take)
+        return _step(self, [average], [grad], memories, int(signal.step), numbers)
+
 
 class AdamW(Adam):
     r"""Adam with decoupled weight decay (Loshchilov & Hutter 2019).

@@ -69,6 +69,14 @@ class Momentum(Level):
             m = torch.where(first, grad, m) if isinstance(first, Tensor) else grad if first else m
         return (plus(grad, m, self.beta) if self.nesterov else m), {"momentum": m}
 
+    @property
+    def averages(self) -> tuple[str, float, float] | None:
+        if self.nesterov or self.undamped_start or self.period > 1:
+            return None
+        if not isinstance(self.beta, int | float) or not isinstance(self.dampening, int | float):
+            return None
+        return "momentum", self.beta, 1 - self.dampening
+
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
         m, beta, dampening = state["momentum"], self.beta, self.dampening
         if isinstance(beta, Tensor | Gate) or isinstance(dampening, Tensor | Gate):

@@ -43,8 +43,8 @@ IN_RANGE = 2.0**50
 TINY = 8
 """Short sides below this: torch's batched product of so small matrices rounds bfloat16 otherwise than its plain one."""
 WIDE = 1.5
-"""Longer by more than this, the Gram form takes fewer FLOPs: 8m²n + 28m³ for five steps of bfloat16, not
-20m²n + 10m³."""
+"""Longer by more than this, the Gram form takes fewer FLOPs: 4m²n + 34m³ for five steps, or in bfloat16, with a fresh
+start, 8m²n + 28m³, not 20m²n + 10m³."""
 GROWTH, LARGEST = 150.0, 1.5
 """In bfloat16 the Gram form starts anew from X before an error of its Gram matrix has grown so much: by a² in a step,
 where an eigenvalue is near 0. It begins as 2⁻⁹ of the largest eigenvalue, which is 1 at most, and then about 1.5. Grown

@@ -19,7 +19,7 @@ from benchmarks.gpu_parts.optimizers import ROOT_EVERY, Small
 from benchmarks.gpu_parts.setting import NO_CUDA, Row, Setting, attempts, generator, no_waits
 
 COMPOSITES = {"chain", "parallel", "nest"}
-NOT_LAYERS = {"adamw", "dgd", "ggd", *COMPOSITES}
+NOT_LAYERS = {"adamw", "dgd", "ggd", "schedule_free", "weight_average", *COMPOSITES}
 """Levels that can't run on tokens, and say so when a layer is made of them."""
 NOT_STACKS = {"attention", *COMPOSITES}
 """Likewise on gradients."""

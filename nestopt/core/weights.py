@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -27,6 +27,8 @@ class OfWeights(Level):
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     inner: ClassVar[Any]  # a field of subclasses, at the place where they want it
+    outermost: ClassVar[bool] = False
+    """Whether no other level of weights may stand around it."""
     across_processes: ClassVar[Any] = False
     """Whether the weights that `after_update` is shown are the mean over all processes."""
 
@@ -35,6 +37,10 @@ class OfWeights(Level):
         if self.of_weights and self.period > 1:
             problem = "is not allowed: a level of weights takes no gradients; give the level in it a period"
             raise FieldError(self.label, "period", self.period, problem)
+
+        if self.of_weights and isinstance(self.inner, OfWeights) and self.inner.outermost:
+            problem = "is not allowed: it has the weights in several places, so no level of weights can be around it"
+            raise FieldError(self.label, "inner", self.inner, problem)
 
     @property
     def of_weights(self) -> bool:
@@ -58,12 +64,12 @@ class OfWeights(Level):
         """Return whether it does anything after update number `step`, from 1."""
         return True
 
-    def share(self, noted: dict[str, Any], step: int, lr: float) -> float:
+    def share(self, noted: dict[str, Any], step: int, lr: float | Tensor) -> float | Tensor:
         """Return the share of update number `step` in a mean over all, from what it has `noted` (a parameter group)."""
         return 1.0
 
-    def after_update(self, weights: Tensor, state: State, signal: Signal, share: float = 1.0) -> tuple[Tensor, State]:
-        """Return the weights to go on from and the new state, given the weights after update number `signal.step`."""
+    def after_update(self, weights: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        """Return the weights to go on from and the new state, given those after update `signal.step`, if it `acts`."""
         raise NotImplementedError(f"{self.label} has no after_update")
 
     def explained(self) -> str:
@@ -100,18 +106,13 @@ def around(level: Level) -> Iterator[tuple[tuple[str, ...], OfWeights]]:
         level, path = level.inner, (*path, "inner")
 
 
-def after_update(
-    level: Level, weights: Tensor, state: State, signal: Signal, shares: Sequence[float]
-) -> tuple[Tensor, State]:
-    """Return where all levels of weights in `level` go from `weights`, the innermost first, and the new state.
-
-    `shares` are those of the levels, the outermost's first.
-    """
-    if not shares:
+def after_update(level: Level, weights: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+    """Return where all levels of weights in `level` go from `weights`, the innermost first, and the new state."""
+    if not (isinstance(level, OfWeights) and level.of_weights):
         return weights, state
-    assert isinstance(level, OfWeights)
-    weights, inner = after_update(level.inner, weights, state["inner"], signal, shares[1:])
-    return level.after_update(weights, {**state, "inner": inner}, signal, shares[0])
+    weights, inner = after_update(level.inner, weights, state["inner"], signal)
+    state = {**state, "inner": inner}
+    return level.after_update(weights, state, signal) if level.acts(int(signal.step)) else (weights, state)
 
 
 def wrapped(level: Level, inner: Level) -> Level:

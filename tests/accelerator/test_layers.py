@@ -30,7 +30,7 @@ COMPOSED: dict[str, Any] = {
 }
 ALL: dict[str, Any] = {name: name for name in nestopt.registry.names("level") if name not in PARTS} | COMPOSED
 
-NO_LAYERS = {"adamw", "dgd", "ggd"}
+NO_LAYERS = {"adamw", "dgd", "ggd", "schedule_free", "weight_average"}
 """They need a parameter beside what they remember, or its layer's inputs: errors that other tests look at."""
 
 

@@ -19,7 +19,7 @@ from nestopt.nn import SequenceMemory
 
 F64 = torch.float64
 
-REFUSED = {"adamw", "cms", "dgd", "ggd"}
+REFUSED = {"adamw", "cms", "dgd", "ggd", "schedule_free", "weight_average"}
 """Registered levels that are not for `SequenceMemory`: a weight or a layer's inputs are what they need, or a CMS."""
 
 COMPOSED = {"chain", "nest", "parallel"}

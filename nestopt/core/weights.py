@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from nestopt.core.clock import advance, advance_, start
@@ -13,7 +14,7 @@ from nestopt.core.level import Level
 from nestopt.core.order import Node
 from nestopt.core.part import FieldError
 from nestopt.core.signal import Signal
-from nestopt.core.tree import State
+from nestopt.core.tree import State, leaves
 
 
 class OfWeights(Level):
@@ -90,7 +91,8 @@ class OfWeights(Level):
         raise FieldError(self.label, "inner", self.inner, problem)
 
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
-        inner = self.inner.nodes(f"{name}.inner", period, after)
+        remembers = any(leaves(start(self.inner, torch.zeros(2, 2))))
+        inner = self.inner.nodes(f"{name}.inner", period, after) if remembers else []
         return [*inner, *self.nodes_of_weights(name, period, tuple(node.name for node in inner))]
 
     def nodes_of_weights(self, name: str, period: int, after: tuple[str, ...]) -> list[Node]:

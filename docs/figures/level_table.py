@@ -45,6 +45,9 @@ LEVELS = [
     "cms",
     "dgd",
     "ggd",
+    "average",
+    "weight_average",
+    "schedule_free",
 ]
 SHAPE = (256, 512)
 ROWS = 32

@@ -14,7 +14,7 @@ from nestopt.core.level import Level
 from nestopt.core.order import Node
 from nestopt.core.part import FieldError
 from nestopt.core.signal import Signal
-from nestopt.core.tree import State, leaves
+from nestopt.core.tree import State, leaves, store
 
 
 class OfWeights(Level):
@@ -72,6 +72,11 @@ class OfWeights(Level):
     def after_update(self, weights: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         """Return the weights to go on from and the new state, given those after update `signal.step`, if it `acts`."""
         raise NotImplementedError(f"{self.label} has no after_update")
+
+    def after_update_(self, weights: Tensor, state: State, signal: Signal) -> Tensor:
+        """Do as `after_update`, writing over the tensors of `state`; `weights` stay as they are."""
+        weights, new = self.after_update(weights, state, signal)
+        return store(state, new, weights)
 
     def explained(self) -> str:
         """Say what it does to the weights, for `explain`."""

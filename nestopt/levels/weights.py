@@ -64,8 +64,18 @@ class WeightAverage(OfWeights):
         count = (int(signal.step) - self.skip) // self.every
         if count <= 1:
             return weights, {**state, "average": weights.clone()}
-        part = 1 / count if self.decay is None else 1 - self.decay
-        return weights, {**state, "average": torch.lerp(state["average"], weights, part)}
+        return weights, {**state, "average": torch.lerp(state["average"], weights, self._part(count))}
+
+    def after_update_(self, weights: Tensor, state: State, signal: Signal) -> Tensor:
+        count = (int(signal.step) - self.skip) // self.every
+        if count <= 1:
+            state["average"].copy_(weights)
+        else:
+            state["average"].lerp_(weights, self._part(count))
+        return weights
+
+    def _part(self, count: int) -> float:
+        return 1 / count if self.decay is None else 1 - self.decay
 
     def evaluated(self, weights: Tensor, state: State) -> Tensor:
         average: Tensor = state["average"]
@@ -137,13 +147,27 @@ class ScheduleFree(OfWeights):
         return super().before_last_(grad, state, signal)
 
     def after_update(self, weights: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        largest, count, share = self._counted(state, signal)
         z = state["z"] + weights
-        largest = torch.maximum(state["lr_max"], number_like(0.0 if signal.lr is None else signal.lr, state["lr_max"]))
-        # the sum of weights over the present one: whole, and so exact, while the largest rate stays
-        shrunk = (state["lr_max"] / largest.clamp_min(torch.finfo(z.dtype).tiny)) ** self.lr_power
-        count = state["count"] * shrunk + (largest > 0)
-        x = state["x"] + (z - state["x"]) / count.clamp_min(1.0) * (largest > 0)
+        x = torch.lerp(state["x"], z, share)
         return torch.lerp(z, x, self.beta), {**state, "z": z, "x": x, "lr_max": largest, "count": count}
+
+    def after_update_(self, weights: Tensor, state: State, signal: Signal) -> Tensor:
+        largest, count, share = self._counted(state, signal)
+        z = state["z"].add_(weights)
+        x = state["x"].lerp_(z, share)
+        state["lr_max"].copy_(largest)
+        state["count"].copy_(count)
+        return torch.lerp(z, x, self.beta)
+
+    def _counted(self, state: State, signal: Signal) -> tuple[Tensor, Tensor, Tensor]:
+        """Return lr_max, the sum of weights over the present one, and what of x the present z becomes."""
+        before = state["lr_max"]
+        largest = torch.maximum(before, number_like(0.0 if signal.lr is None else signal.lr, before))
+        # whole, and so exact, while the largest rate stays
+        shrunk = (before / largest.clamp_min(torch.finfo(before.dtype).tiny)) ** self.lr_power
+        count = state["count"] * shrunk + (largest > 0)
+        return largest, count, (largest > 0) / count.clamp_min(1.0)
 
     def evaluated(self, weights: Tensor, state: State) -> Tensor:
         x: Tensor = state["x"]

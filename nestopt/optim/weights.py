@@ -12,7 +12,7 @@ from torch import Tensor
 from nestopt.core.gates import bind
 from nestopt.core.level import Level
 from nestopt.core.signal import Signal
-from nestopt.core.tree import State, store, tree_map
+from nestopt.core.tree import State, tree_map
 from nestopt.core.weights import OfWeights, around, at
 from nestopt.optim.execute.update import TRAINED, Executor, Slot, placed
 from nestopt.optim.views import back, in_pieces, layout, local, matrix_view, work_dtype
@@ -64,8 +64,7 @@ class _Cell:
         self.slot, self.weights, self.state, self.part = slot, weights, state, part
 
     def put(self, level: OfWeights, shown: Tensor, signal: Signal) -> None:
-        new, state = level.after_update(shown, self.state, signal)
-        new = store(self.state, state, new)
+        new = level.after_update_(shown, self.state, signal)
         if new is self.weights:
             return
         param, view = local(self.slot.param), self.slot.view

@@ -25,8 +25,8 @@ BOUND = 1e-5
 """Of what differs between the two, by root mean square; nothing should."""
 
 INPUTS = {"dgd", "ggd"}
-REFUSED = {*INPUTS, "window_attention"}
-"""Levels that a capturable optimizer must refuse: they need layers' inputs, or grow."""
+REFUSED = {*INPUTS, "window_attention", "schedule_free", "weight_average"}
+"""Levels that a capturable optimizer must refuse: they need layers' inputs, grow, or count updates on the host."""
 MAY_BE_REFUSED = WAIT
 """Levels that wait for the device, which no capture allows. On a CPU their steps run."""
 

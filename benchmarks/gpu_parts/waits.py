@@ -20,6 +20,7 @@ from benchmarks.gpu_parts.setting import NO_CUDA, Row, Setting, attempts, genera
 
 COMPOSITES = {"chain", "parallel", "nest"}
 NOT_LAYERS = {"adamw", "dgd", "ftrl", "ggd", "lamb", "trust_ratio", "weight_decay", *COMPOSITES}
+NOT_LAYERS |= {"schedule_free", "weight_average"}
 """Levels that can't run on tokens, and say so when a layer is made of them."""
 NOT_STACKS = {"attention", *COMPOSITES}
 """Likewise on gradients."""

@@ -47,6 +47,9 @@ LEVELS = [
     "cms",
     "dgd",
     "ggd",
+    "average",
+    "weight_average",
+    "schedule_free",
 ]
 SHAPE = (256, 512)
 ROWS = 32

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import nestopt
 from nestopt import Level
 from nestopt.core.objectives import Dot
-from nestopt.levels import dgd, gd, ggd, m3, momentum, second_moment
+from nestopt.levels import dgd, gd, ggd, m3, momentum, second_moment, weight_average
 from nestopt.optim import Nested
 
 MADE = Path(__file__).parents[1] / "levels" / "made"
@@ -161,6 +161,7 @@ def descend(kind: type[Problem], level: Level, rate: float) -> Run:
         optimizer.step()
         schedule.step()
         weights.append(problem.weight.detach().clone())
+    optimizer.eval()
     return Run(rate, [*losses, problem().item()], torch.stack(weights))
 
 
@@ -275,8 +276,8 @@ def _recipes() -> dict[str, Level]:
 
 
 ON_VALLEY = (
-    "gd momentum preconditioned_momentum feature_momentum delta_momentum adam adamw regression_optimum second_moment"
-    " ftrl"
+    "gd momentum preconditioned_momentum feature_momentum delta_momentum adam adamw regression_optimum second_moment "
+    "average schedule_free ftrl"
 )
 ON_TARGET = "deep_momentum matrix_adagrad shampoo soap newton_schulz muon cms"
 PICTURES = {
@@ -284,6 +285,7 @@ PICTURES = {
     **{name: Picture.of(Target, name) for name in ON_TARGET.split()},
     "dgd": Picture(Layer, lambda: {"dgd": dgd(), "dgd, δ = 0.1": dgd(delta=0.1)}),
     "ggd": Picture(Layer, lambda: {"ggd": ggd(), "ggd of signs": ggd(objective=Dot(), value="sign")}),
+    "weight_average": Picture(Valley, lambda: {"weight_average, decay = 0.9": weight_average(momentum(0.9), 0.9)}),
     "m3": Picture(Target, lambda: {"m3": m3(), "m3, α = 0": m3(alpha=0.0)}),
     "composing": Picture(Valley, _composed),
     "links": Picture(Valley, _links),

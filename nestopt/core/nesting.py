@@ -171,9 +171,7 @@ class Nest(OfWeights):
     def acts(self, step: int) -> bool:
         return step % self.outer.period == 0
 
-    def after_update(self, weights: Tensor, state: State, signal: Signal, share: float = 1.0) -> tuple[Tensor, State]:
-        if not self.acts(int(signal.step)):
-            return weights, state
+    def after_update(self, weights: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         slow, own = state["slow"], signal.every(self.outer.period).on(state["slow"])
         move, outer = self.outer.step(slow - weights, state["outer"], own)
         slow = slow - self.rate * move

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from nestopt.core.clock import advance, advance_, start
@@ -13,7 +14,7 @@ from nestopt.core.level import Level
 from nestopt.core.order import Node
 from nestopt.core.part import FieldError
 from nestopt.core.signal import Signal
-from nestopt.core.tree import State
+from nestopt.core.tree import State, leaves, store
 
 
 class OfWeights(Level):
@@ -27,6 +28,8 @@ class OfWeights(Level):
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     inner: ClassVar[Any]  # a field of subclasses, at the place where they want it
+    outermost: ClassVar[bool] = False
+    """Whether no other level of weights may stand around it."""
     across_processes: ClassVar[Any] = False
     """Whether the weights that `after_update` is shown are the mean over all processes."""
 
@@ -35,6 +38,10 @@ class OfWeights(Level):
         if self.of_weights and self.period > 1:
             problem = "is not allowed: a level of weights takes no gradients; give the level in it a period"
             raise FieldError(self.label, "period", self.period, problem)
+
+        if self.of_weights and isinstance(self.inner, OfWeights) and self.inner.outermost:
+            problem = "is not allowed: it has the weights in several places, so no level of weights can be around it"
+            raise FieldError(self.label, "inner", self.inner, problem)
 
     @property
     def of_weights(self) -> bool:
@@ -58,13 +65,18 @@ class OfWeights(Level):
         """Return whether it does anything after update number `step`, from 1."""
         return True
 
-    def share(self, noted: dict[str, Any], step: int, lr: float) -> float:
+    def share(self, noted: dict[str, Any], step: int, lr: float | Tensor) -> float | Tensor:
         """Return the share of update number `step` in a mean over all, from what it has `noted` (a parameter group)."""
         return 1.0
 
-    def after_update(self, weights: Tensor, state: State, signal: Signal, share: float = 1.0) -> tuple[Tensor, State]:
-        """Return the weights to go on from and the new state, given the weights after update number `signal.step`."""
+    def after_update(self, weights: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        """Return the weights to go on from and the new state, given those after update `signal.step`, if it `acts`."""
         raise NotImplementedError(f"{self.label} has no after_update")
+
+    def after_update_(self, weights: Tensor, state: State, signal: Signal) -> Tensor:
+        """Do as `after_update`, writing over the tensors of `state`; `weights` stay as they are."""
+        weights, new = self.after_update(weights, state, signal)
+        return store(state, new, weights)
 
     def explained(self) -> str:
         """Say what it does to the weights, for `explain`."""
@@ -84,7 +96,8 @@ class OfWeights(Level):
         raise FieldError(self.label, "inner", self.inner, problem)
 
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
-        inner = self.inner.nodes(f"{name}.inner", period, after)
+        remembers = any(leaves(start(self.inner, torch.zeros(2, 2))))
+        inner = self.inner.nodes(f"{name}.inner", period, after) if remembers else []
         return [*inner, *self.nodes_of_weights(name, period, tuple(node.name for node in inner))]
 
     def nodes_of_weights(self, name: str, period: int, after: tuple[str, ...]) -> list[Node]:
@@ -100,18 +113,13 @@ def around(level: Level) -> Iterator[tuple[tuple[str, ...], OfWeights]]:
         level, path = level.inner, (*path, "inner")
 
 
-def after_update(
-    level: Level, weights: Tensor, state: State, signal: Signal, shares: Sequence[float]
-) -> tuple[Tensor, State]:
-    """Return where all levels of weights in `level` go from `weights`, the innermost first, and the new state.
-
-    `shares` are those of the levels, the outermost's first.
-    """
-    if not shares:
+def after_update(level: Level, weights: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+    """Return where all levels of weights in `level` go from `weights`, the innermost first, and the new state."""
+    if not (isinstance(level, OfWeights) and level.of_weights):
         return weights, state
-    assert isinstance(level, OfWeights)
-    weights, inner = after_update(level.inner, weights, state["inner"], signal, shares[1:])
-    return level.after_update(weights, {**state, "inner": inner}, signal, shares[0])
+    weights, inner = after_update(level.inner, weights, state["inner"], signal)
+    state = {**state, "inner": inner}
+    return level.after_update(weights, state, signal) if level.acts(int(signal.step)) else (weights, state)
 
 
 def wrapped(level: Level, inner: Level) -> Level:

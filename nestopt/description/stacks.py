@@ -51,6 +51,8 @@ def words(level: Level) -> str:
         )
     elif isinstance(level, Nest):
         said = f"nest({words(level.outer)}, {words(level.inner)}{', of weights' if level.of_weights else ''})"
+    elif isinstance(level, OfWeights):
+        said = f"{level.label}({words(level.inner)})"
     else:
         said = level.label
     if level.period == 1:
@@ -73,6 +75,8 @@ def memories(level: Level, name: str, context: Context, sizes: Sizes | None, per
         sizes: of `measure`; None where no shape is known.
         period: of what it is in.
     """
+    if context == "tokens" and level.of_weights:
+        begin(level, (2, 2), context)  # which refuses
     nodes = level.nodes(name, period)
     owned = {} if sizes is None else _owned(sizes, nodes)
     growing = {node.name for node in nodes if node.rule == "append"} if _unbounded(level) else set()

@@ -18,6 +18,7 @@ from nestopt.levels.deep.form import DeepMemoryForm
 from nestopt.levels.deep.rule_form import RuleByChunkForm
 from nestopt.levels.gradient.adam import Adam as adam
 from nestopt.levels.gradient.adam import AdamW as adamw
+from nestopt.levels.gradient.average import Average as average
 from nestopt.levels.gradient.dgd import Dgd as dgd
 from nestopt.levels.gradient.dgd import Ggd as ggd
 from nestopt.levels.gradient.ftrl import Ftrl as ftrl
@@ -66,6 +67,8 @@ from nestopt.levels.presets import Ttt as ttt
 from nestopt.levels.presets import WindowAttention as window_attention
 from nestopt.levels.self_modifying.form import SelfModifyingForm
 from nestopt.levels.self_modifying.level import SelfModifying as self_modifying
+from nestopt.levels.weights import ScheduleFree as schedule_free
+from nestopt.levels.weights import WeightAverage as weight_average
 
 __all__ = [
     "adam",
@@ -73,6 +76,7 @@ __all__ = [
     "adamw",
     "associative_memory",
     "attention",
+    "average",
     "cautious",
     "centralize",
     "clip",
@@ -106,6 +110,7 @@ __all__ = [
     "preconditioned_momentum",
     "regression_optimum",
     "retnet",
+    "schedule_free",
     "second_moment",
     "self_modifying",
     "shampoo",
@@ -114,6 +119,7 @@ __all__ = [
     "titans",
     "trust_ratio",
     "ttt",
+    "weight_average",
     "weight_decay",
     "window_attention",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 from nestopt.core.gates import bind
 from nestopt.core.level import Level
 from nestopt.core.signal import Signal
-from nestopt.core.tree import State, store, tree_map
+from nestopt.core.tree import State, tree_map
 from nestopt.core.weights import OfWeights, around, at
 from nestopt.optim.execute.update import TRAINED, Executor, Slot, placed
 from nestopt.optim.views import back, in_pieces, layout, local, matrix_view, work_dtype
@@ -43,8 +43,6 @@ def after_step(
     period = group.get("period", 1)
     due = [(own, int(own.count) // period) for own in executors if int(own.count) % period == 0]
     for path, own in reversed(list(around(level))) if due else ():
-        last = max(step for _, step in due)
-        share = bind(own, step=last).share(group, last, float(lr))
         cells = [
             (cell, step)
             for executor, step in due
@@ -56,7 +54,7 @@ def after_step(
         if own.across_processes and cells and dist.is_available() and dist.is_initialized():
             weights = _mean(own, weights, [cell.state for cell, _ in cells], comm)
         for (cell, step), shown in zip(cells, weights, strict=True):
-            cell.put(bind(own, step=step), shown, Signal(step, shown, lr), share)
+            cell.put(bind(own, step=step), shown, Signal(step, shown, lr))
 
 
 class _Cell:
@@ -65,9 +63,8 @@ class _Cell:
     def __init__(self, slot: Slot, weights: Tensor, state: State, part: int | None) -> None:
         self.slot, self.weights, self.state, self.part = slot, weights, state, part
 
-    def put(self, level: OfWeights, shown: Tensor, signal: Signal, share: float) -> None:
-        new, state = level.after_update(shown, self.state, signal, share)
-        new = store(self.state, state, new)
+    def put(self, level: OfWeights, shown: Tensor, signal: Signal) -> None:
+        new = level.after_update_(shown, self.state, signal)
         if new is self.weights:
             return
         param, view = local(self.slot.param), self.slot.view

@@ -31,7 +31,7 @@ COMPOSED: dict[str, Any] = {
 }
 ALL: dict[str, Any] = {name: name for name in nestopt.registry.names("level") if name not in PARTS | LINKS} | COMPOSED
 
-NO_LAYERS = {"adamw", "dgd", "ftrl", "ggd"}
+NO_LAYERS = {"adamw", "dgd", "ftrl", "ggd", "schedule_free", "weight_average"}
 """They need a parameter beside what they remember, or its layer's inputs: errors that other tests look at."""
 
 

@@ -30,7 +30,8 @@ STACKS: dict[str, Any] = {
     "momentum as torch": levels.momentum(0.9, dampening=0.1, nesterov=False),
     "clipped": nestopt.chain(levels.delta_momentum(), levels.newton_schulz()),
 }
-NOT_CAPTURED = {"shampoo", "matrix_adagrad", "soap", "dgd", "ggd", "attention of four"}
+NOT_CAPTURED = {"shampoo", "matrix_adagrad", "soap", "dgd", "ggd", "attention of four", "schedule_free"}
+NOT_CAPTURED |= {"weight_average"}
 
 
 def model(dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -20,7 +20,7 @@ from tests.levels.gradient.tools import LINKS
 
 F64 = torch.float64
 
-REFUSED = {"adamw", "cms", "dgd", "ftrl", "ggd"}
+REFUSED = {"adamw", "cms", "dgd", "ftrl", "ggd", "schedule_free", "weight_average"}
 """Registered levels that are not for `SequenceMemory`: a weight or a layer's inputs are what they need, or a CMS."""
 
 COMPOSED = {"chain", "nest", "parallel"}

@@ -308,7 +308,8 @@ def test_goes_down_under_schedules(key: str, turned: bool) -> None:
 # -- what any loop relies on -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [case for case in USUAL if "maximize" not in case])  # the kit goes down
+# the kit goes down; an average of iterates is approached at a learning rate of 0, too
+@pytest.mark.parametrize("case", [case for case in USUAL if "maximize" not in case and "schedule_free" not in case])
 def test_keeps_the_contract(case: str) -> None:
     check_optimizer(CASES[case])
 
@@ -656,7 +657,7 @@ def test_pickled_whole_and_between_dtypes(case: str) -> None:
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             for key, value in optimizer.state[a].items():
                 have = other.state[b][key]
-                assert have.dtype == (wide if value.ndim else value.dtype)
+                assert have.dtype == (value.dtype if key == "step" else wide)
                 assert torch.equal(have, value.to(have.dtype)), key
         feed(range(3, 4), other)
         assert repr(saved) == kept  # nothing of it is shared

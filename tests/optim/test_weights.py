@@ -16,7 +16,7 @@ from nestopt import build, nest, to_spec
 from nestopt.config import ConfigError
 from nestopt.core import Level, chain, parallel
 from nestopt.core.part import FieldError
-from nestopt.levels import adam, adamw, dgd, gd, momentum, muon
+from nestopt.levels import adam, adamw, dgd, gd, momentum, muon, schedule_free, second_moment, weight_average
 from nestopt.optim import Nested
 from tests.optim.test_functional import descend, start
 
@@ -30,6 +30,12 @@ NESTS = {
     "twice": nest(momentum(0.5), LOOKAHEAD, of="weights", period=6, step_size=0.8),
     "chain": nest(gd(), chain(momentum(0.9), adam()), of="weights", period=3),
     "outer muon": nest(muon(dtype="float64"), gd(), of="weights", period=2, step_size=0.1),
+    "ema": weight_average(momentum(0.9), 0.8),
+    "swa": weight_average(adam(), None, every=2, skip=1),
+    "ema of slow weights": weight_average(LOOKAHEAD, 0.8),
+    "schedule-free": schedule_free(),
+    "schedule-free gd": schedule_free(gd(), beta=0.8, lr_power=1.0),
+    "schedule-free muon": schedule_free(muon(dtype="float64")),
     "clocked": nest(gd(), momentum(0.9, period=2), of="weights", period=4),
 }
 
@@ -163,7 +169,9 @@ def test_matrices_side_by_side_are_moved_each() -> None:
     close(whole.detach(), torch.cat(list(parts)).detach())
 
 
-@pytest.mark.parametrize("name", ["lookahead", "diloco", "twice", "chain"])
+@pytest.mark.parametrize(
+    "name", ["lookahead", "diloco", "twice", "chain", "swa", "ema of slow weights", "schedule-free"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_run_goes_on_bit_for_bit_in_the_middle_of_a_period(name: str, dtype: torch.dtype) -> None:
     one, two = net(dtype), net(dtype)
@@ -180,11 +188,17 @@ def test_a_run_goes_on_bit_for_bit_in_the_middle_of_a_period(name: str, dtype: t
     third.load_state_dict(saved["optimizer"])
     train(three, third, range(5, 11))
     assert torch.equal(flat(three), flat(one))
-    assert third.state[three[0].weight]["slow"].dtype == torch.float32
+    assert all(own.dtype == torch.float32 for state in third.state.values() for own in state.values())
+    for own in (first, third):
+        own.eval()
+    assert torch.equal(flat(three), flat(one))
 
 
-@pytest.mark.parametrize("name", ["lookahead", "diloco"])
-def test_evaluated_are_the_slow_weights_and_nothing_else_changes(name: str) -> None:
+KEYS = {"lookahead": "slow", "diloco": "slow", "ema": "average", "swa": "average", "schedule-free": "x"}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_evaluation_changes_nothing_else(name: str) -> None:
     model, plain = net(), net()
     own, other = (nestopt.optimizer(each, NESTS[name], 0.02) for each in (model, plain))
     own.eval()
@@ -196,7 +210,7 @@ def test_evaluated_are_the_slow_weights_and_nothing_else_changes(name: str) -> N
     own.eval()
     shown = flat(model)
     assert not torch.equal(shown, trained)
-    assert torch.equal(shown, torch.cat([own.state[p]["slow"].flatten() for p in model.parameters()]))
+    assert torch.equal(shown, torch.cat([own.state[p][KEYS[name]].flatten() for p in model.parameters()]))
     with pytest.raises(RuntimeError, match=r"optimizer\.train\(\)"):
         own.step()
     saved = copy.deepcopy((model.state_dict(), own.state_dict()))
@@ -216,6 +230,114 @@ def test_evaluated_are_the_slow_weights_and_nothing_else_changes(name: str) -> N
     assert torch.equal(flat(again), trained)
     train(again, resumed, range(5, 9))
     assert torch.equal(flat(again), flat(plain))
+
+
+def averaged(model: nn.Module, optimizer: torch.optim.Optimizer, average: Any, every: int, skip: int) -> Tensor:
+    """torch's own averages, updated after every step that counts."""
+    own = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
+    for step in range(14):
+        train(model, optimizer, range(step, step + 1))
+        if step >= skip and (step + 1 - skip) % every == 0:
+            own.update_parameters(model)
+    return flat(own.module)
+
+
+@pytest.mark.parametrize(("decay", "every", "skip"), [(0.8, 1, 0), (None, 1, 0), (None, 3, 2), (0.5, 2, 5)])
+def test_averages_are_torchs(decay: float | None, every: int, skip: int) -> None:
+    ours, theirs = net(), net()
+    optimizer = nestopt.optimizer(ours, weight_average(adam(), decay, every, skip), 0.02)
+    train(ours, optimizer, range(14))
+    plain = torch.optim.Adam(theirs.parameters(), lr=0.02)
+    swa = torch.optim.swa_utils
+    average = swa.get_swa_multi_avg_fn() if decay is None else swa.get_ema_multi_avg_fn(decay)
+    want = averaged(theirs, plain, average, every, skip)
+    close(flat(ours), flat(theirs))
+    optimizer.eval()
+    # torch counts in float32
+    torch.testing.assert_close(flat(ours), want, rtol=1e-6 if decay is None else 1e-11, atol=1e-9)
+
+
+def test_an_equal_average_is_the_mean() -> None:
+    model, seen = net(), []
+    optimizer = nestopt.optimizer(model, NESTS["swa"], 0.02)
+    for step in range(9):
+        train(model, optimizer, range(step, step + 1))
+        seen.append(flat(model))
+    optimizer.eval()
+    close(flat(model), torch.stack(seen[2::2]).mean(0))
+
+
+def test_before_any_weights_count_the_average_is_the_weights() -> None:
+    model = net()
+    optimizer = nestopt.optimizer(model, weight_average(adam(), skip=9, every=4), 0.02)
+    for step in range(12):
+        train(model, optimizer, range(step, step + 1))
+        trained = flat(model)
+        optimizer.eval()
+        assert torch.equal(flat(model), trained)
+        optimizer.train()
+
+
+def schedule_free_loop(model: nn.Module, rates: list[float], adaptive: bool, beta: float, power: float) -> Tensor:
+    """Defazio et al. 2024, algorithm 1, and with weights lr_max^p as in its section on warmups; returns x."""
+    y = flat(model)
+    z, x, v, total, largest = y.clone(), y.clone(), torch.zeros_like(y), 0.0, 0.0
+    for t, rate in enumerate(rates, start=1):
+        nn.utils.vector_to_parameters(y.clone(), model.parameters())
+        model.zero_grad()
+        loss(model, t - 1).backward()
+        grad = torch.cat([param.grad.flatten() for param in model.parameters() if param.grad is not None])
+        if adaptive:
+            v = 0.999 * v + 0.001 * grad**2
+            grad = grad / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        z = z - rate * (grad + 0.1 * y)
+        largest = max(largest, rate)
+        total += largest**power
+        c = largest**power / total
+        x = (1 - c) * x + c * z
+        y = (1 - beta) * z + beta * x
+    nn.utils.vector_to_parameters(y.clone(), model.parameters())
+    return x
+
+
+@pytest.mark.parametrize(
+    ("level", "adaptive", "beta", "power"),
+    [(NESTS["schedule-free"], True, 0.9, 2.0), (NESTS["schedule-free gd"], False, 0.8, 1.0)],
+)
+def test_schedule_free_is_the_papers_loop(level: Level, adaptive: bool, beta: float, power: float) -> None:
+    ours, theirs = net(), net()
+    optimizer = nestopt.optimizer(ours, level, lr=0.05, weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min((t + 1) / 5, 1.2 - 0.02 * t))
+    rates = []
+    for step in range(14):
+        rates.append(optimizer.param_groups[0]["lr"])
+        if step == 6:  # sums go on where they were
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = nestopt.optimizer(ours, level, lr=0.05, weight_decay=0.1)
+            optimizer.load_state_dict(saved)
+            scheduler.optimizer = optimizer
+        train(ours, optimizer, range(step, step + 1))
+        scheduler.step()
+    want = schedule_free_loop(theirs, rates, adaptive, beta, power)
+    close(flat(ours), flat(theirs))
+    optimizer.eval()
+    close(flat(ours), want)
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+def test_schedule_free_is_its_authors(kind: str) -> None:
+    peer = pytest.importorskip("schedulefree")
+    ours, theirs = net(), net()
+    inner = second_moment() if kind == "AdamW" else gd()
+    own = nestopt.optimizer(ours, schedule_free(inner), lr=0.05, weight_decay=0.1)
+    other = getattr(peer, f"{kind}ScheduleFree")(theirs.parameters(), lr=0.05, weight_decay=0.1)
+    other.train()
+    train(ours, own, range(14))
+    train(theirs, other, range(14))
+    torch.testing.assert_close(flat(ours), flat(theirs), rtol=1e-9, atol=1e-11)
+    own.eval()
+    other.eval()
+    torch.testing.assert_close(flat(ours), flat(theirs), rtol=1e-9, atol=1e-11)
 
 
 def test_others_are_left_alone_by_eval_and_train() -> None:
@@ -286,6 +408,14 @@ def test_described_with_sizes() -> None:
         (lambda: nest(gd(period=2), LOOKAHEAD), ["inner", "around a whole stack"]),
         (lambda: nest(LOOKAHEAD, gd(), of="weights", step_size=1.0), ["outer", "around a whole stack"]),
         (lambda: dgd(LOOKAHEAD), ["of", "around a whole stack"]),
+        (lambda: weight_average(decay=1.0), ["decay=1.0", "[0, 1)"]),
+        (lambda: weight_average(every=0), ["every=0", "1 or more"]),
+        (lambda: weight_average(skip=-1), ["skip=-1", "0 or more"]),
+        (lambda: weight_average(period=2), ["period=2", "takes no gradients"]),
+        (lambda: schedule_free(beta=1.5), ["beta=1.5", "[0, 1]"]),
+        (lambda: schedule_free(LOOKAHEAD), ["inner", "leave it out"]),
+        (lambda: weight_average(schedule_free()), ["inner"]),
+        (lambda: nestopt.layer(weight_average(), 8, 2)(torch.zeros(1, 3, 8)), ["weight_average", "tokens"]),
         (lambda: nestopt.layer(LOOKAHEAD, 8, 2)(torch.zeros(1, 3, 8)), ["nest", "tokens"]),
         (lambda: nestopt.optimizer(net(), nest(muon(), muon(), of="weights", period=2)), ["rest.stack", "'adamw'"]),
         (lambda: Nested([start()], LOOKAHEAD, capturable=True), ["nest", "capturable=True"]),

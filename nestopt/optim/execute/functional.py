@@ -12,7 +12,7 @@ from nestopt.core.clock import advance
 from nestopt.core.gates import bind
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State
-from nestopt.core.weights import after_update, around
+from nestopt.core.weights import after_update
 from nestopt.optim.execute.update import update
 from nestopt.optim.views import begin, matrix_view, work_dtype
 
@@ -68,17 +68,15 @@ def functional_step(
     level = bind(build("level", stack, "stack"), step=step)
     levels = {} if state is None else state["levels"]
     new_params, new_levels = dict(params), dict(levels)
-    noted = {} if state is None else dict(state.get("weights", {}))
-    shares = [own.share(noted, step, float(lr)) for _, own in around(level)]
     for name, grad in grads.items():
         param = params[name].to(work_dtype(params[name]))
-        tree = levels[name] if name in levels else begin(level, param if shares else param.detach())
+        tree = levels[name] if name in levels else begin(level, param if level.of_weights else param.detach())
         seen = matrix_view(grad.to(param.dtype), level)
         direction, new_levels[name] = advance(level, seen, tree, Signal(step, matrix_view(param, level), lr))
         moved = update(param, direction.reshape(param.shape), lr, weight_decay)
-        if shares:
+        if level.of_weights:
             signal = Signal(step, matrix_view(moved, level), lr)
-            seen, new_levels[name] = after_update(level, matrix_view(moved, level), new_levels[name], signal, shares)
+            seen, new_levels[name] = after_update(level, matrix_view(moved, level), new_levels[name], signal)
             moved = seen.reshape(param.shape)
         new_params[name] = moved.to(params[name].dtype)
-    return new_params, {"step": step, "levels": new_levels} | ({"weights": noted} if noted else {})
+    return new_params, {"step": step, "levels": new_levels}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import tempfile
 import time
@@ -42,9 +43,13 @@ def config_of(blocks: int, steps: int, given: Sequence[str]) -> Config:
 
 def taught(config: Config, model: HopeLM, signal: str, period: int, rate: float) -> HopeLM:
     """The same weights, with MLPs that learn so."""
-    rule = dataclasses.replace(continuum(config.model), signal=signal, periods=(period,), rate=rate)
+    rule = dataclasses.replace(continuum(config.model), signal=signal, periods=(period,))
     found = learner(config, model, rule)
     assert found is not None
+    with torch.no_grad():
+        for key, p in found.named_parameters():
+            if key.endswith(".rate"):
+                p.fill_(math.log(rate))
     return found
 
 

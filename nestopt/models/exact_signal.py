@@ -103,7 +103,6 @@ class ExactSignal:
         mixers: of a state, that of what mixes tokens.
         begin_at: puts mixers' states in the place of a state's own.
         second_order: whether an outer gradient passes the signal.
-        lockstep: whether what is done must not depend on how long the rows are.
         bound: κ; None for none. Continua are `Bounded` then.
         closes: whether a segment is over where the call ends: then nothing of it is carried on, and the last position
             of a row, whose next token is not known, teaches nothing.
@@ -116,7 +115,6 @@ class ExactSignal:
     mixers: Callable[[State], State]
     begin_at: Callable[[State, State], State]
     second_order: bool
-    lockstep: bool = False
     bound: float | None = None
     closes: bool = False
 
@@ -160,7 +158,7 @@ class ExactSignal:
         carried, state = state[TAUGHT], {name: part for name, part in state.items() if name != TAUGHT}
         length, until = tokens.shape[1], min(one.until_write([step]) for one in self.continua.values())
         start = carried["start"] if held else self.mixers(state)
-        if not self.closes and not self.lockstep and held + max(counts) <= until:  # nothing is over
+        if not self.closes and held + max(counts) <= until:  # nothing is over
             passed = self.read(tokens, state, mask, False)
             return passed.hidden, {**passed.state, TAUGHT: self._longer(carried, tokens, mask, counts, held, start)}
         found: list[Tensor] = []
@@ -196,7 +194,7 @@ class ExactSignal:
             if not self.closes:
                 rest = [n - a for n in counts]
                 ends.add([row for row, n in enumerate(rest) if 0 < n <= b - a], own, rest, self.mixers(state))
-            learns = self.closes or self.lockstep or max(counts) > b
+            learns = self.closes or max(counts) > b
             passed = self._read(own, state, masked, learns)
             found.append(passed.hidden if torch.is_grad_enabled() else passed.hidden.detach())
             state = passed.state

@@ -292,6 +292,11 @@ class HopeLM(nn.Module):
     ) -> tuple[Tensor, State]:
         if self._taught and writes(learn, "mlp"):
             if exact := hope_reading.exact(self, learn):
+                if self.lockstep:
+                    raise ValueError(
+                        'HopeLM: signal="exact" takes a backward pass within the forward one, and lockstep is set, so '
+                        'that weights may be cut up; give the cms signal="residual"'
+                    )
                 return exact.run(tokens, state, mask, ahead)
             return hope_reading.residual(self, tokens, state, mask, learn, read, ahead)
         # what is not written is not waited for

@@ -87,7 +87,6 @@ def exact(model: HopeLM, learn: Learn = True) -> ExactSignal | None:
         mixers=lambda state: {name: part["mixer"] for name, part in state.items()},
         begin_at=lambda state, mixers: {name: {**part, "mixer": mixers[name]} for name, part in state.items()},
         second_order=any(mlp.level.through in ("full", "truncated") for mlp in taught.values()),
-        lockstep=model.lockstep,
     )
 
 

@@ -300,7 +300,7 @@ def stack(
     teach: Literal["loss", "local"] = "loss",
     signal: Literal["exact", "residual"] = "exact",
     bound: float | None = 0.5,
-    damping: float | None = 10.0,
+    damping: float | None = 3.0,
     learner: Level | None = None,
     keep: float = 1.0,
     through: Literal["full", "first_order", "stop"] = "stop",
@@ -319,7 +319,7 @@ def stack(
             (slow ones first, as a rule); or by layer, counted from 0, or from the end with negative numbers: only these
             learn.
         rate: of the learner's steps, on sums of gradients: the same for all at first, learned as its logarithm. 0: the
-            model is as it was. Default 2e-3, or 3e-4 where these are plain sums; with `teach="local"`, whose error
+            model is as it was. Default 4e-3, or 3e-4 where these are plain sums; with `teach="local"`, whose error
             grows as it is followed too far, 1e-5.
         teach: `"loss"`, of the model's own next-token prediction; `"local"`: M(x) is to be V x, with V learned and at
             first the identity, for models without a head.
@@ -350,7 +350,7 @@ def stack(
     family = family_of(pretrained) if family is None else family
     exact = teach == "loss" and signal == "exact"
     if rate is None:
-        rate = 1e-5 if teach == "local" else 2e-3 if exact and damping is not None else 3e-4
+        rate = 1e-5 if teach == "local" else 4e-3 if exact and damping is not None else 3e-4
     if rate < 0 or not math.isfinite(rate):
         raise ValueError(f"stack: rate={rate} is not allowed; give 0 or more")
     if teach not in ("loss", "local"):

@@ -25,6 +25,7 @@ from nestopt.train.data import sources
 from nestopt.train.data.source import Batch, HeldOut, TaskBatch, merged
 from nestopt.train.data.windows import Windows
 from nestopt.train.engines import peers
+from nestopt.train.engines.fsdp_methods import check_signal
 from nestopt.train.errors import CorpusError, damaged, extra, whole_number
 from nestopt.train.evaluate import measured
 from nestopt.train.folder import INDEX, Hold
@@ -112,6 +113,8 @@ class Training:
         learn: Learn = True if config.train.learn == "all" else "mixer"
         engine.attach(Objective(self.lm, learn), self.lm, nested)
         self.lm.lockstep = engine.cut
+        if engine.cut:
+            check_signal(self.lm)
         self.optimizer = engine.optimizer
         if run is None:
             made = agreed(engine, lambda: str(Run.create(config).path) if engine.rank == 0 else "")

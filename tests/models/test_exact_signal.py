@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import nestopt.nn as nn_
+from nestopt.config import ConfigError
 from nestopt.core.memories import Window
 from nestopt.core.tree import leaves
 from nestopt.levels import attention, cms, deltanet, titans, window_attention
 from nestopt.levels.continuum.level import Cms
 from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.models import HopeLM
+from nestopt.train.engines.fsdp_methods import check_signal
 
 RATE = 0.4
 
@@ -275,3 +277,19 @@ def test_generation() -> None:
     whole, end = model(text[:, :-1])
     assert whole[:, 5:].argmax(-1).equal(text[:, 6:])
     torch.testing.assert_close(dict(leaves(state or {})), dict(leaves(end)), rtol=1e-10, atol=1e-10)
+
+
+def test_where_weights_are_cut_up_it_is_refused() -> None:
+    model = make()
+    with pytest.raises(ConfigError, match=r"model\.mlp\.signal: .exact. is not allowed; this engine cuts weights up"):
+        check_signal(model)
+    model.lockstep = True
+    with pytest.raises(ValueError, match=r"backward pass within the forward one, and lockstep is set.*residual"):
+        model(some())
+    check_signal(make(mlp=taught(signal="residual")))
+
+
+def test_compiled_it_is_what_it_was() -> None:
+    model, tokens = make(), some()
+    wanted, _ = model(tokens)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(tokens)[0], wanted, rtol=1e-10, atol=1e-10)

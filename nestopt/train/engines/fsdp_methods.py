@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from nestopt.config import ConfigError
 from nestopt.models import HopeLM
 from nestopt.nn import CMS, SequenceMemory
 
@@ -36,6 +37,16 @@ def weights_used(module: nn.Module) -> list[nn.Parameter]:
     if isinstance(module, HopeLM):  # for the teach signal
         return [*module.norm.parameters(), *module.head.parameters()]
     return []
+
+
+def check_signal(model: nn.Module) -> None:
+    """Raise ConfigError for a model that takes a backward pass within its forward one, where weights are cut up."""
+    for module in model.modules():
+        if isinstance(module, CMS) and module.taught and module.level.signal == "exact":
+            allowed = (
+                'this engine cuts weights up, and it takes a backward pass within the forward one; give "residual"'
+            )
+            raise ConfigError.refuse("model.mlp.signal", "exact", allowed)
 
 
 def run_hooks_around(module: nn.Module, method: str) -> None:

@@ -162,7 +162,9 @@ def test_a_row_of_a_state_is_the_state_it_has_alone(name: str) -> None:
     begun = module.reset(state, [1, 2])
     same_states(index(begun, [0]), index(state, [0]))
     same_states(index(begun, [1]), index(module.init_state(1), [0]))
-    same_states(cat([index(state, [i]) for i in range(len(rows))]), state)
+    again = cat([index(state, [i]) for i in range(len(rows))])
+    for i in range(len(rows)):
+        same_states(index(again, [i]), index(state, [i]))
 
 
 @pytest.mark.parametrize("name", CHUNKED)

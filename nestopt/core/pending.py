@@ -68,7 +68,8 @@ class RowChunks:
         place = torch.arange(size + length, device=device)
         here = mask if mask is not None else place[:length].expand(batch, -1) >= 0
         before = (place[:size] < (size if held is None else held[:, None])).expand(batch, -1)
-        rank = torch.cat([before, here], dim=1).cumsum(1)
+        there = torch.cat([before, here], dim=1)
+        rank = there.cumsum(1)
         total = rank[:, -1]
         numbers = _totals(held, length, total) if mask is None and held is not None else told(total)
         numbers = numbers or None  # of no rows there are none
@@ -76,7 +77,7 @@ class RowChunks:
         rest = min(chunk - 1, most) if numbers is None else max(number % chunk for number in numbers)
         whole, over = most - most % chunk, total - total % chunk
         rest = max(rest, int(whole == 0))  # a batch of padding alone has a place, too
-        order = torch.argsort(~torch.cat([before, here], dim=1), dim=1, stable=True)
+        order = torch.argsort((~there).to(torch.int8), dim=1, stable=True)
         open_at = over[:, None] + place[:rest]
         at = (rank[:, size:] - 1).clamp_min(0)
         at = torch.where(at < over[:, None], at, at - over[:, None] + whole).clamp_max(whole + rest - 1)

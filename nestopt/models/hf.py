@@ -174,6 +174,15 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.vocab = self.config.model["vocab"] = self.config.vocab_size = found.num_embeddings
         return found
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As of any model; but for the tokens that it made itself, one by one, there is no mask: none is padding."""
+        # transformers looks for `kwargs` by that name
+        found = super().prepare_inputs_for_generation(*args, **kwargs)
+        went_on = found.get("cache", found.get("past_key_values")) is not None
+        if went_on and not kwargs.get("is_first_iteration") and found["input_ids"].shape[1] == 1:
+            found["attention_mask"] = None
+        return found
+
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # type: ignore[untyped-decorator]
     def forward(
         self,
@@ -204,7 +213,7 @@ class HopeForCausalLM(PreTrainedModel, GenerationMixin):
         length = input_ids.shape[1]
         before = 0 if cache is None else cache.length
         mask = None
-        if attention_mask is not None and not (before and length == 1):
+        if attention_mask is not None:
             mask = attention_mask[:, -length:].bool()
             # on an accelerator nobody waits to see whether there is padding
             mask = None if mask.device.type == "cpu" and mask.all() else mask

@@ -136,6 +136,19 @@ def test_padding_on_either_side(name: str) -> None:
             assert made[row, 7:].equal(model.generate(x[row : row + 1, first:], **options)[0, 7 - first :])
 
 
+@pytest.mark.parametrize("name", ["deltanet", "titans", "hope"])
+def test_a_single_token_may_be_padding_too(name: str) -> None:
+    model, x = make(name), some(2, 9)
+    with torch.no_grad():
+        cache, mask = model(x[:, :6]).cache, torch.ones(2, 7, dtype=torch.int64)
+        mask[1, 6] = 0
+        model(x[:, 6:7], attention_mask=mask, cache=cache)
+        found = model(x[:, 7:], cache=cache).logits
+        torch.testing.assert_close(found[:1], model(x[:1]).logits[:, 7:], rtol=1e-4, atol=1e-5)
+        alone = model(x[1:, [0, 1, 2, 3, 4, 5, 7, 8]]).logits[:, 6:]
+    torch.testing.assert_close(found[1:], alone, rtol=1e-4, atol=1e-5)
+
+
 def test_they_are_found_where_models_are() -> None:
     import nestopt.models
 

@@ -12,7 +12,7 @@ from torch.func import grad as gradient_of
 
 from nestopt.core.device import number_like
 from nestopt.core.gates import bind, with_values
-from nestopt.core.inputs import LayerInputs
+from nestopt.core.inputs import LayerInputs, MemoryInputs
 from nestopt.core.memories import Theta
 from nestopt.core.objectives import Dot, Objective
 from nestopt.core.part import FieldError
@@ -150,7 +150,7 @@ def _moved(level: AssociativeMemory, surprise: Theta, rates: Rates, state: State
     def shown(name: str, param: Tensor) -> LayerInputs:
         a, rate = rates[name]
         share = rate / gain
-        return LayerInputs(
+        return MemoryInputs(
             wxx=matmul((share[:, None] * matmul(a, param.mT)).mT, a),
             mean_square=a.new_zeros(()),
             rows=share.sqrt()[:, None] * a,

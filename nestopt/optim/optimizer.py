@@ -26,7 +26,7 @@ from nestopt.optim.execute.update import UpdateSettings
 from nestopt.optim.explain import Explanation, explain
 from nestopt.optim.layer_inputs.sums import Totals
 from nestopt.optim.layer_inputs.uses import Scale
-from nestopt.optim.layer_inputs.watcher import Seen, Watcher, shown
+from nestopt.optim.layer_inputs.watcher import Seen, Watcher, levels_of, shown
 from nestopt.optim.metrics import Recorder, finite, memory_norms
 from nestopt.optim.plan import Plan, alike, check_stranger
 
@@ -310,8 +310,7 @@ class Nested(Optimizer):
                 that trains by itself gives a group of its own.
         """
         self.of_model(model)
-        levels = {param: self.level(group) for group in self.param_groups for param in group["params"]}
-        self._watcher = Watcher(model, levels, loss_scale=loss_scale, group=group)
+        self._watcher = Watcher(model, levels_of(self), loss_scale=loss_scale, group=group)
 
     def of_model(self, model: nn.Module) -> None:
         """Call parameters that are added without names as `model` does, which is not kept alive."""
@@ -395,6 +394,8 @@ class Nested(Optimizer):
             accepted = {id(param) for group in self.param_groups for param in group["params"]}
         self._accepted = accepted
         self._watcher, self._model = watcher, model  # loading leaves the model as it is
+        if isinstance(watcher, Watcher):  # and may bring other levels
+            watcher.ask(levels_of(self))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "options": self.options}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import torch
 
@@ -11,6 +12,9 @@ from nestopt.core.level import Level
 from nestopt.core.order import Node
 from nestopt.core.part import FieldError, Part
 from nestopt.core.tree import leaves
+
+LIMIT = 3.0
+"""Of an entry that is divided by the root of its own second moment: what was 0 for long would come out as 1/√(1-β2)."""
 
 
 def nodes_within(level: Level, name: str, period: int, after: tuple[str, ...]) -> list[Node]:
@@ -42,3 +46,9 @@ def check_whole(part: Part, *keys: str) -> None:
         value = getattr(part, key)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise FieldError(part.label, key, value, "is not allowed; give a whole number, 1 or more")
+
+
+def warn_of_mode(part: Part, what: str) -> None:
+    """Warn, once, that a part runs in a mode that is there for its letter."""
+    # from this one place, so that Python's own filter shows it once, whoever made the part
+    warnings.warn(f"{part.label}: mode={part.mode!r} is {what}; leave mode out to train", stacklevel=1)  # type: ignore[attr-defined]

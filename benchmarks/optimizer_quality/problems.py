@@ -160,7 +160,7 @@ def _text() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(corpus.train), torch.from_numpy(corpus.held_out)
 
 
-def _on_text(model: nn.Module, seed: int, batch: int = 16, length: int = 64) -> Task:
+def _on_text(model: nn.Module, seed: int, batch: int = 8, length: int = 64) -> Task:
     train, held_out = _text()
 
     def loss(text: Tensor, step: int, seed: int, batch: int) -> Tensor:
@@ -168,7 +168,7 @@ def _on_text(model: nn.Module, seed: int, batch: int = 16, length: int = 64) -> 
         return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
     # the held-out windows are the same for all seeds
-    return Task(model, lambda step: loss(train, step, seed, batch), lambda: loss(held_out, 0, 0, 256))
+    return Task(model, lambda step: loss(train, step, seed, batch), lambda: loss(held_out, 0, 0, 128))
 
 
 def gpt(seed: int) -> Task:

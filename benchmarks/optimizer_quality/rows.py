@@ -69,8 +69,8 @@ def _of(package: str, name: str) -> Callable[..., Optimizer]:
 L = nestopt.levels
 
 ROWS: dict[str, Row] = {
-    "gd": ours(L.gd, 0.3),
-    "momentum": ours(L.momentum, 0.03),
+    "gd": ours(L.gd, 1.0),
+    "momentum": ours(L.momentum, 0.1),
     "adam": ours(L.adam, 3e-3),
     "muon": ours(L.muon, 0.03),
     "m3": ours(L.m3, 0.03),
@@ -81,8 +81,8 @@ ROWS: dict[str, Row] = {
     "dgd(of=adam)": ours(lambda: L.dgd(of=L.adam()), 1e-2),
     "dgd(of=muon)": ours(lambda: L.dgd(of=L.muon()), 0.03),
     "second_moment(of=muon)": ours(lambda: L.second_moment(of=L.muon()), 0.03),
-    "torch SGD": theirs(torch.optim.SGD, 0.3),
-    "torch SGD, momentum": theirs(torch.optim.SGD, 0.03, momentum=0.9),
+    "torch SGD": theirs(torch.optim.SGD, 1.0),
+    "torch SGD, momentum": theirs(torch.optim.SGD, 0.1, momentum=0.9),
     "torch AdamW": theirs(torch.optim.AdamW, 3e-3, weight_decay=0.0),
     "torch Muon": Row(_torch_muon, 0.03),
     "pytorch-optimizer Lion": theirs(_of("pytorch_optimizer", "Lion"), 3e-4, "pytorch_optimizer"),

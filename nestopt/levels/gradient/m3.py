@@ -45,8 +45,8 @@ class M3(Level):
                       sees="gradient")
 
     brought to that length (ε, relative to the root mean square of V there, apart). `mode="paper"` is the algorithm as
-    printed, with sums that forget nothing: $M_1 \leftarrow M_1 + \beta_1 g$, $V \leftarrow V + \beta_2 g^2$, at the start
-    of each period $M_2 \leftarrow M_2 + \beta_3 \sum g$ over the f gradients of the period before, and
+    printed, with sums that forget nothing: $M_1 \leftarrow M_1 + \beta_1 g$, $V \leftarrow V + \beta_2 g^2$, at the
+    start of each period $M_2 \leftarrow M_2 + \beta_3 \sum g$ over the f gradients of the period before, and
     $u = (O_1 + \alpha O_2)/(\sqrt V + \epsilon)$. Its steps depend on the scale of gradients and shrink with time. Both
     warn: neither trains as Muon does.
 
@@ -209,7 +209,8 @@ class M3(Level):
 
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
         every = period * self.period
-        clocks = {"momentum": ("matrix", "dot", every), "rms": ("vector", "l2 to O²" if self._own else "l2 to g²", every)}
+        seen = "l2 to O²" if self._own else "l2 to g²"
+        clocks = {"momentum": ("matrix", "dot", every), "rms": ("vector", seen, every)}
         clocks["slow"] = ("matrix", "dot", every * self.slow_period)
         return [
             Node(f"{name}.{key}", own, after, memory, objective, self.label)

@@ -202,8 +202,8 @@ def test_without_a_slow_memory_it_is_muon_scaled() -> None:
     level = m3(BETAS, 0.0, eps=0.0, mode="ema")
     same(run(level, signs), run(muon(BETAS[0], nesterov=False), signs), NEWTON)
     grads = randoms(5, 3)
-    for level, plain in ((m3(BETAS, 0.0), muon(BETAS[0])), (level, muon(BETAS[0], nesterov=False))):
-        same(run(level, grads).norm(dim=(1, 2)), run(plain, grads).norm(dim=(1, 2)), NEWTON)
+    for own, plain in ((m3(BETAS, 0.0), muon(BETAS[0])), (level, muon(BETAS[0], nesterov=False))):
+        same(run(own, grads).norm(dim=(1, 2)), run(plain, grads).norm(dim=(1, 2)), NEWTON)
     got, plain = run(level, grads), run(muon(BETAS[0], nesterov=False), grads)
     roots = torch.stack([state["rms"] for state in states(level, grads)])
     ratio = got * roots / plain

@@ -340,7 +340,8 @@ def test_as_the_rule_of_titans(name: str) -> None:
 
 def test_deep_momentum_as_the_rule_of_titans() -> None:
     """A network learns the rows of the memory's gradients by descent, and what it answers to them moves the memory."""
-    rule = deep_momentum(memory=Mlp(hidden=3, residual=False), rule=nestopt.levels.gd(), retention=Decay(0.95))
+    parts = {"memory": Mlp(hidden=3, residual=False), "rule": nestopt.levels.gd(), "retention": Decay(0.95)}
+    rule = deep_momentum(**parts, step_size=0.02, mode="paper")  # type: ignore[arg-type]
     level = titans(rule=rule, lr=0.4, step_size=0.05, retention=Decay(0.9), memory=Mlp(), **LETTER)
     q, k, v = tokens()
     given = [x[None, :, None] for x in (q, k, v)]

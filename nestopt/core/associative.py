@@ -19,7 +19,7 @@ from nestopt.core.clock import advance, due, start
 from nestopt.core.device import number_like, where
 from nestopt.core.features import Features, Identity
 from nestopt.core.gates import bind
-from nestopt.core.inputs import INPUTS, LayerInputs, request_of
+from nestopt.core.inputs import INPUTS, LayerInputs, MemoryInputs, request_of
 from nestopt.core.level import Level
 from nestopt.core.memories import Matrix, Memory, Theta
 from nestopt.core.normalized import Shown, check_layerwise, joint_rates, states_after
@@ -182,7 +182,7 @@ class AssociativeMemory(Level):
             a = layers[name][0]
             # the rates stand where a layer has its mean and the optimizer its learning rate; no mean square: eq. 88
             # has no denominator
-            return LayerInputs(
+            return MemoryInputs(
                 wxx=matmul((rate[:, None] * matmul(a, param.mT)).mT, a),
                 mean_square=a.new_zeros(()),
                 rows=rate.sqrt()[:, None] * a,

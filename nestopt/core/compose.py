@@ -152,6 +152,10 @@ class Chain(_Many):
     def rates_as(self) -> str:
         return list(self.levels.values())[-1].rates_as
 
+    @property
+    def forgets_scale(self) -> bool:
+        return any(level.forgets_scale for level in self.levels.values())
+
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         new = {}
         for name, level in self.levels.items():
@@ -206,6 +210,10 @@ class Parallel(_Many):
                 names = ", ".join(self.levels)
                 problem = f"has {len(self.weights)} numbers for {len(self.levels)} levels ({names}); give one each"
                 raise FieldError(self.label, "weights", self.weights, problem)
+
+    @property
+    def forgets_scale(self) -> bool:
+        return all(level.forgets_scale for level in self.levels.values())
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         total, new = torch.zeros_like(grad), {}

@@ -39,6 +39,10 @@ class LayerInputs:
     grad: Tensor | None = None
 
 
+class MemoryInputs(LayerInputs):
+    """What a weight of a memory was shown, whose objective has values of its own: a layer's are made of the loss."""
+
+
 @dataclasses.dataclass(frozen=True)
 class InputRequest:
     r"""Say which sums over a layer's inputs a level asks for: its `wants`, if it requires `"inputs"`.

@@ -194,6 +194,11 @@ class Level(Part):
         """Return the name of the level that this one's learning rates are comparable to: its own, unless it says so."""
         return self.label
 
+    @property
+    def forgets_scale(self) -> bool:
+        """Return whether the direction stays as it is where all gradients are multiplied by a constant."""
+        return self.rates_as in ("adam", "muon")
+
     # -- on tokens -------------------------------------------------------------------------------------------------
 
     @property

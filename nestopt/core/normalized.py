@@ -12,7 +12,7 @@ from torch.func import grad as gradient_of
 
 from nestopt.core.device import number_like
 from nestopt.core.gates import bind, with_values
-from nestopt.core.inputs import LayerInputs
+from nestopt.core.inputs import LayerInputs, MemoryInputs
 from nestopt.core.level import Level
 from nestopt.core.memories import Memory, Theta
 from nestopt.core.objectives import Dot, Objective
@@ -176,7 +176,7 @@ def _moved(level: Written, surprise: Theta, rates: Rates, state: State, signal: 
     def shown(name: str, param: Tensor) -> LayerInputs:
         a, rate = rates[name]
         share = rate / gain
-        return LayerInputs(
+        return MemoryInputs(
             wxx=matmul((share[:, None] * matmul(a, param.mT)).mT, a),
             mean_square=a.new_zeros(()),
             rows=share.sqrt()[:, None] * a,

@@ -172,6 +172,7 @@ def _associative(level: AssociativeMemory, name: str, state: State) -> Sizes:
         # as it is once it is full
         theta = {key: leaf.new_empty(level.memory.size, leaf.shape[-1], device="meta") for key, leaf in theta.items()}
     buffers = [leaf for key in ("chunk", "sum") if key in state for leaf in state[key].values()]
+    buffers += [state["average"]] if "average" in state else []  # of deep momentum, of the gradients that it is shown
     rules = (measure(level.rule, f"{name}.rule", own) for own in state.get("rule", {}).values())
     return add([{name: _size(theta.values()) + Size(0, _size(buffers).bytes)}, *rules])
 

@@ -6,14 +6,21 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import torch
+from torch import Tensor
+
 from nestopt.core.associative import AssociativeMemory
 from nestopt.core.level import Level
-from nestopt.core.memories import Matrix, Memory, Mlp, Window
+from nestopt.core.memories import Matrix, Memory, Mlp, Window, rows
 from nestopt.core.objectives import L2, Dot, Objective, Oja
 from nestopt.core.part import Gate, Heads, Number
 from nestopt.core.retentions import Decay, Retention
+from nestopt.core.scale import length, root_mean_square
+from nestopt.core.signal import Signal
+from nestopt.core.tree import State
 from nestopt.levels.gradient.adam import Adam
 from nestopt.levels.gradient.momentum import Momentum
+from nestopt.levels.gradient.within import warn_of_mode
 
 
 class Attention(AssociativeMemory):
@@ -181,21 +188,64 @@ class Dla(Titans):
 
 
 class DeepMomentum(AssociativeMemory):
-    r"""Deep momentum (DMGD, NL eq. 50): an MLP that learns to answer each row û of the unit-RMS gradient with itself.
+    r"""Deep momentum (DMGD, NL eq. 50): an average of gradients, and an MLP that learns what it tells of the next one.
 
-    $$\theta \leftarrow
-      \beta\theta - \mathrm{rule}\big(\nabla_\theta \tfrac12\lVert m(\hat u;\theta) - \hat u\rVert^2\big),
-      \qquad u = \mathrm{rms}(g)\, m(\hat u; \theta)$$
+    $$\theta \leftarrow \beta'\theta - \mathrm{rule}\big(\nabla_\theta
+      \tfrac12\lVert k + m(k;\theta) - g/s\rVert^2\big),\quad k = M/s \;\text{by row}; \qquad
+      M \leftarrow \beta M + (1-\beta) g$$
 
-    What recent gradients have in common it has learned, and passes; what is new to it, it damps. W1 starts at 0, so the
-    first steps are short. Convention: the direction grows to about the gradient's own size. State: with the default
+    $$u = \rho\,(k + m(k;\theta)), \quad k = M/s, \qquad \rho:\; \lVert u\rVert_F = \lVert M\rVert_F/(1-\beta^t),
+      \qquad s = \max(\mathrm{rms}(M), \mathrm{rms}(g)/10)$$
+
+    A memory of keys must be asked for what its key does not say: the next gradient, of which the average M knows only
+    the mean. W1 starts at 0, so it starts as momentum, and keeps momentum's length. Convention: an average, of the
+    gradient's own size: `gd`'s learning rates serve, and ten times `momentum`'s. State: beside M, with the default
     Adam as rule and min(rows, columns) hidden units, at most 6 numbers per entry of a matrix; with half as many, half.
 
-    Arguments: `associative_memory`; `retention` is β.
+    `mode="paper"` has no M; the MLP answers each row û of the unit-RMS gradient with itself, and
+    $u = \mathrm{rms}(g)\, m(\hat u; \theta)$. A perfect one is gradient descent, and it starts at 0.
+
+    Arguments: `associative_memory`; `retention` is β'.
+
+    Args:
+        beta: β in [0, 1), of the average. Default 0.9.
+        mode: `"next"` (default) or `"paper"`.
     """
+
+    former_defaults: ClassVar[Mapping[str, Any]] = {"mode": "paper", "step_size": 0.02}
+    momentum_field: ClassVar[str | None] = "beta"
 
     memory: Memory = dataclasses.field(default_factory=lambda: Mlp(residual=False))
     objective: Objective = dataclasses.field(default_factory=L2)
     rule: Level = dataclasses.field(default_factory=lambda: Adam((0.9, 0.99)))
     retention: Retention = dataclasses.field(default_factory=lambda: Decay(0.999))
-    step_size: Number = 0.02
+    step_size: Number = 0.005
+    beta: float = 0.9
+    mode: Literal["next", "paper"] = "next"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("beta", 0.0, 1.0, closed="[)")
+        self.check_choice("mode", ("next", "paper"))
+        if self.mode == "paper":
+            warn_of_mode(self, "a memory that answers gradients with themselves, gradient descent at best")
+
+    def init(self, param: Tensor) -> State:
+        state = super().init(param)
+        return state if self.mode == "paper" else {**state, "average": torch.zeros_like(param)}
+
+    def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        if self.mode == "paper":
+            return super().step(grad, state, signal)
+        theta, average, least = state["memory"], state["average"], root_mean_square(grad) / 10
+        scale = torch.maximum(root_mean_square(average), least)
+        k, v = rows(average) / scale, rows(grad - average) / scale
+        signal.report("inner_loss", lambda: self.objective.loss(self.memory, theta, k, v) / len(v))
+        theta, rules = self.learn(theta, state["rule"], self.gradient(theta, k, v), signal)
+        average = torch.lerp(average, grad, 1 - self.beta)
+        scale = torch.maximum(root_mean_square(average), least)
+        k = rows(average) / scale
+        read = self.output(k + self.memory.read(theta, k))
+        read = read * (length(k) / length(read))
+        u = signal.debias((read * scale).reshape(grad.shape), self.beta)
+        return u, {"memory": theta, "rule": rules, "average": average}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nestopt.config.errors import ConfigError
-from nestopt.config.spec import build, to_spec
+from nestopt.config.spec import as_saved, build, to_spec
 from nestopt.core.compose import Parallel
 from nestopt.core.gates import bind
 from nestopt.core.inputs import request_of
@@ -74,7 +74,8 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, Level):
         return plain(value)
     try:
-        return to_spec(value)
+        with as_saved():
+            return to_spec(value)
     except ConfigError:
         # a class that no plugin has registered: the optimizer it is loaded into has it already
         return {"unregistered": repr(value)}
@@ -158,6 +159,7 @@ def merged_group(optimizer: Host, saved: dict[str, Any], group: dict[str, Any], 
     Raises ValueError where they are of another optimizer.
     """
     path = f"param_groups[{i}]"
+    saved = getattr(optimizer, "former", {}) | saved
     if missing := optimizer.defaults.keys() - saved - LATER:
         raise ValueError(f"{path}: the checkpoint lacks {sorted(missing)}; it was saved by another optimizer")
     new = {**group, **copy.deepcopy({key: value for key, value in saved.items() if key not in OWN})}
@@ -180,7 +182,8 @@ def _level(saved: Any, present: Level, path: str) -> Level:
         if saved["unregistered"] != repr(present):
             raise ValueError(f"{path}: the checkpoint's is {saved['unregistered']}, this optimizer's {present!r}")
         return present
-    level = build("level", saved, path)
+    with as_saved():
+        level = build("level", saved, path)
     if _kinds(level) != _kinds(present):
         raise ValueError(
             f"{path}: the checkpoint was saved with another stack, {level!r}; this optimizer's is {present!r}"

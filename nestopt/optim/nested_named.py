@@ -43,10 +43,12 @@ class OfLevel(Nested):
     Attributes:
         made_of: the level.
         fields: the field that an argument of `__init__` is, by its name.
+        former: what arguments were by default where a checkpoint does not name them.
     """
 
     made_of: ClassVar[type[Level]]
     fields: ClassVar[dict[str, str]]
+    former: ClassVar[dict[str, Any]]
 
     def __init_subclass__(cls, of: type[Level] | None = None, **called: str) -> None:
         super().__init_subclass__()
@@ -54,6 +56,7 @@ class OfLevel(Nested):
             return
         names = list(inspect.signature(cls.__init__).parameters)[1:]
         cls.made_of, cls.fields = of, {name: called.get(name, name) for name in names if name not in COMMON}
+        cls.former = {name: of.former_defaults[key] for name, key in cls.fields.items() if key in of.former_defaults}
         told = _arguments(of) | COMMON | _arguments(cls)
         words = [f"    {name}: {told[name if name in told else called[name]]}" for name in names]
         matrices = ", or a parameter that is not a matrix" if "matrix" in of.requires else ""
@@ -87,11 +90,11 @@ class M3(OfLevel, of=M3Level, period="slow_period"):
         params: Iterable[Any],
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float, float] = (0.95, 0.999, 0.9),
-        alpha: float = 0.5,
+        alpha: float | None = None,
         period: int = 16,
         steps: int = 5,
         eps: float = 1e-8,
-        mode: Literal["ema", "paper"] = "ema",
+        mode: Literal["direction", "ema", "paper"] = "direction",
         weight_decay: float = 0.0,
         *,
         coefficients: str | tuple[float, float, float] = QUINTIC,
@@ -201,6 +204,7 @@ class DGD(OfLevel, of=Dgd):
         normalize_inputs: bool = False,
         weight_decay: float = 0.0,
         *,
+        mode: Literal["corrected", "paper"] = "corrected",
         maximize: bool = False,
         on_nonfinite: OnNonfinite = "ignore",
         loss_scale: Scale | None = None,

@@ -24,7 +24,7 @@ from nestopt.optim.execute.update import UpdateSettings
 from nestopt.optim.explain import Explanation, explain
 from nestopt.optim.layer_inputs.sums import Totals
 from nestopt.optim.layer_inputs.uses import Scale
-from nestopt.optim.layer_inputs.watcher import Seen, Watcher, shown
+from nestopt.optim.layer_inputs.watcher import Seen, Watcher, levels_of, shown
 from nestopt.optim.metrics import Recorder, finite, memory_norms
 from nestopt.optim.options import OPTIONS, OnNonfinite, StepOptions
 from nestopt.optim.plan import Plan, alike, check_capturable_group
@@ -282,8 +282,7 @@ class Nested(weights.Weighted, Optimizer):
                 that trains by itself gives a group of its own.
         """
         self.of_model(model)
-        levels = {param: self.level(group) for group in self.param_groups for param in group["params"]}
-        self._watcher = Watcher(model, levels, loss_scale=loss_scale, group=group)
+        self._watcher = Watcher(model, levels_of(self), loss_scale=loss_scale, group=group)
 
     @property
     def watcher(self) -> Seen | None:
@@ -378,6 +377,8 @@ class Nested(weights.Weighted, Optimizer):
             accepted = {id(param) for group in self.param_groups for param in group["params"]}
         self._accepted = accepted
         self._watcher, self._model = watcher, model  # loading leaves the model as it is
+        if isinstance(watcher, Watcher):  # and may bring other levels
+            watcher.ask(levels_of(self))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "options": self.options}

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from nestopt.config import as_saved, build, to_spec
 from nestopt.core import AssociativeMemory, Signal, advance, chain, parallel, start
 from nestopt.core.memories import Matrix, Mlp, Vector, Window
 from nestopt.core.objectives import L2, Dot
@@ -223,9 +224,8 @@ def test_rms_norm_output(grads):
 def test_deep_momentum_row_by_row():
     """eq. 50 with hand-written gradients of the two-layer memory, gradient descent as rule."""
     keep, lr = 0.95, 0.01
-    level = deep_momentum(
-        memory=Mlp(hidden=3, residual=False, activation="tanh"), rule=gd(), retention=Decay(keep), step_size=lr
-    )
+    memory = Mlp(hidden=3, residual=False, activation="tanh")
+    level = deep_momentum(memory=memory, rule=gd(), retention=Decay(keep), step_size=lr, mode="paper")
     grads = [torch.randn(OUT, IN, dtype=torch.float64) for _ in range(STEPS)]
     state = start(level, grads[0])
     w1, w2 = state["memory"]["W1"].clone(), state["memory"]["W2"].clone()
@@ -242,6 +242,51 @@ def test_deep_momentum_row_by_row():
         w1, w2 = keep * w1 - lr * d1, keep * w2 - lr * d2
         want = torch.stack([scale * (w1 @ torch.tanh(w2 @ (row / scale))) for row in g])
         same(direction, want, 1e-10)
+
+
+def test_deep_momentum_learns_the_next_gradient_from_the_average():
+    """Row by row, with hand-written gradients; one of the gradients is a thousand times as long."""
+    keep, lr, beta = 0.95, 0.01, 0.8
+    memory = Mlp(hidden=3, residual=False, activation="tanh")
+    level = deep_momentum(memory=memory, rule=gd(), retention=Decay(keep), step_size=lr, beta=beta)
+    grads = [torch.randn(OUT, IN, dtype=torch.float64) for _ in range(STEPS)]
+    grads[STEPS // 2] *= 1e3
+    state, average = start(level, grads[0]), torch.zeros_like(grads[0])
+    w1, w2 = state["memory"]["W1"].clone(), state["memory"]["W2"].clone()
+
+    def rms(x):
+        return math.sqrt(sum(float(entry) ** 2 for entry in x.flatten()) / x.numel())
+
+    for t, g in enumerate(grads, start=1):
+        direction, state = advance(level, g, state, Signal(t, g))
+        scale = max(rms(average), rms(g) / 10)
+        d1, d2 = torch.zeros_like(w1), torch.zeros_like(w2)
+        for key, row in zip(average / scale, g / scale, strict=True):
+            hidden = torch.tanh(w2 @ key)
+            error = key + w1 @ hidden - row
+            d1 += torch.outer(error, hidden)
+            d2 += torch.outer((w1.T @ error) * (1 - hidden**2), key)
+        w1, w2 = keep * w1 - lr * d1, keep * w2 - lr * d2
+        average = beta * average + (1 - beta) * g
+        keys = average / max(rms(average), rms(g) / 10)
+        want = torch.stack([key + w1 @ torch.tanh(w2 @ key) for key in keys])
+        same(direction, want * rms(average) / rms(want) / (1 - beta**t), 1e-10)
+
+
+def test_deep_momentum_that_learns_nothing_is_momentum():
+    grads = [torch.randn(OUT, IN, dtype=torch.float64) for _ in range(STEPS)]
+    plain = run(momentum(0.9, dampening=0.9), grads)
+    for t, (got, want) in enumerate(zip(run(deep_momentum(step_size=0.0), grads), plain, strict=True), start=1):
+        same(got, want / (1 - 0.9**t), 1e-10)
+
+
+def test_modes_of_deep_momentum():
+    with pytest.warns(UserWarning, match="deep_momentum: mode='paper' is"):
+        paper = deep_momentum(mode="paper")
+    with as_saved():
+        assert build("level", "deep_momentum") == deep_momentum(mode="paper", step_size=0.02)
+        assert build("level", to_spec(deep_momentum())) == deep_momentum()
+    assert "average" not in start(paper, torch.zeros(3, 4))
 
 
 def test_window_attends_to_the_last_gradients(grads):

@@ -163,8 +163,8 @@ def test_each_memory_has_its_own_size() -> None:
     sizes = {memory.name: (memory.parameters, memory.state) for memory in describe(SIZED[4], shape=(6, 4)).memories}
     theta = 4 * 4 + 4 * 4
     assert sizes == {
-        # W1 and W2, with a sum and a last direction of 24 numbers for the clock
-        "deep_momentum": (theta, 4 * theta + 2 * 4 * 24),
+        # W1 and W2, with an average, and a sum and a last direction for the clock, of 24 numbers each
+        "deep_momentum": (theta, 4 * theta + 3 * 4 * 24),
         "deep_momentum.rule.momentum": (theta, 4 * theta),
         "deep_momentum.rule.adam_every_2.exp_avg": (theta, 3 * 4 * theta),
         "deep_momentum.rule.adam_every_2.exp_avg_sq": (theta, 4 * theta),

@@ -22,7 +22,13 @@ from tests.optim.watched import Cubic
 
 pytestmark = pytest.mark.distributed
 
-LEVELS = [dgd(momentum()), dgd(solver="exact", normalize_inputs=True), ggd(), ggd(Cubic())]
+LEVELS = [
+    dgd(momentum()),
+    dgd(mode="paper"),
+    dgd(solver="exact", normalize_inputs=True, mode="paper"),
+    ggd(),
+    ggd(Cubic()),
+]
 STEPS = 6
 
 

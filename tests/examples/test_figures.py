@@ -93,7 +93,7 @@ def test_the_best_rate_is_the_best_of_the_grid(tmp_path: Path, monkeypatch: pyte
         ("momentum", {"momentum": 4}, 5, 0),
         ("adam", {"exp_avg": 4, "exp_avg_sq": 4}, 7, 0),
         ("delta_momentum", {"momentum": 4}, None, 4 * 64),  # (m gᵀ) g
-        ("dgd", {}, None, 2 * 32),  # Yᵀ X for 32 rows
+        ("dgd", {}, None, 4 * 32 + 32 * 32 * 2 / 64),  # (G Xᵀ) X and X Xᵀ for 32 rows
     ],
 )
 def test_what_a_level_costs(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nestopt.levels.gradient.dgd import Dgd
-from tests.optim.watched import Block, agrees, expected, patches, taken, told, watch
+from tests.optim.watched import Block, Letter, agrees, expected, patches, taken, told, watch
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(4, 3), (20, 4)),
@@ -34,7 +34,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's own, of what it does itself
 @pytest.mark.parametrize(
     "level",
-    [Dgd(), Dgd(normalize_inputs=True), Dgd(solver="exact"), Dgd(solver="exact", normalize_inputs=True)],
+    [Letter(), Letter(normalize_inputs=True), Letter(solver="exact"), Letter(solver="exact", normalize_inputs=True)],
     ids=["explicit", "normalized", "exact", "exact normalized"],
 )
 @pytest.mark.parametrize("name", LAYERS)
@@ -60,7 +60,7 @@ def test_sums_are_those_of_the_rows(name: str, level: Dgd) -> None:
 @pytest.mark.parametrize("sizes", [(20, 30), (1, 2, 1), (2, 30), (30, 2), (7, 1, 1)])
 def test_accumulation_is_one_mean_over_all_rows(sizes: tuple[int, ...], solver: Any) -> None:
     layer = nn.Linear(9, 7).double()
-    watcher = watch(layer, Dgd(solver=solver))
+    watcher = watch(layer, Letter(solver=solver))
     batches = [torch.randn(n, 9, dtype=torch.float64) for n in sizes]
     for x in batches:
         layer(x).square().mean().backward()

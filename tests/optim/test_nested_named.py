@@ -89,18 +89,18 @@ def layer() -> tuple[nn.Linear, Tensor, Tensor]:
 
 
 def test_dgd_is_the_proximal_step() -> None:
-    """W+ = argmin mean ½‖V x + n d‖² + ‖V - W‖² / (2 lr), by its normal equations."""
+    """W+ = argmin mean ½‖V x - (W x - n d)‖² + ‖V - W‖² / (2 lr), by its normal equations."""
     model, x, wanted = layer()
     before, lr = model.weight.detach().clone(), 0.3
-    optimizer = DGD(model.parameters(), lr=lr, model=model, solver="exact")
+    optimizer = DGD(model.parameters(), lr=lr, model=model)
     y = model(x)
     y.retain_grad()
     (0.5 * (y - wanted).square().sum(1).mean()).backward()
     optimizer.step()
-    n, eye = len(x), torch.eye(4, dtype=torch.float64)
+    gram, eye = x.mT @ x / len(x), torch.eye(4, dtype=torch.float64)
     d = y.grad
     assert d is not None
-    expected = torch.linalg.solve(x.mT @ x / n + eye / lr, (before / lr - d.mT @ x).mT).mT
+    expected = torch.linalg.solve(gram + eye / lr, (before @ gram + before / lr - d.mT @ x).mT).mT
     torch.testing.assert_close(model.weight.detach(), expected, rtol=1e-10, atol=1e-12)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,12 @@ from nestopt.levels.gradient.dgd import Dgd
 from nestopt.optim.layer_inputs.sums import means
 from nestopt.optim.layer_inputs.watcher import Watcher
 
+Letter = partial(Dgd, mode="paper")
+"""A level that asks for all there is to know of inputs, but for their Gram matrix."""
+
 
 def watch(model: nn.Module, level: Level | None = None, **kwargs: Any) -> Watcher:
-    return Watcher(model, dict.fromkeys(model.parameters(), level or Dgd()), **kwargs)
+    return Watcher(model, dict.fromkeys(model.parameters(), level or Letter()), **kwargs)
 
 
 def told(watcher: Watcher, param: Tensor) -> LayerInputs | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.func import grad as gradient_of
 from nestopt.core.associative import Gd
 from nestopt.core.clock import advance, advance_, start
 from nestopt.core.device import number_like
-from nestopt.core.inputs import INPUTS, InputRequest, LayerInputs
+from nestopt.core.inputs import INPUTS, InputRequest, LayerInputs, MemoryInputs
 from nestopt.core.level import Level
 from nestopt.core.objectives import L2, Dot, Objective
 from nestopt.core.order import Node
@@ -21,7 +21,7 @@ from nestopt.core.part import FieldError, Number
 from nestopt.core.retentions import Keep, Retention
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State
-from nestopt.levels.gradient.within import nodes_within
+from nestopt.levels.gradient.within import nodes_within, warn_of_mode
 
 
 class _OnLayers(Level):
@@ -49,58 +49,80 @@ class _OnLayers(Level):
 
 
 class Dgd(_OnLayers):
-    r"""Delta gradient descent: what the weights answer to the present inputs decays before the step (NL eq. 54-57).
+    r"""Delta gradient descent: a layer's weights learn what they answer, corrected by the error (NL eq. 54-57).
 
     With $X$ the n rows that a layer's weight `W [out, in]` was multiplied with and $u_0$ the direction of `of`,
 
+    $$u = u_0\,\big(I + \mathrm{lr}\,\delta\, X^\top X/n\big)^{-1},$$
+
+    so that with `of=gd()` it is the delta rule's proximal step to the values $W x_i - n d_i/\delta$, exact for a batch:
+
+    $$W \leftarrow \arg\min_V\ \mathrm{mean}_i \tfrac\delta2\lVert V x_i - (W x_i - n d_i/\delta)\rVert^2
+      + \tfrac1{2\,\mathrm{lr}}\lVert V - W\rVert^2, \qquad d_i = \partial L/\partial y_i.$$
+
+    For one row it is the normalised delta step (NLMS), $u = u_0/(1 + \mathrm{lr}\,\delta\lVert x\rVert^2)$. It rests
+    where `of` does. Along what a layer is shown most, a step takes off 1/δ of the error at the most, whatever the
+    learning rate. Convention: of the gradient's own size, shorter for long inputs; δ = 0 is `of` itself.
+
+    `mode="paper"` is eq. 57 to the letter, whose values are $-n d_i$ alone, so that what the weights answer decays:
+
     $$u = \frac{u_0 + \delta\, W X^\top X/n}{1 + \mathrm{lr}\,\delta\;\mathrm{mean}\lVert x\rVert^2}
       \quad(\text{explicit}),\qquad
-      u = \big(u_0 + \delta\, W X^\top X/n\big)\big(I + \mathrm{lr}\,\delta\, X^\top X/n\big)^{-1}\quad(\text{exact}).$$
+      u = \big(u_0 + \delta\, W X^\top X/n\big)\big(I + \mathrm{lr}\,\delta\, X^\top X/n\big)^{-1}\quad(\text{exact}),$$
 
-    With `of=gd()` and δ = 1 the exact one is the proximal step
-
-    $$W \leftarrow \arg\min_V\ \mathrm{mean}_i \tfrac12\lVert V x_i + n d_i\rVert^2
-      + \tfrac1{2\,\mathrm{lr}}\lVert V - W\rVert^2, \qquad d_i = \partial L/\partial y_i,$$
-
-    and for one row both are eq. 57, without its assumption that ‖x‖ = 1. Convention: of the gradient's own size,
-    shorter for long inputs; δ = 0 is `of` itself.
+    both eq. 57 for one row, without its assumption that ‖x‖ = 1. On least squares it rests at $W^*/(1+\delta)$, and it
+    does not train a classifier at δ = 1. As the rule of a token memory, whose objective has values of its own, the
+    decay is that of eq. 88 in both modes.
 
     The optimizer captures the inputs of `nn.Linear` and convolutions (`nestopt.optim.layer_inputs`), rows being tokens
-    or patches; for a weight whose inputs were not seen it is `of`. State: that of `of`. Cost: one product of the
-    weight's size per use of the layer. Only on gradients.
+    or patches; for a weight whose inputs were not seen it is `of`. State: that of `of`. Cost: the products of a layer's
+    rows with each other and a system of min(n, in) equations a step. Only on gradients.
 
     Args:
         of: the level whose direction is changed. Default `gd`.
-        delta: δ >= 0, the strength of the decay. Default 1.
-        solver: `"explicit"` (default), or `"exact"`, which solves a system of min(n, in) equations and needs as much
-            more memory.
+        delta: δ >= 0, the strength. Default 1.
+        solver: of the paper's step, `"explicit"` (default: one product of the weight's size per use of the layer), or
+            `"exact"`. The corrected step is exact always.
         normalize_inputs: use x/‖x‖ for x in all of the above but the gradient. Default False.
+        mode: `"corrected"` (default) or `"paper"`.
 
     Raises:
-        ValueError: delta < 0, another solver, a period above 1 (inputs are not summed by a clock), a use on tokens or
-            as a memory's rule.
+        ValueError: delta < 0, another solver or mode, a period above 1 (inputs are not summed by a clock), a use on
+            tokens or as a memory's rule.
     """
+
+    former_defaults: ClassVar[Mapping[str, Any]] = {"mode": "paper"}
 
     of: Level = dataclasses.field(default_factory=Gd)
     delta: Number = 1.0
     solver: Literal["explicit", "exact"] = "explicit"
     normalize_inputs: bool = False
+    mode: Literal["corrected", "paper"] = "corrected"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check("delta", 0.0)
         self.check_choice("solver", ("explicit", "exact"))
+        self.check_choice("mode", ("corrected", "paper"))
+        if self.mode == "paper" and self.wants is not None:
+            warn_of_mode(self, "eq. 57 to the letter: weights decay along their inputs, and a classifier hardly trains")
 
     @property
     def wants(self) -> InputRequest | None:
         """Ask for sums over a layer's inputs; for none where δ = 0."""
         if isinstance(self.delta, int | float) and self.delta == 0:
             return None
+        if self.mode == "corrected":
+            return InputRequest(wxx=False, normalize=self.normalize_inputs, gram=True)
         return InputRequest(normalize=self.normalize_inputs, gram=self.solver == "exact")
 
     @property
     def steady_gain(self) -> Number:
         return self.of.steady_gain
+
+    @property
+    def forgets_scale(self) -> bool:
+        return self.of.forgets_scale
 
     def init(self, param: Tensor) -> State:
         return {"of": start(self.of, param)}
@@ -116,7 +138,11 @@ class Dgd(_OnLayers):
         if self.wants is None:
             return direction
         strength, inputs = self.rate(signal) * self.delta, signal.inputs  # type: ignore[operator]
-        if inputs is None or inputs.wxx is None or inputs.mean_square is None:
+        if inputs is None:
+            return direction
+        if self.mode == "corrected" and not isinstance(inputs, MemoryInputs):
+            return _divide(direction, inputs, strength)
+        if inputs.wxx is None or inputs.mean_square is None:
             return direction
         total = torch.add(direction, self.delta * inputs.wxx.reshape(direction.shape))  # type: ignore[operator]
         if self.solver == "exact":
@@ -134,10 +160,10 @@ def _divide(total: Tensor, inputs: LayerInputs, strength: float | Tensor) -> Ten
     """Return total (I + strength · XᵀX/n)⁻¹, by Woodbury's identity where there are fewer rows than columns."""
     square = inputs.gram if inputs.gram is not None else inputs.rows
     if square is None:
-        raise ValueError("solver='exact' needs the Gram matrix of the layer's inputs, which were summed without it")
+        raise ValueError("dgd's exact step needs the Gram matrix of the layer's inputs, which were summed without it")
     if total[0].numel() != square.shape[-1]:
         raise ValueError(
-            f"solver='exact' must be shown a weight as [out, in], and its shape is {list(total.shape)} for inputs of "
+            f"dgd's exact step must be shown a weight as [out, in], and its shape is {list(total.shape)} for inputs of "
             f"{square.shape[-1]}; give its group a view, nestopt.optim.Split(1, transposed=True)"
         )
     groups = len(square) if square.ndim == 3 else 1

@@ -94,6 +94,10 @@ class NewtonSchulz(Level):
         super().__post_init__()
         check_iteration(self)
 
+    @property
+    def forgets_scale(self) -> bool:
+        return True
+
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         return orthogonal(self, grad), state
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from nestopt.core.scale import square_limit
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, tree_map
 from nestopt.levels.gradient.scratch import scratch_like
-from nestopt.levels.gradient.within import nodes_within, refuse_unused
+from nestopt.levels.gradient.within import LIMIT, nodes_within, refuse_unused
 
 
 class SecondMoment(Level):
@@ -25,10 +26,12 @@ class SecondMoment(Level):
 
     $$h \leftarrow \beta_2 h + (1-\beta_2) g^2, \qquad u = \frac{\mathrm{of}(g)}{\sqrt{h/(1-\beta_2^t)} + \epsilon}$$
 
-    h sees the gradient that this level is shown, never `of`'s direction: the two are memories in parallel, and Adam is
-    `second_moment(of=momentum(β1, dampening=β1))`, over $1-\beta_1^t$. With `of=gd` it is RMSProp, with `mode="sum"`,
-    $h \leftarrow h + g^2$, AdaGrad. Convention: an average; the direction of `of=gd` has entries of size about 1.
-    Entries of g beyond ±2⁵⁰, whose squares would not fit float32, count as that.
+    h sees the gradient that this level is shown: the two are memories in parallel, and Adam is
+    `second_moment(of=momentum(β1, dampening=β1))`, over $1-\beta_1^t$. Of a direction that has forgotten the gradient's
+    scale (`Level.forgets_scale`: muon), which that would bring back as its inverse, h sees the squares instead, as in
+    AdaMuon, and an entry is held within ±3, the multiple of its usual size. With `of=gd` it is RMSProp, with
+    `mode="sum"`, $h \leftarrow h + g^2$, AdaGrad. Convention: an average; the direction of `of=gd` has entries of
+    size about 1. Entries of g beyond ±2⁵⁰, whose squares would not fit float32, count as that.
 
     Args:
         beta2: decay of the average, in [0, 1). Default 0.999.
@@ -39,6 +42,7 @@ class SecondMoment(Level):
         over: which squares share a number: none (`"entries"`, default), those of one row of a matrix (`"rows"`, as in
             NorMuon), or a row's times a column's (`"factored"`, as in Adafactor: $h = r c / \overline r$ with r and c
             the averages of rows and columns). The latter two take matrices only, and next to no memory.
+        sees: what h sees, `"gradient"` or `"direction"`. Default: the direction where it has forgotten scale.
 
     Raises:
         FieldError: a number out of range; `beta2` or `bias_correction` given for a sum, which has neither.
@@ -48,6 +52,7 @@ class SecondMoment(Level):
     reads_param: ClassVar[bool] = False
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
+    former_defaults: ClassVar[Mapping[str, Any]] = {"sees": "gradient"}
     objectives: ClassVar[dict[str, str]] = {"exp_avg_sq": "l2 to g²"}
 
     beta2: float = 0.999
@@ -56,6 +61,7 @@ class SecondMoment(Level):
     of: Level = dataclasses.field(default_factory=Gd)
     mode: Literal["ema", "sum"] = "ema"
     over: Literal["entries", "rows", "factored"] = "entries"
+    sees: Literal["gradient", "direction"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,6 +69,7 @@ class SecondMoment(Level):
         self.check("eps", 0.0)
         self.check_choice("mode", ("ema", "sum"))
         self.check_choice("over", ("entries", "rows", "factored"))
+        self.check_choice("sees", ("gradient", "direction", None))
         if self.mode == "sum":
             refuse_unused(self, ("beta2", "bias_correction"), "mode='sum'")
 
@@ -82,16 +89,18 @@ class SecondMoment(Level):
         grad = grad.clamp(-square_limit(grad), square_limit(grad))
         direction, of = advance(self.of, grad, state["of"], signal.inside("of"))
         keep, take = self._weights
+        seen = direction if self._own else grad
         if self.over == "entries":
-            h = plus_square(keep * state["exp_avg_sq"], grad, take)
+            h = plus_square(keep * state["exp_avg_sq"], seen, take)
             kept: Tensor | dict[str, Tensor] = h
         else:
-            means = tree_map(lambda old, new: keep * old + take * new, state["exp_avg_sq"], self._means(grad))
+            means = tree_map(lambda old, new: keep * old + take * new, state["exp_avg_sq"], self._means(seen))
             kept, h = means, self._spread(means)
         square = signal.debias(h, self.beta2) if self._corrects else h
         # the root of an exact 0 has no gradient, and a level must be differentiable
         root = square.clamp_min(torch.finfo(h.dtype).tiny).sqrt()
-        return direction / (root + self.eps), {"exp_avg_sq": kept, "of": of}
+        u = direction / (root + self.eps)
+        return u.clamp(-LIMIT, LIMIT) if self._own else u, {"exp_avg_sq": kept, "of": of}
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
         if self.over != "entries":
@@ -99,11 +108,22 @@ class SecondMoment(Level):
         grad = grad.clamp(-square_limit(grad), square_limit(grad))
         direction = advance_(self.of, grad, state["of"], signal.inside("of"))
         keep, take = self._weights
-        h = state["exp_avg_sq"].mul_(keep).addcmul_(grad, grad, value=take)
+        seen = direction if self._own else grad
+        h = state["exp_avg_sq"].mul_(keep).addcmul_(seen, seen, value=take)
         square = signal.debias(h, self.beta2) if self._corrects else h
         tiny = torch.finfo(h.dtype).tiny
         root = torch.sqrt(square if self.eps else square.clamp_min(tiny), out=scratch_like(direction))
-        return torch.div(direction, root.add_(self.eps), out=root)
+        u = torch.div(direction, root.add_(self.eps), out=root)
+        return u.clamp_(-LIMIT, LIMIT) if self._own else u
+
+    @property
+    def _own(self) -> bool:
+        """Whether h is of the direction that it scales."""
+        return self.of.forgets_scale if self.sees is None else self.sees == "direction"
+
+    @property
+    def forgets_scale(self) -> bool:
+        return self._own or not self.of.forgets_scale
 
     def _means(self, grad: Tensor) -> State:
         """Return the mean squares that stand for those of a matrix's entries."""

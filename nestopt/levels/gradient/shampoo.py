@@ -51,6 +51,10 @@ class MatrixPreconditioner(Level):
     def sides(self) -> Sequence[Side]:
         """Return the sides that are preconditioned, where `max_size` allows."""
 
+    @property
+    def forgets_scale(self) -> bool:
+        return True
+
     def init(self, param: Tensor) -> State:
         state: State = {"momentum": torch.zeros_like(param)} if self.beta else {}
         for side in self.sides():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from nestopt.core.order import Node
 from nestopt.core.part import FieldError, Part
 from nestopt.core.signal import Signal
 from nestopt.core.tree import leaves
+
+LIMIT = 3.0
+"""Of an entry that is divided by the root of its own second moment: what was 0 for long would come out as 1/√(1-β2)."""
 
 
 def nodes_within(level: Level, name: str, period: int, after: tuple[str, ...]) -> list[Node]:
@@ -54,3 +58,9 @@ def param_of(level: Level, signal: Signal, what: str, instead: str = "leave it o
             f"{instead}"
         )
     return signal.param
+
+
+def warn_of_mode(part: Part, what: str) -> None:
+    """Warn, once, that a part runs in a mode that is there for its letter."""
+    # from this one place, so that Python's own filter shows it once, whoever made the part
+    warnings.warn(f"{part.label}: mode={part.mode!r} is {what}; leave mode out to train", stacklevel=1)  # type: ignore[attr-defined]

@@ -120,6 +120,14 @@ class Watcher:
                 # before other hooks, which may change the output
                 self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
 
+    def ask(self, levels: Mapping[Tensor, Level]) -> None:
+        """Sum from now on what these levels of the parameters want, where it is something else."""
+        for param, known in self._known.items():
+            wants = request_of(levels[param])
+            if wants is not None and wants != known.sums.wants:
+                known.clear()
+                known.sums.wants = wants
+
     def totals(self, param: Tensor) -> Totals | None:
         """Return the sums that belong to the gradient of `param`, over all processes; None if there are none."""
         return self.totals_of(param, param.shape, self._processes())
@@ -238,6 +246,11 @@ class Watcher:
                 "scaled, and its level's objective is not linear in the loss: give loss_scale, such as "
                 "GradScaler's get_scale (or 1.0 if the loss is not scaled)"
             )
+
+
+def levels_of(optimizer: Any) -> dict[Tensor, Level]:
+    """Return the level of each parameter of a `Nested`."""
+    return {param: optimizer.level(group) for group in optimizer.param_groups for param in group["params"]}
 
 
 # -- what torch knows of the pass it is in -----------------------------------------------------------------------------

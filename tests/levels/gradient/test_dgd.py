@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import nestopt
 from nestopt.config import build, to_spec
 from nestopt.core import AssociativeMemory, Level, Signal, advance, start
 from nestopt.core.clock import advance_
@@ -25,6 +28,99 @@ from nestopt.nn import layer as make_layer
 from nestopt.optim.layer_inputs.watcher import Watcher
 from tests.levels.gradient.surprises import F64, direction_of, linear_case, shown, told
 
+letter = functools.partial(dgd, mode="paper")
+
+
+# -- corrected values --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 12),
+    into=st.integers(1, 8),
+    out=st.integers(1, 5),
+    power=st.floats(-3, 3),
+    delta=st.sampled_from([1.0, 0.3]),
+)
+def test_it_is_the_proximal_step_to_what_the_weights_answer_corrected(
+    n: int, into: int, out: int, power: float, delta: float
+) -> None:
+    """argmin over V of mean δ/2 ‖V x - (W x - s/δ)‖² + ½‖V - W‖²/lr."""
+    level, lr = dgd(delta=delta), 10**power
+    layer, watcher, x, s = linear_case(n, into, out, level)
+    weight = layer.weight.detach()
+    moved = weight - lr * direction_of(level, layer, watcher, lr)
+    values = x @ weight.mT - s / delta
+    left = delta * x.mT @ x / n + torch.eye(into, dtype=F64) / lr
+    right = weight / lr + delta * values.mT @ x / n
+    torch.testing.assert_close(moved, torch.linalg.solve(left, right.mT).mT, rtol=1e-8, atol=1e-8)
+
+
+def test_of_one_row_it_is_the_normalised_step() -> None:
+    layer, watcher, x, s = linear_case(1, 5, 4, dgd())
+    want = torch.outer(s[0], x[0]) / (1 + 0.6 * x[0] @ x[0])
+    torch.testing.assert_close(direction_of(dgd(), layer, watcher, 0.6), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("of", [gd(), momentum(0.8), adam()], ids=repr)
+def test_it_rests_where_the_level_within_does(of: Level) -> None:
+    layer, watcher, _, _ = linear_case(6, 5, 4, dgd(of))
+    still = torch.zeros_like(layer.weight)
+    inputs = told(watcher, layer.weight)
+    u, _ = advance(dgd(of), still, start(dgd(of), still), Signal(1, layer.weight.detach(), lr=0.5, inputs=inputs))
+    assert not u.any()
+
+
+def classified(spec: Level, lr: float, steps: int = 60) -> float:
+    """The loss of a small network on pictures of ten noisy shapes, all nonnegative."""
+    generator = torch.Generator().manual_seed(0)
+    shapes, labels = torch.rand(10, 32, generator=generator), torch.randint(10, (256,), generator=generator)
+    x = (shapes[labels] + 0.3 * torch.randn(256, 32, generator=generator)).clamp(0, 1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
+    optimizer = nestopt.optimizer(model, spec, lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), labels)
+        loss.backward()
+        optimizer.step()
+    return float(F.cross_entropy(model(x), labels).detach())
+
+
+def test_it_trains_at_the_rate_of_gradient_descent_and_beyond() -> None:
+    assert classified(letter(), 0.5) > 1.5
+    assert classified(dgd(), 0.5) < 0.2
+    best = min(classified(gd(), lr) for lr in (0.5, 1.0, 2.0, 4.0))
+    assert classified(dgd(), 8.0) < 0.5 * best
+    assert classified(dgd(of=momentum()), 0.05) < 1.2 * classified(momentum(), 0.05)
+
+
+def test_the_letter_says_what_it_is() -> None:
+    with pytest.warns(UserWarning, match="dgd: mode='paper' is eq. 57 to the letter"):
+        letter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dgd().mode == "corrected"
+
+
+def test_what_was_saved_before_there_were_two_modes_goes_on_with_its_own() -> None:
+    model = nn.Linear(3, 2)
+    for built in (nestopt.optimizer(model, letter(), lr=0.1), nestopt.optim.DGD(model.parameters(), 0.1, mode="paper")):
+        saved = built.state_dict()
+        for group in saved["param_groups"]:
+            stack = group.get("stack", group)
+            if not isinstance(stack, str):
+                assert stack.pop("mode") == "paper"
+        now = (
+            nestopt.optimizer(model, "dgd", lr=0.1) if "stack" in group else nestopt.optim.DGD(model.parameters(), 0.1)
+        )
+        now.load_state_dict(saved)
+        assert [now.level(group) for group in now.param_groups] == [built.level(group) for group in built.param_groups]
+    assert to_spec(dgd()) == "dgd"
+
+
+# -- the letter --------------------------------------------------------------------------------------------------------
+
 
 @settings(max_examples=60, deadline=None)
 @given(
@@ -36,7 +132,7 @@ from tests.levels.gradient.surprises import F64, direction_of, linear_case, show
 )
 def test_exact_is_the_proximal_step(n: int, into: int, out: int, power: float, delta: float) -> None:
     """argmin over V of mean ½ δ‖V x‖² + <s, V x> + ½‖V - W‖²/lr: for δ = 1 that of mean ½‖V x + s‖²."""
-    level, lr = dgd(delta=delta, solver="exact"), 10**power
+    level, lr = letter(delta=delta, solver="exact"), 10**power
     layer, watcher, x, s = linear_case(n, into, out, level)
     weight = layer.weight.detach()
     moved = weight - lr * direction_of(level, layer, watcher, lr)
@@ -47,7 +143,7 @@ def test_exact_is_the_proximal_step(n: int, into: int, out: int, power: float, d
 
 def test_exact_is_found_by_descent_on_the_problem_itself() -> None:
     """The same by no formula at all."""
-    level, lr = dgd(solver="exact"), 0.7
+    level, lr = letter(solver="exact"), 0.7
     layer, watcher, x, s = linear_case(9, 4, 3, level)
     weight = layer.weight.detach()
     moved = weight - lr * direction_of(level, layer, watcher, lr)
@@ -69,7 +165,7 @@ def test_exact_is_found_by_descent_on_the_problem_itself() -> None:
 @pytest.mark.parametrize("delta", [1.0, 0.25])
 @pytest.mark.parametrize("n", [3, 30])
 def test_explicit(n: int, delta: float) -> None:
-    level, lr = dgd(delta=delta), 0.3
+    level, lr = letter(delta=delta), 0.3
     layer, watcher, x, s = linear_case(n, 5, 4, level)
     weight = layer.weight.detach()
     decay = sum(torch.outer(weight @ row, row) for row in x) / n
@@ -81,7 +177,7 @@ def test_explicit(n: int, delta: float) -> None:
 
 @pytest.mark.parametrize("solver", ["explicit", "exact"])
 def test_one_row_is_eq_57(solver: Any) -> None:
-    level, lr = dgd(solver=solver), 0.6
+    level, lr = letter(solver=solver), 0.6
     layer, watcher, x, s = linear_case(1, 5, 4, level)
     weight, row = layer.weight.detach(), x[0]
     rate = lr / (1 + lr * row @ row)
@@ -91,7 +187,7 @@ def test_one_row_is_eq_57(solver: Any) -> None:
 
 @pytest.mark.parametrize("solver", ["explicit", "exact"])
 def test_normalized_inputs(solver: Any) -> None:
-    level, lr = dgd(solver=solver, normalize_inputs=True), 0.6
+    level, lr = letter(solver=solver, normalize_inputs=True), 0.6
     layer, watcher, x, _ = linear_case(7, 5, 4, level)
     assert layer.weight.grad is not None
     unit = x / x.norm(dim=1, keepdim=True)
@@ -105,7 +201,7 @@ def test_normalized_inputs(solver: Any) -> None:
 @pytest.mark.parametrize("size", [3, 9], ids=["few patches", "many patches"])
 @pytest.mark.parametrize("solver", ["explicit", "exact"])
 def test_grouped_convolutions_are_layers_side_by_side(solver: Any, size: int) -> None:
-    level, lr = dgd(solver=solver), 0.6
+    level, lr = letter(solver=solver), 0.6
     whole = nn.Conv2d(4, 6, 2, groups=2).double()
     x = torch.randn(1, 4, size, size, dtype=F64)
     target = torch.randn_like(whole(x).detach())
@@ -123,7 +219,7 @@ def test_grouped_convolutions_are_layers_side_by_side(solver: Any, size: int) ->
 
 def test_around_a_matrix_level_on_a_convolution() -> None:
     """The optimizer shows matrix levels a kernel as `[out, rest]`."""
-    level, lr = dgd(muon(dtype="float64")), 0.1
+    level, lr = letter(muon(dtype="float64")), 0.1
     conv = nn.Conv2d(4, 6, 3, groups=2).double()
     x = torch.randn(2, 4, 6, 6, dtype=F64)
     watcher = shown(conv, level, x, torch.randn(2, 6, 4, 4, dtype=F64))
@@ -142,7 +238,7 @@ def test_around_a_matrix_level_on_a_convolution() -> None:
 @pytest.mark.parametrize("solver", ["explicit", "exact"])
 def test_wraps_any_level_step_by_step(solver: Any, of: Level) -> None:
     """u = (u of `of` + δ W G)(...)⁻¹ at each step of a run, in place and not."""
-    level, lr, weight = dgd(of, 0.5, solver), 0.2, torch.randn(4, 5, dtype=F64)
+    level, lr, weight = letter(of, 0.5, solver), 0.2, torch.randn(4, 5, dtype=F64)
     layer = nn.Linear(5, 4, bias=False).double()
     watcher = Watcher(layer, {layer.weight: level})
     ours, own, inner = start(level, weight), start(level, weight), start(of, weight)
@@ -172,9 +268,9 @@ def test_wraps_any_level_step_by_step(solver: Any, of: Level) -> None:
 @pytest.mark.parametrize("of", [gd(), adam()], ids=repr)
 def test_without_delta_or_inputs_it_is_the_level_within(of: Level) -> None:
     grads = [torch.randn(4, 3, dtype=F64) for _ in range(4)]
-    layer, watcher, _, _ = linear_case(6, 3, 4, dgd())
+    layer, watcher, _, _ = linear_case(6, 3, 4, letter())
     inputs = told(watcher, layer.weight)
-    for level, seen in [(dgd(of, delta=0.0), inputs), (dgd(of), None)]:
+    for level, seen in [(letter(of, delta=0.0), inputs), (letter(of), None)]:
         state, inner = start(level, grads[0]), start(of, grads[0])
         for t, g in enumerate(grads, start=1):
             got, state = advance(level, g, state, Signal(t, g, lr=0.1, inputs=seen))
@@ -183,10 +279,10 @@ def test_without_delta_or_inputs_it_is_the_level_within(of: Level) -> None:
 
 
 def test_a_rate_that_is_a_tensor() -> None:
-    layer, watcher, _, _ = linear_case(6, 3, 4, dgd(solver="exact"))
+    layer, watcher, _, _ = linear_case(6, 3, 4, letter(solver="exact"))
     inputs, g = told(watcher, layer.weight), layer.weight.grad
     assert g is not None
-    for level in (dgd(), dgd(solver="exact")):
+    for level in (letter(), letter(solver="exact")):
         a, _ = advance(level, g, start(level, g), Signal(1, g, lr=0.1, inputs=inputs))
         b, _ = advance(level, g, start(level, g), Signal(1, g, lr=torch.tensor(0.1, dtype=F64), inputs=inputs))
         torch.testing.assert_close(a, b, rtol=1e-14, atol=0)
@@ -214,8 +310,8 @@ def test_correlated_inputs_do_not_make_it_diverge() -> None:
         return float(loss.detach())
 
     assert run(gd()) > 1e3
-    assert run(dgd()) < 1e3
-    assert run(dgd(solver="exact")) < 1e3
+    assert run(letter()) < 1e3
+    assert run(letter(solver="exact")) < 1e3
 
 
 # -- as any level ------------------------------------------------------------------------------------------------------
@@ -226,6 +322,7 @@ def test_correlated_inputs_do_not_make_it_diverge() -> None:
     [
         (lambda: dgd(delta=-1.0), ["dgd: delta=-1.0", "[0"]),
         (lambda: dgd(solver="exakt"), ["solver='exakt'", "Did you mean 'exact'"]),
+        (lambda: dgd(mode="papr"), ["mode='papr'", "Did you mean 'paper'"]),
         (lambda: dgd(period=4), ["period=4", "inputs", "parameter group"]),
         (lambda: ggd(period=4), ["period=4", "inputs", "parameter group"]),
         (lambda: ggd(value="signs"), ["value='signs'", "Did you mean 'sign'"]),
@@ -252,16 +349,16 @@ def test_it_says_that_it_needs_a_layer(level: Level) -> None:
 
 
 def test_exact_without_its_sums_says_so() -> None:
-    layer, watcher, _, _ = linear_case(6, 3, 4, dgd())
+    layer, watcher, _, _ = linear_case(6, 3, 4, letter())
     with pytest.raises(ValueError, match="Gram matrix"):
-        direction_of(dgd(solver="exact"), layer, watcher, 0.1)
+        direction_of(letter(solver="exact"), layer, watcher, 0.1)
 
 
 @pytest.mark.parametrize(
     "level",
     [
         dgd(),
-        dgd(momentum(0.5), 0.5, "exact", True),
+        letter(momentum(0.5), 0.5, "exact", True),
         ggd(),
         ggd(Dot(), "sign", Decay(0.9)),
     ],

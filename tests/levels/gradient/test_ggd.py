@@ -69,13 +69,14 @@ def test_ggd_on_convolutions(conv: Callable[[], nn.Module]) -> None:
 
 
 def test_degenerate_ggd_is_what_is_known() -> None:
-    layer, watcher, _, _ = linear_case(8, 5, 4, dgd())
+    layer, watcher, _, _ = linear_case(8, 5, 4, dgd(mode="paper"))
     inputs, g = told(watcher, layer.weight), layer.weight.grad
     assert g is not None
     signal = Signal(1, layer.weight.detach(), lr=0.2, inputs=inputs)
     assert inputs is not None
     assert inputs.mean_square is not None
-    delta, _ = advance(dgd(), g, start(dgd(), g), signal)
+    letter = dgd(mode="paper")
+    delta, _ = advance(letter, g, start(letter, g), signal)
     torch.testing.assert_close(
         advance(ggd(), g, {}, signal)[0], delta * (1 + 0.2 * inputs.mean_square), rtol=1e-12, atol=0
     )

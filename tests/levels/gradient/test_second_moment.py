@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nestopt.core import Signal
+from nestopt.core import Signal, chain, parallel
 from nestopt.core.part import FieldError
-from nestopt.levels import adam, gd, momentum, newton_schulz, second_moment
+from nestopt.levels import adam, gd, m3, momentum, muon, newton_schulz, second_moment, shampoo
 from nestopt.optim import Nested
 from tests.levels.gradient.tools import bytes_per_parameter, randoms, run, same
 
@@ -33,10 +33,28 @@ def test_it_sees_the_gradient_and_scales_the_direction() -> None:
     grads, h = randoms(3, 4), torch.zeros(3, 4, dtype=torch.float64)
     inner = run(newton_schulz(), grads)
     for g, got, direction in zip(
-        grads, run(second_moment(eps=0.0, of=newton_schulz(), mode="sum"), grads), inner, strict=True
+        grads, run(second_moment(eps=0.0, of=newton_schulz(), mode="sum", sees="gradient"), grads), inner, strict=True
     ):
         h = h + g**2
         same(got, direction / h.sqrt())
+
+
+@pytest.mark.parametrize("of", [newton_schulz(), adam(), muon(), chain(momentum(), newton_schulz()), shampoo(), m3()])
+def test_it_sees_a_direction_that_has_forgotten_scale(of) -> None:
+    assert of.forgets_scale
+    grads, h = randoms(3, 4), torch.zeros(3, 4, dtype=torch.float64)
+    inner = run(of, grads)
+    for t, (got, u) in enumerate(zip(run(second_moment(0.9, 0.0, of=of), grads), inner, strict=True), start=1):
+        h = 0.9 * h + 0.1 * u**2
+        same(got, (u / (h / (1 - 0.9**t)).sqrt()).clamp(-3, 3), 1e-9)
+    same(run(second_moment(of=of), [1e6 * g for g in grads]), run(second_moment(of=of), grads), 1e-3)
+
+
+@pytest.mark.parametrize("of", [gd(), momentum(), parallel(gd(), adam()), m3(mode="paper")])
+def test_of_another_it_sees_the_gradient(of) -> None:
+    assert not of.forgets_scale
+    grads = randoms(3, 4)
+    assert torch.equal(run(second_moment(of=of), grads), run(second_moment(of=of, sees="gradient"), grads))
 
 
 def test_adam_is_two_memories_in_parallel() -> None:
@@ -107,6 +125,7 @@ def test_it_is_elementwise_where_what_it_scales_is() -> None:
     [
         (lambda: second_moment(1.0), ["beta2=1.0", "[0, 1)"]),
         (lambda: second_moment(eps=-1.0), ["eps=-1.0"]),
+        (lambda: second_moment(sees="gradients"), ["sees='gradients'", "Did you mean 'gradient'"]),
         (lambda: second_moment(mode="mean"), ["mode='mean'", "'ema', 'sum'"]),
         (lambda: second_moment(0.9, mode="sum"), ["beta2=0.9", "no effect", "mode='sum'"]),
         (lambda: second_moment(of="momentum"), ["of='momentum'", "not a level"]),

@@ -175,7 +175,7 @@ class Training:
 
     def _end(self, log: Loggers | None, report: Report) -> float:
         self.engine.check_weights()
-        report.say(f"measuring on {self.held_out.bytes:,} held-out bytes …")
+        report.say(f"measuring on {self.held_out.bytes:,} held-out {report.unit}s …")
         score = self._evaluate(self.held_out)
         weights = self.engine.checkpoints.whole_weights(self.run.path)
         self._sample()

@@ -46,7 +46,7 @@ class Report:
 
     def __init__(self, run: Run, source: Source, held_out: HeldOut, size: int, *, quiet: bool) -> None:
         self.run, self.source, self.held_out, self.quiet = run, source, held_out, quiet
-        self._size, self._unit = size, "byte" if held_out.answers is None else "token"
+        self._size, self.unit = size, "byte" if held_out.answers is None else "token"
 
     @functools.cached_property
     def baselines(self) -> dict[str, float]:
@@ -68,7 +68,7 @@ class Report:
         section = config.model
         mixers = " and ".join(dict.fromkeys(level.label for level in section.mixers or [section.mixer]))
         self.say(
-            f"{self.source.name}: {text}, {self.held_out.bytes:,} held-out {self._unit}s to measure on\n"
+            f"{self.source.name}: {text}, {self.held_out.bytes:,} held-out {self.unit}s to measure on\n"
             f"model: {self._size:,} parameters, {section.blocks} blocks of {mixers}, then {section.mlp.label}, "
             f"width {section.dim}; optimizer: {stacks}\n"
             f"run: {self.run.path}"
@@ -131,8 +131,8 @@ class Report:
         self.say(
             "\n".join(
                 [
-                    f"bits per {'answer' if self._unit == 'token' else 'byte'} on {self.held_out.bytes:,} held-out "
-                    f"{self._unit}s, after {seconds:.0f} s of training:",
+                    f"bits per {'answer' if self.unit == 'token' else 'byte'} on {self.held_out.bytes:,} held-out "
+                    f"{self.unit}s, after {seconds:.0f} s of training:",
                     *lines,
                 ]
             )

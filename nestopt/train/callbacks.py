@@ -6,22 +6,19 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
+from torch.optim import Optimizer
 
+from nestopt.config import Config
 from nestopt.core.hookspecs import Register, hookimpl
 from nestopt.core.part import Part
 from nestopt.core.registry import UnknownName, registry
+from nestopt.models import HopeLM
 from nestopt.train.errors import TrainingError
 from nestopt.train.report.metrics import read
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
-    from nestopt.config import Config
-    from nestopt.models import HopeLM
-    from nestopt.train.run import Run
+from nestopt.train.run import Run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,9 @@ import uuid
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import IO, TYPE_CHECKING, Any, ClassVar
+from typing import IO, Any, ClassVar
 
+from nestopt.config import Config
 from nestopt.config.files import replacing
 from nestopt.core.hookspecs import Register, hookimpl
 from nestopt.core.part import Part
@@ -19,10 +20,7 @@ from nestopt.train.callbacks import blamed
 from nestopt.train.errors import damaged, extra
 from nestopt.train.folder import appending, check_file, saying
 from nestopt.train.report.metrics import MetricsLog, read
-
-if TYPE_CHECKING:
-    from nestopt.config import Config
-    from nestopt.train.run import Run
+from nestopt.train.run import Run
 
 Record = Mapping[str, Any]
 """What is measured at once: `step`, `seconds` (of training), and names such as `train/loss` with numbers."""

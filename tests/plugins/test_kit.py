@@ -46,9 +46,9 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_is_a_template_for_every_hook() -> None:
-    assert {kind: hooks[0] for kind, hooks in templates.HOOKS.items()} == {
-        kind: hook for kind, (_, hook) in KINDS.items()
-    }
+    for kind, hooks in templates.HOOKS.items():
+        assert hooks[0] == KINDS[kind][1]
+    assert KINDS.keys() - templates.HOOKS.keys() <= {"task"}  # of the evidence suite, which have a page of their own
 
 
 def test_the_tests_of_every_package_pass(packages: Path) -> None:

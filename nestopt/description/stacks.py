@@ -19,6 +19,7 @@ from nestopt.core.memories import Memory as Store
 from nestopt.core.memories import Window
 from nestopt.core.nesting import Nest
 from nestopt.core.order import Node
+from nestopt.core.part import PARAM
 from nestopt.core.tree import State, leaves
 from nestopt.core.weights import OfWeights
 from nestopt.description.memory import Context, Memory
@@ -75,8 +76,8 @@ def memories(level: Level, name: str, context: Context, sizes: Sizes | None, per
         sizes: of `measure`; None where no shape is known.
         period: of what it is in.
     """
-    if context == "tokens" and level.of_weights:
-        begin(level, (2, 2), context)  # which refuses
+    if context == "tokens" and (level.of_weights or PARAM in level.needs):
+        begin(level, (2, 2), context)  # which says why not, if not
     nodes = level.nodes(name, period)
     owned = {} if sizes is None else _owned(sizes, nodes)
     growing = {node.name for node in nodes if node.rule == "append"} if _unbounded(level) else set()

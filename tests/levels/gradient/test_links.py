@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -261,3 +264,17 @@ def test_a_recipe_is_its_chain_and_its_own_fields_are_its_keys() -> None:
         nestopt.build("level", {"level": "lamb", "betas": [0.9, 1.0]})
     with pytest.raises(nestopt.ConfigError, match="levels"):
         nestopt.build("level", {"level": "lamb", "levels": ["adam"]})
+
+
+def test_schedules_copies_and_changes_reach_into_a_recipe() -> None:
+    weight = torch.nn.Parameter(torch.randn(3, 2))
+    optimizer = nestopt.optimizer([weight], levels.lamb(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=5)
+    weight.grad = torch.randn(3, 2)
+    optimizer.step()
+    schedule.step()
+    (group,) = optimizer.param_groups
+    assert optimizer.level(group).levels["adam"].betas == (group["momentum"], 0.999) != (0.9, 0.999)
+    assert levels.lamb() == copy.deepcopy(levels.lamb()) == pickle.loads(pickle.dumps(levels.lamb()))
+    changed = dataclasses.replace(levels.lamb(), weight_decay=0.5)
+    assert changed.levels["weight_decay"] == weight_decay(0.5)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nestopt import ConfigError
 from nestopt.core import Signal, chain, parallel
 from nestopt.core.part import FieldError
 from nestopt.levels import adam, gd, m3, momentum, muon, newton_schulz, second_moment, shampoo
@@ -128,11 +129,12 @@ def test_it_is_elementwise_where_what_it_scales_is() -> None:
         (lambda: second_moment(sees="gradients"), ["sees='gradients'", "Did you mean 'gradient'"]),
         (lambda: second_moment(mode="mean"), ["mode='mean'", "'ema', 'sum'"]),
         (lambda: second_moment(0.9, mode="sum"), ["beta2=0.9", "no effect", "mode='sum'"]),
-        (lambda: second_moment(of="momentum"), ["of='momentum'", "not a level"]),
+        (lambda: second_moment(of="momentun"), ["of: 'momentun'", "no level is called", "'momentum'"]),
+        (lambda: second_moment(over="columns"), ["over='columns'", "'entries', 'rows', 'factored'"]),
     ],
 )
 def test_wrong_values_say_what_is_allowed(make, words) -> None:
-    with pytest.raises(FieldError) as error:
+    with pytest.raises((FieldError, ConfigError)) as error:
         make()
     for word in words:
         assert word in str(error.value)

@@ -49,10 +49,14 @@ THREE = [
     },
     {"level": "newton_schulz", "dtype": "float32"},
 ]
+AVERAGED = {"level": "weight_average", "decay": 0.5, "inner": THREE}
 REST = {"stack": "adamw", "lr": 0.003}
 RUNS = {
     "hope": {"model": HOPE, "optimizer": {"stack": M3, "lr": 0.01, "weight_decay": 0.1, "rest": REST}},
-    "transformer": {"model": TRANSFORMER, "optimizer": {"stack": THREE, "lr": 0.01, "weight_decay": 0.1, "rest": REST}},
+    "transformer": {
+        "model": TRANSFORMER,
+        "optimizer": {"stack": AVERAGED, "lr": 0.01, "weight_decay": 0.1, "rest": REST},
+    },
 }
 
 STEPS, SAVED = 12, 8
@@ -110,10 +114,20 @@ LEVELS: dict[str, Any] = {
     "second_moment": "second_moment",
     "regression_optimum": "regression_optimum",
     "cms": {"level": "cms", "periods": [1, 2]},
+    "average": "average",
+    "weight_average": {"level": "weight_average", "inner": "adam"},
+    "schedule_free": "schedule_free",
 }
 """A spec of every level on gradients."""
 
 STACKS: dict[str, Any] = {
+    "lookahead of muon": {
+        "level": "nest",
+        "of": "weights",
+        "outer": "gd",
+        "inner": {"level": "muon", "dtype": "float32"},
+        "period": 2,
+    },
     "dgd, up every second step": {"stack": "dgd", "groups": [{"match": "up", "period": 2}], "rest": "adamw"},
 }
 """Sections of a configuration that are more than a level."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from nestopt.core.gates import bind
 from nestopt.core.level import Level
@@ -143,6 +145,7 @@ class Weighted:
     level: Callable[[Group], Level]
     _comm: dist.ProcessGroup | None = None
     _evaluates: bool
+    _model: weakref.ref[nn.Module] | None
 
     def average_over(self, group: dist.ProcessGroup) -> None:
         """Let levels of weights with `across_processes=True` average over these processes; by default over all."""
@@ -171,6 +174,7 @@ class Weighted:
                 state[TRAINED] = param.detach().clone()
                 own.copy_(back(first.evaluated(seen, tree), own, view))
         self._evaluates = evaluates(self.state)
+        show_anew(self._model() if self._model is not None else None)
 
     @torch.no_grad()
     def train(self, mode: bool = True) -> None:
@@ -183,11 +187,20 @@ class Weighted:
                 if (trained := self.state.get(param, {}).pop(TRAINED, None)) is not None:
                     param.copy_(trained)
         self._evaluates = False
+        show_anew(self._model() if self._model is not None else None)
 
     def check_trains(self) -> None:
         """Raise RuntimeError while the parameters hold the weights to evaluate with."""
         if self._evaluates:
             raise RuntimeError("the parameters hold the weights to evaluate with; call optimizer.train() before a step")
+
+
+def show_anew(model: nn.Module | None) -> None:
+    """Let FSDP2 put the weights of a model together anew: some it may still have as they were."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # which whoever cuts a model up has imported
+    for part in model.modules() if model is not None and fsdp is not None else ():
+        if isinstance(part, fsdp.FSDPModule):
+            part.reshard()
 
 
 def evaluates(states: Mapping[Tensor, Mapping[str, Any]]) -> bool:

@@ -176,17 +176,18 @@ class Training:
     def _end(self, log: Loggers | None, report: Report) -> float:
         self.engine.check_weights()
         report.say(f"measuring on {self.held_out.bytes:,} held-out {report.unit}s …")
-        score = self._evaluate(self.held_out)
-        weights = self.engine.checkpoints.whole_weights(self.run.path)
-        self._sample()
-        if log:
-            assert weights is not None
-            self._check_folder()
-            log.append({"step": self.step, "seconds": self.elapsed, "eval/bits_per_byte": score})
-            report.end(score, self.elapsed, self._ended())
-            self.run.save_model(weights, {"step": self.step, "bits_per_byte": score})
-        self.callbacks("on_eval", score)
-        self.callbacks("on_end", score)
+        with self.engine.evaluating():
+            score = self._evaluate(self.held_out)
+            weights = self.engine.checkpoints.whole_weights(self.run.path)
+            self._sample()
+            if log:
+                assert weights is not None
+                self._check_folder()
+                log.append({"step": self.step, "seconds": self.elapsed, "eval/bits_per_byte": score})
+                report.end(score, self.elapsed, self._ended())
+                self.run.save_model(weights, {"step": self.step, "bits_per_byte": score})
+            self.callbacks("on_eval", score)
+            self.callbacks("on_end", score)
         self.engine.wait()
         return score
 
@@ -318,14 +319,15 @@ class Training:
 
     def _middle(self, log: Loggers | None, report: Report, bar: Any) -> float:
         self.engine.check_weights()
-        score = self._evaluate(self.source.held_out(self.config.train.eval_bytes))
-        if log:
-            self._check_folder()
-            log.append({"step": self.step, "seconds": self.elapsed, "eval/bits_per_byte": score})
-            if not self.quiet:
-                bar.write(f"step {self.step}: held out {score:.3f} bits per byte")
-        self.callbacks("on_eval", score)
-        self._show(log, report)
+        with self.engine.evaluating():
+            score = self._evaluate(self.source.held_out(self.config.train.eval_bytes))
+            if log:
+                self._check_folder()
+                log.append({"step": self.step, "seconds": self.elapsed, "eval/bits_per_byte": score})
+                if not self.quiet:
+                    bar.write(f"step {self.step}: held out {score:.3f} bits per byte")
+            self.callbacks("on_eval", score)
+            self._show(log, report)
         return score
 
     def _show(self, log: Loggers | None, report: Report) -> None:

@@ -49,10 +49,14 @@ THREE = [
     },
     {"level": "newton_schulz", "dtype": "float32"},
 ]
+AVERAGED = {"level": "weight_average", "decay": 0.5, "inner": THREE}
 REST = {"stack": "adamw", "lr": 0.003}
 RUNS = {
     "hope": {"model": HOPE, "optimizer": {"stack": M3, "lr": 0.01, "weight_decay": 0.1, "rest": REST}},
-    "transformer": {"model": TRANSFORMER, "optimizer": {"stack": THREE, "lr": 0.01, "weight_decay": 0.1, "rest": REST}},
+    "transformer": {
+        "model": TRANSFORMER,
+        "optimizer": {"stack": AVERAGED, "lr": 0.01, "weight_decay": 0.1, "rest": REST},
+    },
 }
 
 STEPS, SAVED = 12, 8
@@ -113,6 +117,9 @@ LEVELS: dict[str, Any] = {
     "regression_optimum": "regression_optimum",
     "ftrl": {"level": "ftrl", "l1": 1e-4},
     "cms": {"level": "cms", "periods": [1, 2]},
+    "average": "average",
+    "weight_average": {"level": "weight_average", "inner": "adam"},
+    "schedule_free": "schedule_free",
 }
 """A spec of every level on gradients."""
 
@@ -121,6 +128,13 @@ STACKS: dict[str, Any] = {
         "stack": ["gradient_correction", {"level": "clip", "by": "value", "limit": 0.01}, "weight_decay"]
     },
     "links at owners": {"stack": [{"level": "clip", "by": "adaptive", "limit": 0.1}, "lamb"]},
+    "lookahead of muon": {
+        "level": "nest",
+        "of": "weights",
+        "outer": "gd",
+        "inner": {"level": "muon", "dtype": "float32"},
+        "period": 2,
+    },
     "dgd, up every second step": {"stack": "dgd", "groups": [{"match": "up", "period": 2}], "rest": "adamw"},
 }
 """Sections of a configuration that are more than a level."""

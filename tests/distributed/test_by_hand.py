@@ -13,8 +13,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import nestopt
-from nestopt.core import chain
-from nestopt.levels import adam, momentum
+from nestopt.core import chain, nest
+from nestopt.levels import adam, gd, momentum, muon, weight_average
 
 pytestmark = pytest.mark.distributed
 
@@ -28,8 +28,13 @@ STACKS: dict[str, Any] = {
     "shampoo": "shampoo",
     "delta_momentum": "delta_momentum",
     "deep_momentum": "deep_momentum",
+    "lookahead": nest(gd(), chain(momentum(0.5), adam()), of="weights", period=3),
+    "slow muon": nest(momentum(0.5), muon(), of="weights", period=3, step_size=0.7),
+    "average": weight_average(adam(), 0.5),
+    "schedule_free": "schedule_free",
 }
-ENTRYWISE = ("gd", "adamw", "second_moment", "three")
+ENTRYWISE = ("gd", "adamw", "second_moment", "three", "lookahead", "average")
+AVERAGED = ("lookahead", "slow muon", "average", "schedule_free")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -87,8 +92,17 @@ def work(rank: int, folder: str) -> None:
             except RuntimeError as error:
                 found["as it is", name, kind] = str(error)
             model, optimizer = made(stack, dtype, mesh)
-            train(model, nestopt.optim.shard(optimizer, mesh), dtype, range(4))
+            own = nestopt.optim.shard(optimizer, mesh)
+            train(model, own, dtype, range(4))
             found["sharded", name, kind] = weights(model)
+            own.eval()
+            found["evaluated", name, kind] = weights(model)
+            with torch.no_grad():
+                model(torch.ones(2, 6, dtype=dtype))
+            own.train()
+            found["again", name, kind] = weights(model)
+            train(model, own, dtype, range(4, 6))
+            found["on", name, kind] = weights(model)
     # saved and loaded, each process its own
     model, optimizer = made(STACKS["three"], torch.float32, mesh)
     train(model, optimizer, torch.float32, range(2))
@@ -138,6 +152,24 @@ def test_a_sharded_optimizer_takes_one_processs_steps(found: dict[Any, Any], nam
         label = nestopt.config.build("level", STACKS[name]).label
         assert as_it_is.startswith("a.weight lies over several processes (a DTensor), and " + label)
         assert "nestopt.optim.shard(optimizer, mesh)" in as_it_is
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("name", STACKS)
+def test_a_sharded_model_is_evaluated_as_a_whole_one(found: dict[Any, Any], name: str, kind: str) -> None:
+    model, optimizer = made(STACKS[name], DTYPES[kind])
+    train(model, optimizer, DTYPES[kind], range(4))
+    optimizer.eval()
+    tolerance = 1e-5 if kind == "float32" else 2e-2
+    for a, b in zip(found["evaluated", name, kind], weights(model), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    optimizer.train()
+    train(model, optimizer, DTYPES[kind], range(4, 6))
+    for a, b in zip(found["on", name, kind], weights(model), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    trained = found["sharded", name, kind]
+    assert all(map(torch.equal, found["again", name, kind], trained))
+    assert (not all(map(torch.equal, found["evaluated", name, kind], trained))) == (name in AVERAGED)
 
 
 def test_state_on_dtensors_is_saved_and_loaded(found: dict[Any, Any]) -> None:

@@ -86,6 +86,22 @@ def test_the_saved_model_is_the_one_that_was_measured(text, tmp_path):
     assert again == pytest.approx(result.bits_per_byte, rel=1e-6)
 
 
+@pytest.mark.parametrize("level", ["weight_average", "schedule_free"])
+def test_averages_are_measured_and_saved_and_training_knows_nothing_of_it(text, tmp_path, level):
+    stack = {"level": level, "inner": "muon"} | ({"decay": 0.8} if level == "weight_average" else {})
+    result = train(config(text, tmp_path, optimizer__stack=stack), quiet=True)
+    held_out = torch.from_numpy(held_out_text(from_path(text).held_out, 500))
+    again = bits_per_byte(result.run.load_model(), held_out, window=32, batch=16)
+    assert again == pytest.approx(result.bits_per_byte, rel=1e-6)
+    seldom = train(config(text, tmp_path, optimizer__stack=stack, train__eval_every=0), quiet=True)
+    assert seldom.bits_per_byte == result.bits_per_byte
+    if level == "weight_average":
+        plain = train(config(text, tmp_path, optimizer__stack="muon"), quiet=True)
+        losses = [[row["train/loss"] for row in rows(run) if "train/loss" in row] for run in (plain.run, result.run)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # other kernels round otherwise
+        assert plain.bits_per_byte != result.bits_per_byte
+
+
 def rows(run):
     """What is measured, without what depends on the machine's speed."""
     return [
@@ -99,6 +115,8 @@ def rows(run):
         "muon",
         {"level": "chain", "levels": [{"level": "momentum", "period": 3}, "adam"]},
         {"level": "nest", "outer": {"level": "momentum", "period": 4}, "inner": "adam"},
+        {"level": "nest", "of": "weights", "outer": "gd", "inner": "muon", "period": 4},
+        {"level": "schedule_free", "inner": {"level": "momentum", "beta": {"schedule": {0: 0.5, 15: 0.9}}}},
     ],
 )
 def test_an_interrupted_run_goes_on_exactly(text, tmp_path, stack, monkeypatch):

@@ -23,6 +23,7 @@ from nestopt.optim.sharded.owners import owners, step_cost
 from nestopt.optim.sharded.saved import CheckpointMismatch, Saved, SavedState, StateKeys, TensorSlice
 from nestopt.optim.sharded.slices import Slice
 from nestopt.optim.sharded.units import Flat, Group, Owned, Unit, Whole
+from nestopt.optim.weights import show_anew
 
 TAKEN = "steps_taken"
 """A group's key for how many steps it has taken."""
@@ -78,6 +79,8 @@ class Sharded(Optimizer):
         self._comm: Any = None
         self._units: dict[int, tuple[Unit, Placement]] = {}
         self._attached = self._warned = False
+        self.spread: Callable[[], None] = lambda: None
+        """Lets the model have what has been written, where its weights are copies."""
         self.skipping = False
         """Whether steps are to be none, as those before `attach`."""
 
@@ -205,6 +208,26 @@ class Sharded(Optimizer):
         """Forget what layers were shown since the last step."""
         if isinstance(self.nested.watcher, Watcher):
             self.nested.watcher.forget()
+
+    @property
+    def of_weights(self) -> bool:
+        """Whether there are weights to evaluate with that are not those that are trained."""
+        return any(self.level(group).of_weights for group in self.param_groups)
+
+    @torch.no_grad()
+    def train(self, mode: bool = True) -> None:
+        """Do as `Nested.train`; all processes together."""
+        if not self.of_weights:
+            return
+        for unit in self.units():
+            unit.train(mode)
+        self.spread()
+        model = self.nested._model
+        show_anew(model() if model is not None else None)
+
+    def eval(self) -> None:
+        """Do as `Nested.eval`; all processes together."""
+        self.train(False)
 
     def explain(self) -> Any:
         """Explain as `Nested.explain` does."""

@@ -86,6 +86,11 @@ class Unit(ABC):
     def load_weights(self, saved: Saved) -> None:
         load_weights(saved, self.table, self.tensors)
 
+    def train(self, mode: bool) -> None:
+        """Have the weights that are trained, or, with `mode=False`, those to evaluate with; as `Nested.train`."""
+        for nested in self.inner():
+            nested.train(mode)
+
     @abstractmethod
     def state(self) -> Iterator[tuple[str, TensorSlice]]:
         """Return the state that this process keeps."""
@@ -228,6 +233,12 @@ class Owned(Unit):
         if behind is not None:
             behind[0].exchange.store(behind[1], sources[1])
 
+    def train(self, mode: bool) -> None:
+        slices = [tensor.detach() for tensor in self.tensors]
+        for now in self.rounds:
+            (values,) = now.exchange.unpack(now.exchange.gather([slices]), 1)
+            now.exchange.store(now.train(values, mode, slices[0]), slices)
+
     def inner(self) -> Iterator[Nested]:
         for now in self.rounds:
             yield now.nested
@@ -281,6 +292,15 @@ class _Round:
             param.data, grad = values.pop(name), grads.pop(name)
             param.grad = None if name in without else grad
         self.nested.step()
+        pending = self.exchange.scatter({name: param.data for name, param in self.work.items()}, like)
+        self._empty()
+        return pending
+
+    def train(self, values: dict[str, Tensor], mode: bool, like: Tensor) -> Pending:
+        """Put others in the place of the weights that have come, and send them back."""
+        for name, param in self.work.items():
+            param.data = values.pop(name)
+        self.nested.train(mode)
         pending = self.exchange.scatter({name: param.data for name, param in self.work.items()}, like)
         self._empty()
         return pending

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -78,6 +79,7 @@ def initialized(
     nested.tell_loss_scale(1 / engine.gradient_accumulation_steps())
     placements, comm = zero_layout.placements(engine, optimizer)
     optimizer.attach(placements, comm)
+    optimizer.spread = partial(zero_layout.spread, engine)
     if any(INPUTS in optimizer.level(group).needs for group in optimizer.param_groups):
         called.register_forward_pre_hook(lambda module, args: _begin_step(engine, optimizer))
     engine.nestopt = CheckpointManager(
@@ -87,7 +89,7 @@ def initialized(
         world=torch.distributed.get_world_size(),
         cut=deepspeed_settings.stage_of(settings) == 3,
         wait=torch.distributed.barrier,
-        spread=lambda: zero_layout.spread(engine),
+        spread=optimizer.spread,
     )
     return engine, optimizer, loader, scheduler
 

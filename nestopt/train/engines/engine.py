@@ -76,6 +76,7 @@ class Engine:
         self.optimizer = Sharded(nested)
         self.model = self._wrapped(objective)
         self.optimizer.attach(self._placements(), self.comm)
+        self.optimizer.spread = self._spread
         self.checkpoints = CheckpointManager(
             self.lm,
             self.optimizer,
@@ -199,6 +200,15 @@ class Engine:
         clip = self.config.train.clip
         params = [param for group in self.optimizer.param_groups for param in group["params"]]
         return nn.utils.clip_grad_norm_(params, float("inf") if clip is None else clip)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Let the model have the weights to evaluate with within this, where a level of weights has others."""
+        self.optimizer.eval()
+        try:
+            yield
+        finally:
+            self.optimizer.train()
 
     @torch.no_grad()
     def _spread(self) -> None:

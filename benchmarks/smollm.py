@@ -37,7 +37,7 @@ def cosines(model: Any, tokens: Tensor) -> list[float]:
             _, state = stacked(tokens, cache=True)
         of = [state[f"block_{i}"]["mlp"]["levels"]["mlp"]["weights"] for i in range(len(model.model.layers))]
         both = zip(of, model.model.layers, strict=True)
-        found.append([w["parts.0.down_proj.weight"][0] - layer.mlp.down_proj.weight for w, layer in both])
+        found.append([w["parts.0.down_proj.weight"][0] - layer.mlp.down_proj.weight.detach() for w, layer in both])
     return [float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)) for a, b in zip(*found, strict=True)]
 
 

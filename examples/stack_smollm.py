@@ -57,8 +57,9 @@ def main(given: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--tokens", type=int, default=4096, help="how many (default 4,096)")
     parser.add_argument("--window", type=int, default=256, help="tokens of a context (default 256)")
     parser.add_argument("--period", type=int, default=64, help="tokens between writes (default 64)")
-    parser.add_argument("--layers", type=int, default=8, help="the last so many layers learn (default 8)")
-    parser.add_argument("--rate", type=float, default=3e-4, help="of the steps (default 3e-4)")
+    parser.add_argument("--layers", type=int, default=30, help="the last so many layers learn (default 30, all)")
+    parser.add_argument("--signal", choices=("exact", "residual"), default="exact", help="what teaches them")
+    parser.add_argument("--rate", type=float, help="of the steps (default: 4e-3, or 3e-4 of the residual signal)")
     parser.add_argument("--out", type=Path, help="a picture of the loss along the text")
     args = parser.parse_args(given)
     model, tokenizer = smollm2()
@@ -70,7 +71,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, float]:
     begun = time.perf_counter()
     found["frozen"], _ = read(stack(model, periods, rate=0), tokens, args.window, None, learn=False)
     frozen_s = time.perf_counter() - begun
-    learner, begun = stack(model, periods, rate=args.rate), time.perf_counter()
+    learner, begun = stack(model, periods, rate=args.rate, signal=args.signal), time.perf_counter()
     found["learning"], state = read(learner, tokens, args.window, None, learn=True)
     learning_s = time.perf_counter() - begun
     found["second look"], _ = read(learner, tokens, args.window, state, learn=False)

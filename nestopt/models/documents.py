@@ -160,7 +160,8 @@ def _groups(pieces: Pieces, length: int, lockstep: bool) -> Iterator[Group]:
 
 def _alike(states: list[State]) -> list[Mapping[str, Any]]:
     """States of which all or none carry a position that waits for its next token."""
-    if not any(TAUGHT in state and state[TAUGHT]["live"].shape[1] for state in states):
+    # of a segment that is open the state always has as many places
+    if not any("live" in state.get(TAUGHT, {}) and state[TAUGHT]["live"].shape[1] for state in states):
         return list(states)
     return [{**state, TAUGHT: _with_place(state[TAUGHT])} for state in states]
 

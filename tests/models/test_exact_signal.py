@@ -52,6 +52,10 @@ MODELS: dict[str, dict[str, object]] = {
 }
 
 
+SLOWLY = [name if name in ("deltanet", "window") else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+"""Of which most are for runs that take their time."""
+
+
 class Loop:
     """One sequence, token by token; where a segment is over, its loss is differentiated by all weights as they are."""
 
@@ -105,7 +109,14 @@ class Loop:
 
 
 @pytest.mark.parametrize(
-    ("name", "periods"), [*((name, (3, 5)) for name in MODELS), ("deltanet", (4, 2)), ("deltanet", (1,))]
+    ("name", "periods"),
+    [
+        ("deltanet", (3, 5)),
+        ("window", (3, 5)),
+        ("deltanet", (4, 2)),
+        ("deltanet", (1,)),
+        *(pytest.param(name, (3, 5), marks=pytest.mark.slow) for name in ("titans", "hope", "both")),
+    ],
 )
 def test_it_is_the_loop_over_tokens(name: str, periods: tuple[int, ...]) -> None:
     model, tokens = make(**MODELS[name], mlp=taught(periods)), some(2, 8)
@@ -125,7 +136,7 @@ def test_it_is_the_loop_over_tokens(name: str, periods: tuple[int, ...]) -> None
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SLOWLY)
 def test_the_gradient_is_that_of_the_loss_and_not_the_residual_streams(name: str) -> None:
     """Before anything is written, in one segment: of each weight of each row of the batch."""
     model, tokens = make(**MODELS[name], mlp=taught((13,), through="stop")), some(3, 14)
@@ -152,7 +163,7 @@ def test_the_gradient_is_that_of_the_loss_and_not_the_residual_streams(name: str
         assert torch.allclose(-write / rate, wanted[2 * i], rtol=1e-10, atol=1e-10) == same
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SLOWLY)
 @given(cuts=st.lists(st.integers(1, 13), max_size=4, unique=True))
 @settings(max_examples=5, deadline=None)
 def test_any_pieces_are_the_whole(name: str, cuts: list[int]) -> None:
@@ -167,7 +178,7 @@ def test_any_pieces_are_the_whole(name: str, cuts: list[int]) -> None:
     torch.testing.assert_close(dict(leaves(state)), dict(leaves(end)), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SLOWLY)
 def test_causal_and_each_sequence_by_itself(name: str) -> None:
     model, tokens = make(**MODELS[name]), some(3)
     logits, _ = model(tokens)
@@ -180,7 +191,7 @@ def test_causal_and_each_sequence_by_itself(name: str) -> None:
     assert not torch.isclose(again[:, 9], logits[:, 9]).any()
 
 
-@pytest.mark.parametrize("name", ["deltanet", "window", "both"])
+@pytest.mark.parametrize("name", ["deltanet", "window", pytest.param("both", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 def test_padding_changes_nothing(name: str, side: str) -> None:
     """Rows then go on from different places of their segments, token by token and at once."""
@@ -219,8 +230,16 @@ def test_rows_are_reset_chosen_and_put_together() -> None:
     torch.testing.assert_close(third[1], other[0], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("through", ["full", "truncated", "first_order"])
-@pytest.mark.parametrize("name", ["deltanet", "titans", "both"])
+@pytest.mark.parametrize(
+    ("name", "through"),
+    [
+        ("deltanet", "full"),
+        ("window", "first_order"),
+        pytest.param("titans", "truncated", marks=pytest.mark.slow),
+        pytest.param("both", "full", marks=pytest.mark.slow),
+        pytest.param("both", "truncated", marks=pytest.mark.slow),
+    ],
+)
 def test_recomputing_changes_no_gradient(name: str, through: str) -> None:
     tokens, found = some(2, 15), []
     for segment in (0, 4):
@@ -242,6 +261,20 @@ def test_packed_documents_are_what_they_are_alone() -> None:
         torch.testing.assert_close(
             model(some(2, 5), state)[0][row], model(some(2, 5)[row : row + 1], last[1])[0][0], rtol=1e-10, atol=1e-10
         )
+
+
+def test_documents_that_go_on_beside_some_that_begin() -> None:
+    model, tokens, more = make(), some(2, 7), some(2, 9, seed=2)
+    starts = torch.zeros_like(more, dtype=torch.bool)
+    starts[1, 0] = starts[0, 5] = True
+    with torch.no_grad():
+        _, state = model(tokens)
+        packed, end = model(more, state, starts=starts)
+        first = model(more[:1, :5], nn_.index(state, [0]))[0]
+        last, own = model(more[:1, 5:])
+        torch.testing.assert_close(packed[:1], torch.cat([first, last], 1), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(packed[1:], model(more[1:])[0], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(model(tokens, end)[0][:1], model(tokens[:1], own)[0], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("learn", [False, "mixer"])
@@ -287,9 +320,3 @@ def test_where_weights_are_cut_up_it_is_refused() -> None:
     with pytest.raises(ValueError, match=r"backward pass within the forward one, and lockstep is set.*residual"):
         model(some())
     check_signal(make(mlp=taught(signal="residual")))
-
-
-def test_compiled_it_is_what_it_was() -> None:
-    model, tokens = make(), some()
-    wanted, _ = model(tokens)
-    torch.testing.assert_close(torch.compile(model, backend="eager")(tokens)[0], wanted, rtol=1e-10, atol=1e-10)

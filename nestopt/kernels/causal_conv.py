@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestopt.kernels.functions import batched, may_write, plus_product
+from nestopt.kernels.functions import batched, may_write
 
 
 def causal_conv(seen: Tensor, weight: Tensor) -> Tensor:
@@ -34,7 +34,10 @@ class _CausalConv(torch.autograd.Function):
         last = seen[..., len(past) :, :]
         y = torch.addcmul(last, last, now)
         for i, w in enumerate(past):
-            y = plus_product(y, seen[..., i : i + length, :], w)
+            # not on y where a compiler traces it: it saves that memory by itself, and that of torch 2.11 gives an
+            # autograd function no gradients if its output was written on
+            add = torch.addcmul if torch.compiler.is_compiling() else Tensor.addcmul_
+            y = add(y, seen[..., i : i + length, :], w)
         return y
 
     @staticmethod

@@ -13,15 +13,6 @@ def may_write() -> bool:
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def plus_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total + a ⊙ b: on `total`, which the caller made and gives up, unless a compiler traces it.
-
-    A compiler saves that memory by itself; and that of torch 2.11 gives an autograd function no gradients if its output
-    was written on.
-    """
-    return torch.addcmul(total, a, b) if torch.compiler.is_compiling() else total.addcmul_(a, b)
-
-
 def batched(function: type[torch.autograd.Function], info: Any, in_dims: Any, args: tuple[Any, ...]) -> Any:
     """Apply `function` under vmap, if it takes any leading dimensions: the new one is put before them.
 

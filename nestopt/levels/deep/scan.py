@@ -28,8 +28,7 @@ from nestopt.levels.deep.mlp import (
     read_and_linearise,
     sensitivities,
 )
-from nestopt.levels.deep.own_values import bounded
-from nestopt.levels.deep.step_size import step_sizes
+from nestopt.levels.deep.step_size import bounded, step_sizes
 from nestopt.levels.deep.weight import BlockWeight
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from nestopt.core.part import FieldError, Number, nearest
 from nestopt.core.pending import PENDING
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, nested, tree_map
-from nestopt.levels.deep.own_values import bounded
+from nestopt.levels.deep.step_size import bounded
 from nestopt.levels.self_modifying.writes import in_turn, together
 
 ADAPTIVE = ("k", "v", "q", "eta", "alpha")
@@ -62,7 +62,7 @@ class SelfModifying(Level):
         eta_max: multiplies η where `normalized=False`.
         normalized: take η as the share of the greatest step that does not overshoot
             (`nestopt.levels.deep.step_size`), and values that are bounded by what they are made of
-            (`nestopt.levels.deep.own_values`), so that the memories do not diverge. `"layerwise"`: the step that
+            (`nestopt.levels.deep.step_size.bounded`), so that the memories do not diverge. `"layerwise"`: the step that
             `titans` has by default, with such values; give `delta=0.0` with it, on tokens. False is the letter of the
             equations.
         bound: of the normalised step, in (0, 2).

@@ -16,7 +16,6 @@ from nestopt.core.pending import COUNT, RowChunks
 from nestopt.kernels.products import GateProducts
 from nestopt.levels.deep import mlp
 from nestopt.levels.deep.mlp import Chunk, ChunkGates, Settings
-from nestopt.levels.deep.own_values import bounded
 from nestopt.levels.deep.scan import (
     WeightState,
     block_weights,
@@ -28,6 +27,7 @@ from nestopt.levels.deep.scan import (
     step,
     weights_after,
 )
+from nestopt.levels.deep.step_size import bounded
 from nestopt.levels.deep.weight import BlockWeight
 
 SOURCES = {"k": "k", "v": "v", "q": "q", "eta": "k", "alpha": "k"}

@@ -71,7 +71,7 @@ def self_modifying(
         momentum: θ in [0, 1): a number, `[H]` or `[B, T, H]`; None is none, and there is no state for it.
         delta: δ, 0 for none and 1 for delta gradient descent, by each layer's own input.
         step: `"normalized"`: η = η̃ · bound · α (1 - θ) / (ε + n) with η̃ the gate (`nestopt.levels.deep.step_size`), and
-            values that are bounded (`nestopt.levels.deep.own_values`), so that memories do not diverge. `"raw"`: η as
+            values that are bounded (`bounded` there), so that memories do not diverge. `"raw"`: η as
             above times `eta_max`, the letter of the equations.
         bound: of a chunk's whole step along any direction, in (0, 2).
         eta_max: of the raw step.

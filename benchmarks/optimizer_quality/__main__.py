@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.optimizer_quality.problems import PROBLEMS
+from benchmarks.optimizer_quality.problems import ON_DIGITS, PROBLEMS
 from benchmarks.optimizer_quality.rows import ROWS
 from benchmarks.optimizer_quality.sweep import append, planned, read, train
 from benchmarks.optimizer_quality.table import table
@@ -18,7 +19,9 @@ from benchmarks.optimizer_quality.table import table
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.optimizer_quality", description=__doc__)
     installed = [name for name, row in ROWS.items() if row.is_installed]
-    parser.add_argument("--problems", type=_names(PROBLEMS), default=list(PROBLEMS), help="of " + ", ".join(PROBLEMS))
+    has_digits = importlib.util.find_spec("sklearn") is not None
+    possible = [name for name in PROBLEMS if has_digits or name not in ON_DIGITS]
+    parser.add_argument("--problems", type=_names(PROBLEMS), default=possible, help="of " + ", ".join(PROBLEMS))
     parser.add_argument("--optimizers", type=_names(ROWS), default=installed, help="of " + "; ".join(ROWS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
@@ -29,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(given.threads)
     if absent := [name for name in given.optimizers if not ROWS[name].is_installed]:
         parser.error(f"not installed: {', '.join(f'{ROWS[name].needs} (for {name!r})' for name in absent)}")
+    if absent := [name for name in given.problems if name not in possible]:
+        parser.error(f"not installed: scikit-learn (for {', '.join(absent)})")
     runs = list(planned(given.problems, given.optimizers, given.steps, given.rates, given.seeds))
     results = read(given.out)
     missing = [run for run in runs if run not in results]

@@ -204,6 +204,9 @@ def embedding(seed: int) -> Task:
     return _on_text(_Pairs(), seed)
 
 
+ON_DIGITS = frozenset({"digits", "cnn", "vit"})
+"""Those that need scikit-learn."""
+
 PROBLEMS: dict[str, Callable[[int], Task]] = {
     "digits": digits,
     "cnn": cnn,

@@ -87,5 +87,5 @@ ROWS: dict[str, Row] = {
     "torch Muon": Row(_torch_muon, 0.03),
     "pytorch-optimizer Lion": theirs(_of("pytorch_optimizer", "Lion"), 3e-4, "pytorch_optimizer"),
     "pytorch-optimizer SOAP": theirs(_of("pytorch_optimizer", "SOAP"), 3e-3, "pytorch_optimizer"),
-    "HeavyBall ForeachSOAP": theirs(_of("heavyball", "ForeachSOAP"), 3e-3, "heavyball"),
+    "HeavyBall SOAP": theirs(_of("heavyball", "SOAP"), 3e-3, "heavyball"),
 }

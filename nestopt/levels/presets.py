@@ -194,13 +194,14 @@ class DeepMomentum(AssociativeMemory):
       \tfrac12\lVert k + m(k;\theta) - g/s\rVert^2\big),\quad k = M/s \;\text{by row}; \qquad
       M \leftarrow \beta M + (1-\beta) g$$
 
-    $$u = \rho\,(k + m(k;\theta)), \quad k = M/s, \qquad \rho:\; \lVert u\rVert_F = \lVert M\rVert_F/(1-\beta^t),
+    $$u = \rho\,(k + m(k;\theta)), \quad k = M/s, \qquad \rho:\; \lVert u\rVert_F = \lVert M\rVert_F,
       \qquad s = \max(\mathrm{rms}(M), \mathrm{rms}(g)/10)$$
 
     A memory of keys must be asked for what its key does not say: the next gradient, of which the average M knows only
-    the mean. W1 starts at 0, so it starts as momentum, and keeps momentum's length. Convention: an average, of the
-    gradient's own size: `gd`'s learning rates serve, and ten times `momentum`'s. State: beside M, with the default
-    Adam as rule and min(rows, columns) hidden units, at most 6 numbers per entry of a matrix; with half as many, half.
+    the mean. W1 starts at 0: the level starts as `momentum(β, dampening=β)`, and keeps its length. Convention: an
+    average, of the gradient's own size; 1/(1-β) times the learning rate of `momentum` serves. State: beside M, with
+    the default Adam as rule and min(rows, columns) hidden units, at most 6 numbers per entry of a matrix; with half as
+    many, half.
 
     `mode="paper"` has no M; the MLP answers each row û of the unit-RMS gradient with itself, and
     $u = \mathrm{rms}(g)\, m(\hat u; \theta)$. A perfect one is gradient descent, and it starts at 0.
@@ -212,14 +213,14 @@ class DeepMomentum(AssociativeMemory):
         mode: `"next"` (default) or `"paper"`.
     """
 
-    former_defaults: ClassVar[Mapping[str, Any]] = {"mode": "paper", "step_size": 0.02}
+    former_defaults: ClassVar[Mapping[str, Any]] = {"mode": "paper", "step_size": 0.02, "beta": 0.9}
     momentum_field: ClassVar[str | None] = "beta"
 
     memory: Memory = dataclasses.field(default_factory=lambda: Mlp(residual=False))
     objective: Objective = dataclasses.field(default_factory=L2)
     rule: Level = dataclasses.field(default_factory=lambda: Adam((0.9, 0.99)))
     retention: Retention = dataclasses.field(default_factory=lambda: Decay(0.999))
-    step_size: Number = 0.005
+    step_size: Number = 0.001
     beta: float = 0.9
     mode: Literal["next", "paper"] = "next"
 
@@ -247,5 +248,4 @@ class DeepMomentum(AssociativeMemory):
         k = rows(average) / scale
         read = self.output(k + self.memory.read(theta, k))
         read = read * (length(k) / length(read))
-        u = signal.debias((read * scale).reshape(grad.shape), self.beta)
-        return u, {"memory": theta, "rule": rules, "average": average}
+        return (read * scale).reshape(grad.shape), {"memory": theta, "rule": rules, "average": average}

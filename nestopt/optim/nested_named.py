@@ -131,11 +131,11 @@ class DeepMomentum(OfLevel, of=DeepMomentumLevel):
     """Deep momentum (DMGD): the level `deep_momentum`, an MLP per tensor as the memory of its gradients.
 
     Args:
-        lr: of directions about as long as the gradient. Default 1e-3.
+        lr: of directions as long as an average of gradients. Default 1e-3.
         hidden: width of the MLP. Default min(rows, columns) of the tensor.
         activation: of the MLP. Default `"silu"`.
         rule: the level by which the MLP learns, or a spec of one. Default `adam(betas=(0.9, 0.99))`.
-        step_size: of that rule. Default 0.02.
+        step_size: of that rule. Default 0.001.
         keep: the share of the MLP's weights that a step keeps. Default 0.999.
     """
 
@@ -146,10 +146,12 @@ class DeepMomentum(OfLevel, of=DeepMomentumLevel):
         hidden: int | None = None,
         activation: Literal["silu", "gelu", "relu", "tanh", "identity"] = "silu",
         rule: Any = None,
-        step_size: float = 0.02,
+        step_size: float = 0.001,
         keep: float = 0.999,
         weight_decay: float = 0.0,
         *,
+        beta: float = 0.9,
+        mode: Literal["next", "paper"] = "next",
         maximize: bool = False,
         on_nonfinite: OnNonfinite = "ignore",
     ) -> None:
@@ -157,12 +159,15 @@ class DeepMomentum(OfLevel, of=DeepMomentumLevel):
         self._start_with(locals())
 
     def level(self, group: dict[str, Any]) -> Level:
-        return DeepMomentumLevel(
+        level = DeepMomentumLevel(
             memory=Mlp(hidden=group["hidden"], activation=group["activation"], residual=False),
             rule=build("level", group["rule"], "rule"),
             step_size=group["step_size"],
             retention=Decay(group["keep"]),
+            beta=group["beta"],
+            mode=group["mode"],
         )
+        return Nested.level(self, {**group, "stack": level})
 
 
 class Shampoo(OfLevel, of=ShampooLevel):

@@ -30,8 +30,8 @@ class SecondMoment(Level):
     `second_moment(of=momentum(β1, dampening=β1))`, over $1-\beta_1^t$. Of a direction that has forgotten the gradient's
     scale (`Level.forgets_scale`: muon), which that would bring back as its inverse, h sees the squares instead, as in
     AdaMuon, and an entry is held within ±3, the multiple of its usual size. With `of=gd` it is RMSProp, with
-    `mode="sum"`, $h \leftarrow h + g^2$, AdaGrad. Convention: an average; the direction of `of=gd` has entries of
-    size about 1. Entries of g beyond ±2⁵⁰, whose squares would not fit float32, count as that.
+    `mode="sum"`, $h \leftarrow h + g^2$, AdaGrad. Convention: an average; entries of directions are of size about 1.
+    Entries of g beyond ±2⁵⁰, whose squares would not fit float32, count as that.
 
     Args:
         beta2: decay of the average, in [0, 1). Default 0.999.

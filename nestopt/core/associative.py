@@ -47,6 +47,9 @@ class Gd(Level):
         return grad
 
 
+AS_IT_IS = Gd()
+
+
 class AssociativeMemory(Level):
     r"""A memory of any kind that learns its associations by any rule (NL Def. 1).
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nestopt.core.associative import Gd
+from nestopt.core.associative import AS_IT_IS
 from nestopt.core.clock import advance, advance_, start
 from nestopt.core.level import Level
 from nestopt.core.order import Node
@@ -131,9 +131,6 @@ class _Many(Level):
         return {name: level.init_tokens(dim_k, dim_v, like, given.get(name, {})) for name, level in self.levels.items()}
 
 
-_AS_IT_IS = Gd()
-
-
 class Chain(_Many):
     """Each level is shown the direction of the one before it; the last one's direction is the chain's.
 
@@ -169,14 +166,13 @@ class Chain(_Many):
     def before_last_(self, grad: Tensor, state: State, signal: Signal) -> tuple[Level, Tensor, State]:
         *before, final = self.levels
         last = self.levels[final]
-        for i, name in enumerate(self.levels):
+        for i, (name, level) in enumerate(self.levels.items()):
             # a direction lasts until another level's step, and a level may have several within
             grad = grad.clone() if i and self._several[name] else grad
-            level = self.levels[name]
             if i + 2 == len(self.levels) and level.period == 1 and signal.note is None and last.averages is not None:
                 key, keep, take = last.averages
                 if level.average_(state[final][key], keep, take, grad, state[name], signal):
-                    return _AS_IT_IS, state[final][key], {}
+                    return AS_IT_IS, state[final][key], {}
             if i < len(before):
                 grad = advance_(level, grad, state[name], signal.inside(name))
         return last, grad, state[final]
@@ -199,7 +195,6 @@ class Parallel(_Many):
     """
 
     reads_param: ClassVar[bool] = False
-
     weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:

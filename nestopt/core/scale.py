@@ -7,14 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-EXPONENTS = {
-    torch.float64: (torch.int64, 0x7FF0000000000000),
-    torch.float32: (torch.int32, 0x7F800000),
-    torch.bfloat16: (torch.int16, 0x7F80),
-    torch.float16: (torch.int16, 0x7C00),
-}
-"""Of each dtype, the whole numbers of its size, and the bits of its exponent in them: those of a power of 2."""
-
 
 def largest(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
     """Return the largest absolute value over `dim` (default: all), kept above 0; no gradient passes through it."""
@@ -27,13 +19,6 @@ def largest(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
     else:
         norm = torch.linalg.vector_norm(x, math.inf, dim, keepdim=keep)
     return norm.clamp_min(torch.finfo(x.dtype).tiny)
-
-
-def magnitude(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
-    """Return the power of 2 that is at most `largest`, and over half of it: a division by it rounds nothing."""
-    size = largest(x, dim)
-    whole, exponent = EXPONENTS[size.dtype]
-    return (size.view(whole) & exponent).view(size.dtype)
 
 
 def length(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nestopt.core.device import constant_in_graphs
-from nestopt.core.scale import magnitude
+from nestopt.core.scale import largest
 
 Triple = tuple[float, float, float]
 Form = Literal["auto", "standard", "gram"]
@@ -38,8 +38,6 @@ SETS: dict[str, tuple[Triple, ...]] = {"quintic": (QUINTIC,), "cubic": (CUBIC,),
 Coefficients = str | Sequence[float]
 Product = Callable[..., Tensor]
 
-IN_RANGE = 2.0**50
-"""Between 1 / this and this, the norm of a matrix is that of numbers whose squares float32 and bfloat16 hold."""
 TINY = 8
 """Short sides below this: torch's batched product of so small matrices rounds bfloat16 otherwise than its plain one."""
 WIDE = 1.5
@@ -107,7 +105,7 @@ def newton_schulz(
         dtype: in which to iterate. Default: `work_dtype(x)`.
         form: `"standard"`, as above; `"gram"`: all steps are polynomials of $G = XX^\top$, so they are multiplied up as
             matrices of the short side and applied to X once. `"auto"`: the one of fewer FLOPs (float64: standard).
-        detached: no autograd and no `vmap`: the CPU may then look at numbers, and make symmetric products as such.
+        detached: no autograd and no `vmap`: products that are symmetric are then made as such, on the CPU.
         factor: of the result.
 
     Returns:
@@ -118,12 +116,16 @@ def newton_schulz(
     if x.ndim > 2 and dtype == torch.bfloat16 and min(x.shape[-2:]) < TINY:
         each_ = partial(newton_schulz, steps=steps, coefficients=coefficients, eps=eps, dtype=dtype, form=form)
         return torch.stack([each_(each, factor=factor) for each in x.flatten(0, -3)]).reshape(x.shape)
-    tall, on_host = x.shape[-2] > x.shape[-1], detached and x.device.type == "cpu"
-    x = _normalised(x, dtype, eps, detached=detached)
+    tall = x.shape[-2] > x.shape[-1]
+    if not eps:  # in one pass if no one has to see what is between
+        size, eps = largest(x, (-2, -1)), torch.finfo(x.dtype).tiny
+        x = torch.div(x, size, out=torch.empty_like(x, dtype=dtype)) if detached else x / size
+    x = x.to(dtype)
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
     x = x.mT if tall else x
     shape, x = x.shape, x if x.ndim == 2 else x.flatten(0, -3)
     short, long = x.shape[-2:]
-    by_strips = on_host and form != "standard" and x.ndim == 2 and short >= STRIPS * STRIP
+    by_strips = detached and form != "standard" and x.ndim == 2 and short >= STRIPS * STRIP and x.device.type == "cpu"
     square = _by_strips if by_strips else _product
     if form == "auto":
         form = "gram" if dtype != torch.float64 and long > WIDE * short else "standard"
@@ -135,19 +137,6 @@ def newton_schulz(
         x = (_gram if form == "gram" else _standard)(x, triples, square)
     x = x.reshape(shape)
     return x.mT if tall else x
-
-
-def _normalised(x: Tensor, dtype: torch.dtype, eps: float, *, detached: bool) -> Tensor:
-    """Return each matrix at Frobenius norm 1, of numbers of any size unless there is an eps, in `dtype`."""
-    if eps or (detached and x.device.type == "cpu" and dtype != torch.float16):
-        seen = x.to(dtype)
-        norm = torch.linalg.vector_norm(seen, dim=(-2, -1), keepdim=True)
-        # where squares are in range, a power of 2 would change no bit
-        if eps or bool(((norm < IN_RANGE) & (norm > 1 / IN_RANGE)).all()):
-            return seen / norm.clamp(min=eps)
-    size = magnitude(x, (-2, -1))
-    x = torch.div(x, size, out=torch.empty_like(x, dtype=dtype)) if detached else (x / size).to(dtype)
-    return x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def _standard(x: Tensor, triples: list[Triple], square: Product) -> Tensor:

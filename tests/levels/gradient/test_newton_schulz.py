@@ -143,8 +143,15 @@ def test_gradients_and_vmap(form: kernel.Form) -> None:
 def test_a_power_of_two_changes_no_bit(exponent: int, shape: tuple[int, int], dtype: str) -> None:
     x, wide = torch.randn(shape), getattr(torch, dtype)
     want = newton_schulz(x, dtype=wide)
-    for detached in (False, True):  # which looks whether the squares are in range
+    for detached in (False, True):
         assert torch.equal(newton_schulz(x * 2.0**exponent, dtype=wide, detached=detached), want)
+
+
+@given(st.floats(-30, 30), st.sampled_from([(8, 6), (20, 60)]))
+def test_no_other_scale_changes_more_than_a_last_bit_in_bfloat16(exponent: float, shape: tuple[int, int]) -> None:
+    x = torch.randn(shape)
+    want, got = (newton_schulz(x * s, 1, dtype=torch.bfloat16, detached=True).float() for s in (1.0, 10**exponent))
+    assert (got - want).norm() < 2e-3 * want.norm()
 
 
 @pytest.mark.parametrize("coefficients", list(SETS))
@@ -164,8 +171,8 @@ def test_the_gram_form_starts_anew_in_time(steps: int, coefficients: str, decade
     got = newton_schulz(x, steps, coefficients, dtype=torch.bfloat16, form="gram").double()
     one_by_one = newton_schulz(x, steps, coefficients, dtype=torch.bfloat16, form="standard").double()
     exact = written_out(x, coefficients, steps)
-    assert torch.linalg.svdvals(got).max() < 1.25
-    assert (got - exact).norm() < 0.05 * exact.norm() + 1.5 * (one_by_one - exact).norm()
+    assert torch.linalg.svdvals(got).max() < 1.4
+    assert (got - exact).norm() < 0.1 * exact.norm() + 1.5 * (one_by_one - exact).norm()
 
 
 def test_zeros_stay_zeros() -> None:

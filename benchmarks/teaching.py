@@ -94,10 +94,8 @@ def main(given: Sequence[str] | None = None) -> str:
         some = text[: streams * (period + 1)].view(streams, period + 1).long()
         residual, exact = (gradients(taught(config, model, s, period, 1e-3), some, period) for s in SIGNALS)
         cosines = [float(torch.cosine_similarity(a, b).mean()) for a, b in zip(residual, exact, strict=True)]
-        said.append(
-            f"{blocks} blocks; cosine of the residual signal's gradient with the true one, from the first block:"
-        )
-        said.append(" ".join(f"{cosine:.2f}" for cosine in cosines))
+        of = f"{blocks} blocks; cosine of the residual signal's gradient with the true one, from the first block:"
+        said.append(f"{of} {' '.join(f'{cosine:.2f}' for cosine in cosines)}")
         rows = [("signal", "period", "CPU seconds", *(f"rate {rate:g}" for rate in RATES))]
 
         still, seconds = bits(config, model, text, "mixer")

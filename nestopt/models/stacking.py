@@ -119,12 +119,15 @@ class Stacked(nn.Module):
             learn: False reads with the weights in the state, and changes none.
 
         Raises:
-            ValueError: for a mask of another shape, a cache of an encoder, or a context longer than the model has
-                positions.
+            ValueError: for a mask of another shape, a cache of an encoder, a context longer than the model has
+                positions, or a state of a model with another signal.
         """
         like = next(self.pretrained.parameters())
         check_products(self.precision, like.device, like.dtype, "Stacked")
         state = dict(state) if state else self.init_state(tokens.shape[0])
+        if TAUGHT in state and ("count" in state[TAUGHT]) != (self.signal == "exact"):
+            other = "residual" if self.signal == "exact" else "exact"
+            raise ValueError(f"Stacked: the state is of a model with signal={other!r}, and this has {self.signal!r}")
         past = state.pop("cache", None)
         past = past if cache else None
         if cache and not self._family.causal:

@@ -320,8 +320,12 @@ def test_no_rate_is_ruin() -> None:
             assert loss(rate, 0.5, damping) < 0.97 * still
 
 
-def test_bounds_that_are_refused() -> None:
+def test_bounds_and_states_that_are_refused() -> None:
     model = make("llama")
+    for mine, other in itertools.permutations(("exact", "residual")):
+        _, state = stack(model, 4, signal=other)(some())  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"state is of a model with signal='{other}', and this has '{mine}'"):
+            stack(model, 4, signal=mine)(some(), state)  # type: ignore[arg-type]
     for bound in (0.0, 2.5):
         with pytest.raises(
             ValueError, match=f"bound={bound} is not allowed; give a number above 0, 2 or less, or None"

@@ -40,6 +40,18 @@ def test_as_an_optimizer_it_is_the_published_update() -> None:
         np.testing.assert_allclose(param.detach().numpy(), wanted, rtol=0, atol=1e-12)
 
 
+def test_it_steps_as_the_chain_of_parts_that_nestopt_has() -> None:
+    weights = [torch.ones(5, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    stacks = nestopt.levels.lion(), nestopt.levels.lion_chain()
+    optimizers = [nestopt.optimizer([w], stack, lr=0.01) for w, stack in zip(weights, stacks, strict=True)]
+    for _ in range(20):
+        grad = torch.randn(5, 3, dtype=torch.float64)
+        for weight, optimizer in zip(weights, optimizers, strict=True):
+            weight.grad = grad.clone()
+            optimizer.step()
+    torch.testing.assert_close(*weights)
+
+
 def test_as_a_layer_it_reads_the_sign_of_its_memory() -> None:
     q, k, v = (torch.randn(1, 6, 1, 4, dtype=torch.float64) for _ in range(3))
     y, _ = nestopt.ops.run(nestopt.levels.lion(), q, k, v)

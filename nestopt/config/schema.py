@@ -395,13 +395,13 @@ class Config(Section):
         return dump(self.to_data())
 
 
-def _check_keys(data: object, path: str) -> None:
-    """Raise ConfigError at a key that is not text (in YAML, `on` and `1` are not)."""
+def _check_keys(data: object, path: str, steps: bool = False) -> None:
+    """Raise ConfigError at a key that is not text (in YAML, `on` and `1` are not), but for a schedule's `steps`."""
     if isinstance(data, Mapping):
         for key, value in data.items():
-            if not isinstance(key, str):
+            if not isinstance(key, str) and not (steps and type(key) is int):
                 raise ConfigError.refuse(join(path, str(key)), key, "keys must be text")
-            _check_keys(value, join(path, key))
+            _check_keys(value, join(path, key), key in ("schedule", "points"))
     elif isinstance(data, list | tuple):
         for i, item in enumerate(data):
             _check_keys(item, join(path, i))

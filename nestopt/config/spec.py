@@ -264,7 +264,7 @@ def _plain(value: Any, path: str) -> Any:
             raise ConfigError(
                 f"{value!r} is a function, which can't be written as plain data; give points", path, value
             )
-        points = dict(value.points)
+        points = {str(step): number for step, number in value.points}  # as JSON has its keys
         return {"schedule": points if value.shape == "linear" else {"points": points, "shape": value.shape}}
     if isinstance(value, Heads):
         return {"heads": value.init if value.ratio == 0.5 else {"init": value.init, "ratio": value.ratio}}

@@ -225,8 +225,17 @@ def test_yaml() -> None:
     assert level == adam(betas=(Schedule({0: 0.9, 100: 0.95}, "cosine"), 0.999))
     assert build("level", to_spec(level)) == level
     spec = to_spec(parallel(momentum(), gd(), weights=(1.0, Schedule({0: 0.0, 9: 1.0}))))
-    assert spec["weights"] == [1.0, {"schedule": {0: 0.0, 9: 1.0}}]
+    assert spec["weights"] == [1.0, {"schedule": {"0": 0.0, "9": 1.0}}]
     assert nestopt.describe(level) is not None
+
+
+def test_a_configuration_may_have_them() -> None:
+    stack = {"level": "momentum", "beta": {"schedule": {"points": {0: 0.5, 8: 0.9}, "shape": "cosine"}}}
+    config = nestopt.Config.from_data({"optimizer": {"stack": stack}})
+    assert config.optimizer.stack == momentum(Schedule({0: 0.5, 8: 0.9}, "cosine"))
+    assert nestopt.Config.from_data(config.to_data()) == config
+    with pytest.raises(ConfigError, match="keys must be text"):
+        nestopt.Config.from_data({"optimizer": {0: "momentum"}})
 
 
 def test_explain_says_it() -> None:

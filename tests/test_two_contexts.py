@@ -181,7 +181,8 @@ def test_on_gradients(name: str) -> None:
 def test_m3_is_a_cms_under_a_second_moment() -> None:
     """Up to the length of M3's direction, which is that of its fast memory's."""
     continuum = cms((1, 3), rule=muon(0.9, nesterov=False), weights=(1.0, 0.5))
-    stack, one, fast = second_moment(0.8, 0.0, of=continuum), m3((0.9, 0.8, 0.9), 0.5, 3, eps=0.0), muon(0.9, False)
+    stack = second_moment(0.8, 0.0, of=continuum, sees="gradient")
+    one, fast = m3((0.9, 0.8, 0.9), 0.5, 3, eps=0.0, mode="ema"), muon(0.9, False)
     states = [level.init(torch.zeros(3, 4, dtype=F64)) for level in (stack, one, fast)]
     for t in range(1, 9):
         g, found = torch.randn(3, 4, dtype=F64), []

@@ -30,7 +30,7 @@ from nestopt.optim import Nested
 MADE = Path(__file__).parents[1] / "levels" / "made"
 
 STEPS = 100
-RATES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
+RATES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 
 DIVERGED = 10.0
 """A run whose loss passes this many times the first is given up."""

@@ -373,9 +373,8 @@ class Nested(weights.Weighted, Optimizer):
         super().__setstate__(state)
         watcher, model, accepted = (self.__dict__.get(key) for key in ("_watcher", "_model", "_accepted"))
         self._settle()
-        if accepted is None:  # a copy
-            accepted = {id(param) for group in self.param_groups for param in group["params"]}
-        self._accepted = accepted
+        # a copy has accepted none yet
+        self._accepted = {id(param) for param in levels_of(self)} if accepted is None else accepted
         self._watcher, self._model = watcher, model  # loading leaves the model as it is
         if isinstance(watcher, Watcher):  # and may bring other levels
             watcher.ask(levels_of(self))

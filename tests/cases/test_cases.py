@@ -30,11 +30,6 @@ NEED = {
     "54_accelerate_roundtrip": "accelerate",
     "55_deepspeed_frozen_tied": "deepspeed",
 }
-WRONG = {
-    "30_padding_leaks": "chunks count places and not a row's tokens: to be mended with the rows of a batch",
-    "31_packing": "a packed sequence that is gone on with counts its chunk from the row's start: likewise",
-}
-"""What is known to be wrong, and why; once it is right the test says so."""
 
 
 def marks(name: str) -> list[Any]:
@@ -43,8 +38,6 @@ def marks(name: str) -> list[Any]:
         found.append(pytest.mark.distributed)
     if name in SLOW:
         found.append(pytest.mark.slow)
-    if name in WRONG:
-        found.append(pytest.mark.xfail(reason=WRONG[name], strict=True))
     return found
 
 
@@ -74,6 +67,6 @@ def test_a_program_finds_nothing_wrong(path: Path, capfd: pytest.CaptureFixture[
 def test_every_program_says_what_it_is_after_and_is_known() -> None:
     names = {path.stem for path in PROGRAMS}
     assert len(names) >= 30
-    assert names >= {*DISTRIBUTED, *SLOW, *NEED, *WRONG}
+    assert names >= {*DISTRIBUTED, *SLOW, *NEED}
     for path in PROGRAMS:
         assert path.read_text(encoding="utf-8").startswith('"""')

@@ -245,6 +245,10 @@ class Cms(Level):
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
         return self.clocks().step_(grad, state, signal)
 
+    @property
+    def forgets_scale(self) -> bool:
+        return self.rule.forgets_scale
+
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
         return self.clocks().nodes(name, period * self.period, after)
 

@@ -122,9 +122,9 @@ class Watcher:
 
     def ask(self, levels: Mapping[Tensor, Level]) -> None:
         """Sum from now on what these levels of the parameters want, where it is something else."""
-        for param, known in self._known.items():
-            wants = request_of(levels[param])
-            if wants is not None and wants != known.sums.wants:
+        for param, level in levels.items():
+            known, wants = self._known.get(param), request_of(level)
+            if known is not None and wants is not None and wants != known.sums.wants:
                 known.clear()
                 known.sums.wants = wants
 

@@ -286,6 +286,9 @@ class Sharded(Optimizer):
             unit.load_state(saved, keys)
         for group, new in zip(self.param_groups, merged, strict=True):
             group.update(new)
+        if isinstance(watcher := self.nested._watcher, Watcher):
+            named = zip(self.param_groups, self.names, strict=True)
+            watcher.ask({self.models[name]: self.level(group) for group, names in named for name in names})
         for unit, placement in self._units.values():
             unit.taken = int(self.param_groups[placement.group].get(TAKEN, 0))
 

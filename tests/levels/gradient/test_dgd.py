@@ -119,6 +119,20 @@ def test_what_was_saved_before_there_were_two_modes_goes_on_with_its_own() -> No
     assert to_spec(dgd()) == "dgd"
 
 
+def test_a_checkpoint_of_the_letter_is_told_what_it_asks_for() -> None:
+    torch.manual_seed(0)
+    ends, x = [], torch.randn(8, 3)
+    start = nn.Linear(3, 2)
+    for spec in (letter(), dgd()):
+        model = copy.deepcopy(start)
+        optimizer = nestopt.optimizer(model, spec, lr=0.1)
+        optimizer.load_state_dict(nestopt.optimizer(copy.deepcopy(start), letter(), lr=0.1).state_dict())
+        model(x).square().mean().backward()
+        optimizer.step()
+        ends.append(model.weight.detach())
+    assert torch.equal(*ends)
+
+
 # -- the letter --------------------------------------------------------------------------------------------------------
 
 

@@ -42,15 +42,7 @@ def _spec(default: object) -> Any:
 
 
 _ATTENTION = {"level": "window_attention", "memory": {"memory": "window", "size": 128}}
-_LEARNING = {
-    "level": "cms",
-    "periods": [32],
-    "learn": "context",
-    "teach": "loss",
-    "rate": 0.06,
-    "keep": 0.99,
-    "through": "first_order",
-}
+_TAUGHT = {"level": "cms", "periods": [32], "learn": "context", "teach": "loss", "through": "first_order"}
 
 
 _NEAR = 10_000
@@ -70,20 +62,11 @@ class ModelConfig(Section):
         description="a mixer for each block, from the first on, again and again; empty: all have `mixer`",
     )
     mlp: LevelSpec = Field(
-        default=_spec(
-            {
-                "level": "cms",
-                "periods": [32],
-                "learn": "context",
-                "teach": "loss",
-                "rate": 0.08,
-                "through": "first_order",
-            }
-        ),
+        default=_spec({**_TAUGHT, "rate": 0.08}),
         description="what follows it, token by token: a cms; given without `mlps`, all blocks have it",
     )
     mlps: list[LevelSpec] = Field(
-        default=_spec([{"level": "cms", "periods": [1]}, _LEARNING]),
+        default=_spec([{"level": "cms", "periods": [1]}, {**_TAUGHT, "rate": 0.06, "keep": 0.99}]),
         description="one for each block; of fewer, the last block has the last, and the first comes again and again; "
         "empty: all have `mlp`",
     )

@@ -15,7 +15,7 @@ from nestopt.train.compare import SECONDS, THIS, TOKENS, Row, compare, like
 from nestopt.train.data.sources import dataset_of
 from nestopt.train.loop import train
 from nestopt.train.reading import read, texts
-from nestopt.train.training import Result
+from nestopt.train.run import Result
 
 LATER = (0, 1, 10)
 """How much other text is read before it is measured what is kept, in documents."""
@@ -92,3 +92,6 @@ def _row(row: Row, ours: str) -> list[dict[str, object]]:
         }
         for limit in ((TOKENS, SECONDS) if row.limit == THIS else (row.limit,))
     ]
+
+
+# FIX

@@ -17,7 +17,7 @@ from nestopt.models import HopeLM
 from nestopt.train.compare import SECONDS, TOKENS, like
 from nestopt.train.data.task import Task, generator_of
 from nestopt.train.loop import train
-from nestopt.train.training import Result
+from nestopt.train.run import Result
 
 RATES = (0.001, 0.003, 0.01)
 
@@ -199,3 +199,6 @@ def subjects_of(specs: Mapping[str, object]) -> dict[str, Subject]:
             assert isinstance(task, Task)
             found[name] = OnTask(task)
     return found
+
+
+# FIX

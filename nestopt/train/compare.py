@@ -29,8 +29,8 @@ from nestopt.train.engines.engine import device_of
 from nestopt.train.errors import CheckpointError, extra
 from nestopt.train.loop import train
 from nestopt.train.reading import at_best_rate, learner, read, reading_rule, texts
+from nestopt.train.run import Result
 from nestopt.train.tables import grid
-from nestopt.train.training import Result
 
 with extra("train"):
     from matplotlib.figure import Figure

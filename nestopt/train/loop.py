@@ -11,9 +11,9 @@ from nestopt.train.engines import peers
 from nestopt.train.engines.alike import facts
 from nestopt.train.engines.engine import device_of
 from nestopt.train.folder import Hold
-from nestopt.train.run import Run
+from nestopt.train.run import Result, Run
 from nestopt.train.together import agreed
-from nestopt.train.training import Result, Training
+from nestopt.train.training import Training
 from nestopt.train.trust import check_trusted
 
 

@@ -242,3 +242,26 @@ def build_model(config: Config) -> HopeLM:
         torch.manual_seed(config.train.seed)
         model = models.build_model(config.model)
     return model.to(getattr(torch, config.train.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        run: its folder.
+        step: optimizer steps taken in all.
+        seconds: of training, in all.
+        bits_per_byte: on the held-out text, or None where the run was interrupted.
+        baselines: those of simple models on the same text; in the first process only.
+        finished: False if it was interrupted (its checkpoint is saved, and `train(resume=…)` goes on).
+        ended: what ended it: its steps, its time or a signal.
+    """
+
+    run: Run
+    step: int
+    seconds: float
+    bits_per_byte: float | None
+    baselines: dict[str, float]
+    finished: bool
+    ended: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 import zlib
@@ -34,7 +33,7 @@ from nestopt.train.objective import Objective
 from nestopt.train.report.report import Report
 from nestopt.train.resume import check_fixed, fixed, saved_random_state, score_at
 from nestopt.train.rng import random_state, restore_random_state
-from nestopt.train.run import Run, build_model, check_batch, weights_from
+from nestopt.train.run import Result, Run, build_model, check_batch, weights_from
 from nestopt.train.schedule import Schedule
 from nestopt.train.together import Stop, agreed, stop_signal
 
@@ -45,29 +44,6 @@ RANDOM = "random."
 
 EARLY = 60.0
 """Seconds of training after which a run first shows what it does, and saves, whatever else it is told."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """How a run ended.
-
-    Attributes:
-        run: its folder.
-        step: optimizer steps taken in all.
-        seconds: of training, in all.
-        bits_per_byte: on the held-out text, or None where the run was interrupted.
-        baselines: those of simple models on the same text; in the first process only.
-        finished: False if it was interrupted (its checkpoint is saved, and `train(resume=…)` goes on).
-        ended: what ended it: its steps, its time or a signal.
-    """
-
-    run: Run
-    step: int
-    seconds: float
-    bits_per_byte: float | None
-    baselines: dict[str, float]
-    finished: bool
-    ended: str
 
 
 class Training:
@@ -177,13 +153,11 @@ class Training:
         self.engine.check_weights()
         report.say(f"measuring on {self.held_out.bytes:,} held-out {report.unit}s …")
         with self.engine.evaluating():
-            score = self._evaluate(self.held_out)
+            score = self._measure(self.held_out, log)
             weights = self.engine.checkpoints.whole_weights(self.run.path)
             self._sample()
             if log:
                 assert weights is not None
-                self._check_folder()
-                log.append({"step": self.step, "seconds": self.elapsed, "eval/bits_per_byte": score})
                 report.end(score, self.elapsed, self._ended())
                 self.run.save_model(weights, {"step": self.step, "bits_per_byte": score})
             self.callbacks("on_eval", score)
@@ -320,12 +294,9 @@ class Training:
     def _middle(self, log: Loggers | None, report: Report, bar: Any) -> float:
         self.engine.check_weights()
         with self.engine.evaluating():
-            score = self._evaluate(self.source.held_out(self.config.train.eval_bytes))
-            if log:
-                self._check_folder()
-                log.append({"step": self.step, "seconds": self.elapsed, "eval/bits_per_byte": score})
-                if not self.quiet:
-                    bar.write(f"step {self.step}: held out {score:.3f} bits per byte")
+            score = self._measure(self.source.held_out(self.config.train.eval_bytes), log)
+            if log and not self.quiet:
+                bar.write(f"step {self.step}: held out {score:.3f} bits per byte")
             self.callbacks("on_eval", score)
             self._show(log, report)
         return score
@@ -340,10 +311,14 @@ class Training:
         if self.engine.rank == 0 or self.engine.cut:
             self.report.sample(self.lm, self.step, self.config, write=self.engine.rank == 0)
 
-    def _evaluate(self, held_out: HeldOut) -> float:
+    def _measure(self, held_out: HeldOut, log: Loggers | None) -> float:
         engine = self.engine
         shared: dict[str, Any] = {"rank": engine.rank, "world": engine.world, "total": engine.total}
-        return measured(self.lm, held_out, self.config, quiet=self.quiet, **shared)
+        score = measured(self.lm, held_out, self.config, quiet=self.quiet, **shared)
+        if log:
+            self._check_folder()
+            log.append({"step": self.step, "seconds": self.elapsed, "eval/bits_per_byte": score})
+        return score
 
     def _check_folder(self) -> None:
         if self.held is not None:

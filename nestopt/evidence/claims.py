@@ -157,8 +157,8 @@ CLAIMS: Mapping[str, Claim] = {
         run=toys.run,
     ),
     "language": Claim(
-        "the default model is above a Transformer that learns as it reads, too",
-        ("default", "transformer"),
+        "a Hope is above a Transformer that learns as it reads, too",
+        ("hope", "transformer"),
         "learning",
         _above_all,
         run=texts.language,

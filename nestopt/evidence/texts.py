@@ -48,20 +48,20 @@ class Continuum:
 
 
 def language(plan: Plan) -> list[dict[str, object]]:
-    """Train the default model and the plan's others by `nestopt train --baseline`, and return the rows.
+    """Train the plan's models, each as large as the default one, by `nestopt train --baseline`, and return the rows.
 
-    Its own name in them is `default`; scores are bits per byte, less than 0, still and as each learns what it reads.
+    Scores are bits per byte, less than 0, still and as each learns what it reads.
     """
     ours, *others = plan.models
     key = f"{', '.join(plan.models)}, {plan.seeds} seeds, {plan.seconds or plan.steps}"
 
     def measure() -> dict[str, object]:
         plan.say(key)
-        small = {"dim": 32, "blocks": 2, "heads": 2, "mixers": [], "mixer": "self_modifying"} if plan.quick else {}
+        small = {"dim": 64} if plan.quick else {}
         bytes_ = {"final_bytes": 512} if plan.quick else {}
         length = {"seconds": plan.seconds} if plan.seconds else {"steps": plan.steps, "seconds": None}
         never = {"eval_every": 0, "save_every": 0, "sample_bytes": 0, "clock": "cpu", "out": str(plan.out / "runs")}
-        config = Config(model=small, train={**never, **length, **bytes_})
+        config = like(Config(model=small, train={**never, **length, **bytes_}), ours)
         for name in others:
             like(config, name)
         result = train(config, quiet=True)
@@ -92,6 +92,3 @@ def _row(row: Row, ours: str) -> list[dict[str, object]]:
         }
         for limit in ((TOKENS, SECONDS) if row.limit == THIS else (row.limit,))
     ]
-
-
-# FIX

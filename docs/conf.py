@@ -100,7 +100,7 @@ nitpick_ignore_regex = [
     # names of our own type aliases and validators, which the fields of a schema show as they are written
     (
         r"py:class",
-        r"(Accept|BeforeValidator|Bool|Bytes|[A-Z][a-z]+Spec|Field|FilePath|Fill|Finite|OnNonfinite|Precision|Whole|_rest|no_bool)",
+        r"(Accept|Shape|BeforeValidator|Bool|Bytes|[A-Z][a-z]+Spec|Field|FilePath|Fill|Finite|OnNonfinite|Precision|Whole|_rest|no_bool)",
     ),
 ]
 

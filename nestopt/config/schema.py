@@ -154,7 +154,7 @@ class OptimizerConfig(Section):
 
     stack: LevelSpec = Field(default=_spec("muon"), description="the level, or composition of levels, that steps them")
     lr: Finite = Field(default=0.02, ge=0, description="learning rate")
-    weight_decay: Finite = Field(default=0.0, ge=0, description="decoupled weight decay")
+    weight_decay: Finite = Field(default=0.05, ge=0, description="decoupled weight decay; 0 where a stack is given")
     rest: Annotated[RestConfig, BeforeValidator(_rest)] = Field(
         default=_spec({"lr": 0.003}),
         description="for the parameters that the stack does not take: a section, or just a level",
@@ -173,6 +173,12 @@ class OptimizerConfig(Section):
         description="the last layer has the learning rate, and each layer this factor of the next one's; 1 for none",
     )
     strict: Bool = Field(default=True, description="refuse to run where a level gets no parameters")
+
+    @model_validator(mode="after")
+    def _a_stack_has_its_own_decay(self) -> Self:
+        if "stack" in self.model_fields_set and "weight_decay" not in self.model_fields_set:
+            self.__dict__["weight_decay"] = 0.0
+        return self
 
 
 class DataConfig(Section):
@@ -204,7 +210,7 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """The run."""
 
-    steps: Whole = Field(default=2000, ge=1, description="optimizer steps")
+    steps: Whole = Field(default=10_000, ge=1, description="optimizer steps")
     seconds: Finite | None = Field(
         default=180,
         gt=0,

@@ -141,7 +141,7 @@ class Level(Part):
         """Do as `step_` and set `average` to `keep · average + take · direction`, in fewer passes than by themselves.
 
         Returns:
-            False, where this level can't: nothing has changed then.
+            Whether it was done. False, and nothing has changed, for a level that can't.
         """
         return False
 

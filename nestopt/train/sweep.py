@@ -88,7 +88,7 @@ def sweep(configs: Sequence[Config], choices: Choices, *, name: str | None = Non
         quiet: no progress and no reports of single runs.
 
     Returns:
-        The exit status: 0; 1 where a run failed; 130 where one was interrupted, which ends the sweep.
+        0, for an exit status; 1 where a run failed, 130 where one was interrupted, which ends the sweep.
 
     Raises:
         ConfigError: the folder is there already, or there are several processes.

@@ -48,10 +48,12 @@ def test_the_default_run() -> None:
     learning = L.cms((32,), learn="context", teach="loss", rate=0.06, keep=0.99, through="first_order")
     assert config.model.mlps == [L.cms((1,)), learning]
     assert (config.model.dim, config.model.blocks, config.model.heads, config.model.vocab) == (160, 2, 4, 256)
-    assert (config.optimizer.stack, config.optimizer.lr) == (L.muon(), 0.02)
+    assert (config.optimizer.stack, config.optimizer.lr, config.optimizer.weight_decay) == (L.muon(), 0.02, 0.05)
+    assert Config.from_data({"optimizer": {"stack": "adamw"}}).optimizer.weight_decay == 0
+    assert Config.from_data({"optimizer": {"stack": "adamw", "weight_decay": 0.1}}).optimizer.weight_decay == 0.1
     assert config.optimizer.rest == RestConfig(stack=L.adamw((0.9, 0.95), weight_decay=0.0), lr=0.003)
     assert isinstance(config.data.dataset, Dataset)
-    assert (config.train.steps, config.train.decay, config.train.engine) == (2000, 0.8, "single")
+    assert (config.train.steps, config.train.decay, config.train.engine) == (10_000, 0.8, "single")
     assert (config.train.seconds, config.threads, config.train.learn) == (180, 1, "mixer")
     assert Config.from_data(None) == Config.from_data({}) == Config.from_data({"model": None, "train": {}}) == config
 

@@ -98,13 +98,15 @@ def dgd(size: Size) -> tuple[Task, nestopt.optim.Nested]:
     task = Task(size)
     matrices = [layer.weight for block in task.model for layer in (block.up, block.down)]
     vectors = [param for param in task.model.parameters() if param.ndim < 2]
-    optimizer = nestopt.optim.Nested([{"params": matrices, "stack": level}, {"params": vectors}], lr=LR)
+    optimizer = nestopt.optim.Nested([{"params": matrices, "stack": level}, {"params": vectors}], lr=1.0)
     optimizer.watch(task.model)
     task.forward_backward()
     weights = [block.up.weight for block in task.model]
-    plain = [(weight - LR * weight.grad).detach() for weight in weights]
+    plain = [(weight - weight.grad).detach() for weight in weights]
     optimizer.step()
-    # the decay moves weights by about LR of themselves, rounding by 1e-7
+    for group in optimizer.param_groups:
+        group["lr"] = LR
+    # what the inputs say moves weights by a percent at that rate, rounding by 1e-7
     if any(
         (weight - other).abs().max() < 1e-6 * other.abs().max() for weight, other in zip(weights, plain, strict=True)
     ):

@@ -35,7 +35,8 @@ IN_CONTEXT = "cms, in context"
 LINKS = frozenset({"cautious", "centralize", "clip", "gradient_correction", "normalize", "sign"})
 RECIPES = frozenset({"adamuon", "grokfast", "lion_chain", "mars", "normuon", "soap"})
 """Parts of chains, chains, and a basis around a level: made for gradients, and nobody's layers."""
-OF_GRADIENTS = frozenset({"adamw", "dgd", "ftrl", "ggd", "lamb", "trust_ratio", "weight_decay"}) | LINKS | RECIPES
+OF_WEIGHTS = frozenset({"schedule_free", "weight_average", "weight_decay", "trust_ratio", "lamb", "adamw", "ftrl"})
+OF_GRADIENTS = frozenset({"dgd", "ggd"}) | OF_WEIGHTS | LINKS | RECIPES
 """Levels that need a parameter or a layer's inputs, and so are no layers; and these."""
 COMPOSED = frozenset({"chain", "nest", "parallel"})
 STACKS = (

@@ -21,10 +21,11 @@ from benchmarks.machine import describe
 from benchmarks.report import grid, write
 from nestopt.config import Config, load
 from nestopt.models import HopeLM
+from nestopt.models.continua import learning
 from nestopt.train.data.text import held_out_text
 from nestopt.train.evaluate import stream_bits_per_byte
 from nestopt.train.loop import train
-from nestopt.train.reading import continuum, learner
+from nestopt.train.reading import learner
 
 SIGNALS = ("residual", "exact")
 RATES = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
@@ -43,7 +44,7 @@ def config_of(blocks: int, steps: int, given: Sequence[str]) -> Config:
 
 def taught(config: Config, model: HopeLM, signal: str, period: int, rate: float) -> HopeLM:
     """The same weights, with MLPs that learn so."""
-    rule = dataclasses.replace(continuum(config.model), signal=signal, periods=(period,))
+    rule = dataclasses.replace(learning(config.model), signal=signal, periods=(period,))
     found = learner(config, model, rule)
     assert found is not None
     with torch.no_grad():

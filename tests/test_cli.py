@@ -110,7 +110,7 @@ def test_a_config_file_with_overrides(run, text, tmp_path):
         (["train", "optimizer.lrr=1"], ["optimizer.lrr", "Did you mean 'lr'"]),
         (["train", "optimizer.stack.beta=2.0"], ["optimizer.stack.beta", "2.0", "[0, 1]"]),
         (["train", "model.mixer=titan"], ["model.mixer", "Did you mean 'titans'"]),
-        (["train", "model.heads=3"], ["model.heads", "3", "dim=128"]),
+        (["train", "model.heads=3"], ["model.heads", "3", "dim=160"]),
         (["train", "no_such.yaml"], ["no_such.yaml"]),
         (["train", "--data", "no_such.txt"], ["no_such.txt", "does not exist"]),
         (["train", "--resume", "no_such_run"], ["no_such_run", "no config.yaml"]),

@@ -66,7 +66,7 @@ class ModelConfig(Section):
         description="what follows it, token by token: a cms; given without `mlps`, all blocks have it",
     )
     mlps: list[LevelSpec] = Field(
-        default=_spec([{"level": "cms", "periods": [1]}, {**_TAUGHT, "rate": 0.06, "keep": 0.99}]),
+        default=_spec([{"level": "cms", "periods": [1]}, {**_TAUGHT, "rate": 0.05, "keep": 0.99}]),
         description="one for each block; of fewer, the last block has the last, and the first comes again and again; "
         "empty: all have `mlp`",
     )

@@ -186,6 +186,9 @@ class _PartType(ABCMeta):
             if float not in _flat(hints[key]):
                 problem = "is not allowed; a schedule can stand for any number but a whole one"
                 raise FieldTypeError(part.label, key, value, problem)
+            if not part.takes_schedules:
+                problem = "is not allowed here; write out the chain that it stands for, with the schedule in it"
+                raise FieldError(part.label, key, value, problem)
             setattr(part, key, value)
         part.is_scheduled = True
         return part
@@ -211,6 +214,9 @@ class Part(metaclass=_PartType):
     _attributes: ClassVar[tuple[str, ...]]
     is_scheduled: ClassVar[bool] = False
     """Whether a number of it, or of a part within it, is a `Schedule`: set where one is made."""
+
+    takes_schedules: ClassVar[bool] = True
+    """Whether its numbers may be; not where other parts are made of them."""
     requires: ClassVar[frozenset[str]] = frozenset()
     """What this part must be shown to be itself: `"shape"` (whole tensors in their true shape, never a flat slice of
     several), `"matrix"` (as `"shape"`, and only matrices), `"param"` (a parameter beside the gradient, so that it is no

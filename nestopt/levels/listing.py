@@ -14,7 +14,7 @@ def names(pattern: str = "*") -> list[str]:
         pattern: as of file names: `*` is anything, `?` one character, `[ab]` one of these. Default: all.
 
     >>> import nestopt
-    >>> nestopt.levels.list("adam*")
-    ['adam', 'adamw']
+    >>> nestopt.levels.list("adam?")
+    ['adamw']
     """
     return [name for name in registry.names("level") if fnmatchcase(name, pattern)]

@@ -171,7 +171,7 @@ class Layer:
             gram = matmul(a, a.mT) + scale[:, None, None] * torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
             linear = isinstance(self.memory.linear[name], nn.Linear)
             g = plain[name] if linear else plain[name].mT  # a Conv1D has its weight the other way round
-            g = g - matmul(torch.linalg.solve(gram, matmul(a, g.mT)).mT, a)
+            g = g - matmul(torch.linalg.solve_ex(gram, matmul(a, g.mT)).result.mT, a)
             found[name] = g if linear else g.mT
         return found
 

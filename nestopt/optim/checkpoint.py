@@ -45,6 +45,10 @@ class Host(Protocol):
     defaults: dict[str, Any]
 
     @property
+    def takes_complex(self) -> bool:
+        """Whether it steps complex parameters."""
+
+    @property
     def renamed(self) -> Mapping[str, str]:
         """State keys of torch's optimizer of the same name, and ours."""
 
@@ -90,7 +94,7 @@ def fitted(optimizer: Host, state_dict: dict[str, Any]) -> dict[str, Any]:
     for i, (group, (saved, indices)) in enumerate(zip(groups, found, strict=True)):
         new = merged_group(optimizer, saved, group, i)
         level = bind(optimizer.level(new))
-        check_parameters(new, i, level)
+        check_parameters(new, i, level, takes_complex=optimizer.takes_complex)
         view = None if level.is_elementwise else new.get("view")
         params |= {index: (param, level, view) for index, param in zip(indices, group["params"], strict=True)}
         new_groups.append(new)

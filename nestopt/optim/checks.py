@@ -70,7 +70,7 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"period={period!r} is not allowed; give a whole number of steps, 1 or more")
 
 
-def check_parameters(group: dict[str, Any], index: int, level: Level) -> None:
+def check_parameters(group: dict[str, Any], index: int, level: Level, *, takes_complex: bool) -> None:
     """Raise ValueError for a parameter that comes twice, or that the level can't take."""
     needs_matrices, seen, view = "matrix" in level.needs, set(), group.get("view")
     if view is not None and not isinstance(view, Split):
@@ -81,9 +81,8 @@ def check_parameters(group: dict[str, Any], index: int, level: Level) -> None:
         if param in seen:
             raise ValueError(f"{name} is in the group twice; a tied weight is one parameter: give it once")
         seen.add(param)
-        if not (param.is_floating_point() or (param.is_complex() and level.is_elementwise)):
-            but = f", and complex ones where they work entry by entry, which {level.label} does not"
-            also = but if param.is_complex() else ""
+        if not (param.is_floating_point() or (param.is_complex() and takes_complex and level.is_elementwise)):
+            also = "; nestopt.optim.SGD, Adam and AdamW take complex ones, as torch's do" if param.is_complex() else ""
             raise ValueError(f"{name} is {param.dtype}; levels take real floating-point parameters{also}")
         if view is not None and not view.fits(param):
             raise ValueError(f"{name} has shape {tuple(param.shape)}, which is no matrix of {view.parts} equal parts")

@@ -153,7 +153,8 @@ def _groups(
 ) -> list[dict[str, Any]]:
     made: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, found in places.items():
-        order = found.exception, found.kind, found.period, found.view, found.scale  # those of the exceptions come last
+        decay = weight_decay if found.weight_decay is None else found.weight_decay
+        order = found.exception, found.kind, found.period, found.view, found.scale, -decay  # exceptions come last
         if order not in made:
             own = found.lr if found.lr is not None else rest if found.kind == REST else rate
             made[order] = {
@@ -161,7 +162,7 @@ def _groups(
                 "why": [],
                 "stack": found.stack,
                 "lr": own if found.scale == 1 else own * found.scale,
-                "weight_decay": weight_decay if found.weight_decay is None else found.weight_decay,
+                "weight_decay": decay,
                 "period": found.period,
                 "maximize": maximize,
             }

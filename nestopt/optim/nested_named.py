@@ -93,7 +93,7 @@ class M3(OfLevel, of=M3Level, period="slow_period"):
         alpha: float | None = None,
         period: int = 16,
         steps: int = 5,
-        eps: float = 1e-8,
+        eps: float = 1e-6,
         mode: Literal["direction", "ema", "paper"] = "direction",
         weight_decay: float = 0.0,
         *,

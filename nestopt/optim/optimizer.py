@@ -65,6 +65,7 @@ class Nested(weights.Weighted, Optimizer):
     """
 
     renamed: ClassVar[dict[str, str]] = {}
+    takes_complex: ClassVar[bool] = False
     """State keys of torch's optimizer of the same name, and ours: its checkpoints load here."""
 
     seed: int | None = None
@@ -149,7 +150,7 @@ class Nested(weights.Weighted, Optimizer):
         added = self.param_groups[index]
         try:
             level = self.level(added)
-            checks.check_parameters(added, index, level)
+            checks.check_parameters(added, index, level, takes_complex=self.takes_complex)
             if INPUTS in level.needs:
                 checks.check_inputs(added, level, capturable=self.options.capturable)
             weights.check_levels(list(map(self.level, self.param_groups)), capturable=self.options.capturable)

@@ -22,6 +22,8 @@ from nestopt.optim.views import work_dtype
 class AsTorch(Nested):
     """An optimizer with the constructor of torch's of the same name."""
 
+    takes_complex: ClassVar[bool] = True
+
     def _start_with(self, given: Mapping[str, Any], **more: Any) -> None:
         if given.get("differentiable"):
             raise ValueError(

@@ -45,7 +45,7 @@ def errors_of(data: Any) -> dict[str, str]:
 def test_the_default_run() -> None:
     config = Config()
     assert config.model.mixers == [L.window_attention(memory=Window(128))]
-    learning = L.cms((32,), learn="context", teach="loss", rate=0.06, keep=0.99, through="first_order")
+    learning = L.cms((32,), learn="context", teach="loss", rate=0.05, keep=0.99, through="first_order")
     assert config.model.mlps == [L.cms((1,)), learning]
     assert (config.model.dim, config.model.blocks, config.model.heads, config.model.vocab) == (160, 2, 4, 256)
     assert (config.optimizer.stack, config.optimizer.lr, config.optimizer.weight_decay) == (L.muon(), 0.02, 0.05)

@@ -46,7 +46,8 @@ def test_a_padded_sequence_is_what_it_is_alone(name: str, pattern: str) -> None:
         row = dict(leaves(index(state, [i])))
         same(row["conv"], end["conv"])
         same(row["memory.step"], end["memory"]["step"])
-        if "memory.level.memory.keys" not in row:
+        # keys are as many as the batch has, and directions that no token has are any
+        if not any(key.endswith((".keys", ".basis")) for key in row):
             same(row, dict(leaves(end)), 1e-8)  # roots of nearly singular matrices lose digits
 
 

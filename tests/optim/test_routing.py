@@ -624,3 +624,14 @@ def test_the_steps_are_those_of_the_parts() -> None:
 
 def test_configuration_section_of_all_defaults_is_taken() -> None:
     assert taken(optimizer(mlp(), OptimizerConfig()), "muon") == {"0.weight", "2.weight"}
+
+
+def test_a_number_by_itself_is_not_decayed() -> None:
+    model = nn.Linear(3, 3)
+    model.scale = nn.Parameter(torch.tensor(-2.0))
+    found = nestopt.optimizer(model, "muon", weight_decay=0.1)
+    decay = {param: group["weight_decay"] for group in found.param_groups for param in group["params"]}
+    assert [decay[model.weight], decay[model.bias], decay[model.scale]] == [0.1, 0.1, 0.0]
+    groups = [{"match": "scale", "weight_decay": 0.2}]
+    found = nestopt.optimizer(model, "adamw", weight_decay=0.1, groups=groups)
+    assert {group["weight_decay"] for group in found.param_groups} == {0.1, 0.2}

@@ -82,13 +82,18 @@ def numeric_fields() -> list[Any]:
         if not issubclass(cls, Level) or name in ("dgd", "ggd", "parallel", "chain", "nest", "associative_memory"):
             continue
         level = cls(mode="ema") if name in ("shampoo", "matrix_adagrad") else cls()  # whose sums have no decay
-        if level.of_tokens or level.of_weights:
+        if level.of_tokens or level.of_weights or not level.takes_schedules:
             continue
         for key, hint in get_type_hints(cls).items():
             value = getattr(level, key, None)
             if key in level.field_names and hint in (float, Number) and isinstance(value, float):
                 found.append(pytest.param(level, key, id=f"{name}.{key}"))
     return found
+
+
+def test_a_recipe_says_where_its_numbers_are_scheduled() -> None:
+    with pytest.raises(FieldError, match=r"lamb: eps=.* is not allowed here; write out the chain"):
+        build("level", "lamb").__class__(eps=Schedule({0: 1e-6, 9: 1e-8}))
 
 
 @pytest.mark.parametrize(("level", "key"), numeric_fields())

@@ -175,7 +175,7 @@ def test_a_run_beside_others(tmp_path, capsys: pytest.CaptureFixture[str]) -> No
         assert row.steps == 6 or row.limit == "equal seconds"
         assert row.learning is not None
         assert 0 < row.learning < 9
-        assert row.rate == pytest.approx(min((0.06 * f for f in FACTORS), key=lambda r: abs(math.log(r / row.rate))))
+        assert row.rate == pytest.approx(min((0.05 * f for f in FACTORS), key=lambda r: abs(math.log(r / row.rate))))
         assert min(row.still_s, row.learning_s) > 0
     trained = [read(run / "baseline" / f"{i:03}" / "metrics.jsonl")[-1]["step"] for i in range(1, 10)]
     assert trained == [row.steps for row in rows[1:]]

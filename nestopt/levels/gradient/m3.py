@@ -59,7 +59,7 @@ class M3(Level):
         alpha: weight α >= 0 of the slow memory. Default 0.1; in the modes `"ema"` and `"paper"` 0.5.
         slow_period: f, steps between two reads of the slow memory. (`period` is this level's own clock.) Default 16.
         steps, coefficients, dtype, form: of `newton_schulz`.
-        eps: ε >= 0. Default 1e-8.
+        eps: ε >= 0, beside entries of √V of about 1/√n. Default 1e-6: float16 has gradients then.
         mode: `"direction"` (default), `"ema"` or `"paper"`.
         update_norm: `"rms"` (default): ρ as above. None: ρ = 1.
         scale: c, by shape, as of `muon`. Default `"original"`.
@@ -68,7 +68,7 @@ class M3(Level):
         FieldError: a value out of range; `update_norm` or `scale` given for the paper's mode, which has neither.
     """
 
-    former_defaults: ClassVar[Mapping[str, Any]] = {"mode": "ema"}
+    former_defaults: ClassVar[Mapping[str, Any]] = {"mode": "ema", "eps": 1e-8}
     positive: ClassVar[frozenset[str]] = frozenset({"rms"})
     momentum_field: ClassVar[str | None] = "betas"
     requires: ClassVar[frozenset[str]] = frozenset({"matrix"})
@@ -80,7 +80,7 @@ class M3(Level):
     slow_period: int = 16
     steps: int = 5
     coefficients: str | tuple[float, float, float] = QUINTIC
-    eps: float = 1e-8
+    eps: float = 1e-6
     mode: Literal["direction", "ema", "paper"] = "direction"
     update_norm: Literal["rms"] | None = "rms"
     scale: Scale | None = "original"
@@ -138,7 +138,7 @@ class M3(Level):
         new = {"momentum": m, "rms": root, "slow": {"momentum": total, "read": read}}
         c, u = self._factor(root), self._divided(o, root, signal)
         if self.mode != "paper" and self.update_norm == "rms":
-            c = c * _norm(fast) / _norm(u).clamp_min(tiny)
+            c = c * _norm(fast) / _divisor(u)
         return c * u, new
 
     def step_(self, grad: Tensor, state: State, signal: Signal) -> Tensor:
@@ -166,7 +166,7 @@ class M3(Level):
         torch.hypot(root.mul_(keep), take * (o if self._own else grad), out=root)
         u = self._divided(o, root, signal, in_place=True)
         if self.mode != "paper" and self.update_norm == "rms":
-            c = c * norm / _norm(u).clamp_min(torch.finfo(u.dtype).tiny)
+            c = c * norm / _divisor(u)
         return u.mul_(c)
 
     @property
@@ -187,7 +187,7 @@ class M3(Level):
     def _divided(self, o: Tensor, root: Tensor, signal: Signal, *, in_place: bool = False) -> Tensor:
         """Return o over √V, which may be written over `o`."""
         if self._own:
-            root = root / (1 - self.betas[1] ** signal.step) ** 0.5
+            root = root * signal.debias(torch.ones_like(root), self.betas[1]).sqrt()
         elif self.mode == "ema":
             root = root / root_mean_square(root, MATRIX)
         root = root.clamp_min(math.sqrt(torch.finfo(root.dtype).tiny)) + self.eps
@@ -228,3 +228,9 @@ def _choose(now: bool | Tensor, new: Callable[[], Tensor], old: Tensor) -> Tenso
 
 def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=MATRIX, keepdim=True)
+
+
+def _divisor(u: Tensor) -> Tensor:
+    """Return the norm of u; 1 for zeros, which have no direction, nor the derivative of one."""
+    norm = _norm(u)
+    return torch.where(norm > math.sqrt(torch.finfo(u.dtype).tiny), norm, 1.0)

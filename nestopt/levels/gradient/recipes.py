@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
+from typing import ClassVar
 
 from nestopt.core.associative import Gd
 from nestopt.core.compose import Chain, Parallel
@@ -21,6 +22,8 @@ RMS_OF_ADAM = 0.2
 
 class Recipe(Chain):
     """A chain whose levels follow from its own fields."""
+
+    takes_schedules: ClassVar[bool] = False
 
     levels: dict[str, Level] = dataclasses.field(init=False, repr=False, compare=False)
 

@@ -19,7 +19,7 @@ from nestopt.optim.execute.update import Executor, Slot, UpdateSettings, placed,
 SMALL = 1 << 16
 """Tensors of up to so many elements are glued together: above, the time of a kernel's launch no longer shows."""
 
-PIECE = 1 << 19
+PIECE = 1 << 18
 """Elements of a piece, per thread: the half dozen tensors of a stack of levels then share a core's part of the cache,
 and a piece's work is still several times that of launching it."""
 

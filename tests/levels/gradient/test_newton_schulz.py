@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -116,6 +117,21 @@ def test_bfloat16_needs_the_fresh_start(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(kernel, "GROWTH", 1e99)
     x = badly_conditioned(4.0)
     assert newton_schulz(x, dtype=torch.bfloat16, form="gram").float().norm(2) > 10 * newton_schulz(x).norm(2)
+
+
+@pytest.mark.parametrize("coefficients", SETS)
+def test_no_bfloat16_matrix_of_few_directions_diverges(coefficients: str) -> None:
+    """An eigenvalue of 0 of the Gram matrix comes out as rounding error, which each step multiplies by a²."""
+    worst = 0.0
+    for (m, n), seed in itertools.product([(3, 5), (3, 8), (8, 16), (16, 64)], range(20)):
+        torch.manual_seed(seed)
+        u, v = torch.linalg.qr(torch.randn(m, m))[0], torch.linalg.qr(torch.randn(n, m))[0]
+        one, two = torch.full((m,), 1e-4), torch.zeros(m)
+        one[0], two[:2] = 1.0, 1.0
+        for sizes in (torch.logspace(0, -6, m), one, two):
+            found = newton_schulz((u * sizes) @ v.T, 5, coefficients, dtype=torch.bfloat16, form="gram")
+            worst = max(worst, float(torch.linalg.matrix_norm(found.float(), 2)))
+    assert worst < 1.3
 
 
 def test_polar_express_finds_the_polar_factor() -> None:

@@ -110,7 +110,7 @@ def _routed(name: str, param: Tensor, role: Role, settings: OptimizerConfig, cho
         takes, why = role.hidden, role.why
     why += f"; its module has period {role.period}" if role.period > 1 else ""
     # one number is no weight whose size a decay keeps small: it would draw it to 0, and a rate's logarithm is one
-    still = 0.0 if param.ndim == 0 and (settings.weight_decay or settings.rest.weight_decay) else None
+    still = 0.0 if param.numel() == 1 and (settings.weight_decay or settings.rest.weight_decay) else None
     if takes:
         return Place(STACK, settings.stack, None, still, role.period, why)
     decay = settings.rest.weight_decay if still is None else still

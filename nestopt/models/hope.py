@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import cycle
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from nestopt.core.device import blindly
 from nestopt.core.level import Level
 from nestopt.core.precision import Precision, check_precision, check_products
 from nestopt.core.token_batch import check_mask
@@ -289,6 +291,12 @@ class HopeLM(nn.Module):
 
     def _run(
         self, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn, read: Read, ahead: int = 0
+    ) -> tuple[Tensor, State]:
+        with blindly() if self.lockstep else nullcontext():
+            return self._read_on(tokens, state, mask, learn, read, ahead)
+
+    def _read_on(
+        self, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn, read: Read, ahead: int
     ) -> tuple[Tensor, State]:
         if self._taught and writes(learn, "mlp"):
             if exact := hope_reading.exact(self, learn):

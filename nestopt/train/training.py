@@ -311,10 +311,13 @@ class Training:
         if self.engine.rank == 0 or self.engine.cut:
             self.report.sample(self.lm, self.step, self.config, write=self.engine.rank == 0)
 
-    def _measure(self, held_out: HeldOut, log: Loggers | None) -> float:
+    def _evaluate(self, held_out: HeldOut) -> float:
         engine = self.engine
         shared: dict[str, Any] = {"rank": engine.rank, "world": engine.world, "total": engine.total}
-        score = measured(self.lm, held_out, self.config, quiet=self.quiet, **shared)
+        return measured(self.lm, held_out, self.config, quiet=self.quiet, **shared)
+
+    def _measure(self, held_out: HeldOut, log: Loggers | None) -> float:
+        score = self._evaluate(held_out)
         if log:
             self._check_folder()
             log.append({"step": self.step, "seconds": self.elapsed, "eval/bits_per_byte": score})

@@ -64,7 +64,7 @@ def dynamic_evaluation(model: Any, tokens: Tensor, window: int, period: int, rat
 
 
 def bigram_cache(tokens: Tensor, frozen: Sequence[float], share: float) -> float:
-    """Bits of a text where a share of each probability is that of the bigrams read so far."""
+    """Bits of a text where a share of each probability is that of the bigrams read so far; beside the frozen model."""
     seen: dict[int, Counter[int]] = defaultdict(Counter)
     bits, flat = 0.0, tokens[0].tolist()
     for place, own in enumerate(frozen):

@@ -19,7 +19,7 @@ from nestopt.core.registry import KINDS, OBJECTS, SLOW, Plugin, registry
 
 EXAMPLES = {
     "train": """
-  nestopt train                                         a small Hope on Python's standard library
+  nestopt train                                         a small model on Python's standard library
   nestopt train --data my/texts --baseline transformer  on a text of your own, beside a Transformer
   nestopt train run.yaml train.steps=300 model.mixer=titans
   nestopt train --name wide model.dim=256               into runs/wide

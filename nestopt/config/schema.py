@@ -154,7 +154,9 @@ class OptimizerConfig(Section):
 
     stack: LevelSpec = Field(default=_spec("muon"), description="the level, or composition of levels, that steps them")
     lr: Finite = Field(default=0.02, ge=0, description="learning rate")
-    weight_decay: Finite = Field(default=0.05, ge=0, description="decoupled weight decay; 0 where a stack is given")
+    weight_decay: Finite = Field(
+        default=0.05, ge=0, description="decoupled weight decay; 0 where `stack`, or a key of it, is given"
+    )
     rest: Annotated[RestConfig, BeforeValidator(_rest)] = Field(
         default=_spec({"lr": 0.003}),
         description="for the parameters that the stack does not take: a section, or just a level",

@@ -83,17 +83,17 @@ def scheduled_numbers(part: Part, step: int | Tensor) -> dict[str, Any]:
     """
     found = {path: resolved(value, lambda own: own.at(step)) for path, value in schedules_of(part).items()}
     if isinstance(step, int):
-        _check_functions(part, step)
+        _check_functions(part, found)
     return found
 
 
-def _check_functions(part: Part, step: int) -> None:
+def _check_functions(part: Part, found: Mapping[str, Any], prefix: str = "") -> None:
     own = {key: value for key in part.field_names if is_scheduled(value := getattr(part, key))}
     if any(schedule.function is not None for value in own.values() for schedule in schedules_in(value)):
-        dataclasses.replace(part, **{key: resolved(value, lambda one: one.at(step)) for key, value in own.items()})  # type: ignore[type-var]
-    for _, inner in part.parts():
+        dataclasses.replace(part, **{key: found[prefix + key] for key in own})  # type: ignore[type-var]
+    for name, inner in part.parts():
         if inner.is_scheduled:
-            _check_functions(inner, step)
+            _check_functions(inner, found, f"{prefix}{name}.")
 
 
 def with_values(part: P, values: Mapping[str, Any]) -> P:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -65,13 +66,9 @@ class OfWeights(Level):
         """Return whether it does anything after update number `step`, from 1."""
         return True
 
-    def share(self, noted: dict[str, Any], step: int, lr: float | Tensor) -> float | Tensor:
-        """Return the share of update number `step` in a mean over all, from what it has `noted` (a parameter group)."""
-        return 1.0
-
+    @abstractmethod
     def after_update(self, weights: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         """Return the weights to go on from and the new state, given those after update `signal.step`, if it `acts`."""
-        raise NotImplementedError(f"{self.label} has no after_update")
 
     def after_update_(self, weights: Tensor, state: State, signal: Signal) -> Tensor:
         """Do as `after_update`, writing over the tensors of `state`; `weights` stay as they are."""
@@ -90,6 +87,11 @@ class OfWeights(Level):
     def rates_as(self) -> str:
         rates: str = self.inner.rates_as
         return rates
+
+    @property
+    def forgets_scale(self) -> bool:
+        forgets: bool = self.inner.forgets_scale
+        return forgets
 
     def init_tokens(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
         problem = "is not allowed on tokens: it moves weights, which are an optimizer's"

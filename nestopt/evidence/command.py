@@ -12,7 +12,7 @@ from nestopt.config import ConfigError
 from nestopt.config.files import write
 from nestopt.evidence.forgetting import documents_in, forgetting
 from nestopt.train.data.sources import dataset_of
-from nestopt.train.folder import check_place
+from nestopt.train.folder import make_place
 from nestopt.train.run import Run
 from nestopt.train.trust import check_trusted
 
@@ -30,12 +30,7 @@ def answer(args: argparse.Namespace) -> str:
     elif not args.trust:
         check_trusted(config, run.path)
     folder = Path(args.out) if args.out else run.path
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"{folder} can't be made, a file is in its way; give a folder", "--out") from None
-    for name in ("forgetting.json", "forgetting.png"):
-        check_place("--out", folder / name)
+    make_place("--out", folder, "forgetting.json", "forgetting.png")
     corpus = dataset_of(config).load()
     text = torch.from_numpy(corpus.held_out).long()
     size = args.bytes or min(512, max(2, len(text) // (args.documents + 101)))

@@ -19,7 +19,7 @@ from nestopt.evidence.store import Store
 from nestopt.evidence.trials import RATES, Plan, check_models
 from nestopt.evidence.verdict import Row, Verdict
 from nestopt.train.errors import extra
-from nestopt.train.folder import check_place
+from nestopt.train.folder import make_place
 from nestopt.train.tables import grid
 
 with extra("train"):
@@ -48,12 +48,7 @@ def answer_evidence(args: argparse.Namespace) -> str:
     if len(set(models)) < 2 or len(set(models)) < len(models):
         raise ConfigError.refuse("--models", " ".join(models), "give two or more, each once; the first is judged")
     folder = Path(args.out or Path("evidence") / (args.task + ("-quick" if args.quick else "")))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"{folder} can't be made, a file is in its way; give a folder", "--out") from None
-    for name in ("evidence.json", "evidence.png"):
-        check_place("--out", folder / name)
+    make_place("--out", folder, "evidence.json", "evidence.png")
     plan = _plan(args, claim, models, Store(folder / "evidence.json"))
     check_models(claim.subjects(plan.quick), plan)
     rows = claim.rows(plan)

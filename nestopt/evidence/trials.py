@@ -199,6 +199,3 @@ def subjects_of(specs: Mapping[str, object]) -> dict[str, Subject]:
             assert isinstance(task, Task)
             found[name] = OnTask(task)
     return found
-
-
-# FIX

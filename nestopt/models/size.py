@@ -16,7 +16,6 @@ from nestopt.config.errors import join
 from nestopt.core.part import Part
 from nestopt.models.continua import continua
 from nestopt.models.hope import HopeLM
-from nestopt.nn.hope import to_the_last
 
 LARGE = 4096
 """Numbers of a section up to this one are counted as small: weights grow with the product of two of them."""
@@ -84,14 +83,14 @@ def in_words(size: int) -> str:
 def _counted(section: ModelConfig) -> int:
     """Return how many numbers the weights are, from one block of each kind."""
     mixers = section.mixers or [section.mixer]
-    mlps = to_the_last(list(enumerate(continua(section))), section.blocks)
-    blocks = Counter((i % len(mixers), which) for i, (which, _) in enumerate(mlps))
+    mlps = {id(mlp): mlp for mlp in continua(section)}
+    blocks = Counter((i % len(mixers), id(mlp)) for i, mlp in enumerate(continua(section)))
     options = {name: getattr(section, name) for name in ("vocab", "dim", "heads", "conv", "gate_output", "tie")}
     total = 0
     with torch.device("meta"):
         for (i, which), count in blocks.items():
             try:
-                model = HopeLM(blocks=1, mixer=mixers[i], mlp=dict(mlps)[which], **options)
+                model = HopeLM(blocks=1, mixer=mixers[i], mlp=mlps[which], **options)
             except RuntimeError:  # torch counts no further than 2⁶³
                 return 2**62
             block = sum(p.numel() for p in model.blocks.parameters())

@@ -61,12 +61,14 @@ class Nested(weights.Weighted, Optimizer):
 
     Raises:
         ValueError: a value out of range, a level of matrices (muon) given a parameter that is none, a parameter that
-            is complex where the level looks at whole tensors, or that comes twice.
+            is complex, or that comes twice.
     """
 
     renamed: ClassVar[dict[str, str]] = {}
-    takes_complex: ClassVar[bool] = False
     """State keys of torch's optimizer of the same name, and ours: its checkpoints load here."""
+
+    takes_complex: ClassVar[bool] = False
+    """Whether it steps complex parameters, as torch's of the same name does."""
 
     seed: int | None = None
     """What starts at random is drawn from this and the parameter's name; None: the seed that torch was given last."""

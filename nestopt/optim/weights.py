@@ -55,8 +55,9 @@ def after_step(
         weights = [cell.weights for cell, _ in cells]
         if own.across_processes and cells and dist.is_available() and dist.is_initialized():
             weights = _mean(own, weights, [cell.state for cell, _ in cells], comm)
+        bound = {step: bind(own, step=step) for step in {step for _, step in cells}}
         for (cell, step), shown in zip(cells, weights, strict=True):
-            cell.put(bind(own, step=step), shown, Signal(step, shown, lr))
+            cell.put(bound[step], shown, Signal(step, shown, lr))
 
 
 class _Cell:

@@ -82,9 +82,11 @@ def like(config: Config, name: object) -> Config:
             Where held-out text is read in streams, attention is to the last `data.window` tokens, as in training.
 
     Raises:
-        ConfigError: there is no such level, or no model of it comes within 2 % of the parameters.
+        ConfigError: there is no such level, no model of it comes within 2 % of the parameters, or the MLPs learn by
+            rules of their own.
     """
     section = config.model
+    learning(section)  # by one rule, which is then all models'
     mixer, wanted = _mixer(config, name), parameters(section)
 
     def one(mlp: Cms, hidden: int) -> Cms:

@@ -61,6 +61,16 @@ def check_place(option: str, path: Path) -> None:
         raise ConfigError(f"{path} has no place, {path.parent} can't be written", option)
 
 
+def make_place(option: str, folder: Path, *names: str) -> None:
+    """Make a folder, which an option names, for files of these names. Raises ConfigError where that can't be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"{folder} can't be made, a file is in its way; give a folder", option) from None
+    for name in names:
+        check_place(option, folder / name)
+
+
 def read_file(path: str | os.PathLike[str], most: int = 2**28) -> bytes:
     """Return what a file holds.
 

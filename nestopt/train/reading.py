@@ -16,7 +16,7 @@ from nestopt.config import Config, ConfigError, ModelConfig, as_saved, save
 from nestopt.levels.continuum.level import Auto, Cms, level_names
 from nestopt.models import HopeLM
 from nestopt.models.continua import continua, learning, with_learning
-from nestopt.nn.hope import Learn, to_the_last
+from nestopt.nn.hope import Learn
 from nestopt.train.data import sources
 from nestopt.train.data.source import HeldOut
 from nestopt.train.engines.engine import device_of
@@ -102,7 +102,7 @@ def learner(config: Config, model: HopeLM, rule: Cms) -> HopeLM | None:
         return None
     section = _ruled(config.model, rule)
     fresh = models.build_model(section).to(next(model.parameters()))
-    each = (to_the_last(continua(one), section.blocks) for one in (config.model, section))
+    each = (continua(one) for one in (config.model, section))
     names: dict[str, str] = {}
     for i, mlps in enumerate(zip(*each, strict=True)):
         both = zip(*(level_names(mlp.periods) for mlp in mlps), strict=True)
@@ -160,7 +160,7 @@ def tune(run: Run, *, out: Path | None = None, tuning: int = TUNING, quiet: bool
         What was tried, what is best, and what it gives, as text.
 
     Raises:
-        ConfigError: its MLPs can't learn as they read.
+        ConfigError: its MLPs can't learn as they read, or do so by rules of their own.
         CorpusError: there is too little held-out text.
     """
     config = run.config()

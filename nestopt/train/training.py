@@ -218,7 +218,8 @@ class Training:
                 if settings.eval_every and self.step % settings.eval_every == 0:
                     score = self._middle(log, report, bar)
                 elif first:
-                    self._show(log, report)
+                    with self.engine.evaluating():
+                        self._show(log, report)
                 best = score is not None and score < self.best
                 due = settings.save_every and (first or best or self.step % settings.save_every == 0)
                 if due:
@@ -276,7 +277,7 @@ class Training:
         if log is None:
             return
         bits = loss / math.log(2) / self.held_out.bytes_per_token  # as many bytes as a token has there
-        bar.set_postfix_str(f"loss {loss:.3f}, {bits:.3f} bits/byte, {rate:,.0f} tokens/s")
+        bar.set_postfix_str(f"loss {loss:.3f}, {bits:.3f} {self.report.measure}, {rate:,.0f} tokens/s")
         self._check_folder()
         log.append(
             {
@@ -296,7 +297,7 @@ class Training:
         with self.engine.evaluating():
             score = self._measure(self.source.held_out(self.config.train.eval_bytes), log)
             if log and not self.quiet:
-                bar.write(f"step {self.step}: held out {score:.3f} bits per byte")
+                bar.write(f"step {self.step}: held out {score:.3f} {report.measure}")
             self.callbacks("on_eval", score)
             self._show(log, report)
         return score

@@ -35,6 +35,10 @@ class Lion(nestopt.Level):
         self.check("beta1", 0.0, 1.0)
         self.check("beta2", 0.0, 1.0)
 
+    @property
+    def forgets_scale(self) -> bool:
+        return True
+
     def init(self, param: Tensor) -> State:
         return {"momentum": torch.zeros_like(param)}
 

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 from nestopt.evidence.claims import CLAIMS
-from nestopt.evidence.suite import answer_evidence  # noqa: F401  # what the page speaks of is there
 
 DOCS = Path(__file__).parents[2] / "docs"
 

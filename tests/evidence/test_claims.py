@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nestopt.cli import main
-from nestopt.config import build
+from nestopt.config import Config, ConfigError, build
 from nestopt.config.load import load_saved
 from nestopt.core.level import Level
 from nestopt.evidence import trials
@@ -22,7 +22,7 @@ from nestopt.evidence.toys import TOYS, steps_of
 from nestopt.evidence.trials import OnTask, Plan
 from nestopt.evidence.verdict import above, not_below, seeds_of
 from nestopt.models import HopeLM
-from nestopt.train.compare import SECONDS, TOKENS
+from nestopt.train.compare import SECONDS, TOKENS, like
 from nestopt.train.errors import CheckpointError
 
 # -- rules -------------------------------------------------------------------------------------------------------------
@@ -209,6 +209,33 @@ QUICK = {
     "language": ("learning", ["text"]),
     "needle": ("start", ["needle"]),
 }
+
+
+def columns(text: str) -> list[list[str]]:
+    """A printed table without the time that it took, cell by cell."""
+    head, *lines = [re.split(r" {2,}", line) for line in text.splitlines() if not line.startswith(("claim ", "in "))]
+    return [[cell for name, cell in zip(head, line, strict=True) if name != "CPU s"] for line in lines]
+
+
+@pytest.mark.slow
+def test_what_the_page_shows_is_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = columns((Path(__file__).parents[2] / "docs" / "evidence" / "mad-quick.txt").read_text())
+    assert main(["evidence", "mad", "--quick", "-q", "--out", str(tmp_path)]) == 0
+    printed = columns(capsys.readouterr().out)
+    assert [line[:5] for line in printed] == [line[:5] for line in shown]
+    for one, other in zip(printed, shown, strict=True):
+        assert float(one[-2]) == pytest.approx(float(other[-2]), abs=0.02)
+
+
+def test_rules_of_their_own_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    learns = {"level": "cms", "learn": "context", "teach": "loss"}
+    for mlps in (
+        [{**learns, "periods": [32]}, {**learns, "periods": [16, 64]}],
+        [{"level": "cms", "periods": [1]}, {"level": "cms", "periods": [1, 8]}],
+    ):
+        config = Config.from_data({"model": {"mixer": "deltanet", "dim": 16, "heads": 2, "mlps": mlps}})
+        with pytest.raises(ConfigError, match=r"model.mlps: .* another rule than the MLPs before it"):
+            like(config, "transformer")
 
 
 @pytest.mark.slow

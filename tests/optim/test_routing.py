@@ -632,6 +632,13 @@ def test_a_number_by_itself_is_not_decayed() -> None:
     found = nestopt.optimizer(model, "muon", weight_decay=0.1)
     decay = {param: group["weight_decay"] for group in found.param_groups for param in group["params"]}
     assert [decay[model.weight], decay[model.bias], decay[model.scale]] == [0.1, 0.1, 0.0]
+    own = nestopt.optimizer(model, "muon", weight_decay=0.1, groups=[{"match": "scale", "stack": "momentum"}])
+    assert {group["weight_decay"] for group in own.param_groups if model.scale in set(group["params"])} == {0.0}
+    sgd = nestopt.optimizer(model, "momentum", lr=1.0, weight_decay=0.1)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    sgd.step()
+    assert model.scale.item() == -2.0
     groups = [{"match": "scale", "weight_decay": 0.2}]
     found = nestopt.optimizer(model, "adamw", weight_decay=0.1, groups=groups)
     assert {group["weight_decay"] for group in found.param_groups} == {0.1, 0.2}

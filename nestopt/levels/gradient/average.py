@@ -29,6 +29,7 @@ class Average(Level):
     """
 
     momentum_field: ClassVar[str | None] = "beta"
+    reads_param: ClassVar[bool] = False
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     objectives: ClassVar[dict[str, str]] = {"exp_avg": "l2 to g"}

@@ -60,6 +60,10 @@ class Ftrl(Level):
         for key in ("l1", "l2", "beta"):
             self.check(key, 0.0)
 
+    @property
+    def forgets_scale(self) -> bool:
+        return self.regularizer == "proximal" and not self.l1 and not self.beta
+
     def init(self, param: Tensor) -> State:
         kept = {"square_sum": torch.zeros_like(param)} if self.regularizer == "proximal" else {"start": param.clone()}
         return {"gradient_sum": torch.zeros_like(param), **kept}

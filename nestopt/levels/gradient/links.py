@@ -123,6 +123,10 @@ class Normalize(Level):
         self.check_choice("by", ("norm", "rms"))
         self.check_choice("over", ("tensor", "rows"))
 
+    @property
+    def forgets_scale(self) -> bool:
+        return True
+
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         size = length if self.by == "norm" else root_mean_square
         return self.to * (grad / size(grad, _rest(grad) if self.over == "rows" else None)), state
@@ -133,6 +137,11 @@ class Sign(Level):
 
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
+    reads_param: ClassVar[bool] = False
+
+    @property
+    def forgets_scale(self) -> bool:
+        return True
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         return grad.sign(), state
@@ -195,6 +204,10 @@ class TrustRatio(Level):
         if self.limit is not None:
             self.check("limit", 0.0, closed="(]")
 
+    @property
+    def forgets_scale(self) -> bool:
+        return True
+
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         weight, size, least = length(param_of(self, signal, "the ratio")), length(grad), torch.finfo(grad.dtype).tiny
         ratio = self.coefficient * weight.clamp_max(self.limit if self.limit is not None else torch.inf)
@@ -231,6 +244,10 @@ class Cautious(Level):
     def rates_as(self) -> str:
         return self.of.rates_as
 
+    @property
+    def forgets_scale(self) -> bool:
+        return self.of.forgets_scale
+
     def init(self, param: Tensor) -> State:
         return {"of": start(self.of, param)}
 
@@ -265,6 +282,7 @@ class GradientCorrection(Level):
 
     batched: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
+    reads_param: ClassVar[bool] = False
     objectives: ClassVar[dict[str, str]] = {"last": "the last gradient"}
 
     gamma: float = 0.025

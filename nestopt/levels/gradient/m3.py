@@ -187,7 +187,7 @@ class M3(Level):
     def _divided(self, o: Tensor, root: Tensor, signal: Signal, *, in_place: bool = False) -> Tensor:
         """Return o over √V, which may be written over `o`."""
         if self._own:
-            root = root * signal.debias(torch.ones_like(root), self.betas[1]).sqrt()
+            root = root * signal.debias(root.new_ones(()), self.betas[1]).sqrt()
         elif self.mode == "ema":
             root = root / root_mean_square(root, MATRIX)
         root = root.clamp_min(math.sqrt(torch.finfo(root.dtype).tiny)) + self.eps

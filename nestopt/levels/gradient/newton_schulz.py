@@ -44,10 +44,11 @@ WIDE = 1.5
 """Longer by more than this, the Gram form takes fewer FLOPs: 4m²n + 34m³ for five steps, or in bfloat16, with two
 fresh starts, 12m²n + 22m³, not 20m²n + 10m³."""
 GROWTH, LARGEST = 20.0, 1.5
-"""In bfloat16 the Gram form starts anew from X before an error of its Gram matrix has grown so much: by a² in a step,
-where an eigenvalue is near 0. It begins as 2⁻⁹ of the largest eigenvalue, which is 1 at most, and then about 1.5. Grown
-towards 1 it would be an eigenvalue far below 0, on which the iteration diverges; at 20 no matrix tried comes near
-that, and at 30 small ones of few directions do. For `quintic` that is after every second step."""
+"""In bfloat16 the Gram form starts anew from X before an error of its Gram matrix has grown so much, and in others as
+their rounding is finer: by a² in a step, where an eigenvalue is near 0. It begins as 2⁻⁹ of the largest eigenvalue,
+which is 1 at most, and then about 1.5. Grown towards 1 it would be an eigenvalue far below 0, on which the iteration
+diverges; at 20 no matrix tried comes near that, and at 30 small ones of few directions do. For `quintic` that is after
+every second step."""
 STRIPS, STRIP, WORK = 4, 64, 1 << 19
 """A symmetric product of factors with so many numbers is made in so many strips, where one is this high at least:
 10/16 of the FLOPs."""
@@ -151,6 +152,7 @@ def _standard(x: Tensor, triples: list[Triple], square: Product) -> Tensor:
 def _gram(x: Tensor, triples: list[Triple], square: Product) -> Tensor:
     gram: Tensor = square(x, x.mT)
     power, error = None, 1.0
+    most = GROWTH * torch.finfo(torch.bfloat16).eps / torch.finfo(x.dtype).eps
     for i, (a, b, c) in enumerate(triples):
         step = square(gram, gram, gram, b, c) if c else gram * b
         step.diagonal(dim1=-2, dim2=-1).add_(a)
@@ -159,7 +161,7 @@ def _gram(x: Tensor, triples: list[Triple], square: Product) -> Tensor:
         if i + 1 == len(triples):
             return power @ x
         error *= a * a
-        if x.dtype == torch.bfloat16 and error > GROWTH:
+        if error > most:
             x = power @ x
             gram, power, error = square(x, x.mT), None, LARGEST
         else:

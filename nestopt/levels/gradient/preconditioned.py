@@ -70,6 +70,10 @@ class PreconditionedMomentum(Level):
         super().__post_init__()
         self.check("beta", 0.0, 1.0)
 
+    @property
+    def forgets_scale(self) -> bool:
+        return self.P.forgets_scale
+
     def init(self, param: Tensor) -> State:
         return {"momentum": torch.zeros_like(param), "P": start(self.P, param)}
 

@@ -20,6 +20,8 @@ from nestopt.core.tree import State, tree_map
 from nestopt.levels.gradient.scratch import scratch_like
 from nestopt.levels.gradient.within import LIMIT, nodes_within, refuse_unused
 
+_MEMORIES = {"entries": "vector", "rows": "a number a row", "factored": "a number a row and column"}
+
 
 class SecondMoment(Level):
     r"""Divide a direction, entry by entry, by the root of the running second moment of the gradient (NL eq. 105).
@@ -155,4 +157,7 @@ class SecondMoment(Level):
         every = period * self.period
         inner = nodes_within(self.of, f"{name}.of", every, after)
         own = f"{name}.exp_avg_sq" if inner else name
-        return [*inner, Node(own, every, after, "vector", self.objectives["exp_avg_sq"], self.label)]
+        if self._own:
+            after = tuple(node.name for node in inner) or after
+        objective = "l2 to u²" if self._own else self.objectives["exp_avg_sq"]
+        return [*inner, Node(own, every, after, _MEMORIES[self.over], objective, self.label)]

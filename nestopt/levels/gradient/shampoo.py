@@ -19,6 +19,7 @@ from nestopt.levels.gradient.matrix_root import inverse_root
 from nestopt.levels.gradient.within import check_whole, refuse_unused
 
 Side = Literal["left", "right"]
+SIDES: tuple[Side, ...] = ("left", "right")
 
 
 class MatrixPreconditioner(Level):
@@ -61,7 +62,7 @@ class MatrixPreconditioner(Level):
             size = param.shape[-2 if side == "left" else -1]
             size = size if size <= self.max_size else 0  # the keys are the same for parameters of every shape
             state[side] = {"gram": param.new_zeros(size, size), "root": param.new_zeros(size, size)}
-        if param.numel() and not _kept(state):
+        if param.numel() and not kept(state):
             problem = (
                 f"leaves nothing to precondition of a parameter of shape {tuple(param.shape)}; "
                 "raise it, or give that parameter another stack"
@@ -77,7 +78,7 @@ class MatrixPreconditioner(Level):
         add = torch.addmm if grad.ndim == 2 else torch.baddbmm
         keep, take = self._weights
         new |= {side: state[side] for side in self.sides()}
-        for side in _kept(state):
+        for side in kept(state):
             x = grad if side == "left" else grad.mT
             gram = state[side]["gram"] if keep == 1 else state[side]["gram"] * (1 - (1 - keep) * fine)
             gram = add(gram, x, x.mT, alpha=take)
@@ -89,7 +90,7 @@ class MatrixPreconditioner(Level):
         if self.beta:
             state["momentum"].lerp_(grad, (1 - self.beta) * fine)
         keep, take = self._weights
-        for side in _kept(state):
+        for side in kept(state):
             x, gram = grad if side == "left" else grad.mT, state[side]["gram"]
             add = gram.addmm_ if grad.ndim == 2 else gram.baddbmm_
             if keep != 1:
@@ -113,12 +114,12 @@ class MatrixPreconditioner(Level):
             return old
         if self.mode == "ema" and self.bias_correction:
             gram = signal.debias(gram, self.beta2)
-        new = inverse_root(gram, 2 * len(_kept(state)), self.eps)
+        new = inverse_root(gram, 2 * len(kept(state)), self.eps)
         return torch.where(now, new, old) if isinstance(now, Tensor) else new
 
     def _read(self, grad: Tensor, state: State, signal: Signal, fine: Tensor) -> Tensor:
         m = state["momentum"] if self.beta else grad
-        for side in _kept(state):
+        for side in kept(state):
             root = state[side]["root"]
             m = root @ m if side == "left" else m @ root
         return m * (signal.debias(fine, self.beta) if self.beta and self.bias_correction else fine)
@@ -137,10 +138,9 @@ def in_range(grad: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(fine, grad * (square_limit(grad) / size).clamp(max=1.0), 0.0), fine.to(grad.dtype)
 
 
-def _kept(state: State) -> list[Side]:
+def kept(state: State) -> list[Side]:
     """Return the sides that a state has a preconditioner for."""
-    sides: tuple[Side, ...] = ("left", "right")
-    return [side for side in sides if side in state and state[side]["gram"].shape[-1]]
+    return [side for side in SIDES if side in state and state[side]["gram"].shape[-1]]
 
 
 class MatrixAdagrad(MatrixPreconditioner):

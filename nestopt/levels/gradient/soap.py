@@ -17,10 +17,8 @@ from nestopt.core.signal import Signal
 from nestopt.core.tree import State, leaves, replaced, tree_map
 from nestopt.levels.gradient.adam import Adam
 from nestopt.levels.gradient.matrix_root import eigen
-from nestopt.levels.gradient.shampoo import Side, in_range
+from nestopt.levels.gradient.shampoo import SIDES, in_range, kept
 from nestopt.levels.gradient.within import check_whole, nodes_within
-
-SIDES: tuple[Side, ...] = ("left", "right")
 
 
 class Soap(Level):
@@ -65,12 +63,16 @@ class Soap(Level):
     def rates_as(self) -> str:
         return self.of.rates_as
 
+    @property
+    def forgets_scale(self) -> bool:
+        return self.of.forgets_scale
+
     def init(self, param: Tensor) -> State:
         state: State = {}
         for side, size in zip(SIDES, param.shape[-2:], strict=True):
             size = size if size <= self.max_size else 0  # the keys are the same for parameters of every shape
             state[side] = {"gram": param.new_zeros(size, size), "basis": param.new_zeros(size, size)}
-        if param.numel() and not _kept(state):
+        if param.numel() and not kept(state):
             problem = f"leaves no side of a parameter of shape {tuple(param.shape)}; raise it, or give it another stack"
             raise FieldError(self.label, "max_size", self.max_size, problem)
         return {**state, "of": start(self.of, param)}
@@ -88,7 +90,7 @@ class Soap(Level):
             if isinstance(first, Tensor):
                 direction = torch.where(first, 0.0, direction)
                 new["of"] = tree_map(lambda written, old: torch.where(first, old, written), of, state["of"])
-        for side in _kept(state):
+        for side in kept(state):
             x = (grad if side == "left" else grad.mT).detach()
             gram = torch.lerp(state[side]["gram"], x @ x.mT, (1 - self.beta) * fine.detach())
             new[side] = {"gram": gram, "basis": state[side]["basis"]}
@@ -106,7 +108,7 @@ class Soap(Level):
     def _begun(self, state: State) -> State:
         """Return `state` with the eigenbases of its Gram matrices, the largest eigenvalue first."""
         new = {**state}
-        for side in _kept(state):
+        for side in kept(state):
             gram = state[side]["gram"]
             new[side] = {"gram": gram, "basis": eigen(gram)[1].flip(-1).to(gram.dtype)}
         return new
@@ -115,7 +117,7 @@ class Soap(Level):
         """Return `state` after one step of power iteration, with the fast level's state in the new bases."""
         new, turns, orders = {**state}, {}, {}
         second_moments = frozenset().union(*(level.positive for level in levels_within(self.of)))
-        for side in _kept(state):
+        for side in kept(state):
             gram, basis = state[side]["gram"], state[side]["basis"]
             product = gram @ basis
             order = (basis * product).sum(-2).argsort(-1, descending=True)
@@ -126,10 +128,10 @@ class Soap(Level):
             turns[side], orders[side] = basis.mT @ fresh, order
         found = {}
         for path, leaf in leaves(state["of"]):
-            if leaf.shape == shape and path.rpartition(".")[2] in second_moments:
-                if "left" in orders:
+            if leaf.ndim == len(shape) and path.rpartition(".")[2] in second_moments:  # or of rows, or of columns
+                if "left" in orders and leaf.shape[-2] == shape[-2]:
                     leaf = torch.take_along_dim(leaf, orders["left"].unsqueeze(-1), -2)
-                if "right" in orders:
+                if "right" in orders and leaf.shape[-1] == shape[-1]:
                     leaf = torch.take_along_dim(leaf, orders["right"].unsqueeze(-2), -1)
             elif leaf.shape == shape:
                 leaf = turns["left"].mT @ leaf if "left" in turns else leaf
@@ -145,14 +147,9 @@ class Soap(Level):
         return [*sides, *nodes_within(self.of, f"{name}.of", every, after)]
 
 
-def _kept(state: State) -> list[Side]:
-    """Return the sides that have a basis."""
-    return [side for side in SIDES if state[side]["gram"].shape[-1]]
-
-
 def _turned(x: Tensor, state: State, *, into: bool) -> Tensor:
     """Return `x` in the bases of a state, or what is in them back in its own coordinates."""
-    for side in _kept(state):
+    for side in kept(state):
         basis = state[side]["basis"]
         x = (basis.mT if into else basis) @ x if side == "left" else x @ (basis if into else basis.mT)
     return x

@@ -54,11 +54,15 @@ def place(
 ) -> Place:
     """Say where one parameter goes, which is in layer `layer` of 0 … `top`."""
     found = _routed(name, param, role, settings, chosen)
-    own_view = own_rate = None
+    own_view = own_rate = own_decay = None
     for number, group in enumerate(settings.groups, start=1):
         if re.search(group.match, name):
             found, own_view, own_rate = _excepted(found, group, number, role), group.view, group.lr
+            own_decay = group.weight_decay
             break
+    # one number is no weight whose size a decay keeps small: it would draw it to 0, and a rate's logarithm is one
+    if param.numel() == 1 and own_decay is None and (settings.weight_decay or settings.rest.weight_decay):
+        found = dataclasses.replace(found, weight_decay=0.0)
     view = WHOLE
     if own_view is not None and _seen_as_matrix(found.stack, param):
         view = own_view.split, own_view.dim, own_view.transposed
@@ -109,12 +113,9 @@ def _routed(name: str, param: Tensor, role: Role, settings: OptimizerConfig, cho
     else:
         takes, why = role.hidden, role.why
     why += f"; its module has period {role.period}" if role.period > 1 else ""
-    # one number is no weight whose size a decay keeps small: it would draw it to 0, and a rate's logarithm is one
-    still = 0.0 if param.numel() == 1 and (settings.weight_decay or settings.rest.weight_decay) else None
     if takes:
-        return Place(STACK, settings.stack, None, still, role.period, why)
-    decay = settings.rest.weight_decay if still is None else still
-    return Place(REST, settings.rest.stack, settings.rest.lr, decay, role.period, why)
+        return Place(STACK, settings.stack, None, None, role.period, why)
+    return Place(REST, settings.rest.stack, settings.rest.lr, settings.rest.weight_decay, role.period, why)
 
 
 def check(settings: OptimizerConfig, places: Mapping[str, Place], named: Mapping[str, Tensor]) -> None:

@@ -47,6 +47,7 @@ class Report:
     def __init__(self, run: Run, source: Source, held_out: HeldOut, size: int, *, quiet: bool) -> None:
         self.run, self.source, self.held_out, self.quiet = run, source, held_out, quiet
         self._size, self.unit = size, "byte" if held_out.answers is None else "token"
+        self.measure = "bits per byte" if held_out.answers is None else "bits per answer"
 
     @functools.cached_property
     def baselines(self) -> dict[str, float]:
@@ -131,7 +132,7 @@ class Report:
         self.say(
             "\n".join(
                 [
-                    f"bits per {'answer' if self.unit == 'token' else 'byte'} on {self.held_out.bytes:,} held-out "
+                    f"{self.measure} on {self.held_out.bytes:,} held-out "
                     f"{self.unit}s, after {seconds:.0f} s of training:",
                     *lines,
                 ]

@@ -9,8 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nestopt import ConfigError
+from nestopt import ConfigError, build, registry
 from nestopt.core import Signal, chain, parallel
+from nestopt.core.clock import advance, start
+from nestopt.core.gates import bind
 from nestopt.core.part import FieldError
 from nestopt.levels import adam, gd, m3, momentum, muon, newton_schulz, second_moment, shampoo
 from nestopt.optim import Nested
@@ -38,6 +40,29 @@ def test_it_sees_the_gradient_and_scales_the_direction() -> None:
     ):
         h = h + g**2
         same(got, direction / h.sqrt())
+
+
+HOLD = {"cautious": "of", "soap": "of", "preconditioned_momentum": "P", "weight_average": "inner"}
+ALONE = [name for name in registry.names("level") if name not in ("chain", "parallel", "nest", "clip")]
+HOLDING = [{"level": name, key: of} for name, key in HOLD.items() for of in ("newton_schulz", "momentum")]
+
+
+@pytest.mark.parametrize("spec", [*ALONE, *HOLDING], ids=str)
+def test_a_level_knows_whether_it_forgets_scale(spec) -> None:
+    """`clip` does where it clips, and says that it does not."""
+    level = bind(build("level", spec))
+    if level.of_tokens or "inputs" in level.needs:
+        pytest.skip("it sees no gradients alone")
+    outs = []
+    for scale in (1.0, 1e3):
+        torch.manual_seed(0)
+        param = torch.randn(6, 6, dtype=torch.float64)
+        state, seen = start(level, param), []
+        for t in range(1, 25):
+            u, state = advance(level, scale * torch.randn(6, 6, dtype=torch.float64), state, Signal(t, param, 0.01))
+            seen.append(u)
+        outs.append(torch.stack(seen))
+    assert torch.allclose(*outs, rtol=1e-3, atol=1e-6) == level.forgets_scale
 
 
 @pytest.mark.parametrize("of", [newton_schulz(), adam(), muon(), chain(momentum(), newton_schulz()), shampoo(), m3()])

@@ -8,7 +8,7 @@ import torch
 
 from nestopt.core import Signal, advance, start
 from nestopt.core.part import FieldError
-from nestopt.levels import adam, adamw, gd, momentum, soap
+from nestopt.levels import adam, adamw, gd, momentum, second_moment, soap
 from tests.levels.gradient.tools import randoms, run, same
 
 
@@ -91,3 +91,16 @@ def test_what_it_can_not_be() -> None:
     _, state = level.step(grad, level.init(grad), Signal(1, grad))
     with pytest.raises(ValueError, match="adamw: weight decay needs the parameter"):
         level.step(grad, state, Signal(2, grad))
+
+
+@pytest.mark.parametrize("over", ["rows", "factored"])
+def test_moments_of_rows_are_sorted_with_the_basis(over: str) -> None:
+    """Of equal columns, with a basis on the left alone, a row's mean square is that of each of its entries."""
+    sizes = torch.eye(3, dtype=torch.float64)[torch.arange(9) % 3] * 9 + 1  # now one row is the largest, now another
+    equal = [
+        (g * size[:, None]).expand(3, 6).contiguous() for g, size in zip(randoms(3, 1, count=9), sizes, strict=True)
+    ]
+    found, entries = (
+        run(soap(second_moment(0.9, over=kind), basis_every=1, max_size=3), equal, 1e-7) for kind in (over, "entries")
+    )
+    same(found, entries, 1e-9)

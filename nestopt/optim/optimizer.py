@@ -199,7 +199,8 @@ class Nested(weights.Weighted, Optimizer):
             RuntimeError: a gradient is sparse, of another shape than its parameter, or, with `on_nonfinite="raise"`,
                 not finite. Nothing has been changed then.
         """
-        self.check_trains()
+        if self._evaluates:
+            raise RuntimeError("the parameters hold the weights to evaluate with; call optimizer.train() before a step")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -226,7 +227,7 @@ class Nested(weights.Weighted, Optimizer):
             for executor in share.executors:
                 executor.step(share.level, [own[place] for place in executor.places], settings)
                 asking = share.level if executor.inputs is not None else asking
-            if share.level.of_weights:
+            if share.of_weights:
                 weights.after_step(share.level, group, share.executors, settings.lr, self._comm)
         if asking is not None and self._unseen is not None:
             unseen, self._unseen = self._unseen, None

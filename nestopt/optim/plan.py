@@ -41,12 +41,14 @@ class Share:
 
     Attributes:
         level: with its gates bound.
+        of_weights: whether it acts on the weights, after the step.
         params, ids: of the group.
         forms: of its gradients.
         executors: of the parameters that have one.
     """
 
     level: Level
+    of_weights: bool
     params: list[Tensor]
     ids: list[int]
     forms: list[Form]
@@ -156,7 +158,7 @@ class Plan:
         for executor in made:
             executor.inputs = self._inputs if asks else None
             executor.note = partial(self._note, index) if self._note else None
-        return Share(level, params, list(map(id, params)), forms, made)
+        return Share(level, level.of_weights, params, list(map(id, params)), forms, made)
 
     def _slot(
         self, level: Level, param: Tensor, state: dict[str, Any], view: Split | None, name: str, place: int

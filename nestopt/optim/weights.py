@@ -190,11 +190,6 @@ class Weighted:
         self._evaluates = False
         show_anew(self._model() if self._model is not None else None)
 
-    def check_trains(self) -> None:
-        """Raise RuntimeError while the parameters hold the weights to evaluate with."""
-        if self._evaluates:
-            raise RuntimeError("the parameters hold the weights to evaluate with; call optimizer.train() before a step")
-
 
 def show_anew(model: nn.Module | None) -> None:
     """Let FSDP2 put the weights of a model together anew: some it may still have as they were."""

@@ -97,7 +97,7 @@ def test_a_folder_that_is_taken_away_does_not_come_back(text, tmp_path, how, log
         assert content(tmp_path / "001") == content(tmp_path / "moved")
 
 
-LIMITS = [300, 4000, 60_000, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (100, 1000, 20_000, 200_000))]
+LIMITS = [4000, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (100, 1000, 20_000, 60_000, 200_000))]
 
 
 @pytest.mark.parametrize("limit", LIMITS)

@@ -26,14 +26,13 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "transformer": ({"blocks": 7}, 32),
     "deltanet": ({"blocks": 8, "mixer": "deltanet"}, 32),
     "mixers in turn": ({"blocks": 13, "mixers": ["attention", "deltanet"]}, 16),
-    "hope, deep": ({"blocks": 7, "mixer": SELF, "mlp": CONTEXT}, 8),
+    "hope, deep": ({"blocks": 5, "mixer": SELF, "mlp": CONTEXT}, 8),
     "hope, long": ({"blocks": 1, "mixer": SELF, "mlp": CONTEXT, "segment": 8}, 52),
     "a continuum, deep and long": (
         {"blocks": 6, "mixer": "linear_attention", "mlp": {**CONTEXT, "periods": [4]}, "segment": 4},
         26,
     ),
     "deltanet in segments": ({"blocks": 2, "mixer": "deltanet", "segment": 8}, 64),
-    "deltanet in segments, deep and long": ({"blocks": 7, "mixer": "deltanet", "segment": 8}, 52),
     "attention in segments, whose states grow": ({"blocks": 2, "segment": 8}, 64),
 }
 
@@ -81,12 +80,11 @@ def test_the_loss_is_made_in_pieces_as_in_training() -> None:
     assert inspect.signature(HopeLM.loss).parameters["piece"].default == passes.PIECE
 
 
-@pytest.mark.parametrize("learn", [True, "mixer"])
-def test_dtypes_are_counted_apart_and_exactly(learn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dtypes_are_counted_apart_and_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "PIECE", 4)
     section = small(model=MODELS["a continuum, deep and long"][0]).model
-    whole = _count(section, 2, 25, torch.bfloat16, learn, "meta")
-    found = count_pass(section, 2, 25, dtype=torch.bfloat16, learn=learn)
+    whole = _count(section, 2, 25, torch.bfloat16, True, "meta")
+    found = count_pass(section, 2, 25, dtype=torch.bfloat16, learn=True)
     assert found.cost == whole.cost
     assert set(found.cost.products) == {"bfloat16", "float32"}
     assert all(type(number) is int for number in (*found.cost.products.values(), found.cost.bytes, found.cost.ops))

@@ -41,10 +41,9 @@ HOPE = {
     "segment": 32,
 }
 RUNS: dict[str, dict[str, Any]] = {
-    "hope in segments, muon": {"model": HOPE, "data": {"batch": 2, "window": 96}, "optimizer": {"stack": "muon"}},
     "hope in segments, m3, tied": {
         "model": {**HOPE, "tie": True},
-        "data": {"batch": 1, "window": 64},
+        "data": {"batch": 2, "window": 64},
         "optimizer": {"stack": "m3"},
     },
     "transformer, m3: states count most": {

@@ -68,8 +68,14 @@ def test_functional_gradients(step: str) -> None:
         close([j[t] for j in jacobian], list(torch.autograd.grad(y[t], leaves, retain_graph=True)))
 
 
+COMPILED = [
+    ("chunk", "normalized"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("after", "layerwise"), ("before", "normalized"))),
+]
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, as it traces
-@pytest.mark.parametrize(("read", "step"), [("after", "layerwise"), ("before", "normalized"), ("chunk", "normalized")])
+@pytest.mark.parametrize(("read", "step"), COMPILED)
 def test_compiled_in_one_graph(read: str, step: str) -> None:
     tokens, arguments = example(7, read=read, step=step)
     leaves = [x.requires_grad_() for x in (*tokens, *arguments["weights"], arguments["lr"], arguments["momentum"])]

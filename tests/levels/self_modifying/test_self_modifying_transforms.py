@@ -55,7 +55,7 @@ def test_functional_gradients() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, as it traces
-@pytest.mark.parametrize("has_momentum", [False, True])
+@pytest.mark.parametrize("has_momentum", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_in_one_graph(has_momentum: bool) -> None:
     tokens, arguments, leaves = example(7, has_momentum=has_momentum)
     compiled = torch.compile(self_modifying, fullgraph=True, backend="aot_eager")

@@ -18,9 +18,9 @@ from torch.nn.functional import normalize
 from torch.utils.flop_counter import FlopCounterMode
 
 import nestopt
-from nestopt.core import AssociativeMemory, Gate
+from nestopt.core import AssociativeMemory, Gate, gates_of
 from nestopt.core.memories import Mlp, Window
-from nestopt.core.part import Heads
+from nestopt.core.part import Channels, Heads
 from nestopt.core.pending import PENDING
 from nestopt.core.tree import State, leaves
 from nestopt.ops import fast_form
@@ -58,6 +58,13 @@ WINDOW = Formula(
 )  # the first c tokens have no block before them
 SUM = Formula("$4D_kD_v + 2C(D_k + D_v)$", lambda s: 4 * s.dim**2 + 4 * s.chunk * s.dim)
 CORRECTED = Formula("$6D_kD_v + 4C(D_k + D_v)$", lambda s: 6 * s.dim**2 + 8 * s.chunk * s.dim)
+SUM_BY_CHANNEL = Formula(
+    "$4D_kD_v + (C - 2)D_k + 2CD_v$", lambda s: 4 * s.dim**2 + (s.chunk - 2) * s.dim + 2 * s.chunk * s.dim
+)
+CORRECTED_BY_CHANNEL = Formula(
+    "$6D_kD_v + 2(C - 2)D_k + 2CD_v$", lambda s: 6 * s.dim**2 + 2 * (s.chunk - 2) * s.dim + 2 * s.chunk * s.dim
+)
+"""Within halves of one token no product of matrices is made."""
 OMEGA = Formula(
     "$(4c + 2)D_kD_v + 2(c + 1)C(D_k + D_v)$",
     lambda s: (4 * s.window + 2) * s.dim**2 + 4 * (s.window + 1) * s.chunk * s.dim,
@@ -81,8 +88,10 @@ FLOPS = {
     "linear_attention": SUM,
     "retnet": SUM,
     "gated_linear": SUM,
+    "gla": SUM_BY_CHANNEL,
     "deltanet": CORRECTED,
     "gated_deltanet": CORRECTED,
+    "kda": CORRECTED_BY_CHANNEL,
     "oja": CORRECTED,
     "omega": OMEGA,
     "ttt": MLP,
@@ -146,7 +155,12 @@ def measure(level: AssociativeMemory, dim: int = DIM, tokens: int = TOKENS) -> M
     q, k, v = (normalize(torch.randn(1, tokens + 1, 1, dim), dim=-1) for _ in range(3))
 
     def after(count: int) -> State:
-        return nestopt.ops.run(level, q[:, :count], k[:, :count], v[:, :count])[1]
+        shown = [x[:, :count] for x in (q, k, v)]
+        # a gate that is not given is one number
+        gates = {
+            path: torch.full_like(shown[1], g.init) for path, g in gates_of(level).items() if isinstance(g, Channels)
+        }
+        return nestopt.ops.run(level, *shown, gates=gates)[1]
 
     with torch.no_grad():
         # torch counts nothing for its fused attention on CPUs, which has the same products
@@ -213,6 +227,8 @@ def retention(level: AssociativeMemory) -> str:
         return "all"
     if isinstance(keep, Heads):
         return f"{keep.init:g} and up, by head"
+    if isinstance(keep, Channels):
+        return f"a gate for each channel, from {keep.init:g}"
     return f"a gate, from {keep.init:g}" if isinstance(keep, Gate) else f"{keep:g}"
 
 

@@ -116,6 +116,7 @@ class AssociativeMemory(Level):
         self.check_choice("fade", ("with", "before"))
         self.check_choice("forget", ("all", "outer"))
         self.check_choice("normalized", (False, True, "layerwise"))
+        self.retention.check_memory(self)
         if self.fade == "before" and self.chunk > 1:
             problem = "is not allowed with chunk above 1: a chunk's gradients are of the memory it began with"
             raise FieldError(self.label, "fade", self.fade, problem)

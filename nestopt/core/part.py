@@ -94,6 +94,22 @@ class Heads(Gate):
         return f"Heads({self.init}{'' if self.ratio == 0.5 else f', ratio={self.ratio}'})"
 
 
+class Channels(Gate):
+    """A gate with a number for each channel of the keys: the decay of GLA and of Kimi's delta attention.
+
+    A layer learns D_k of them per head. It can be the `keep` of a matrix memory's `decay`. Arguments: `Gate`.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Channels) and (self.init, self.low, self.high) == (other.init, other.low, other.high)
+
+    def __hash__(self) -> int:
+        return hash((Channels, self.init, self.low, self.high))
+
+    def __repr__(self) -> str:
+        return f"Channels{super().__repr__().removeprefix('Gate')}"
+
+
 class FieldError(ValueError):
     """A field of a part holds what it may not.
 
@@ -217,6 +233,8 @@ class Part(metaclass=_PartType):
 
     takes_schedules: ClassVar[bool] = True
     """Whether its numbers may be; not where other parts are made of them."""
+    by_channel: ClassVar[tuple[str, ...]] = ()
+    """Its numbers that may be `Channels`."""
     requires: ClassVar[frozenset[str]] = frozenset()
     """What this part must be shown to be itself: `"shape"` (whole tensors in their true shape, never a flat slice of
     several), `"matrix"` (as `"shape"`, and only matrices), `"param"` (a parameter beside the gradient, so that it is no
@@ -263,6 +281,8 @@ class Part(metaclass=_PartType):
         `closed` says which ends belong to the range, as in mathematics: `"[)"` keeps `low` and leaves out `high`.
         """
         value = getattr(self, key)
+        if isinstance(value, Channels) and key not in self.by_channel:
+            raise FieldError(self.label, key, value, "is not allowed; give a number, or a Gate: one per token and head")
         if isinstance(value, Tensor | Gate):
             return
         if not isinstance(value, int | float) or isinstance(value, bool):

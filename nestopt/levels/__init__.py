@@ -59,6 +59,8 @@ from nestopt.levels.presets import Deltanet as deltanet
 from nestopt.levels.presets import Dla as dla
 from nestopt.levels.presets import GatedDeltanet as gated_deltanet
 from nestopt.levels.presets import GatedLinear as gated_linear
+from nestopt.levels.presets import Gla as gla
+from nestopt.levels.presets import Kda as kda
 from nestopt.levels.presets import LinearAttention as linear_attention
 from nestopt.levels.presets import OjaMemory as oja
 from nestopt.levels.presets import Retnet as retnet
@@ -92,8 +94,10 @@ __all__ = [
     "gated_linear",
     "gd",
     "ggd",
+    "gla",
     "gradient_correction",
     "grokfast",
+    "kda",
     "lamb",
     "linear_attention",
     "lion_chain",

@@ -16,6 +16,8 @@ NAMES = [
     "gated_linear",
     "deltanet",
     "gated_deltanet",
+    "gla",
+    "kda",
     "oja",
     "omega",
     "ttt",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestopt.core import AssociativeMemory, Gate, Level, Signal, chain, gates_of, scan
+from nestopt.core import AssociativeMemory, Channels, Gate, Level, Signal, chain, gates_of, scan
 from nestopt.core.features import Elu, Polynomial
 from nestopt.core.memories import Mlp, Window
 from nestopt.core.objectives import L2, Huber, Lp
@@ -24,6 +24,8 @@ from nestopt.levels import (
     dla,
     gated_deltanet,
     gd,
+    gla,
+    kda,
     linear_attention,
     momentum,
     muon,
@@ -48,6 +50,8 @@ LINEAR = {
     "weighted": linear_attention(lr=0.5, step_size=3.0),
     "before": linear_attention(retention=Decay(0.8), read="before"),
     "chunk of one": linear_attention(retention=Decay(Gate(0.8)), read="chunk"),
+    "gla": gla(lr=Gate(0.5)),
+    "gla before": gla(read="before"),
     "by its parts": AssociativeMemory(),
     "momentum": momentum(0.9),
     "average": momentum(0.9, dampening=0.9),
@@ -68,6 +72,8 @@ DELTA = {
     "deltanet before": deltanet(read="before", retention=Decay(Gate(0.8))),
     "deltanet fading with the write": gated_deltanet(fade="with"),
     "gated deltanet": gated_deltanet(),
+    "kda": kda(),
+    "kda, fading with the write, before": kda(fade="with", read="before"),
     "deltanet with momentum": gated_deltanet(rule=momentum(Gate(0.5))),
     "with momentum, fading with the write": deltanet(rule=momentum(0.7), retention=Decay(0.9)),
     "normalized deltanet": deltanet(normalized=True, retention=Decay(Gate(0.8)), rule=momentum(Gate(0.5)), bound=1.5),
@@ -133,6 +139,7 @@ SELF = {
     ),
 }
 GENERIC = {
+    "kda with momentum": kda(rule=momentum(Gate(0.5))),
     "adam": adam(),
     "delta momentum": delta_momentum(),
     "nesterov": momentum(0.9, nesterov=True),
@@ -186,7 +193,10 @@ def inputs(level: Level, length: int = 9) -> dict[str, Tensor]:
     tokens |= {
         f"start.{name}": torch.stack([one[name].to(F64) for one in starts]).requires_grad_() for name in starts[0]
     }
-    gates = {path: torch.rand(2, length, 3, dtype=F64, requires_grad=True) for path in gates_of(level)}
+    gates = {
+        path: torch.rand(2, length, 3, *([4] if isinstance(gate, Channels) else []), dtype=F64, requires_grad=True)
+        for path, gate in gates_of(level).items()
+    }
     return tokens | gates
 
 

@@ -16,9 +16,14 @@ F64 = torch.float64
 
 
 def _gates(q: Tensor, **gates: Any) -> list[Tensor]:
-    """Each gate `[B, T, H, 1, 1]` in the dtype of q; None is 1."""
+    """Each gate `[B, T, H, 1, 1]` in the dtype of q, or by channel `[B, T, H, 1, D_k]`; None is 1."""
     ones = torch.ones(q.shape[:3], dtype=q.dtype)
-    return [(ones * (1.0 if gate is None else gate))[..., None, None] for gate in gates.values()]
+    return [
+        gate[..., None, :]
+        if isinstance(gate, Tensor) and gate.ndim == 4
+        else (ones * (1.0 if gate is None else gate))[..., None, None]
+        for gate in gates.values()
+    ]
 
 
 def outer(v: Tensor, k: Tensor) -> Tensor:
@@ -67,7 +72,7 @@ def loop_delta_rule(
         write = eta[:, t] * outer(v[:, t], k[:, t])
         turn = eta[:, t] * outer(k[:, t], k[:, t])
         if momentum is None:
-            new = (a[:, t] * m @ (eye - turn) if decay_first else m @ (a[:, t] * eye - turn)) + write
+            new = (a[:, t] * m @ (eye - turn) if decay_first else a[:, t] * m - m @ turn) + write
         else:
             s = theta[:, t] * s + (a[:, t] * m if decay_first else m) @ turn - write
             new = a[:, t] * m - s
@@ -130,6 +135,7 @@ class Case:
     gates: tuple[str, ...]
     settings: dict[str, Any]
     state: tuple[str, ...] = ()  # the names in it; none where it is one memory
+    by_channel: bool = False
 
     def inputs(self, batch: int, length: int, heads: int = 2, dim_k: int = 3, dim_v: int = 4) -> dict[str, Any]:
         """Random queries, keys and values (of length 1, so that no memory explodes) and gates, in float64."""
@@ -137,7 +143,8 @@ class Case:
         k, v = (x / x.norm(dim=-1, keepdim=True) for x in (k, v))
         made = {"q": q, "k": k, "v": v}
         for name in self.gates:
-            made[name] = torch.rand(batch, length, heads, dtype=F64) * (0.9 if name == "decay" else 0.6) + 0.1
+            shape = (batch, length, heads, *((dim_k,) if name == "decay" and self.by_channel else ()))
+            made[name] = torch.rand(shape, dtype=F64) * (0.9 if name == "decay" else 0.6) + 0.1
         if "weights" in self.settings and isinstance(self.settings["weights"], Tensor):
             made["weights"] = self.settings["weights"].clone()
         return made
@@ -157,9 +164,14 @@ class Case:
 
 
 def _case(
-    fast: Callable[..., Any], slow: Callable[..., Any], *gates: str, state: tuple[str, ...] = (), **settings: Any
+    fast: Callable[..., Any],
+    slow: Callable[..., Any],
+    *gates: str,
+    state: tuple[str, ...] = (),
+    by_channel: bool = False,
+    **settings: Any,
 ) -> Case:
-    return Case(fast, slow, gates, settings, state)
+    return Case(fast, slow, gates, settings, state, by_channel)
 
 
 _delta = functools.partial(_case, delta_rule, loop_delta_rule, "lr")
@@ -170,11 +182,17 @@ CASES: dict[str, Case] = {
     "linear attention": _case(linear_attention, loop_linear_attention),
     "linear attention, decay": _case(linear_attention, loop_linear_attention, "decay"),
     "linear attention, decay, before": _case(linear_attention, loop_linear_attention, "decay", read="before"),
+    "linear attention, channels": _case(linear_attention, loop_linear_attention, "decay", by_channel=True),
+    "linear attention, channels, before": _case(
+        linear_attention, loop_linear_attention, "decay", by_channel=True, read="before"
+    ),
     "delta": _delta(),
     "delta, before": _delta(read="before"),
     "delta, decay": _delta("decay"),
     "delta, decay last, before": _delta("decay", decay_first=False, read="before"),
     "delta, decay last": _delta("decay", decay_first=False),
+    "delta, channels": _delta("decay", by_channel=True),
+    "delta, channels, decay last, before": _delta("decay", by_channel=True, decay_first=False, read="before"),
     "delta, momentum": _delta("momentum", state=_both),
     "delta, momentum, decay": _delta("momentum", "decay", state=_both),
     "delta, momentum, decay last, before": _delta("momentum", "decay", decay_first=False, read="before", state=_both),

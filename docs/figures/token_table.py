@@ -29,7 +29,15 @@ MADE = Path(__file__).parents[1] / "tokens" / "made"
 SHARED = runpy.run_path(str(Path(__file__).with_name("level_table.py")))
 
 DIM, TOKENS = 64, 512
-MATRIX_CHUNKS = {"linear_attention": 32, "delta_rule": 32, "oja": 64, "omega": 64, "attention": 64}
+MATRIX_CHUNKS = {
+    "linear_attention": 32,
+    "hgrn2": 32,
+    "rwkv6": 32,
+    "delta_rule": 32,
+    "oja": 64,
+    "omega": 64,
+    "attention": 64,
+}
 """The `chunk` of the operations on matrix memories, on a CPU."""
 
 
@@ -89,6 +97,8 @@ FLOPS = {
     "retnet": SUM,
     "gated_linear": SUM,
     "gla": SUM_BY_CHANNEL,
+    "hgrn2": SUM_BY_CHANNEL,
+    "rwkv6": SUM_BY_CHANNEL,
     "deltanet": CORRECTED,
     "gated_deltanet": CORRECTED,
     "kda": CORRECTED_BY_CHANNEL,
@@ -104,10 +114,12 @@ GROWS = Formula("$n(D_k + D_v)$", lambda s: 2 * s.pairs * s.dim)
 KEPT = Formula("$c(D_k + D_v)$", lambda s: 2 * s.window * s.dim)
 ONE_MATRIX = Formula("$D_kD_v$", lambda s: s.dim**2)
 MATRIX_AND_PAIRS = Formula("$D_kD_v + (c - 1)(D_k + D_v + 1)$", lambda s: s.dim**2 + (s.window - 1) * (2 * s.dim + 1))
+MATRIX_AND_KEY = Formula("$D_kD_v + D_k$", lambda s: s.dim**2 + s.dim)
 WEIGHTS = Formula("$2Dh$", lambda s: 2 * s.dim * s.hidden)
 WEIGHTS_AND_MOMENTA = Formula("$4Dh$", lambda s: 4 * s.dim * s.hidden)
 STATE = {
     **dict.fromkeys(FLOPS, ONE_MATRIX),
+    "rwkv6": MATRIX_AND_KEY,
     "attention": GROWS,
     "window_attention": KEPT,
     "omega": MATRIX_AND_PAIRS,
@@ -222,6 +234,8 @@ def cost_row(name: str, level: AssociativeMemory, found: Measured) -> str:
 
 def retention(level: AssociativeMemory) -> str:
     """In words: what of a memory is kept."""
+    if isinstance(level, nestopt.levels.hgrn2):
+        return "by its keys, for each channel"
     keep = getattr(level.retention, "keep", None)
     if keep is None:
         return "all"

@@ -51,6 +51,9 @@ from nestopt.levels.gradient.shampoo import MatrixAdagrad as matrix_adagrad
 from nestopt.levels.gradient.shampoo import Shampoo as shampoo
 from nestopt.levels.gradient.soap import Soap as soap
 from nestopt.levels.listing import names as list  # noqa: F401  # not in __all__, whose names are all levels
+from nestopt.levels.matrix.additive import Hgrn2 as hgrn2
+from nestopt.levels.matrix.additive import Hgrn2Form, Rwkv6Form
+from nestopt.levels.matrix.additive import Rwkv6 as rwkv6
 from nestopt.levels.matrix.form import DeltaRuleForm, LinearAttentionForm, OjaForm, OmegaForm
 from nestopt.levels.matrix.level import Omega as omega
 from nestopt.levels.presets import Attention as attention
@@ -97,6 +100,7 @@ __all__ = [
     "gla",
     "gradient_correction",
     "grokfast",
+    "hgrn2",
     "kda",
     "lamb",
     "linear_attention",
@@ -114,6 +118,7 @@ __all__ = [
     "preconditioned_momentum",
     "regression_optimum",
     "retnet",
+    "rwkv6",
     "schedule_free",
     "second_moment",
     "self_modifying",
@@ -181,6 +186,8 @@ def nestopt_register_outputs(register: Register) -> None:
 def nestopt_register_token_forms(register: Register) -> None:
     register("attention", AttentionForm)
     register("linear_attention", LinearAttentionForm)
+    register("hgrn2", Hgrn2Form)
+    register("rwkv6", Rwkv6Form)
     register("delta_rule", DeltaRuleForm)
     register("oja", OjaForm)
     register("omega", OmegaForm)

@@ -25,12 +25,14 @@ from nestopt.levels import (
     gated_deltanet,
     gd,
     gla,
+    hgrn2,
     kda,
     linear_attention,
     momentum,
     muon,
     oja,
     omega,
+    rwkv6,
     self_modifying,
     titans,
     ttt,
@@ -59,6 +61,8 @@ LINEAR = {
     "gated momentum": momentum(Gate(0.9), dampening=Gate(0.5)),
     "momentum of tensors": momentum(torch.tensor(0.9, dtype=F64), dampening=torch.tensor(0.2, dtype=F64)),
 }
+HGRN2 = {"hgrn2": hgrn2(), "hgrn2, gated": hgrn2(lower=Gate(0.5), lr=Gate(0.5))}
+RWKV6 = {"rwkv6": rwkv6(), "rwkv6, weighted": rwkv6(lr=Gate(0.5), step_size=0.5, retention=Decay(Gate(0.9)))}
 SOFTMAX = {
     "attention": attention(),
     "window": attention(memory=Window(3)),
@@ -166,6 +170,8 @@ BY_CHUNK = {
 FORMS = {
     "rule_by_chunk": BY_CHUNK,
     "linear_attention": LINEAR,
+    "hgrn2": HGRN2,
+    "rwkv6": RWKV6,
     "attention": SOFTMAX,
     "delta_rule": DELTA,
     "oja": OJA,
@@ -189,7 +195,7 @@ def inputs(level: Level, length: int = 9) -> dict[str, Tensor]:
         name: (torch.randn(2, length, 3, dim, dtype=F64) / 2).requires_grad_()
         for name, dim in (("q", 4), ("k", 4), ("v", 4 if square else 5))
     }
-    starts = [level.learned_start(4, 4) for _ in range(3)] if square else [{}]
+    starts = [level.learned_start(4, 4 if square else 5) for _ in range(3)]
     tokens |= {
         f"start.{name}": torch.stack([one[name].to(F64) for one in starts]).requires_grad_() for name in starts[0]
     }

@@ -114,7 +114,7 @@ def channel_scan(
     decays = ChannelDecays.of(_whole(decay, size, 1.0))
     known, keys, asked = None, [], None
     if plain is not None:
-        known = tuple(_whole(x, size) for x in plain)
+        known = _whole(plain[0], size), _whole(plain[1], size)
         keys.append(known[0])
     if correction is not None:
         ask, along = (_whole(x, size) for x in (correction.ask, correction.along))

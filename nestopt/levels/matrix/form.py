@@ -51,6 +51,8 @@ class MatrixForm(TokenForm):
     """What the closed forms of matrix memories share."""
 
     levels: ClassVar[tuple[type[Level], ...]] = (AssociativeMemory,)
+    own: ClassVar[type[AssociativeMemory]] = AssociativeMemory
+    """The class whose methods it computes."""
     level: AssociativeMemory
 
     def __init__(self, level: Level, setting: FormSetting) -> None:
@@ -128,7 +130,7 @@ class LinearAttentionForm(MatrixForm):
         assert isinstance(level, AssociativeMemory)
         if other := _other_kind(level, Dot):
             return other
-        why = refusal(level) or refusal_of_writes(level, channels=True) or _in_chunks(level)
+        why = refusal(level, cls.own) or refusal_of_writes(level, channels=True) or _in_chunks(level)
         if not why and not is_plain(level.rule):
             why = f"rule={level.rule.label}: values are summed without momentum"
         if not why and level.normalized:
@@ -184,7 +186,7 @@ class DeltaRuleForm(MatrixForm):
         assert isinstance(level, AssociativeMemory)
         if other := _other_kind(level, L2):
             return other
-        why = refusal(level) or refusal_of_writes(level, channels=True) or _in_chunks(level)
+        why = refusal(level, cls.own) or refusal_of_writes(level, channels=True) or _in_chunks(level)
         if not why and level.normalized == "layerwise":
             why = "normalized='layerwise'"
         if not why and level.fade == "before" and level.normalized:

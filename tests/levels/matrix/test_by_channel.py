@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from nestopt import Channels, Gate
+import nestopt
+from nestopt import Channels, Gate, Level
 from nestopt.core.memories import Mlp
 from nestopt.core.part import FieldError
 from nestopt.core.retentions import Decay
-from nestopt.levels import gated_linear, gla, kda, momentum, titans
+from nestopt.levels import gated_linear, gla, hgrn2, kda, momentum, rwkv6, titans
 from nestopt.ops import delta_rule, linear_attention, run
 from tests.levels.matrix.twins import CASES, F64, leaves, loop_delta_rule, loop_linear_attention
 
@@ -53,6 +56,69 @@ def test_levels_are_the_recurrences() -> None:
     torch.testing.assert_close(
         (y, state["level"]["memory"]["m"]), loop_delta_rule(q, k, v, lr=eta, decay=keep), rtol=1e-10, atol=1e-10
     )
+
+
+@pytest.mark.parametrize("chunks", [[130], [3, 60, 1, 66]])
+def test_hgrn2_writes_what_it_forgets(chunks: list[int]) -> None:
+    q, k, v = (torch.randn(2, 130, 2, 4, dtype=F64) for _ in range(3))
+    level, ys, state = hgrn2(), [], None
+    for at in torch.arange(130).split(chunks):
+        y, state = run(level, q[:, at], k[:, at], v[:, at], state=state)
+        ys.append(y)
+    m, wanted = torch.zeros(2, 2, 4, 4, dtype=F64), []
+    least = torch.tensor([0.5, 0.75], dtype=F64)[:, None]
+    for t in range(130):
+        keep = least + (1 - least) / (1 + torch.exp(-k[:, t]))
+        m = m * keep[:, :, None] + v[:, t, :, :, None] * (1 - keep)[:, :, None]
+        wanted.append((m @ q[:, t, :, :, None])[..., 0])
+    assert state is not None
+    end = state["level"]["memory"]["m"]
+    torch.testing.assert_close((torch.cat(ys, 1), end), (torch.stack(wanted, 1), m), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("chunks", [[130], [3, 60, 1, 66]])
+def test_rwkv6_answers_with_the_present_pair_by_its_bonus(chunks: list[int]) -> None:
+    q, k, v = (torch.randn(2, 130, 2, 4, dtype=F64) for _ in range(3))
+    keep, bonus = torch.rand(2, 130, 2, 4, dtype=F64), torch.randn(2, 4, dtype=F64)
+    ys, state = [], None
+    for at in torch.arange(130).split(chunks):
+        gates = {"retention.keep": keep[:, at]}
+        y, state = run(rwkv6(), q[:, at], k[:, at], v[:, at], gates=gates, state=state, learned={"bonus": bonus})
+        ys.append(y)
+    m, wanted = torch.zeros(2, 2, 4, 4, dtype=F64), []
+    for t in range(130):
+        pair = v[:, t, :, :, None] * k[:, t, :, None]
+        wanted.append(((m + pair * bonus[:, None]) @ q[:, t, :, :, None])[..., 0])
+        m = m * keep[:, t, :, None] + pair
+    assert state is not None
+    end = state["level"]["memory"]["m"]
+    torch.testing.assert_close((torch.cat(ys, 1), end), (torch.stack(wanted, 1), m), rtol=1e-10, atol=1e-10)
+
+
+def test_a_layer_learns_the_bonus_and_goes_on_with_it() -> None:
+    layer = nestopt.layer("rwkv6", dim=8, heads=2)
+    x = torch.randn(1, 5, 8)
+    _, state = layer(x)
+    with torch.no_grad():
+        layer.start["bonus"].zero_()
+    y, _ = layer(x[:, :1], state)
+    y.sum().backward()
+    bonus = layer.start["bonus"]
+    assert bonus.shape == (2, 4)
+    assert bonus.grad is not None and bonus.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: hgrn2(retention=Decay(0.9)), r"hgrn2: retention=.* is not allowed: its keys say what is kept"),
+        (lambda: hgrn2(lower=1.0), r"hgrn2: lower=1.0 is not allowed; give a number in \[0, 1\)"),
+        (lambda: rwkv6(read="after"), r"rwkv6: read='after' is not allowed: its bonus is for read='before'"),
+    ],
+)
+def test_says_what_hgrn2_and_rwkv6_do_not_allow(make: Callable[[], Level], message: str) -> None:
+    with pytest.raises(FieldError, match=message):
+        make()
 
 
 def test_says_where_a_number_for_each_channel_is_not_allowed() -> None:

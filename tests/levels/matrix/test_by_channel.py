@@ -105,7 +105,8 @@ def test_a_layer_learns_the_bonus_and_goes_on_with_it() -> None:
     y.sum().backward()
     bonus = layer.start["bonus"]
     assert bonus.shape == (2, 4)
-    assert bonus.grad is not None and bonus.grad.any()
+    assert bonus.grad is not None
+    assert bonus.grad.any()
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ MATRIX_CHUNKS = {
     "hgrn2": 32,
     "rwkv6": 32,
     "delta_rule": 32,
+    "rwkv7": 32,
+    "comba": 32,
     "oja": 64,
     "omega": 64,
     "attention": 64,
@@ -72,6 +74,9 @@ SUM_BY_CHANNEL = Formula(
 CORRECTED_BY_CHANNEL = Formula(
     "$6D_kD_v + 2(C - 2)D_k + 2CD_v$", lambda s: 6 * s.dim**2 + 2 * (s.chunk - 2) * s.dim + 2 * s.chunk * s.dim
 )
+RANK_ONE = Formula(
+    "$8D_kD_v + 4(C - 2)D_k + 6CD_v$", lambda s: 8 * s.dim**2 + 4 * (s.chunk - 2) * s.dim + 6 * s.chunk * s.dim
+)
 """Within halves of one token no product of matrices is made."""
 OMEGA = Formula(
     "$(4c + 2)D_kD_v + 2(c + 1)C(D_k + D_v)$",
@@ -102,6 +107,8 @@ FLOPS = {
     "deltanet": CORRECTED,
     "gated_deltanet": CORRECTED,
     "kda": CORRECTED_BY_CHANNEL,
+    "rwkv7": RANK_ONE,
+    "comba": CORRECTED,
     "oja": CORRECTED,
     "omega": OMEGA,
     "ttt": MLP,
@@ -115,11 +122,15 @@ KEPT = Formula("$c(D_k + D_v)$", lambda s: 2 * s.window * s.dim)
 ONE_MATRIX = Formula("$D_kD_v$", lambda s: s.dim**2)
 MATRIX_AND_PAIRS = Formula("$D_kD_v + (c - 1)(D_k + D_v + 1)$", lambda s: s.dim**2 + (s.window - 1) * (2 * s.dim + 1))
 MATRIX_AND_KEY = Formula("$D_kD_v + D_k$", lambda s: s.dim**2 + s.dim)
+MATRIX_AND_KEYS = Formula("$D_kD_v + 2D_k$", lambda s: s.dim**2 + 2 * s.dim)
+MATRIX_AND_NUMBERS = Formula("$D_kD_v + 2$", lambda s: s.dim**2 + 2)
 WEIGHTS = Formula("$2Dh$", lambda s: 2 * s.dim * s.hidden)
 WEIGHTS_AND_MOMENTA = Formula("$4Dh$", lambda s: 4 * s.dim * s.hidden)
 STATE = {
     **dict.fromkeys(FLOPS, ONE_MATRIX),
     "rwkv6": MATRIX_AND_KEY,
+    "rwkv7": MATRIX_AND_KEYS,
+    "comba": MATRIX_AND_NUMBERS,
     "attention": GROWS,
     "window_attention": KEPT,
     "omega": MATRIX_AND_PAIRS,

@@ -54,6 +54,9 @@ from nestopt.levels.listing import names as list  # noqa: F401  # not in __all__
 from nestopt.levels.matrix.additive import Hgrn2 as hgrn2
 from nestopt.levels.matrix.additive import Hgrn2Form, Rwkv6Form
 from nestopt.levels.matrix.additive import Rwkv6 as rwkv6
+from nestopt.levels.matrix.corrective import Comba as comba
+from nestopt.levels.matrix.corrective import CombaForm, Rwkv7Form
+from nestopt.levels.matrix.corrective import Rwkv7 as rwkv7
 from nestopt.levels.matrix.form import DeltaRuleForm, LinearAttentionForm, OjaForm, OmegaForm
 from nestopt.levels.matrix.level import Omega as omega
 from nestopt.levels.presets import Attention as attention
@@ -86,6 +89,7 @@ __all__ = [
     "centralize",
     "clip",
     "cms",
+    "comba",
     "deep_momentum",
     "delta_momentum",
     "deltanet",
@@ -119,6 +123,7 @@ __all__ = [
     "regression_optimum",
     "retnet",
     "rwkv6",
+    "rwkv7",
     "schedule_free",
     "second_moment",
     "self_modifying",
@@ -189,6 +194,8 @@ def nestopt_register_token_forms(register: Register) -> None:
     register("hgrn2", Hgrn2Form)
     register("rwkv6", Rwkv6Form)
     register("delta_rule", DeltaRuleForm)
+    register("rwkv7", Rwkv7Form)
+    register("comba", CombaForm)
     register("oja", OjaForm)
     register("omega", OmegaForm)
     register("deep_memory", DeepMemoryForm)

@@ -20,6 +20,8 @@ NAMES = [
     "hgrn2",
     "kda",
     "rwkv6",
+    "rwkv7",
+    "comba",
     "oja",
     "omega",
     "ttt",

@@ -18,6 +18,7 @@ from nestopt.levels import (
     adam,
     attention,
     cms,
+    comba,
     delta_momentum,
     deltanet,
     dgd,
@@ -33,6 +34,7 @@ from nestopt.levels import (
     oja,
     omega,
     rwkv6,
+    rwkv7,
     self_modifying,
     titans,
     ttt,
@@ -81,6 +83,16 @@ DELTA = {
     "deltanet with momentum": gated_deltanet(rule=momentum(Gate(0.5))),
     "with momentum, fading with the write": deltanet(rule=momentum(0.7), retention=Decay(0.9)),
     "normalized deltanet": deltanet(normalized=True, retention=Decay(Gate(0.8)), rule=momentum(Gate(0.5)), bound=1.5),
+}
+RWKV7 = {
+    "rwkv7": rwkv7(),
+    "rwkv7 of numbers": rwkv7(rate=0.7, retention=Decay(Gate(0.9))),
+    "rwkv7 that keeps": rwkv7(rate=Gate(0.5), retention=Keep()),
+}
+COMBA = {
+    "comba": comba(),
+    "comba with momentum, before": comba(rule=momentum(Gate(0.5)), read="before"),
+    "comba by channel": comba(retention=Decay(Channels(0.9)), fade="with"),
 }
 OJA = {"oja": oja(), "gated oja": oja(retention=Decay(Gate(0.8)))}
 OMEGA = {"omega": omega(), "omega of one": omega(window=1), "weighted omega": omega(window=3, weight=0.5)}
@@ -174,6 +186,8 @@ FORMS = {
     "rwkv6": RWKV6,
     "attention": SOFTMAX,
     "delta_rule": DELTA,
+    "rwkv7": RWKV7,
+    "comba": COMBA,
     "oja": OJA,
     "omega": OMEGA,
     "deep_memory": MATRIX | DEEP,

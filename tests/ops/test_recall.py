@@ -16,6 +16,7 @@ from nestopt.core.retentions import Decay
 from nestopt.core.tree import leaves
 from nestopt.levels import (
     attention,
+    comba,
     deltanet,
     gd,
     linear_attention,
@@ -78,7 +79,7 @@ READ_FIRST = [
     name
     for name, level in LEVELS.items()
     if isinstance(level, SelfModifying) or getattr(level, "read", "after") != "after"
-    if not isinstance(level, rwkv6)  # it answers with the token's own pair, too
+    if not isinstance(level, rwkv6 | comba)  # in whose answers a token's own key has a part
 ]
 
 

@@ -13,12 +13,13 @@ section 4, has two such steps; here are as many as there are.)
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestopt.core.precision import matmul
+from nestopt.core.precision import Product, matmul, product
 from nestopt.kernels.products import shifted
 from nestopt.levels.matrix.segments import chunks_of
 
@@ -124,7 +125,8 @@ def channel_scan(
             wanted = -seen if wanted is None else wanted - seen
         assert wanted is not None
         lower = decays.pairs(ask, along, before=correction.before)
-        asked = _solved(lower, wanted), _solved(lower, ask * decays.start(before=correction.before))
+        both = torch.cat([wanted, ask * decays.start(before=correction.before)], dim=-1)
+        asked = _Solved.apply(lower, both, product()).split([wanted.shape[-1], ask.shape[-1]], -1)
         keys.append(along)
     begun, errors, memory = _through(known, keys[-1], asked, decays, memory)
     y = matmul(q * decays.start(before=before), begun.mT)
@@ -160,9 +162,25 @@ def _through(
     return torch.stack(begun, dim=2), torch.stack(errors, dim=2) if errors else None, memory
 
 
-def _solved(lower: Tensor, x: Tensor) -> Tensor:
-    """(I + L)^-1 x, of which L is below the diagonal."""
-    return torch.linalg.solve_triangular(lower, x, upper=False, unitriangular=True)
+class _Solved(torch.autograd.Function):
+    """(I + L)^-1 x, of which L is below the diagonal; the products of its backward pass are those of here and now."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(lower: Tensor, x: Tensor, multiply: Product) -> Tensor:
+        return torch.linalg.solve_triangular(lower, x, upper=False, unitriangular=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
+        ctx.multiply = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        lower, y = ctx.saved_tensors
+        to_x = torch.linalg.solve_triangular(lower.mT, grad, upper=True, unitriangular=True)
+        return -ctx.multiply(to_x, y.mT).tril(-1), to_x, None
 
 
 def _whole(x: Tensor, size: int, value: float = 0.0) -> Tensor:

@@ -13,7 +13,16 @@ from nestopt.core.precision import Precision
 from nestopt.core.token_batch import TokenBatch
 from nestopt.levels.matrix.by_channel import Correction, channel_scan
 from nestopt.levels.matrix.chunk_matrix import GateShares, answers, corrected, shares, shares_with_momentum
-from nestopt.levels.matrix.segments import by_channel, chunk_for, chunks_of, first, log_gate, memory_of, operate, rates
+from nestopt.levels.matrix.segments import (
+    chunk_for,
+    chunks_of,
+    first,
+    is_by_channel,
+    log_gate,
+    memory_of,
+    operate,
+    rates,
+)
 
 
 def delta_rule(
@@ -100,7 +109,7 @@ def delta_rule(
         cu_seqlens=cu_seqlens,
         precision=precision,
         validate=validate,
-        channels=True,
+        by_channel=("decay",),
     )
     return y, end if momentum is None else apart(end)
 
@@ -112,7 +121,7 @@ def delta_scan(
 
     `memory` is M `[B, H, D_v, D_k]`; where there is a gate `momentum`, M and S side by side, `[B, H, D_v, 2 D_k]`.
     """
-    if by_channel(gates):
+    if is_by_channel(gates):
         lr = x.gate(gates["lr"], 0.0)[..., None]
         correction = Correction(x.k, lr * x.k, x.v, before=not decay_first)
         decay = x.gate(gates["decay"], 1.0)

@@ -41,7 +41,7 @@ from nestopt.levels.matrix.level import Omega
 from nestopt.levels.matrix.linear_attention import linear_scan
 from nestopt.levels.matrix.oja import oja_scan
 from nestopt.levels.matrix.omega import omega_scan, weights_of
-from nestopt.levels.matrix.segments import by_channel, chunk_for, over_segments
+from nestopt.levels.matrix.segments import chunk_for, is_by_channel, over_segments
 
 CHUNK = 64
 """Pairs that `oja` and `omega` compute at once, as `nestopt.ops` does by default."""
@@ -98,12 +98,12 @@ def _in_chunks(level: AssociativeMemory) -> str:
     return ""
 
 
-def _kept(memory: Tensor, x: TokenBatch, gates: Mapping[str, Tensor]) -> Tensor:
+def kept(memory: Tensor, x: TokenBatch, gates: Mapping[str, Tensor]) -> Tensor:
     """Return what one token leaves of the memory before it, `[B, H, D_v, D_k]`."""
     if "decay" not in gates:
         return memory
     decay = x.gate(gates["decay"], 1.0)
-    return memory * (decay if by_channel(gates) else decay[..., None])
+    return memory * (decay if is_by_channel(gates) else decay[..., None])
 
 
 class LinearAttentionForm(MatrixForm):
@@ -144,8 +144,8 @@ class LinearAttentionForm(MatrixForm):
 
     def step(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
         x, fading, before = self._as_sum(tokens, gates, state["level"])
-        kept = _kept(before, x, fading)
-        after = torch.addcmul(kept, x.v.mT, x.k)
+        faded = kept(before, x, fading)
+        after = torch.addcmul(faded, x.v.mT, x.k)
         y = matmul(x.q, (after if self.reads == "after" else before).mT)
         return y, self._after(state, tokens, after)
 
@@ -214,9 +214,9 @@ class DeltaRuleForm(MatrixForm):
         x, before = self.shown(tokens), state["level"]["memory"]["m"]
         made = {"lr": self.strength(gates, x.k), **self.decays(gates, x.k)}
         lr = self._normalized(made, x.k) if self.level.normalized else made["lr"]
-        kept = _kept(before, x, made)
-        error = x.v - matmul(x.k, (kept if self.level.fade == "before" else before).mT)
-        after = torch.addcmul(kept, (x.gate(lr, 0.0)[..., None] * error).mT, x.k)
+        faded = kept(before, x, made)
+        error = x.v - matmul(x.k, (faded if self.level.fade == "before" else before).mT)
+        after = torch.addcmul(faded, (x.gate(lr, 0.0)[..., None] * error).mT, x.k)
         y = matmul(x.q, (after if self.reads == "after" else before).mT)
         return y, self._after(state, tokens, after, state["level"]["rule"])
 
@@ -228,7 +228,8 @@ class DeltaRuleForm(MatrixForm):
         return lr / (EPS + k.square().sum(-1))
 
     def _after(self, state: State, tokens: TokenBatch, memory: Tensor, rule: State) -> State:
-        return {"step": state["step"] + tokens.length, "level": {"memory": {"m": memory}, "rule": rule}}
+        level = {**state["level"], "memory": {"m": memory}, "rule": rule}
+        return {"step": state["step"] + tokens.length, "level": level}
 
 
 class OjaForm(MatrixForm):

@@ -11,7 +11,7 @@ from nestopt.core.precision import Precision
 from nestopt.core.token_batch import TokenBatch
 from nestopt.levels.matrix.by_channel import channel_scan
 from nestopt.levels.matrix.chunk_matrix import added, answers, shares
-from nestopt.levels.matrix.segments import by_channel, chunk_for, chunks_of, log_gate, memory_of, operate
+from nestopt.levels.matrix.segments import chunk_for, chunks_of, is_by_channel, log_gate, memory_of, operate
 
 
 def linear_attention(
@@ -81,7 +81,7 @@ def linear_attention(
         cu_seqlens=cu_seqlens,
         precision=precision,
         validate=validate,
-        channels=True,
+        by_channel=("decay",),
     )
 
 
@@ -94,7 +94,7 @@ def linear_scan(
     x: TokenBatch, gates: Mapping[str, Tensor], memory: Tensor, size: int, *, read: str
 ) -> tuple[Tensor, Tensor]:
     """Run over whole chunks of `size` tokens, from M `[B, H, D_v, D_k]`: y `[B, H, T, D_v]` and M after them."""
-    if by_channel(gates):
+    if is_by_channel(gates):
         decay = x.gate(gates["decay"], 1.0)
         return channel_scan(x.q, decay, memory, size, plain=(x.k, x.v), before=read == "before")
     queries, keys, values = (chunks_of(part, size) for part in (x.q, x.k, x.v))

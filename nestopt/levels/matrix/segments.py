@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def operate(
     precision: Precision,
     validate: bool,
     rows: int = 1,
-    channels: bool = False,
+    by_channel: Sequence[str] = (),
 ) -> tuple[Tensor, Any]:
     """Run an operation of `nestopt.ops` on arguments as a caller gives them: check them, lay them out, scan.
 
@@ -70,7 +71,7 @@ def operate(
         begun: makes of that, checked, what `scan` takes.
         chunk, read, mask, cu_seqlens, precision, validate: of the operation.
         rows: how many writes a token is to the kernel.
-        channels: whether the decay may be one for each channel of the keys.
+        by_channel: gates that may be one for each channel of the keys.
 
     Returns:
         y `[B, T, H, D_v]` in the dtype of v, and what `scan` leaves.
@@ -90,10 +91,7 @@ def operate(
         present = {name: packing.unpack_like(value, q) for name, value in present.items()}
         (q, k, v), mask = (packing.unpack(x) for x in (q, k, v)), packing.mask
     dtype = torch.promote_types(v.dtype, torch.float32)
-    made = {
-        name: per_token(name, value, q, dtype, by_channel=name == "decay" and channels)
-        for name, value in present.items()
-    }
+    made = {name: per_token(name, value, q, dtype, by_channel=name in by_channel) for name, value in present.items()}
     tokens = TokenBatch.of(q, k, v, mask, *made.values())
     with no_autocast(q.device), products_in(precision):
         y, end = over_segments(scan, tokens, made, begun(state, tokens), chunk, rows)
@@ -109,7 +107,7 @@ def check_gates(gates: Mapping[str, float | Tensor], validate: bool) -> None:
         if validate:
             if isinstance(value, Tensor):
                 check_finite(**{name: value})
-            check_range(name, value, *RANGES[name])
+            check_range(name, value, *RANGES.get(name, (-math.inf, math.inf)))
 
 
 def over_segments(
@@ -162,7 +160,7 @@ def log_gate(x: TokenBatch, gates: Mapping[str, Tensor], name: str, chunk: int) 
     return gate_chunks(logarithm(x.gate(gates[name], 1.0)), chunk) if name in gates else None
 
 
-def by_channel(gates: Mapping[str, Tensor]) -> bool:
+def is_by_channel(gates: Mapping[str, Tensor]) -> bool:
     """Return whether the decay is one for each channel, `[B, H, T, D_k]`."""
     return "decay" in gates and gates["decay"].ndim == 4
 

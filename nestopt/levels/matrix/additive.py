@@ -31,7 +31,7 @@ class Hgrn2(LinearAttention):
     Args:
         lower: λ in [0, 1), the least that is kept. Default ½, ¾, 7/8, … by head, which remember longer and longer.
 
-    Other arguments: `associative_memory`; memory, features, objective, retention, chunk, read and period stay at their
+    Other arguments: `associative_memory`; memory, features, objective, retention, chunk, read and write stay at their
     defaults.
     """
 
@@ -41,7 +41,7 @@ class Hgrn2(LinearAttention):
         super().__post_init__()
         self.check("lower", 0.0, 1.0, closed="[)")
         fixed = {"memory": Matrix(), "features": Identity(), "retention": Keep(), "chunk": 1, "read": "after"}
-        for key, value in {**fixed, "period": 1, "write": "token", "normalized": False}.items():
+        for key, value in {**fixed, "write": "token", "normalized": False}.items():
             if getattr(self, key) != value:
                 raise FieldError(self.label, key, getattr(self, key), "is not allowed: its keys say what is kept")
 

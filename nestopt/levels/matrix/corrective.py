@@ -65,13 +65,16 @@ class Rwkv7(AssociativeMemory):
         super().__post_init__()
         self.check("rate", 0.0, 1.0)
         fixed = {"memory": Matrix(), "objective": L2(), "rule": Gd(), "features": Identity(), "lr": 1.0}
-        fixed |= {"step_size": 1.0, "chunk": 1, "read": "after", "write": "token", "normalized": False, "period": 1}
+        fixed |= {"step_size": 1.0, "chunk": 1, "read": "after", "write": "token", "normalized": False}
         _check_fixed(self, {**fixed, "fade": "with", "forget": "all"})
 
     def learned_start(self, dim_k: int, dim_v: int) -> dict[str, Tensor]:
         return {key: torch.ones(dim_k) for key in self.constant_keys}
 
     def init_tokens(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
+        if self.period > 1:
+            problem = "is not allowed on tokens: each of them both takes off and writes"
+            raise FieldError(self.label, "period", self.period, problem)
         constants = {key: learned.get(key, like.new_ones(dim_k)) for key in self.constant_keys}
         return {**super().init_tokens(dim_k, dim_v, like, {}), **constants}
 

@@ -36,6 +36,7 @@ MATRIX_CHUNKS = {
     "delta_rule": 32,
     "rwkv7": 32,
     "comba": 32,
+    "deltaproduct": 32,
     "oja": 64,
     "omega": 64,
     "attention": 64,
@@ -77,7 +78,8 @@ CORRECTED_BY_CHANNEL = Formula(
 RANK_ONE = Formula(
     "$8D_kD_v + 4(C - 2)D_k + 6CD_v$", lambda s: 8 * s.dim**2 + 4 * (s.chunk - 2) * s.dim + 6 * s.chunk * s.dim
 )
-"""Within halves of one token no product of matrices is made."""
+PRODUCT = Formula("$6D_kD_v/n + 4C(D_k + D_v)$", lambda s: 6 * s.dim**2 / s.window + 8 * s.chunk * s.dim)
+"""Of C writes at once, n a token. Above: within halves of one token no product of matrices is made."""
 OMEGA = Formula(
     "$(4c + 2)D_kD_v + 2(c + 1)C(D_k + D_v)$",
     lambda s: (4 * s.window + 2) * s.dim**2 + 4 * (s.window + 1) * s.chunk * s.dim,
@@ -109,6 +111,7 @@ FLOPS = {
     "kda": CORRECTED_BY_CHANNEL,
     "rwkv7": RANK_ONE,
     "comba": CORRECTED,
+    "deltaproduct": PRODUCT,
     "oja": CORRECTED,
     "omega": OMEGA,
     "ttt": MLP,
@@ -124,6 +127,7 @@ MATRIX_AND_PAIRS = Formula("$D_kD_v + (c - 1)(D_k + D_v + 1)$", lambda s: s.dim*
 MATRIX_AND_KEY = Formula("$D_kD_v + D_k$", lambda s: s.dim**2 + s.dim)
 MATRIX_AND_KEYS = Formula("$D_kD_v + 2D_k$", lambda s: s.dim**2 + 2 * s.dim)
 MATRIX_AND_NUMBERS = Formula("$D_kD_v + 2$", lambda s: s.dim**2 + 2)
+SMALL_MATRIX = Formula("$D_kD_v/n^2$", lambda s: s.dim**2 / s.window**2)
 WEIGHTS = Formula("$2Dh$", lambda s: 2 * s.dim * s.hidden)
 WEIGHTS_AND_MOMENTA = Formula("$4Dh$", lambda s: 4 * s.dim * s.hidden)
 STATE = {
@@ -131,6 +135,7 @@ STATE = {
     "rwkv6": MATRIX_AND_KEY,
     "rwkv7": MATRIX_AND_KEYS,
     "comba": MATRIX_AND_NUMBERS,
+    "deltaproduct": SMALL_MATRIX,
     "attention": GROWS,
     "window_attention": KEPT,
     "omega": MATRIX_AND_PAIRS,
@@ -149,7 +154,7 @@ def preset(name: str) -> AssociativeMemory:
 
 def size_of(level: AssociativeMemory, dim: int, pairs: int) -> Size:
     memory = level.memory
-    window = memory.size if isinstance(memory, Window) else getattr(level, "window", 1)
+    window = memory.size if isinstance(memory, Window) else getattr(level, "window", getattr(level, "writes", 1))
     chunk = level.chunk_size if isinstance(memory, Mlp) else MATRIX_CHUNKS[fast_form(level) or ""]
     hidden = (memory.hidden or 2 * dim) if isinstance(memory, Mlp) else 0
     return Size(dim, chunk, hidden, window or 0, pairs)
@@ -209,7 +214,7 @@ def cost(name: str, found: Measured) -> str:
     elif not isinstance(level.memory, Window):
         sizes += f", C = {size.chunk}"
     if size.window > 1:
-        sizes += f", c = {size.window}"
+        sizes += f", {'n' if hasattr(level, 'writes') else 'c'} = {size.window}"
     if isinstance(level.memory, Window):
         sizes += f", n = {TOKENS}"
     rows = [

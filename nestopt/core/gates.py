@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from nestopt.core.device import constants
-from nestopt.core.part import Channels, FieldError, Gate, Heads, Part
+from nestopt.core.part import FieldError, Gate, Heads, Part
 from nestopt.core.schedule import is_scheduled, resolved, schedules_in
 
 P = TypeVar("P", bound=Part)
@@ -33,8 +33,9 @@ def per_head(gates: Mapping[str, Gate], like: Tensor) -> dict[str, Tensor]:
 
 
 def idle_gate(gate: Gate, like: Tensor) -> Tensor:
-    """Return a gate at its initial value, for tokens like `like` `[B, H, T, D_k]`: `[B, H, T]`, or by channel."""
-    return like.new_full(like.shape if isinstance(gate, Channels) else like.shape[:3], gate.init)
+    """Return a gate at its initial value, for tokens like `like` `[B, H, T, D_k]`: `[B, H, T]`, or with its width."""
+    width = gate.width(like.shape[-1])
+    return like.new_full((*like.shape[:3], *(() if width is None else (width,))), gate.init)
 
 
 def bind(part: P, values: Mapping[str, Tensor] | None = None, step: int | Tensor | None = 1) -> P:

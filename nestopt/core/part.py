@@ -49,15 +49,19 @@ class Gate:
         share = (self.init - self.low) / (self.high - self.low)
         return math.log(share / (1 - share))
 
+    def width(self, dim_k: int) -> int | None:
+        """Return how many numbers it has for a token and head with a key of `dim_k`; None is one, without dimension."""
+        return None
+
     def __eq__(self, other: object) -> bool:
-        return type(other) is Gate and (self.init, self.low, self.high) == (other.init, other.low, other.high)
+        return type(other) is type(self) and vars(other) == vars(self)
 
     def __hash__(self) -> int:
-        return hash((self.init, self.low, self.high))
+        return hash((type(self), *vars(self).values()))
 
     def __repr__(self) -> str:
         span = "" if (self.low, self.high) == (0.0, 1.0) else f", low={self.low}, high={self.high}"
-        return f"Gate({self.init}{span})"
+        return f"{'Channels' if isinstance(self, Channels) else 'Gate'}({self.init}{span})"
 
 
 class Heads(Gate):
@@ -84,12 +88,6 @@ class Heads(Gate):
         """Return the constants of so many heads."""
         return [1 - (1 - self.init) * self.ratio**h for h in range(heads)]
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Heads) and (self.init, self.ratio) == (other.init, other.ratio)
-
-    def __hash__(self) -> int:
-        return hash((self.init, self.ratio))
-
     def __repr__(self) -> str:
         return f"Heads({self.init}{'' if self.ratio == 0.5 else f', ratio={self.ratio}'})"
 
@@ -100,14 +98,19 @@ class Channels(Gate):
     A layer learns D_k of them per head. It can be the `keep` of a matrix memory's `decay`. Arguments: `Gate`.
     """
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Channels) and (self.init, self.low, self.high) == (other.init, other.low, other.high)
+    def width(self, dim_k: int) -> int:
+        return dim_k
 
-    def __hash__(self) -> int:
-        return hash((Channels, self.init, self.low, self.high))
 
-    def __repr__(self) -> str:
-        return f"Channels{super().__repr__().removeprefix('Gate')}"
+class Several(Gate):
+    """A gate with `count` numbers for each token and head, which a level makes of the `Gate` that it was given."""
+
+    def __init__(self, gate: Gate, count: int) -> None:
+        super().__init__(gate.init, gate.low, gate.high)
+        self.count = count
+
+    def width(self, dim_k: int) -> int:
+        return self.count
 
 
 class FieldError(ValueError):

@@ -130,7 +130,7 @@ def per_token(name: str, value: float | Tensor, q: Tensor, dtype: torch.dtype, *
         return value.to(dtype).reshape(1, 1, 1)
     if value.ndim == 1 and value.shape[0] == q.shape[2]:
         return value.to(dtype)[None, :, None]
-    check_gate(name, value, q, by_channel=by_channel and value.ndim == 4)
+    check_gate(name, value, q, width=q.shape[-1] if by_channel and value.ndim == 4 else None)
     return value.to(dtype).transpose(1, 2)
 
 
@@ -224,13 +224,13 @@ def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q has the shape {list(q.shape)}: there is no token in it; give one or more")
 
 
-def check_gate(name: str, gate: Tensor, q: Tensor, *, by_channel: bool = False) -> None:
-    """Raise ValueError unless `gate` is `[B, T, H]` for `q` `[B, T, H, D_k]`, or `by_channel` has its shape."""
-    wanted = q.shape if by_channel else q.shape[:3]
+def check_gate(name: str, gate: Tensor, q: Tensor, *, width: int | None = None) -> None:
+    """Raise ValueError unless `gate` is `[B, T, H]` for `q` `[B, T, H, D_k]`, or with a `width` `[B, T, H, width]`."""
+    wanted = (*q.shape[:3], *(() if width is None else (width,)))
     if gate.shape != wanted:
         raise ValueError(
-            f"{name} has the shape {list(gate.shape)} and q {list(q.shape)}; it must be {list(wanted)}, a number for "
-            f"each token{', head and channel' if by_channel else ' and head'}"
+            f"{name} has the shape {list(gate.shape)} and q {list(q.shape)}; it must be {list(wanted)}, "
+            f"{'a number' if width is None else f'{width} numbers'} for each token and head"
         )
 
 

@@ -57,6 +57,8 @@ from nestopt.levels.matrix.additive import Rwkv6 as rwkv6
 from nestopt.levels.matrix.corrective import Comba as comba
 from nestopt.levels.matrix.corrective import CombaForm, Rwkv7Form
 from nestopt.levels.matrix.corrective import Rwkv7 as rwkv7
+from nestopt.levels.matrix.delta_product import Deltaproduct as deltaproduct
+from nestopt.levels.matrix.delta_product import DeltaproductForm
 from nestopt.levels.matrix.form import DeltaRuleForm, LinearAttentionForm, OjaForm, OmegaForm
 from nestopt.levels.matrix.level import Omega as omega
 from nestopt.levels.presets import Attention as attention
@@ -93,6 +95,7 @@ __all__ = [
     "deep_momentum",
     "delta_momentum",
     "deltanet",
+    "deltaproduct",
     "dgd",
     "dla",
     "feature_momentum",
@@ -196,6 +199,7 @@ def nestopt_register_token_forms(register: Register) -> None:
     register("delta_rule", DeltaRuleForm)
     register("rwkv7", Rwkv7Form)
     register("comba", CombaForm)
+    register("deltaproduct", DeltaproductForm)
     register("oja", OjaForm)
     register("omega", OmegaForm)
     register("deep_memory", DeepMemoryForm)

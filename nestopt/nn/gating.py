@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from nestopt.core.device import constants
 from nestopt.core.gates import gates_of
 from nestopt.core.level import Level
-from nestopt.core.part import Channels, Gate, Heads, nearest
+from nestopt.core.part import Gate, Heads, nearest
 
 Start = Mapping[str, float] | Literal[False] | None
 """Where gates start, by dotted path; False: none is learned."""
@@ -24,7 +25,7 @@ class Gates:
         level: whose gates.
         start: overrides initial values; False leaves all gates at them. Constants per head (`Heads`) are never learned.
         heads: of the layer.
-        dim_head: width of a head's keys: so many numbers has a gate that is `Channels`, and any other one.
+        dim_head: width of a head's keys, by which gates may have several numbers (`Gate.width`).
 
     Attributes:
         learned: gates with their initial values in the layer, by dotted path.
@@ -36,8 +37,9 @@ class Gates:
 
     def __init__(self, level: Level, start: Start, heads: int, dim_head: int) -> None:
         gates = gates_of(level)
-        self._channels = {path for path, gate in gates.items() if isinstance(gate, Channels)}
-        self._rows = {path: dim_head if path in self._channels else 1 for path in gates}
+        widths = {path: gate.width(dim_head) for path, gate in gates.items()}
+        self._wide = {path for path, width in widths.items() if width is not None}
+        self._rows = {path: 1 if width is None else width for path, width in widths.items()}
         self.idle = {path: gate.init for path, gate in gates.items()}
         self.learned = {} if start is False else _begun(level, gates, start or {})
         self._constants = {
@@ -50,7 +52,7 @@ class Gates:
     def projection(self, dim: int, heads: int) -> nn.Linear | None:
         """Logits of the learned gates, `[rows · heads]`; whatever the token, every gate is at its initial value.
 
-        A gate has one row, `Channels` one for each channel.
+        A gate has a row for each of its numbers.
         """
         if not self.learned:
             return None
@@ -75,16 +77,16 @@ class Gates:
         return torch.cat([gate.low + (gate.high - gate.low) * share for gate, share in pairs], dim=-2)
 
     def by_path(self, logits: Tensor) -> dict[str, Tensor]:
-        """Return the learned gates by dotted path, `[.., heads]` each; `Channels` `[.., heads, D_k]`."""
+        """Return the learned gates by dotted path, `[.., heads]` each, or with its width `[.., heads, width]`."""
         return self.parted(self.stacked(logits), self.learned)
 
     def parted(self, gates: Tensor, paths: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Return gates `[.., rows, heads]` of these paths (by default all) by dotted path, as `by_path` has them."""
         paths = list(self.idle if paths is None else paths)
-        if not self._channels:
+        if not self._wide:
             return dict(zip(paths, gates.unbind(-2), strict=True))
         parts = zip(paths, gates.split([self._rows[path] for path in paths], -2), strict=True)
-        return {path: part.mT if path in self._channels else part[..., 0, :] for path, part in parts}
+        return {path: part.mT if path in self._wide else part[..., 0, :] for path, part in parts}
 
     def every(self, logits: Tensor | None, h: Tensor, heads: int) -> Tensor:
         """Return all gates of the level at h `[B, dim]`, constants too, in the order of `idle`: `[B, rows, heads]`."""
@@ -121,5 +123,6 @@ def _begun(level: Level, gates: Mapping[str, Gate], start: Mapping[str, float]) 
                 f"SequenceMemory: gates[{path!r}]={value!r} is not allowed; give a number strictly between {gate.low} "
                 f"and {gate.high}"
             )
-        learned[path] = type(gate)(value, gate.low, gate.high)
+        learned[path] = copy.copy(gate)
+        learned[path].init = float(value)
     return learned

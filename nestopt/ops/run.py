@@ -12,7 +12,7 @@ from nestopt.core.device import no_autocast
 from nestopt.core.gates import per_head
 from nestopt.core.level import Level
 from nestopt.core.packing import Packing
-from nestopt.core.part import Channels, nearest
+from nestopt.core.part import nearest
 from nestopt.core.precision import Precision, check_products, products_in
 from nestopt.core.token_batch import TokenBatch, check_finite, check_gate, check_tokens, refuse_mask
 from nestopt.core.token_choice import choose_form, make_form
@@ -107,7 +107,7 @@ def run_form(
                 f"{form.level.label} has no gate {path!r}.{nearest(path, form.gates)} "
                 f"It has: {', '.join(sorted(form.gates)) or 'none'}."
             )
-        check_gate(f"gate {path!r}", gate, q, by_channel=isinstance(form.gates[path], Channels))
+        check_gate(f"gate {path!r}", gate, q, width=form.gates[path].width(q.shape[-1]))
     if validate:
         check_finite(q=q, k=k, v=v, **{f"gate {path!r}": gate for path, gate in gates.items()})
     if mask is not None and learn:

@@ -17,7 +17,7 @@ from pydantic import Field
 from nestopt import levels as L
 from nestopt.config import ConfigError, build, to_spec
 from nestopt.config.io import dump, parse
-from nestopt.core import Channels, Gate, Heads, Level, Part, chain, hookimpl, nest, parallel, registry
+from nestopt.core import Gate, Heads, Level, Part, chain, hookimpl, nest, parallel, registry
 from nestopt.core.features import Elu, Polynomial
 from nestopt.core.memories import Matrix, Memory, Mlp, Vector, Window
 from nestopt.core.objectives import L2, Dot
@@ -47,7 +47,7 @@ memories = st.one_of(
         Mlp, hidden=st.none() | periods, depth=st.integers(1, 4), activation=st.sampled_from(["silu", "gelu", "tanh"])
     ),
 )
-retentions = st.just(Keep()) | st.builds(Decay, keep=numbers | st.builds(Channels, st.floats(0.01, 0.99)))
+retentions = st.just(Keep()) | st.builds(Decay, keep=numbers)
 features = st.sampled_from([None, Elu(), Polynomial(3)])
 outputs = (
     st.just(Plain()) | st.just(Sign()) | st.builds(RmsNorm, eps=small) | st.builds(L.NewtonSchulzOutput, steps=periods)

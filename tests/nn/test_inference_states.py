@@ -22,6 +22,7 @@ NAMES = [
     "rwkv6",
     "rwkv7",
     "comba",
+    "deltaproduct",
     "oja",
     "omega",
     "ttt",

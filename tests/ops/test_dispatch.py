@@ -21,6 +21,7 @@ from nestopt.levels import (
     comba,
     delta_momentum,
     deltanet,
+    deltaproduct,
     dgd,
     dla,
     gated_deltanet,
@@ -88,6 +89,11 @@ RWKV7 = {
     "rwkv7": rwkv7(),
     "rwkv7 of numbers": rwkv7(rate=0.7, retention=Decay(Gate(0.9))),
     "rwkv7 that keeps": rwkv7(rate=Gate(0.5), retention=Keep()),
+}
+PRODUCT = {
+    "deltaproduct": deltaproduct(),
+    "deltaproduct, gated, before": deltaproduct(writes=4, retention=Decay(Gate(0.9)), read="before"),
+    "deltaproduct of one": deltaproduct(writes=1, lr=0.5, retention=Decay(0.9)),
 }
 COMBA = {
     "comba": comba(),
@@ -188,6 +194,7 @@ FORMS = {
     "delta_rule": DELTA,
     "rwkv7": RWKV7,
     "comba": COMBA,
+    "deltaproduct": PRODUCT,
     "oja": OJA,
     "omega": OMEGA,
     "deep_memory": MATRIX | DEEP,
@@ -204,7 +211,7 @@ class Reversed(linear_attention):
 
 
 def inputs(level: Level, length: int = 9) -> dict[str, Tensor]:
-    square = isinstance(getattr(level, "memory", None), Mlp)
+    square = isinstance(getattr(level, "memory", None), Mlp) or isinstance(level, deltaproduct)
     tokens = {
         name: (torch.randn(2, length, 3, dim, dtype=F64) / 2).requires_grad_()
         for name, dim in (("q", 4), ("k", 4), ("v", 4 if square else 5))
@@ -214,7 +221,7 @@ def inputs(level: Level, length: int = 9) -> dict[str, Tensor]:
         f"start.{name}": torch.stack([one[name].to(F64) for one in starts]).requires_grad_() for name in starts[0]
     }
     gates = {
-        path: torch.rand(2, length, 3, *([4] if isinstance(gate, Channels) else []), dtype=F64, requires_grad=True)
+        path: torch.rand(2, length, 3, *filter(None, [gate.width(4)]), dtype=F64, requires_grad=True)
         for path, gate in gates_of(level).items()
     }
     return tokens | gates

@@ -66,7 +66,7 @@ class Rwkv7(AssociativeMemory):
         self.check("rate", 0.0, 1.0)
         fixed = {"memory": Matrix(), "objective": L2(), "rule": Gd(), "features": Identity(), "lr": 1.0}
         fixed |= {"step_size": 1.0, "chunk": 1, "read": "after", "write": "token", "normalized": False}
-        _check_fixed(self, {**fixed, "fade": "with", "forget": "all"})
+        check_fixed(self, {**fixed, "fade": "with", "forget": "all"})
 
     def learned_start(self, dim_k: int, dim_v: int) -> dict[str, Tensor]:
         return {key: torch.ones(dim_k) for key in self.constant_keys}
@@ -113,7 +113,7 @@ class Comba(GatedDeltanet):
         super().__post_init__()
         self.check("correction", 0.0)
         fixed = {"memory": Matrix(), "objective": L2(), "features": Identity(), "chunk": 1, "normalized": False}
-        _check_fixed(self, fixed)
+        check_fixed(self, fixed)
 
     def learned_start(self, dim_k: int, dim_v: int) -> dict[str, Tensor]:
         return {"feedback": torch.ones(()), "correction": torch.tensor(float(self.correction))}
@@ -138,7 +138,7 @@ def _fed_back(q: Tensor, k: Tensor, v: Tensor, feedback: Tensor, correction: Ten
     return q - correction * share * k, share.sqrt() * k, v * share.rsqrt()
 
 
-def _check_fixed(level: Level, fixed: Mapping[str, object]) -> None:
+def check_fixed(level: Level, fixed: Mapping[str, object]) -> None:
     """Raise FieldError unless these fields hold these values."""
     for key, value in fixed.items():
         if getattr(level, key) != value:

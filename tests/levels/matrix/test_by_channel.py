@@ -138,7 +138,7 @@ def test_says_where_a_number_for_each_channel_is_not_allowed() -> None:
     with pytest.raises(ValueError, match=r"decay has the shape \[2, 5, 2, 4\] and q \[2, 5, 2, 3\]"):
         linear_attention(*(inputs[name] for name in "qkv"), decay=torch.ones(2, 5, 2, 4))
     gates = {"retention.keep": torch.ones(2, 5, 2)}
-    with pytest.raises(ValueError, match=r"must be \[2, 5, 2, 3\], a number for each token, head and channel"):
+    with pytest.raises(ValueError, match=r"must be \[2, 5, 2, 3\], 3 numbers for each token and head"):
         run(gla(), *(inputs[name] for name in "qkv"), gates=gates)
     assert Channels(0.9) != Gate(0.9)
     assert repr(Channels(0.9, 0.5)) == "Channels(0.9, low=0.5, high=1.0)"

@@ -32,6 +32,7 @@ from nestopt.levels import cms, self_modifying, window_attention
 
 LEVELS = (
     *("attention", "window_attention", "linear_attention", "retnet", "gated_linear", "deltanet", "gated_deltanet"),
+    *("gla", "hgrn2", "rwkv6", "kda", "rwkv7", "comba", "deltaproduct"),
     *("oja", "omega", "ttt", "titans", "dla", "self_modifying"),
 )
 CONTINUUM, HOPE = "cms, in context", "a Hope of 2 blocks"

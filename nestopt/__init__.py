@@ -9,6 +9,7 @@ settle()  # before torch is imported
 from nestopt import levels
 from nestopt.core import (
     AssociativeMemory,
+    Channels,
     Gate,
     Heads,
     Level,
@@ -43,6 +44,7 @@ __version__ = VERSION
 
 __all__ = [
     "AssociativeMemory",
+    "Channels",
     "Config",
     "ConfigError",
     "Gate",

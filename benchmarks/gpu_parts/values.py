@@ -72,6 +72,19 @@ def _plain(op: str, gates: Gates | None = None, **options: Any) -> Case:
     return Case(op, lambda x: function(**x, **options), lambda random: _tokens(random, gates))
 
 
+def _by_channel(op: str, gates: Gates | None = None, keys: Sequence[str] = ()) -> Case:
+    """A case whose decay is one for each channel of the keys; `keys` are further arguments like k."""
+    function = getattr(nestopt.ops, op)
+
+    def inputs(random: torch.Generator) -> Inputs:
+        made = _tokens(random, gates)
+        for key in keys:
+            made[key] = 0.7 * F.normalize(torch.randn(BATCH, TOKENS, HEADS, DIM, generator=random), dim=-1)
+        return made | {"decay": 0.8 + 0.2 * torch.rand(BATCH, TOKENS, HEADS, DIM, generator=random)}
+
+    return Case(op, lambda x: function(**x), inputs)
+
+
 def _deep(gates: Gates, **options: Any) -> Case:
     def run(x: Inputs) -> tuple[Tensor, Any]:
         rest: dict[str, Any] = {name: value for name, value in x.items() if name not in ("W1", "W2")}
@@ -163,6 +176,9 @@ CASES: dict[str, Case] = {
     ),
     "run, reading only": _run(nestopt.levels.titans(memory=Mlp(hidden=DIM)), learn=False),
     "layer, a continuum in context": _layer(_CMS),
+    "linear_attention, by channel": _by_channel("linear_attention"),
+    "delta_rule, by channel": _by_channel("delta_rule", gates=_LR),
+    "rank_one, by channel": _by_channel("rank_one", keys=("ask", "along")),
 }
 
 

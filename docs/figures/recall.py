@@ -26,7 +26,7 @@ from nestopt.core import AssociativeMemory, Gate, bind, gates_of
 from nestopt.core.memories import Mlp, Window
 from nestopt.core.part import Heads
 from nestopt.core.tree import State, tree_map
-from nestopt.levels import dgd, dla, momentum, retnet, titans, ttt, window_attention
+from nestopt.levels import dgd, dla, hgrn2, momentum, retnet, titans, ttt, window_attention
 
 MADE = Path(__file__).parents[1] / "tokens" / "made"
 SHARED = runpy.run_path(str(Path(__file__).with_name("trajectories.py")))
@@ -141,10 +141,13 @@ def _of(name: str) -> Callable[[], dict[str, Shown]]:
 RAW: dict[str, Any] = {"normalized": False, "lr": Gate(0.5), "memory": Mlp(), "forget": "all"}
 """The letter of a deep memory's equations, with a step from which these pairs can be learned."""
 
-NAMES = "attention linear_attention gated_linear deltanet gated_deltanet oja omega"
+NAMES = (
+    "attention linear_attention gated_linear gla rwkv6 deltanet gated_deltanet kda rwkv7 comba deltaproduct oja omega"
+)
 PICTURES: dict[str, Callable[[], dict[str, Shown]]] = {
     **{name: _of(name) for name in NAMES.split()},
     "window_attention": lambda: {"window_attention, size 16": Shown(window_attention(memory=Window(16)))},
+    "hgrn2": lambda: {f"hgrn2, head {head}": Shown(hgrn2(), head) for head in (0, 3)},
     "retnet": lambda: {f"retnet, head {head}": Shown(retnet(), head) for head in (0, 3)},
     "ttt": lambda: {"ttt": Shown(ttt()), "ttt, raw η = 0.5": Shown(ttt(**RAW))},
     "titans": lambda: {

@@ -18,9 +18,9 @@ from torch.nn.functional import normalize
 from torch.utils.flop_counter import FlopCounterMode
 
 import nestopt
-from nestopt.core import AssociativeMemory, Gate
+from nestopt.core import AssociativeMemory, Gate, gates_of
 from nestopt.core.memories import Mlp, Window
-from nestopt.core.part import Heads
+from nestopt.core.part import Channels, Heads
 from nestopt.core.pending import PENDING
 from nestopt.core.tree import State, leaves
 from nestopt.ops import fast_form
@@ -29,7 +29,18 @@ MADE = Path(__file__).parents[1] / "tokens" / "made"
 SHARED = runpy.run_path(str(Path(__file__).with_name("level_table.py")))
 
 DIM, TOKENS = 64, 512
-MATRIX_CHUNKS = {"linear_attention": 32, "delta_rule": 32, "oja": 64, "omega": 64, "attention": 64}
+MATRIX_CHUNKS = {
+    "linear_attention": 32,
+    "hgrn2": 32,
+    "rwkv6": 32,
+    "delta_rule": 32,
+    "rwkv7": 32,
+    "comba": 32,
+    "deltaproduct": 32,
+    "oja": 64,
+    "omega": 64,
+    "attention": 64,
+}
 """The `chunk` of the operations on matrix memories, on a CPU."""
 
 
@@ -58,6 +69,17 @@ WINDOW = Formula(
 )  # the first c tokens have no block before them
 SUM = Formula("$4D_kD_v + 2C(D_k + D_v)$", lambda s: 4 * s.dim**2 + 4 * s.chunk * s.dim)
 CORRECTED = Formula("$6D_kD_v + 4C(D_k + D_v)$", lambda s: 6 * s.dim**2 + 8 * s.chunk * s.dim)
+SUM_BY_CHANNEL = Formula(
+    "$4D_kD_v + (C - 2)D_k + 2CD_v$", lambda s: 4 * s.dim**2 + (s.chunk - 2) * s.dim + 2 * s.chunk * s.dim
+)
+CORRECTED_BY_CHANNEL = Formula(
+    "$6D_kD_v + 2(C - 2)D_k + 2CD_v$", lambda s: 6 * s.dim**2 + 2 * (s.chunk - 2) * s.dim + 2 * s.chunk * s.dim
+)
+RANK_ONE = Formula(
+    "$8D_kD_v + 4(C - 2)D_k + 6CD_v$", lambda s: 8 * s.dim**2 + 4 * (s.chunk - 2) * s.dim + 6 * s.chunk * s.dim
+)
+PRODUCT = Formula("$6D_kD_v/n + 4C(D_k + D_v)$", lambda s: 6 * s.dim**2 / s.window + 8 * s.chunk * s.dim)
+"""Of C writes at once, n a token. Above: within halves of one token no product of matrices is made."""
 OMEGA = Formula(
     "$(4c + 2)D_kD_v + 2(c + 1)C(D_k + D_v)$",
     lambda s: (4 * s.window + 2) * s.dim**2 + 4 * (s.window + 1) * s.chunk * s.dim,
@@ -81,8 +103,15 @@ FLOPS = {
     "linear_attention": SUM,
     "retnet": SUM,
     "gated_linear": SUM,
+    "gla": SUM_BY_CHANNEL,
+    "hgrn2": SUM_BY_CHANNEL,
+    "rwkv6": SUM_BY_CHANNEL,
     "deltanet": CORRECTED,
     "gated_deltanet": CORRECTED,
+    "kda": CORRECTED_BY_CHANNEL,
+    "rwkv7": RANK_ONE,
+    "comba": CORRECTED,
+    "deltaproduct": PRODUCT,
     "oja": CORRECTED,
     "omega": OMEGA,
     "ttt": MLP,
@@ -95,10 +124,18 @@ GROWS = Formula("$n(D_k + D_v)$", lambda s: 2 * s.pairs * s.dim)
 KEPT = Formula("$c(D_k + D_v)$", lambda s: 2 * s.window * s.dim)
 ONE_MATRIX = Formula("$D_kD_v$", lambda s: s.dim**2)
 MATRIX_AND_PAIRS = Formula("$D_kD_v + (c - 1)(D_k + D_v + 1)$", lambda s: s.dim**2 + (s.window - 1) * (2 * s.dim + 1))
+MATRIX_AND_KEY = Formula("$D_kD_v + D_k$", lambda s: s.dim**2 + s.dim)
+MATRIX_AND_KEYS = Formula("$D_kD_v + 2D_k$", lambda s: s.dim**2 + 2 * s.dim)
+MATRIX_AND_NUMBERS = Formula("$D_kD_v + 2$", lambda s: s.dim**2 + 2)
+SMALL_MATRIX = Formula("$D_kD_v/n^2$", lambda s: s.dim**2 / s.window**2)
 WEIGHTS = Formula("$2Dh$", lambda s: 2 * s.dim * s.hidden)
 WEIGHTS_AND_MOMENTA = Formula("$4Dh$", lambda s: 4 * s.dim * s.hidden)
 STATE = {
     **dict.fromkeys(FLOPS, ONE_MATRIX),
+    "rwkv6": MATRIX_AND_KEY,
+    "rwkv7": MATRIX_AND_KEYS,
+    "comba": MATRIX_AND_NUMBERS,
+    "deltaproduct": SMALL_MATRIX,
     "attention": GROWS,
     "window_attention": KEPT,
     "omega": MATRIX_AND_PAIRS,
@@ -117,7 +154,7 @@ def preset(name: str) -> AssociativeMemory:
 
 def size_of(level: AssociativeMemory, dim: int, pairs: int) -> Size:
     memory = level.memory
-    window = memory.size if isinstance(memory, Window) else getattr(level, "window", 1)
+    window = memory.size if isinstance(memory, Window) else getattr(level, "window", getattr(level, "writes", 1))
     chunk = level.chunk_size if isinstance(memory, Mlp) else MATRIX_CHUNKS[fast_form(level) or ""]
     hidden = (memory.hidden or 2 * dim) if isinstance(memory, Mlp) else 0
     return Size(dim, chunk, hidden, window or 0, pairs)
@@ -146,7 +183,12 @@ def measure(level: AssociativeMemory, dim: int = DIM, tokens: int = TOKENS) -> M
     q, k, v = (normalize(torch.randn(1, tokens + 1, 1, dim), dim=-1) for _ in range(3))
 
     def after(count: int) -> State:
-        return nestopt.ops.run(level, q[:, :count], k[:, :count], v[:, :count])[1]
+        shown = [x[:, :count] for x in (q, k, v)]
+        # a gate that is not given is one number
+        gates = {
+            path: torch.full_like(shown[1], g.init) for path, g in gates_of(level).items() if isinstance(g, Channels)
+        }
+        return nestopt.ops.run(level, *shown, gates=gates)[1]
 
     with torch.no_grad():
         # torch counts nothing for its fused attention on CPUs, which has the same products
@@ -172,7 +214,7 @@ def cost(name: str, found: Measured) -> str:
     elif not isinstance(level.memory, Window):
         sizes += f", C = {size.chunk}"
     if size.window > 1:
-        sizes += f", c = {size.window}"
+        sizes += f", {'n' if hasattr(level, 'writes') else 'c'} = {size.window}"
     if isinstance(level.memory, Window):
         sizes += f", n = {TOKENS}"
     rows = [
@@ -208,11 +250,15 @@ def cost_row(name: str, level: AssociativeMemory, found: Measured) -> str:
 
 def retention(level: AssociativeMemory) -> str:
     """In words: what of a memory is kept."""
+    if isinstance(level, nestopt.levels.hgrn2):
+        return "by its keys, for each channel"
     keep = getattr(level.retention, "keep", None)
     if keep is None:
         return "all"
     if isinstance(keep, Heads):
         return f"{keep.init:g} and up, by head"
+    if isinstance(keep, Channels):
+        return f"a gate for each channel, from {keep.init:g}"
     return f"a gate, from {keep.init:g}" if isinstance(keep, Gate) else f"{keep:g}"
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nestopt.config.errors import ConfigError, join, show
 from nestopt.config.values import check_size, convert, number, schedules
-from nestopt.core import Gate, Heads, Level, Part, UnknownName, chain, registry
+from nestopt.core import Channels, Gate, Heads, Level, Part, UnknownName, chain, registry
 from nestopt.core.part import FieldError, is_subclass, read_by
 from nestopt.core.registry import KINDS, base_of
 from nestopt.core.schedule import Schedule
@@ -269,9 +269,10 @@ def _plain(value: Any, path: str) -> Any:
     if isinstance(value, Heads):
         return {"heads": value.init if value.ratio == 0.5 else {"init": value.init, "ratio": value.ratio}}
     if isinstance(value, Gate):
+        kind = "channels" if isinstance(value, Channels) else "gate"
         if (value.low, value.high) == (0.0, 1.0):
-            return {"gate": value.init}
-        return {"gate": {"init": value.init, "low": value.low, "high": value.high}}
+            return {kind: value.init}
+        return {kind: {"init": value.init, "low": value.low, "high": value.high}}
     if value is None or isinstance(value, bool):
         return value
     plain: tuple[tuple[type, Any], ...] = ((str, str), (numbers.Integral, int), (numbers.Real, float))

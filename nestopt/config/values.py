@@ -27,7 +27,7 @@ from pydantic import (
 from torch import Tensor
 
 from nestopt.config.errors import ConfigError, join, translate
-from nestopt.core import Gate, Heads, Number
+from nestopt.core import Channels, Gate, Heads, Number
 from nestopt.core.schedule import Schedule
 
 
@@ -133,7 +133,8 @@ def convert(hint: Any, value: object, path: str) -> Any:
 def number(value: object, path: str) -> Number:
     """Read a constant, a tensor, a `Gate`, or one written as `{gate: 0.9}` or `{gate: {init: 0.5, low: 0, high: 2}}`.
 
-    A constant per head is `{heads: 0.97}` or `{heads: {init: 0.97, ratio: 0.5}}`.
+    A constant per head is `{heads: 0.97}` or `{heads: {init: 0.97, ratio: 0.5}}`; a gate for each channel of the keys
+    is written with `channels` for `gate`.
     """
     if isinstance(value, Gate | Tensor):
         return value
@@ -190,6 +191,7 @@ def schedules(value: object, path: str) -> Any:
 
 _GATES: dict[str, tuple[type[Gate], tuple[str, ...]]] = {
     "gate": (Gate, ("init", "low", "high")),
+    "channels": (Channels, ("init", "low", "high")),
     "heads": (Heads, ("init", "ratio")),
 }
 

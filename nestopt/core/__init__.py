@@ -15,7 +15,7 @@ from nestopt.core.nesting import Nest, nest
 from nestopt.core.objectives import Objective
 from nestopt.core.order import Node, ordered
 from nestopt.core.outputs import Output
-from nestopt.core.part import Gate, Heads, Number, Part
+from nestopt.core.part import Channels, Gate, Heads, Number, Part
 from nestopt.core.registry import Plugin, PluginWarning, Registry, UnknownName, registry
 from nestopt.core.retentions import Retention
 from nestopt.core.signal import Signal
@@ -27,6 +27,7 @@ __all__ = [
     "Accepted",
     "AssociativeMemory",
     "Chain",
+    "Channels",
     "Features",
     "Gate",
     "Gd",

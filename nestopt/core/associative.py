@@ -116,6 +116,7 @@ class AssociativeMemory(Level):
         self.check_choice("fade", ("with", "before"))
         self.check_choice("forget", ("all", "outer"))
         self.check_choice("normalized", (False, True, "layerwise"))
+        self.retention.check_memory(self)
         if self.fade == "before" and self.chunk > 1:
             problem = "is not allowed with chunk above 1: a chunk's gradients are of the memory it began with"
             raise FieldError(self.label, "fade", self.fade, problem)
@@ -270,9 +271,7 @@ class AssociativeMemory(Level):
         appended = self.memory.append(before, k, v)
         if appended is not None:
             return self._answer(appended if self.read == "after" else before, q), {**state, "memory": appended}
-        at = before
-        if self.fade == "before":
-            at = self._retained(before)
+        at = self._retained(before) if self.fade == "before" else before
         if self.normalized == "layerwise":
             begun, live = dataclasses.replace(signal, step=signal.step - 1), torch.ones_like(k[:1], dtype=torch.bool)
             (new,) = states_after(self, k[None], v[None], {}, live, {**state, "memory": at}, begun)
@@ -280,8 +279,7 @@ class AssociativeMemory(Level):
         rate = self._rate(at, k[None])
         surprise = self.gradient(at, k, v) if not self.normalized else self.gradient(at, k[None], v[None], rate)
         new = self.written({**state, "memory": at}, surprise, signal, self.shown(at, k[None], rate))
-        seen = new["memory"] if self.read == "after" else before
-        return self._answer(seen, q), new
+        return self._answer(new["memory"] if self.read == "after" else before, q), new
 
     def chunk_step(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor], live: Tensor, state: State, signal: Signal
@@ -370,6 +368,10 @@ class AssociativeMemory(Level):
         if self.memory.linear:
             return self.memory.read({name: self.output(param) for name, param in theta.items()}, q)
         return self.output(self.memory.read(theta, q))
+
+    def error(self, theta: Theta, k: Tensor, v: Tensor) -> Tensor:
+        """Return what M(φ(k)) is off v."""
+        return self.memory.read(theta, self.features(k)) - v
 
     # -- for describe ------------------------------------------------------------------------------------------------
 

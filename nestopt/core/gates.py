@@ -32,6 +32,12 @@ def per_head(gates: Mapping[str, Gate], like: Tensor) -> dict[str, Tensor]:
     }
 
 
+def idle_gate(gate: Gate, like: Tensor) -> Tensor:
+    """Return a gate at its initial value, for tokens like `like` `[B, H, T, D_k]`: `[B, H, T]`, or with its width."""
+    width = gate.width(like.shape[-1])
+    return like.new_full((*like.shape[:3], *(() if width is None else (width,))), gate.init)
+
+
 def bind(part: P, values: Mapping[str, Tensor] | None = None, step: int | Tensor | None = 1) -> P:
     """Return a copy of `part` whose gates are numbers: those of `values` by dotted path, each other gate its `init`.
 

@@ -49,15 +49,19 @@ class Gate:
         share = (self.init - self.low) / (self.high - self.low)
         return math.log(share / (1 - share))
 
+    def width(self, dim_k: int) -> int | None:
+        """Return how many numbers it has for a token and head with a key of `dim_k`; None is one, without dimension."""
+        return None
+
     def __eq__(self, other: object) -> bool:
-        return type(other) is Gate and (self.init, self.low, self.high) == (other.init, other.low, other.high)
+        return type(other) is type(self) and vars(other) == vars(self)
 
     def __hash__(self) -> int:
-        return hash((self.init, self.low, self.high))
+        return hash((type(self), *vars(self).values()))
 
     def __repr__(self) -> str:
         span = "" if (self.low, self.high) == (0.0, 1.0) else f", low={self.low}, high={self.high}"
-        return f"Gate({self.init}{span})"
+        return f"{'Channels' if isinstance(self, Channels) else 'Gate'}({self.init}{span})"
 
 
 class Heads(Gate):
@@ -84,14 +88,29 @@ class Heads(Gate):
         """Return the constants of so many heads."""
         return [1 - (1 - self.init) * self.ratio**h for h in range(heads)]
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Heads) and (self.init, self.ratio) == (other.init, other.ratio)
-
-    def __hash__(self) -> int:
-        return hash((self.init, self.ratio))
-
     def __repr__(self) -> str:
         return f"Heads({self.init}{'' if self.ratio == 0.5 else f', ratio={self.ratio}'})"
+
+
+class Channels(Gate):
+    """A gate with a number for each channel of the keys: the decay of GLA and of Kimi's delta attention.
+
+    A layer learns D_k of them per head. It can be the `keep` of a matrix memory's `decay`. Arguments: `Gate`.
+    """
+
+    def width(self, dim_k: int) -> int:
+        return dim_k
+
+
+class Several(Gate):
+    """A gate with `count` numbers for each token and head, which a level makes of the `Gate` that it was given."""
+
+    def __init__(self, gate: Gate, count: int) -> None:
+        super().__init__(gate.init, gate.low, gate.high)
+        self.count = count
+
+    def width(self, dim_k: int) -> int:
+        return self.count
 
 
 class FieldError(ValueError):
@@ -217,6 +236,8 @@ class Part(metaclass=_PartType):
 
     takes_schedules: ClassVar[bool] = True
     """Whether its numbers may be; not where other parts are made of them."""
+    by_channel: ClassVar[tuple[str, ...]] = ()
+    """Its numbers that may be `Channels`."""
     requires: ClassVar[frozenset[str]] = frozenset()
     """What this part must be shown to be itself: `"shape"` (whole tensors in their true shape, never a flat slice of
     several), `"matrix"` (as `"shape"`, and only matrices), `"param"` (a parameter beside the gradient, so that it is no
@@ -263,6 +284,8 @@ class Part(metaclass=_PartType):
         `closed` says which ends belong to the range, as in mathematics: `"[)"` keeps `low` and leaves out `high`.
         """
         value = getattr(self, key)
+        if isinstance(value, Channels) and key not in self.by_channel:
+            raise FieldError(self.label, key, value, "is not allowed; give a number, or a Gate: one per token and head")
         if isinstance(value, Tensor | Gate):
             return
         if not isinstance(value, int | float) or isinstance(value, bool):

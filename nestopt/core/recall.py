@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from nestopt.core.associative import AssociativeMemory
-from nestopt.core.gates import bind, gates_of
+from nestopt.core.gates import bind, gates_of, idle_gate
 from nestopt.core.level import Level
 from nestopt.core.memories import Matrix, Mlp, Theta, Window
 from nestopt.core.outputs import Plain
@@ -43,9 +43,8 @@ def recalled(level: Level, tokens: TokenBatch, gates: Mapping[str, Tensor], stat
             return _answered_next(level, q, now, memory, pending, step, count)
         return bind(level, now).token_read(q, dim_v, memory, Signal(step=step + 1))
 
-    shape = tokens.active.shape
     missing = {path: gate for path, gate in gates_of(level).items() if path not in gates}
-    every = {**gates, **{path: tokens.v.new_full(shape, gate.init) for path, gate in missing.items()}}
+    every = {**gates, **{path: idle_gate(gate, tokens.k) for path, gate in missing.items()}}
     of_heads = vmap(vmap(one))
     of_tokens = vmap(of_heads, in_dims=(2, 2, None, None, None, None), out_dims=2, chunk_size=AT_ONCE)
     step = state["step"]
@@ -56,6 +55,7 @@ def recalled(level: Level, tokens: TokenBatch, gates: Mapping[str, Tensor], stat
 def answers(level: AssociativeMemory, q: Tensor, theta: Theta, gates: Mapping[str, Tensor]) -> Tensor:
     """Return what a memory with parameters `theta` `[B, H, ..]` answers to q `[B, H, T, D_k]`."""
     built_in = type(level.memory) in (Matrix, Mlp, Window) and type(level.output) is Plain
+    built_in = built_in and type(level)._answer is AssociativeMemory._answer
     if built_in and not any(path.startswith(_OF_READS) for path in gates):
 
         def all_of_one(q: Tensor, theta: Theta) -> Tensor:

@@ -43,9 +43,9 @@ class TokenBatch:
     ) -> TokenBatch:
         """Check q, k `[B, T, H, D_k]`, v `[B, T, H, D_v]` and `mask` `[B, T]` (True: a token, False: padding).
 
-        A token that is padding, or in which q, k, v or a gate (of `gates`, `[B, H, T]` each, from `per_token`) is not
-        finite, is neither written nor answered with anything of the memory's: so it can't spread. Nothing here waits
-        for the device. What is narrower than float32 is widened to it, unless `widen` is False.
+        A token that is padding, or in which q, k, v or a gate (of `gates`, as from `per_token`) is not finite, is
+        neither written nor answered with anything of the memory's: so it can't spread. Nothing here waits for the
+        device. What is narrower than float32 is widened to it, unless `widen` is False.
         """
         check_tokens(q, k, v)
         dtype_in, dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
@@ -54,7 +54,7 @@ class TokenBatch:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         finite = _finite(q, dtype) & _finite(k, dtype) & _finite(v, dtype)
         for gate in gates:
-            finite = finite & gate.isfinite()
+            finite = finite & (gate if gate.ndim == 3 else gate.sum(-1)).isfinite()
         active = finite
         if mask is not None:
             check_mask(mask, q.shape[0], q.shape[2])
@@ -74,8 +74,8 @@ class TokenBatch:
         return self.active.shape[2] if self.mask is None else self.mask.sum(-1, keepdim=True)
 
     def gate(self, value: Tensor, idle: float) -> Tensor:
-        """Return `value` (as from `per_token`) `[B, H, T]` with `idle` where a token is not written."""
-        return torch.where(self.active, value, idle)
+        """Return `value` (as from `per_token`) `[B, H, T]` or `[B, H, T, D_k]`, `idle` where a token is not written."""
+        return torch.where(self.active if value.ndim == 3 else self.active[..., None], value, idle)
 
     def answer(self, y: Tensor) -> Tensor:
         """`[B, H, T, D_v]` as the caller gets it: `[B, T, H, D_v]`; NaN where the token itself was not finite."""
@@ -115,10 +115,11 @@ def check_mask(mask: Tensor, batch: int, length: int) -> None:
         raise ValueError(f"mask has the shape {list(mask.shape)}; for this input it must be {[batch, length]}")
 
 
-def per_token(name: str, value: float | Tensor, q: Tensor, dtype: torch.dtype) -> Tensor:
+def per_token(name: str, value: float | Tensor, q: Tensor, dtype: torch.dtype, *, by_channel: bool = False) -> Tensor:
     """Return a gate `[B, T, H]`, a constant or one per head `[H]`, as `[B, H, T]` (not expanded where it need not be).
 
-    `q` is `[B, T, H, D_k]`, as given by the caller.
+    `q` is `[B, T, H, D_k]`, as given by the caller. With `by_channel` a gate may be of its shape, and is returned as
+    `[B, H, T, D_k]`.
 
     Raises:
         ValueError: for another shape.
@@ -129,7 +130,7 @@ def per_token(name: str, value: float | Tensor, q: Tensor, dtype: torch.dtype) -
         return value.to(dtype).reshape(1, 1, 1)
     if value.ndim == 1 and value.shape[0] == q.shape[2]:
         return value.to(dtype)[None, :, None]
-    check_gate(name, value, q)
+    check_gate(name, value, q, width=q.shape[-1] if by_channel and value.ndim == 4 else None)
     return value.to(dtype).transpose(1, 2)
 
 
@@ -223,12 +224,13 @@ def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q has the shape {list(q.shape)}: there is no token in it; give one or more")
 
 
-def check_gate(name: str, gate: Tensor, q: Tensor) -> None:
-    """Raise ValueError unless `gate` is `[B, T, H]` for `q` `[B, T, H, D_k]`."""
-    if gate.shape != q.shape[:3]:
+def check_gate(name: str, gate: Tensor, q: Tensor, *, width: int | None = None) -> None:
+    """Raise ValueError unless `gate` is `[B, T, H]` for `q` `[B, T, H, D_k]`, or with a `width` `[B, T, H, width]`."""
+    wanted = (*q.shape[:3], *(() if width is None else (width,)))
+    if gate.shape != wanted:
         raise ValueError(
-            f"{name} has the shape {list(gate.shape)} and q {list(q.shape)}; it must be {list(q.shape[:3])}, a number "
-            "for each token and head"
+            f"{name} has the shape {list(gate.shape)} and q {list(q.shape)}; it must be {list(wanted)}, "
+            f"{'a number' if width is None else f'{width} numbers'} for each token and head"
         )
 
 

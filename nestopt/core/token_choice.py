@@ -96,7 +96,7 @@ def scan(
         level: any level; its gates that are not in `gates` take their initial value.
         q, k: `[B, T, H, D_k]`.
         v: `[B, T, H, D_v]`.
-        gates: values of the level's gates by dotted path, `[B, T, H]` each.
+        gates: values of the level's gates by dotted path, `[B, T, H]` each; of `Channels`, `[B, T, H, D_k]`.
         state: from a former call, to go on from there; None starts anew (from `learned`).
         learned: the start a layer learned, `[H, ...]` by name (`Level.learned_start`).
         live: `[B, T, H]`, which tokens are written; None is all. The others take their place in a chunk, and leave

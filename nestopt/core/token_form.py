@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from nestopt.core.device import number_like
-from nestopt.core.gates import bind, gates_of
+from nestopt.core.gates import bind, gates_of, idle_gate
 from nestopt.core.level import Level
 from nestopt.core.part import Gate, Number
 from nestopt.core.pending import COUNT, PENDING, RowChunks
@@ -200,9 +200,9 @@ class TokenForm(ABC):
     def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
         """Answer tokens, and learn them: y `[B, H, T, D_v]` and the state after the last.
 
-        `gates` are values of gates of the level by dotted path, `[B, H, T]` each, and any number where a token is not
-        active; one that is missing is at its initial value. Where the state has pending tokens, `run` has seen to it
-        that all rows have as many and there is no padding. Nothing is changed in place.
+        `gates` are values of gates of the level by dotted path, `[B, H, T]` each (`Channels` `[B, H, T, D_k]`), and any
+        number where a token is not active; one that is missing is at its initial value. Where the state has pending
+        tokens, `run` has seen to it that all rows have as many and there is no padding. Nothing is changed in place.
         """
 
     def step(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
@@ -256,9 +256,8 @@ class TokenForm(ABC):
 
     def every_gate(self, tokens: TokenBatch, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return every gate `[B, H, T]` by dotted path, at its initial value where none is given or no token active."""
-        shape = tokens.active.shape
         return {
-            path: tokens.gate(gates[path], gate.init) if path in gates else tokens.v.new_full(shape, gate.init)
+            path: tokens.gate(gates[path], gate.init) if path in gates else idle_gate(gate, tokens.k)
             for path, gate in self.gates.items()
         }
 

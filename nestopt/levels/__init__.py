@@ -51,6 +51,14 @@ from nestopt.levels.gradient.shampoo import MatrixAdagrad as matrix_adagrad
 from nestopt.levels.gradient.shampoo import Shampoo as shampoo
 from nestopt.levels.gradient.soap import Soap as soap
 from nestopt.levels.listing import names as list  # noqa: F401  # not in __all__, whose names are all levels
+from nestopt.levels.matrix.additive import Hgrn2 as hgrn2
+from nestopt.levels.matrix.additive import Hgrn2Form, Rwkv6Form
+from nestopt.levels.matrix.additive import Rwkv6 as rwkv6
+from nestopt.levels.matrix.corrective import Comba as comba
+from nestopt.levels.matrix.corrective import CombaForm, Rwkv7Form
+from nestopt.levels.matrix.corrective import Rwkv7 as rwkv7
+from nestopt.levels.matrix.delta_product import Deltaproduct as deltaproduct
+from nestopt.levels.matrix.delta_product import DeltaproductForm
 from nestopt.levels.matrix.form import DeltaRuleForm, LinearAttentionForm, OjaForm, OmegaForm
 from nestopt.levels.matrix.level import Omega as omega
 from nestopt.levels.presets import Attention as attention
@@ -59,6 +67,8 @@ from nestopt.levels.presets import Deltanet as deltanet
 from nestopt.levels.presets import Dla as dla
 from nestopt.levels.presets import GatedDeltanet as gated_deltanet
 from nestopt.levels.presets import GatedLinear as gated_linear
+from nestopt.levels.presets import Gla as gla
+from nestopt.levels.presets import Kda as kda
 from nestopt.levels.presets import LinearAttention as linear_attention
 from nestopt.levels.presets import OjaMemory as oja
 from nestopt.levels.presets import Retnet as retnet
@@ -81,9 +91,11 @@ __all__ = [
     "centralize",
     "clip",
     "cms",
+    "comba",
     "deep_momentum",
     "delta_momentum",
     "deltanet",
+    "deltaproduct",
     "dgd",
     "dla",
     "feature_momentum",
@@ -92,8 +104,11 @@ __all__ = [
     "gated_linear",
     "gd",
     "ggd",
+    "gla",
     "gradient_correction",
     "grokfast",
+    "hgrn2",
+    "kda",
     "lamb",
     "linear_attention",
     "lion_chain",
@@ -110,6 +125,8 @@ __all__ = [
     "preconditioned_momentum",
     "regression_optimum",
     "retnet",
+    "rwkv6",
+    "rwkv7",
     "schedule_free",
     "second_moment",
     "self_modifying",
@@ -177,7 +194,12 @@ def nestopt_register_outputs(register: Register) -> None:
 def nestopt_register_token_forms(register: Register) -> None:
     register("attention", AttentionForm)
     register("linear_attention", LinearAttentionForm)
+    register("hgrn2", Hgrn2Form)
+    register("rwkv6", Rwkv6Form)
     register("delta_rule", DeltaRuleForm)
+    register("rwkv7", Rwkv7Form)
+    register("comba", CombaForm)
+    register("deltaproduct", DeltaproductForm)
     register("oja", OjaForm)
     register("omega", OmegaForm)
     register("deep_memory", DeepMemoryForm)

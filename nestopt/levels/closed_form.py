@@ -13,7 +13,7 @@ from nestopt.core.gates import gates_of
 from nestopt.core.level import Level
 from nestopt.core.memories import Window
 from nestopt.core.outputs import Plain
-from nestopt.core.part import Number
+from nestopt.core.part import Channels, Number
 from nestopt.core.retentions import Decay, Keep
 from nestopt.core.token_batch import TokenBatch
 from nestopt.core.tree import State
@@ -120,8 +120,11 @@ def refusal(level: AssociativeMemory, own: type[AssociativeMemory] = Associative
     return ""
 
 
-def refusal_of_writes(level: AssociativeMemory) -> str:
-    """Say what closed forms do not compute of how the weights of `level` are written; empty where nothing."""
+def refusal_of_writes(level: AssociativeMemory, *, channels: bool = False) -> str:
+    """Say what closed forms do not compute of how the weights of `level` are written; empty where nothing.
+
+    `channels`: whether a decay for each channel of the keys is computed, without momentum.
+    """
     rule = linear_rule(level.rule)
     if type(level.memory) is Window:
         return "the memory keeps its pairs"
@@ -131,6 +134,9 @@ def refusal_of_writes(level: AssociativeMemory) -> str:
         return "write='chunk': the rule takes one step a chunk"
     if type(level.retention) not in (Keep, Decay):
         return f"retention={level.retention.label}: keep and decay are computed"
+    by_channel = isinstance(getattr(level.retention, "keep", None), Channels)
+    if by_channel and not (channels and rule.momentum is None):
+        return f"retention={level.retention.label}: its keep is one for each channel"
     numbers = {"lr": level.lr, "step_size": level.step_size, "rule's beta": rule.momentum}
     numbers["retention's keep"] = getattr(level.retention, "keep", None)
     for name, value in numbers.items():

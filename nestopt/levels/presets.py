@@ -13,7 +13,7 @@ from nestopt.core.associative import AssociativeMemory
 from nestopt.core.level import Level
 from nestopt.core.memories import Matrix, Memory, Mlp, Window, rows
 from nestopt.core.objectives import L2, Dot, Objective, Oja
-from nestopt.core.part import Gate, Heads, Number
+from nestopt.core.part import Channels, Gate, Heads, Number
 from nestopt.core.retentions import Decay, Retention
 from nestopt.core.scale import length, root_mean_square
 from nestopt.core.signal import Signal
@@ -71,13 +71,25 @@ class GatedLinear(LinearAttention):
 
     $$M_t = \alpha_t M_{t-1} + v_t k_t^\top, \qquad y_t = M_t q_t$$
 
-    One α per token and head (as in Mamba-2), a gate that starts at 0.97. Layers L2-normalise queries and keys for it.
-    Other arguments: `associative_memory`.
+    One α per token and head (as in Mamba-2), a gate that starts at 0.97; `gla` has one for each channel of the keys.
+    Layers L2-normalise queries and keys for it. Other arguments: `associative_memory`.
     """
 
     qk_norm: ClassVar[bool] = True
 
     retention: Retention = dataclasses.field(default_factory=lambda: Decay(Gate(0.97)))
+
+
+class Gla(GatedLinear):
+    r"""GLA (Yang et al. 2023): gated linear attention with a decay for each channel of the keys.
+
+    $$M_t = M_{t-1}\,\mathrm{Diag}(\alpha_t) + v_t k_t^\top, \qquad y_t = M_t q_t$$
+
+    α `[D_k]` per token and head, a gate that starts at 0.97. Layers L2-normalise queries and keys for it. Other
+    arguments: `associative_memory`.
+    """
+
+    retention: Retention = dataclasses.field(default_factory=lambda: Decay(Channels(0.97)))
 
 
 class Deltanet(AssociativeMemory):
@@ -107,6 +119,17 @@ class GatedDeltanet(Deltanet):
 
     retention: Retention = dataclasses.field(default_factory=lambda: Decay(Gate(0.97)))
     fade: Literal["with", "before"] = "before"
+
+
+class Kda(GatedDeltanet):
+    r"""Kimi delta attention (Kimi Team 2025): gated DeltaNet with a decay for each channel of the keys.
+
+    $$M_t = M_{t-1}\,\mathrm{Diag}(\alpha_t)(I - \eta_t k_t k_t^\top) + \eta_t v_t k_t^\top, \qquad y_t = M_t q_t$$
+
+    As `gated_deltanet`, with α `[D_k]` per token and head, a gate that starts at 0.97.
+    """
+
+    retention: Retention = dataclasses.field(default_factory=lambda: Decay(Channels(0.97)))
 
 
 class OjaMemory(AssociativeMemory):

@@ -110,7 +110,7 @@ class SequenceMemory(nn.Module):
         # its eps is far above float32's: before the first write a read is exactly 0
         self.norm = HeadNorm(self.dim_head, eps=1e-5) if out_norm else None
         self.output_gate = projection(dim, inner) if gate_output else None
-        self.level_gates = Gates(level, gates, heads)
+        self.level_gates = Gates(level, gates, heads, self.dim_head)
         self.gates = self.level_gates.projection(dim, heads)
         starts = [level.learned_start(self.dim_head, self.dim_head) for _ in range(heads)]
         self._start_names = {name.replace(".", "-"): name for name in starts[0]}  # a parameter's name has no dots
@@ -304,9 +304,9 @@ class SequenceMemory(nn.Module):
             q, k = (rotary(x.transpose(1, 2), position, self.rope).transpose(1, 2) for x in (q, k))
         if self.form.widens and dtype != made.dtype:
             q, k, v = (x.to(dtype) for x in (q, k, v))
-        gates = torch.where(active.mT, gates, self.level_gates.idle_like(gates))[..., None]
+        gates = torch.where(active.mT, gates, self.level_gates.idle_like(gates))
         tokens = TokenBatch(q, k, v, active, active, None, dtype, made.dtype)
-        return tokens, dict(zip(self.level_gates.idle, gates.unbind(1), strict=True))
+        return tokens, {path: gate.unsqueeze(2) for path, gate in self.level_gates.parted(gates).items()}
 
     def _begun(self, state: Mapping[str, Any] | None, x: Tensor) -> State:
         """Return `state`, checked, or that of new sequences."""

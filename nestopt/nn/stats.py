@@ -106,7 +106,7 @@ def _surprise(
     def error(theta: State, k: Tensor, v: Tensor, gates: Mapping[str, Tensor]) -> Tensor:
         bound = bind(level, gates)
         assert isinstance(bound, AssociativeMemory)
-        return (bound.memory.read(theta, bound.features(k)) - v).square().mean(-1)
+        return bound.error(theta, k, v).square().mean(-1)
 
     over_tokens = vmap(error, in_dims=(None, 0, 0, 0))
     k, v = (x.to(dtype).transpose(1, 2) for x in (k, v))
@@ -119,8 +119,8 @@ def _surprise(
 
 
 def _quantiles(gate: Tensor, live: Tensor | None) -> Tensor:
-    """Return `[5, H]` of a gate `[B, T, H]` over the batch and its live tokens; NaN where there are none."""
+    """Return `[5, H]` of a gate `[B, T, H]` over the batch and its live tokens (and channels); NaN where are none."""
     if live is not None:
-        gate = gate.masked_fill(~live[..., None], torch.nan)
+        gate = gate.masked_fill(~live.reshape(*live.shape, *(1,) * (gate.ndim - 2)), torch.nan)
     at = constants(QUANTILES, gate)
-    return torch.nanquantile(gate.flatten(0, 1), at, dim=0)
+    return torch.nanquantile(gate.movedim(2, -1).flatten(0, -2), at, dim=0)

@@ -6,6 +6,7 @@ from nestopt.levels.matrix.delta_rule import delta_rule
 from nestopt.levels.matrix.linear_attention import linear_attention
 from nestopt.levels.matrix.oja import oja
 from nestopt.levels.matrix.omega import omega
+from nestopt.levels.matrix.rank_one import rank_one
 from nestopt.levels.self_modifying.scan import self_modifying
 from nestopt.ops.run import fast_form, run
 
@@ -17,6 +18,7 @@ __all__ = [
     "linear_attention",
     "oja",
     "omega",
+    "rank_one",
     "run",
     "self_modifying",
 ]

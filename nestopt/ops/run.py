@@ -46,7 +46,7 @@ def run(
         level: any level; its gates that are not in `gates` take their initial value.
         q, k: `[B, T, H, D_k]`, T >= 1.
         v: `[B, T, H, D_v]`.
-        gates: values of the level's gates by dotted path, `[B, T, H]` each.
+        gates: values of the level's gates by dotted path, `[B, T, H]` each; of `Channels`, `[B, T, H, D_k]`.
         state: from a former call, to go on from there; None starts anew (from `learned`).
         learned: the start a layer learned, `[H, ...]` by name.
         mask: `[B, T]`, True for tokens, False for padding, wherever it is: it changes nothing.
@@ -107,7 +107,7 @@ def run_form(
                 f"{form.level.label} has no gate {path!r}.{nearest(path, form.gates)} "
                 f"It has: {', '.join(sorted(form.gates)) or 'none'}."
             )
-        check_gate(f"gate {path!r}", gate, q)
+        check_gate(f"gate {path!r}", gate, q, width=form.gates[path].width(q.shape[-1]))
     if validate:
         check_finite(q=q, k=k, v=v, **{f"gate {path!r}": gate for path, gate in gates.items()})
     if mask is not None and learn:

@@ -17,7 +17,7 @@ import torch
 import nestopt
 from nestopt.core import AssociativeMemory, Gate
 from nestopt.core.memories import Mlp, Window
-from nestopt.core.part import Heads
+from nestopt.core.part import Channels, Heads
 from nestopt.core.registry import registry
 from nestopt.core.retentions import Decay
 from nestopt.core.tree import tree_map
@@ -74,7 +74,7 @@ def test_a_page_has_all_its_parts(name: str) -> None:
 def test_pages_name_the_arguments_that_there_are() -> None:
     """A call of a level or a part that stands in a page's text is one that can be made, but for an ellipsis."""
     names = {name: getattr(nestopt.levels, name) for name in nestopt.levels.__all__}
-    parts = (Gate, Heads, Decay, Window)
+    parts = (Channels, Gate, Heads, Decay, Window)
     names |= {part.__name__: part for part in parts} | {"c": 8}
     calls = []
     for page in PAGES.values():
@@ -142,6 +142,8 @@ def errors_by_hand(k: torch.Tensor, v: torch.Tensor, step: Any) -> torch.Tensor:
         ("gated_linear", lambda m, k, v: 0.97 * m + torch.outer(v, k)),
         ("deltanet", lambda m, k, v: m + 0.5 * torch.outer(v - m @ k, k)),
         ("gated_deltanet", lambda m, k, v: 0.97 * m + 0.5 * torch.outer(v - 0.97 * m @ k, k)),
+        ("gla", lambda m, k, v: 0.97 * m + torch.outer(v, k)),
+        ("kda", lambda m, k, v: 0.97 * m + 0.5 * torch.outer(v - 0.97 * m @ k, k)),
         ("oja", lambda m, k, v: m + 0.5 * torch.outer(v, k - m.mT @ v)),
     ],
 )

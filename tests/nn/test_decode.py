@@ -15,6 +15,8 @@ from nestopt.levels import (
     deltanet,
     gated_deltanet,
     gated_linear,
+    gla,
+    kda,
     linear_attention,
     retnet,
     titans,
@@ -32,6 +34,8 @@ MATRICES = {
     "deltanet": deltanet(features=Elu()),
     "deltanet, bound": deltanet(normalized=True, retention=Decay(Gate(0.8))),
     "gated_deltanet": gated_deltanet(lr=0.3, read="before"),
+    "gla": gla(read="before"),
+    "kda": kda(lr=0.3),
     "gated_deltanet, fading as it writes": gated_deltanet(fade="with"),
 }
 

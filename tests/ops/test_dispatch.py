@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestopt.core import AssociativeMemory, Gate, Level, Signal, chain, gates_of, scan
+from nestopt.core import AssociativeMemory, Channels, Gate, Level, Signal, chain, gates_of, scan
 from nestopt.core.features import Elu, Polynomial
 from nestopt.core.memories import Mlp, Window
 from nestopt.core.objectives import L2, Huber, Lp
@@ -18,17 +18,24 @@ from nestopt.levels import (
     adam,
     attention,
     cms,
+    comba,
     delta_momentum,
     deltanet,
+    deltaproduct,
     dgd,
     dla,
     gated_deltanet,
     gd,
+    gla,
+    hgrn2,
+    kda,
     linear_attention,
     momentum,
     muon,
     oja,
     omega,
+    rwkv6,
+    rwkv7,
     self_modifying,
     titans,
     ttt,
@@ -48,6 +55,8 @@ LINEAR = {
     "weighted": linear_attention(lr=0.5, step_size=3.0),
     "before": linear_attention(retention=Decay(0.8), read="before"),
     "chunk of one": linear_attention(retention=Decay(Gate(0.8)), read="chunk"),
+    "gla": gla(lr=Gate(0.5)),
+    "gla before": gla(read="before"),
     "by its parts": AssociativeMemory(),
     "momentum": momentum(0.9),
     "average": momentum(0.9, dampening=0.9),
@@ -55,6 +64,8 @@ LINEAR = {
     "gated momentum": momentum(Gate(0.9), dampening=Gate(0.5)),
     "momentum of tensors": momentum(torch.tensor(0.9, dtype=F64), dampening=torch.tensor(0.2, dtype=F64)),
 }
+HGRN2 = {"hgrn2": hgrn2(), "hgrn2, gated": hgrn2(lower=Gate(0.5), lr=Gate(0.5))}
+RWKV6 = {"rwkv6": rwkv6(), "rwkv6, weighted": rwkv6(lr=Gate(0.5), step_size=0.5, retention=Decay(Gate(0.9)))}
 SOFTMAX = {
     "attention": attention(),
     "window": attention(memory=Window(3)),
@@ -68,9 +79,26 @@ DELTA = {
     "deltanet before": deltanet(read="before", retention=Decay(Gate(0.8))),
     "deltanet fading with the write": gated_deltanet(fade="with"),
     "gated deltanet": gated_deltanet(),
+    "kda": kda(),
+    "kda, fading with the write, before": kda(fade="with", read="before"),
     "deltanet with momentum": gated_deltanet(rule=momentum(Gate(0.5))),
     "with momentum, fading with the write": deltanet(rule=momentum(0.7), retention=Decay(0.9)),
     "normalized deltanet": deltanet(normalized=True, retention=Decay(Gate(0.8)), rule=momentum(Gate(0.5)), bound=1.5),
+}
+RWKV7 = {
+    "rwkv7": rwkv7(),
+    "rwkv7 of numbers": rwkv7(rate=0.7, retention=Decay(Gate(0.9))),
+    "rwkv7 that keeps": rwkv7(rate=Gate(0.5), retention=Keep()),
+}
+PRODUCT = {
+    "deltaproduct": deltaproduct(),
+    "deltaproduct, gated, before": deltaproduct(writes=4, retention=Decay(Gate(0.9)), read="before"),
+    "deltaproduct of one": deltaproduct(writes=1, lr=0.5, retention=Decay(0.9)),
+}
+COMBA = {
+    "comba": comba(),
+    "comba with momentum, before": comba(rule=momentum(Gate(0.5)), read="before"),
+    "comba by channel": comba(retention=Decay(Channels(0.9)), fade="with"),
 }
 OJA = {"oja": oja(), "gated oja": oja(retention=Decay(Gate(0.8)))}
 OMEGA = {"omega": omega(), "omega of one": omega(window=1), "weighted omega": omega(window=3, weight=0.5)}
@@ -133,6 +161,7 @@ SELF = {
     ),
 }
 GENERIC = {
+    "kda with momentum": kda(rule=momentum(Gate(0.5))),
     "adam": adam(),
     "delta momentum": delta_momentum(),
     "nesterov": momentum(0.9, nesterov=True),
@@ -159,8 +188,13 @@ BY_CHUNK = {
 FORMS = {
     "rule_by_chunk": BY_CHUNK,
     "linear_attention": LINEAR,
+    "hgrn2": HGRN2,
+    "rwkv6": RWKV6,
     "attention": SOFTMAX,
     "delta_rule": DELTA,
+    "rwkv7": RWKV7,
+    "comba": COMBA,
+    "deltaproduct": PRODUCT,
     "oja": OJA,
     "omega": OMEGA,
     "deep_memory": MATRIX | DEEP,
@@ -177,16 +211,19 @@ class Reversed(linear_attention):
 
 
 def inputs(level: Level, length: int = 9) -> dict[str, Tensor]:
-    square = isinstance(getattr(level, "memory", None), Mlp)
+    square = isinstance(getattr(level, "memory", None), Mlp) or isinstance(level, deltaproduct)
     tokens = {
         name: (torch.randn(2, length, 3, dim, dtype=F64) / 2).requires_grad_()
         for name, dim in (("q", 4), ("k", 4), ("v", 4 if square else 5))
     }
-    starts = [level.learned_start(4, 4) for _ in range(3)] if square else [{}]
+    starts = [level.learned_start(4, 4 if square else 5) for _ in range(3)]
     tokens |= {
         f"start.{name}": torch.stack([one[name].to(F64) for one in starts]).requires_grad_() for name in starts[0]
     }
-    gates = {path: torch.rand(2, length, 3, dtype=F64, requires_grad=True) for path in gates_of(level)}
+    gates = {
+        path: torch.rand(2, length, 3, *filter(None, [gate.width(4)]), dtype=F64, requires_grad=True)
+        for path, gate in gates_of(level).items()
+    }
     return tokens | gates
 
 

@@ -11,8 +11,18 @@ from torch import Tensor
 
 from nestopt.core.precision import Precision
 from nestopt.core.token_batch import TokenBatch
+from nestopt.levels.matrix.by_channel import Correction, channel_scan
 from nestopt.levels.matrix.chunk_matrix import GateShares, answers, corrected, shares, shares_with_momentum
-from nestopt.levels.matrix.segments import chunk_for, chunks_of, first, log_gate, memory_of, operate, rates
+from nestopt.levels.matrix.segments import (
+    chunk_for,
+    chunks_of,
+    first,
+    is_by_channel,
+    log_gate,
+    memory_of,
+    operate,
+    rates,
+)
 
 
 def delta_rule(
@@ -55,6 +65,8 @@ def delta_rule(
         lr: η, one number, `[H]` or `[B, T, H]`; 0 or more. With keys of length 1 and η in [0, 2] the memory stays
             bounded.
         decay: α, what is kept of the memory at each token: None (all), one number, `[H]` or `[B, T, H]`; 0 or more.
+            Without momentum it may be one for each channel of the keys, `[B, T, H, D_k]`, that is
+            $M_{t-1}\,\mathrm{Diag}(\alpha_t)$ (KDA, Kimi Team 2025).
         momentum: θ, what is kept of the momentum, likewise; None is no momentum. α and θ are computed as logarithms;
             one below the least normal number of the dtype counts as that.
         state: M before the first token, `[B, H, D_v, D_k]`; with momentum `{"memory": M, "momentum": S}`. None is zero.
@@ -77,6 +89,11 @@ def delta_rule(
             `precision` that the device lacks.
     """
     gates = {"lr": lr, "decay": decay, "momentum": momentum}
+    if momentum is not None and isinstance(decay, Tensor) and decay.ndim == 4:
+        raise ValueError(
+            f"decay has the shape {list(decay.shape)}, one for each channel; with momentum give one for each token and "
+            "head"
+        )
     y, end = operate(
         "delta_rule",
         partial(delta_scan, read=read, decay_first=decay_first),
@@ -92,6 +109,7 @@ def delta_rule(
         cu_seqlens=cu_seqlens,
         precision=precision,
         validate=validate,
+        by_channel=("decay",),
     )
     return y, end if momentum is None else apart(end)
 
@@ -103,6 +121,11 @@ def delta_scan(
 
     `memory` is M `[B, H, D_v, D_k]`; where there is a gate `momentum`, M and S side by side, `[B, H, D_v, 2 D_k]`.
     """
+    if is_by_channel(gates):
+        lr = x.gate(gates["lr"], 0.0)[..., None]
+        correction = Correction(x.k, lr * x.k, x.v, before=not decay_first)
+        decay = x.gate(gates["decay"], 1.0)
+        return channel_scan(x.q, decay, memory, size, correction=correction, before=read == "before")
     q, k, v = (chunks_of(part, size) for part in (x.q, x.k, x.v))
     after, error, ends = _shares(x, gates, k, size, decay_first)
     u, begun, memory = corrected(k, v, rates(x, gates, size), error, ends, memory)

@@ -41,7 +41,7 @@ from nestopt.levels.matrix.level import Omega
 from nestopt.levels.matrix.linear_attention import linear_scan
 from nestopt.levels.matrix.oja import oja_scan
 from nestopt.levels.matrix.omega import omega_scan, weights_of
-from nestopt.levels.matrix.segments import chunk_for, over_segments
+from nestopt.levels.matrix.segments import chunk_for, is_by_channel, over_segments
 
 CHUNK = 64
 """Pairs that `oja` and `omega` compute at once, as `nestopt.ops` does by default."""
@@ -51,6 +51,8 @@ class MatrixForm(TokenForm):
     """What the closed forms of matrix memories share."""
 
     levels: ClassVar[tuple[type[Level], ...]] = (AssociativeMemory,)
+    own: ClassVar[type[AssociativeMemory]] = AssociativeMemory
+    """The class whose methods it computes."""
     level: AssociativeMemory
 
     def __init__(self, level: Level, setting: FormSetting) -> None:
@@ -96,6 +98,14 @@ def _in_chunks(level: AssociativeMemory) -> str:
     return ""
 
 
+def kept(memory: Tensor, x: TokenBatch, gates: Mapping[str, Tensor]) -> Tensor:
+    """Return what one token leaves of the memory before it, `[B, H, D_v, D_k]`."""
+    if "decay" not in gates:
+        return memory
+    decay = x.gate(gates["decay"], 1.0)
+    return memory * (decay if is_by_channel(gates) else decay[..., None])
+
+
 class LinearAttentionForm(MatrixForm):
     """Sum values times keys, with a decay: linear attention, and momentum on tokens."""
 
@@ -120,7 +130,7 @@ class LinearAttentionForm(MatrixForm):
         assert isinstance(level, AssociativeMemory)
         if other := _other_kind(level, Dot):
             return other
-        why = refusal(level) or refusal_of_writes(level) or _in_chunks(level)
+        why = refusal(level, cls.own) or refusal_of_writes(level, channels=True) or _in_chunks(level)
         if not why and not is_plain(level.rule):
             why = f"rule={level.rule.label}: values are summed without momentum"
         if not why and level.normalized:
@@ -134,8 +144,8 @@ class LinearAttentionForm(MatrixForm):
 
     def step(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
         x, fading, before = self._as_sum(tokens, gates, state["level"])
-        kept = before if not fading else before * x.gate(fading["decay"], 1.0)[..., None]
-        after = torch.addcmul(kept, x.v.mT, x.k)
+        faded = kept(before, x, fading)
+        after = torch.addcmul(faded, x.v.mT, x.k)
         y = matmul(x.q, (after if self.reads == "after" else before).mT)
         return y, self._after(state, tokens, after)
 
@@ -176,7 +186,7 @@ class DeltaRuleForm(MatrixForm):
         assert isinstance(level, AssociativeMemory)
         if other := _other_kind(level, L2):
             return other
-        why = refusal(level) or refusal_of_writes(level) or _in_chunks(level)
+        why = refusal(level, cls.own) or refusal_of_writes(level, channels=True) or _in_chunks(level)
         if not why and level.normalized == "layerwise":
             why = "normalized='layerwise'"
         if not why and level.fade == "before" and level.normalized:
@@ -204,9 +214,9 @@ class DeltaRuleForm(MatrixForm):
         x, before = self.shown(tokens), state["level"]["memory"]["m"]
         made = {"lr": self.strength(gates, x.k), **self.decays(gates, x.k)}
         lr = self._normalized(made, x.k) if self.level.normalized else made["lr"]
-        kept = before * x.gate(made["decay"], 1.0)[..., None] if "decay" in made else before
-        error = x.v - matmul(x.k, (kept if self.level.fade == "before" else before).mT)
-        after = torch.addcmul(kept, (x.gate(lr, 0.0)[..., None] * error).mT, x.k)
+        faded = kept(before, x, made)
+        error = x.v - matmul(x.k, (faded if self.level.fade == "before" else before).mT)
+        after = torch.addcmul(faded, (x.gate(lr, 0.0)[..., None] * error).mT, x.k)
         y = matmul(x.q, (after if self.reads == "after" else before).mT)
         return y, self._after(state, tokens, after, state["level"]["rule"])
 
@@ -218,7 +228,8 @@ class DeltaRuleForm(MatrixForm):
         return lr / (EPS + k.square().sum(-1))
 
     def _after(self, state: State, tokens: TokenBatch, memory: Tensor, rule: State) -> State:
-        return {"step": state["step"] + tokens.length, "level": {"memory": {"m": memory}, "rule": rule}}
+        level = {**state["level"], "memory": {"m": memory}, "rule": rule}
+        return {"step": state["step"] + tokens.length, "level": level}
 
 
 class OjaForm(MatrixForm):

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from nestopt.core.precision import Precision
 from nestopt.core.token_batch import TokenBatch
+from nestopt.levels.matrix.by_channel import channel_scan
 from nestopt.levels.matrix.chunk_matrix import added, answers, shares
-from nestopt.levels.matrix.segments import chunk_for, chunks_of, log_gate, memory_of, operate
+from nestopt.levels.matrix.segments import chunk_for, chunks_of, is_by_channel, log_gate, memory_of, operate
 
 
 def linear_attention(
@@ -40,7 +41,8 @@ def linear_attention(
         q, k: `[B, T, H, D_k]`, T >= 1.
         v: `[B, T, H, D_v]`.
         decay: a, what is kept of the memory at each token: None (all), one number, `[H]` or `[B, T, H]`; 0 or more.
-            Computed as logarithms; a decay below the least normal number of the dtype counts as that.
+            Computed as logarithms; a decay below the least normal number of the dtype counts as that. Or one for each
+            channel of the keys, `[B, T, H, D_k]` (GLA, Yang et al. 2023); `features` must then keep their number.
         state: M before the first token, `[B, H, D_v, D_k]` (D_k as the features have it); None is zero.
         chunk: tokens computed at once; None takes what is fast: 32 on a CPU, else 64.
         read: whether a token reads the memory after or before its own write.
@@ -79,6 +81,7 @@ def linear_attention(
         cu_seqlens=cu_seqlens,
         precision=precision,
         validate=validate,
+        by_channel=("decay",),
     )
 
 
@@ -91,6 +94,9 @@ def linear_scan(
     x: TokenBatch, gates: Mapping[str, Tensor], memory: Tensor, size: int, *, read: str
 ) -> tuple[Tensor, Tensor]:
     """Run over whole chunks of `size` tokens, from M `[B, H, D_v, D_k]`: y `[B, H, T, D_v]` and M after them."""
+    if is_by_channel(gates):
+        decay = x.gate(gates["decay"], 1.0)
+        return channel_scan(x.q, decay, memory, size, plain=(x.k, x.v), before=read == "before")
     queries, keys, values = (chunks_of(part, size) for part in (x.q, x.k, x.v))
     after = shares(log_gate(x, gates, "decay", size), keys)
     begun, memory = added(keys, values, after.last(), memory)

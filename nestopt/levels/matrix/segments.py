@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ CACHED = 1 << 18
 """About how many numbers a tensor of a segment has on a CPU: larger ones leave its cache."""
 
 Scan = Callable[[TokenBatch, Mapping[str, Tensor], Any, int], tuple[Tensor, Any]]
-"""Takes a segment's tokens, its gates (`[B, H, T]`, or 1 where constant), the state and the length of a chunk, of which
-the segment is a multiple; returns `[B, H, T, D_v]` and the state."""
+"""Takes a segment's tokens, its gates (`[B, H, T]`, or 1 where constant; by channel `[B, H, T, D_k]`), the state and
+the length of a chunk, of which the segment is a multiple; returns `[B, H, T, D_v]` and the state."""
 
 
 def chunk_for(x: Tensor) -> int:
@@ -57,6 +58,7 @@ def operate(
     precision: Precision,
     validate: bool,
     rows: int = 1,
+    by_channel: Sequence[str] = (),
 ) -> tuple[Tensor, Any]:
     """Run an operation of `nestopt.ops` on arguments as a caller gives them: check them, lay them out, scan.
 
@@ -69,6 +71,7 @@ def operate(
         begun: makes of that, checked, what `scan` takes.
         chunk, read, mask, cu_seqlens, precision, validate: of the operation.
         rows: how many writes a token is to the kernel.
+        by_channel: gates that may be one for each channel of the keys.
 
     Returns:
         y `[B, T, H, D_v]` in the dtype of v, and what `scan` leaves.
@@ -88,7 +91,7 @@ def operate(
         present = {name: packing.unpack_like(value, q) for name, value in present.items()}
         (q, k, v), mask = (packing.unpack(x) for x in (q, k, v)), packing.mask
     dtype = torch.promote_types(v.dtype, torch.float32)
-    made = {name: per_token(name, value, q, dtype) for name, value in present.items()}
+    made = {name: per_token(name, value, q, dtype, by_channel=name in by_channel) for name, value in present.items()}
     tokens = TokenBatch.of(q, k, v, mask, *made.values())
     with no_autocast(q.device), products_in(precision):
         y, end = over_segments(scan, tokens, made, begun(state, tokens), chunk, rows)
@@ -104,7 +107,7 @@ def check_gates(gates: Mapping[str, float | Tensor], validate: bool) -> None:
         if validate:
             if isinstance(value, Tensor):
                 check_finite(**{name: value})
-            check_range(name, value, *RANGES[name])
+            check_range(name, value, *RANGES.get(name, (-math.inf, math.inf)))
 
 
 def over_segments(
@@ -113,7 +116,7 @@ def over_segments(
     """Return y `[B, H, T, D_v]` and the state of `scan`, segment after segment; a rest of T is a shorter chunk."""
     length = tokens.k.shape[2]
     lengths = _lengths(tokens, chunk, rows)
-    parts = {name: x.split(lengths, dim=-1) for name, x in gates.items() if x.shape[-1] == length}
+    parts = {name: x.split(lengths, dim=2) for name, x in gates.items() if x.shape[2] == length}
     ys = []
     for n, segment in enumerate(tokens.split(lengths)):
         here = {name: parts[name][n] if name in parts else x for name, x in gates.items()}
@@ -155,6 +158,11 @@ def log_gate(x: TokenBatch, gates: Mapping[str, Tensor], name: str, chunk: int) 
     A constant is one number, but where a token is not active.
     """
     return gate_chunks(logarithm(x.gate(gates[name], 1.0)), chunk) if name in gates else None
+
+
+def is_by_channel(gates: Mapping[str, Tensor]) -> bool:
+    """Return whether the decay is one for each channel, `[B, H, T, D_k]`."""
+    return "decay" in gates and gates["decay"].ndim == 4
 
 
 def rates(x: TokenBatch, gates: Mapping[str, Tensor], chunk: int) -> Tensor:

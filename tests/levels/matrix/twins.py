@@ -10,22 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestopt.ops import delta_rule, linear_attention, oja, omega
+from nestopt.ops import delta_rule, linear_attention, oja, omega, rank_one
 
 F64 = torch.float64
 
 
 def _gates(q: Tensor, **gates: Any) -> list[Tensor]:
-    """Each gate `[B, T, H, 1, 1]` in the dtype of q; None is 1."""
+    """Each gate `[B, T, H, 1, 1]` in the dtype of q, or by channel `[B, T, H, 1, D_k]`; None is 1."""
     ones = torch.ones(q.shape[:3], dtype=q.dtype)
-    return [(ones * (1.0 if gate is None else gate))[..., None, None] for gate in gates.values()]
+    return [
+        gate[..., None, :]
+        if isinstance(gate, Tensor) and gate.ndim == 4
+        else (ones * (1.0 if gate is None else gate))[..., None, None]
+        for gate in gates.values()
+    ]
 
 
 def outer(v: Tensor, k: Tensor) -> Tensor:
     return v[..., :, None] * k[..., None, :]
 
 
-def ask(m: Tensor, q: Tensor) -> Tensor:
+def recall(m: Tensor, q: Tensor) -> Tensor:
     return (m @ q[..., None])[..., 0]
 
 
@@ -41,7 +46,7 @@ def loop_linear_attention(
     m, ys = zeros(q, v) if state is None else state, []
     for t in range(q.shape[1]):
         new = a[:, t] * m + outer(v[:, t], k[:, t])
-        ys.append(ask(new if read == "after" else m, q[:, t]))
+        ys.append(recall(new if read == "after" else m, q[:, t]))
         m = new
     return torch.stack(ys, 1), m
 
@@ -67,13 +72,34 @@ def loop_delta_rule(
         write = eta[:, t] * outer(v[:, t], k[:, t])
         turn = eta[:, t] * outer(k[:, t], k[:, t])
         if momentum is None:
-            new = (a[:, t] * m @ (eye - turn) if decay_first else m @ (a[:, t] * eye - turn)) + write
+            new = (a[:, t] * m @ (eye - turn) if decay_first else a[:, t] * m - m @ turn) + write
         else:
             s = theta[:, t] * s + (a[:, t] * m if decay_first else m) @ turn - write
             new = a[:, t] * m - s
-        ys.append(ask(new if read == "after" else m, q[:, t]))
+        ys.append(recall(new if read == "after" else m, q[:, t]))
         m = new
     return torch.stack(ys, 1), m if momentum is None else {"memory": m, "momentum": s}
+
+
+def loop_rank_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    ask: Tensor,
+    along: Tensor,
+    decay: Any = None,
+    state: Any = None,
+    read: str = "after",
+) -> tuple[Tensor, Tensor]:
+    """M_t = M_{t-1} (Diag(α_t) - a_t b_tᵀ) + v_t k_tᵀ."""
+    (a,) = _gates(q, decay=decay)
+    m, ys = zeros(q, v) if state is None else state, []
+    for t in range(q.shape[1]):
+        new = m * a[:, t] - m @ outer(ask[:, t], along[:, t]) + outer(v[:, t], k[:, t])
+        ys.append(recall(new if read == "after" else m, q[:, t]))
+        m = new
+    return torch.stack(ys, 1), m
 
 
 def loop_oja(
@@ -83,8 +109,8 @@ def loop_oja(
     a, eta = _gates(q, decay=decay, lr=lr)
     m, ys = zeros(q, v) if state is None else state, []
     for t in range(q.shape[1]):
-        new = a[:, t] * m + eta[:, t] * outer(v[:, t], k[:, t] - ask(m.mT, v[:, t]))
-        ys.append(ask(new if read == "after" else m, q[:, t]))
+        new = a[:, t] * m + eta[:, t] * outer(v[:, t], k[:, t] - recall(m.mT, v[:, t]))
+        ys.append(recall(new if read == "after" else m, q[:, t]))
         m = new
     return torch.stack(ys, 1), m
 
@@ -110,9 +136,9 @@ def loop_omega(
         step = torch.zeros_like(m)
         for j, (key, value) in enumerate(reversed(pairs[-window:])):
             w = 1.0 if weights is None else weights[j] if isinstance(weights, Tensor) else weights**j
-            step = step + w * outer(ask(m, key) - value, key)
+            step = step + w * outer(recall(m, key) - value, key)
         new = a[:, t] * m - eta[:, t] * step
-        ys.append(ask(new if read == "after" else m, q[:, t]))
+        ys.append(recall(new if read == "after" else m, q[:, t]))
         m = new
     kept = pairs[len(pairs) - min(window - 1, len(pairs)) :]
     keys, values = (
@@ -130,14 +156,25 @@ class Case:
     gates: tuple[str, ...]
     settings: dict[str, Any]
     state: tuple[str, ...] = ()  # the names in it; none where it is one memory
+    by_channel: bool = False
+    keys: tuple[str, ...] = ()  # further arguments like k
+
+    @property
+    def by_token(self) -> tuple[str, ...]:
+        """The arguments that have something for each token."""
+        return (*"qkv", *self.keys, *self.gates)
 
     def inputs(self, batch: int, length: int, heads: int = 2, dim_k: int = 3, dim_v: int = 4) -> dict[str, Any]:
         """Random queries, keys and values (of length 1, so that no memory explodes) and gates, in float64."""
         q, k, v = (torch.randn(batch, length, heads, dim, dtype=F64) for dim in (dim_k, dim_k, dim_v))
         k, v = (x / x.norm(dim=-1, keepdim=True) for x in (k, v))
         made = {"q": q, "k": k, "v": v}
+        for name in self.keys:
+            key = torch.randn(batch, length, heads, dim_k, dtype=F64)
+            made[name] = key / key.norm(dim=-1, keepdim=True) * 0.7
         for name in self.gates:
-            made[name] = torch.rand(batch, length, heads, dtype=F64) * (0.9 if name == "decay" else 0.6) + 0.1
+            shape = (batch, length, heads, *((dim_k,) if name == "decay" and self.by_channel else ()))
+            made[name] = torch.rand(shape, dtype=F64) * (0.9 if name == "decay" else 0.6) + 0.1
         if "weights" in self.settings and isinstance(self.settings["weights"], Tensor):
             made["weights"] = self.settings["weights"].clone()
         return made
@@ -157,9 +194,15 @@ class Case:
 
 
 def _case(
-    fast: Callable[..., Any], slow: Callable[..., Any], *gates: str, state: tuple[str, ...] = (), **settings: Any
+    fast: Callable[..., Any],
+    slow: Callable[..., Any],
+    *gates: str,
+    state: tuple[str, ...] = (),
+    by_channel: bool = False,
+    keys: tuple[str, ...] = (),
+    **settings: Any,
 ) -> Case:
-    return Case(fast, slow, gates, settings, state)
+    return Case(fast, slow, gates, settings, state, by_channel, keys)
 
 
 _delta = functools.partial(_case, delta_rule, loop_delta_rule, "lr")
@@ -170,14 +213,25 @@ CASES: dict[str, Case] = {
     "linear attention": _case(linear_attention, loop_linear_attention),
     "linear attention, decay": _case(linear_attention, loop_linear_attention, "decay"),
     "linear attention, decay, before": _case(linear_attention, loop_linear_attention, "decay", read="before"),
+    "linear attention, channels": _case(linear_attention, loop_linear_attention, "decay", by_channel=True),
+    "linear attention, channels, before": _case(
+        linear_attention, loop_linear_attention, "decay", by_channel=True, read="before"
+    ),
     "delta": _delta(),
     "delta, before": _delta(read="before"),
     "delta, decay": _delta("decay"),
     "delta, decay last, before": _delta("decay", decay_first=False, read="before"),
     "delta, decay last": _delta("decay", decay_first=False),
+    "delta, channels": _delta("decay", by_channel=True),
+    "delta, channels, decay last, before": _delta("decay", by_channel=True, decay_first=False, read="before"),
     "delta, momentum": _delta("momentum", state=_both),
     "delta, momentum, decay": _delta("momentum", "decay", state=_both),
     "delta, momentum, decay last, before": _delta("momentum", "decay", decay_first=False, read="before", state=_both),
+    "rank one": _case(rank_one, loop_rank_one, "decay", keys=("ask", "along")),
+    "rank one, channels": _case(rank_one, loop_rank_one, "decay", keys=("ask", "along"), by_channel=True),
+    "rank one, channels, before": _case(
+        rank_one, loop_rank_one, "decay", keys=("ask", "along"), by_channel=True, read="before"
+    ),
     "oja": _case(oja, loop_oja, "lr"),
     "oja, decay": _case(oja, loop_oja, "lr", "decay"),
     "oja, decay, before": _case(oja, loop_oja, "lr", "decay", read="before"),

@@ -110,6 +110,8 @@ class TokenForm(ABC):
     """Whether it belongs to the reference machine."""
     widens: ClassVar[bool] = True
     """Whether tokens narrower than float32 are shown in float32."""
+    shares: ClassVar[bool] = False
+    """Whether heads may share keys and values: k, v and the state then have fewer heads than q and the gates."""
     piece: int = 64
     """Of how many tokens, or a multiple, a layer may make pieces of a long sequence; 0 is none."""
 

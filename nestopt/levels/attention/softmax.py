@@ -36,7 +36,8 @@ def attention(
 
     Args:
         q, k: `[B, T, H, D_k]`, T >= 1.
-        v: `[B, T, H, D_v]`.
+        v: `[B, T, H, D_v]`. With fewer heads in k and v (a number n that divides H) the first H / n queries share the
+            first key and value, and so on: grouped-query attention, whose state has n heads.
         window: how many pairs are kept; None keeps all.
         state: the pairs kept so far, `{"keys": [B, H, n, D_k], "values": [B, H, n, D_v]}`, and after a call with a
             mask `"mask": [B, n]`; None is no pairs.
@@ -54,7 +55,7 @@ def attention(
     Raises:
         ValueError: for shapes that do not fit, no tokens, `window` < 1, or a `precision` that the device lacks.
     """
-    check_tokens(q, k, v)
+    check_tokens(q, k, v, shared=True)
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window={window!r} is not allowed; give a whole number of tokens, 1 or more, or None")
     check_products(precision, q.device, v.dtype)
@@ -65,7 +66,7 @@ def attention(
         refuse_mask(mask, q)
         packing = Packing.of(cu_seqlens, q, "attention")
         (q, k, v), mask = (packing.unpack(x) for x in (q, k, v)), packing.mask
-    tokens = TokenBatch.of(q, k, v, mask, widen=False)
+    tokens = TokenBatch.of(q, k, v, mask, widen=False, shared=True)
     with products_in(precision):
         y, pairs = attend(tokens, state, window)
     y = tokens.answer(y)
@@ -106,7 +107,8 @@ def read_pairs(q: Tensor, pairs: Mapping[str, Tensor]) -> Tensor:
 
 
 def softmax_read(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """Attend by torch's kernels, with its products at the precision of `nestopt.core.precision`."""
+    """Attend by torch's kernels, which let heads share k and v, at the precision of `nestopt.core.precision`."""
+    options |= {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     if current() != "bfloat16" or v.dtype != torch.float32:
         return F.scaled_dot_product_attention(q, k, v, **options)
     q, k, v = (x.bfloat16() for x in (q, k, v))

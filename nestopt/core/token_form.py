@@ -54,12 +54,14 @@ class FormSetting:
         dtype: in which memories are: float32 or float64.
         checkpoint: of deep memories: recompute in the backward pass all but every so many chunks' weights; 0 keeps all.
         reference: whether only forms of the reference machine are asked.
+        sharing: how many heads share a key and a value, where they do (`TokenForm.shares`).
     """
 
     device: torch.device
     dtype: torch.dtype = torch.float32
     checkpoint: int = 0
     reference: bool = False
+    sharing: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

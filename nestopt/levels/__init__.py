@@ -12,7 +12,9 @@ from nestopt.core.nesting import Nest
 from nestopt.core.registry import UnknownName, registry
 from nestopt.core.token_composition import ChainForm, NestForm, ParallelForm
 from nestopt.core.token_reference import ReferenceForm
+from nestopt.levels.attention.forgetting import ForgettingAttentionForm
 from nestopt.levels.attention.form import AttentionForm
+from nestopt.levels.attention.level import ForgettingAttention as forgetting_attention
 from nestopt.levels.continuum.level import Cms as cms
 from nestopt.levels.deep.form import DeepMemoryForm
 from nestopt.levels.deep.rule_form import RuleByChunkForm
@@ -87,6 +89,7 @@ __all__ = [
     "dgd",
     "dla",
     "feature_momentum",
+    "forgetting_attention",
     "ftrl",
     "gated_deltanet",
     "gated_linear",
@@ -176,6 +179,7 @@ def nestopt_register_outputs(register: Register) -> None:
 @hookimpl
 def nestopt_register_token_forms(register: Register) -> None:
     register("attention", AttentionForm)
+    register("forgetting_attention", ForgettingAttentionForm)
     register("linear_attention", LinearAttentionForm)
     register("delta_rule", DeltaRuleForm)
     register("oja", OjaForm)

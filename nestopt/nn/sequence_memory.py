@@ -56,7 +56,7 @@ class SequenceMemory(nn.Module):
         dim_head: width of a head's queries, keys and values. Default dim / heads.
         conv: tokens seen by the causal depthwise convolution of the input (NL sec. 8.3); 0 is none.
         rope: base of the rotary embedding of positions in queries and keys; 0 is none. Default: 1000 for attention,
-            whose pairs have no order of their own, and none for all else.
+            whose pairs have no order of their own unless they fade, and none for all else.
         qk_norm: L2-normalise queries and keys. Default: as the level asks (`level.qk_norm`).
         v_norm: L2-normalise values. Default: as the level asks (`level.v_norm`; `oja` does).
         gates: where gates start, by dotted path, instead of at the level's own values; or False: all stay at the
@@ -107,7 +107,9 @@ class SequenceMemory(nn.Module):
         self.qk_norm = getattr(level, "qk_norm", False) if qk_norm is None else qk_norm
         self.v_norm = getattr(level, "v_norm", False) if v_norm is None else v_norm
         # a memory that keeps its pairs has no order of its own, and answers with means of values
-        self.rope = (1000.0 if level.appends else 0.0) if rope is None else rope
+        self.rope = (
+            (1000.0 if level.appends and not getattr(level, "fades_pairs", False) else 0.0) if rope is None else rope
+        )
         inner = heads * self.dim_head
         self.conv = CausalConv(dim, conv) if conv else None
         shared = self.kv_heads * self.dim_head
@@ -131,7 +133,9 @@ class SequenceMemory(nn.Module):
             del self._shapes["memory"]["level"]["memory"]["mask"]
 
     def _choose_form(self) -> None:
-        setting = FormSetting(self.query.weight.device, self.state_dtype, self.checkpoint)
+        setting = FormSetting(
+            self.query.weight.device, self.state_dtype, self.checkpoint, sharing=self.heads // self.kv_heads
+        )
         self.form: TokenForm = make_form(self.level, setting, self._form_name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SequenceMemory:

@@ -71,7 +71,8 @@ def run(
             take the level; with `validate`, for a number that is not finite.
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
-    made = make_form(level, FormSetting(q.device, dtype, checkpoint), form)
+    sharing = q.shape[2] // max(1, k.shape[2]) if q.ndim == k.ndim == 4 else 1
+    made = make_form(level, FormSetting(q.device, dtype, checkpoint, sharing=sharing), form)
     check_tokens(q, k, v, shared=made.shares)
     gates, packing = dict(gates or {}), None
     if cu_seqlens is not None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestopt.core.memories import FADED
 from nestopt.core.packing import Packing
 from nestopt.core.padding import from_places, places, to_places
 from nestopt.core.precision import Precision, check_products, current, products_in
@@ -80,7 +81,7 @@ def attend(
 
     A token that is not finite is kept as a pair of zeros.
     """
-    past, mask, k, v = _past(state, tokens.k, tokens.v), tokens.mask, tokens.k, tokens.v
+    past, mask, k, v = checked(state, tokens.k, tokens.v), tokens.mask, tokens.k, tokens.v
     if mask is None and past is not None and "mask" in past:
         mask = torch.ones_like(tokens.active[:, 0])
     if mask is None:
@@ -99,11 +100,15 @@ def read_pairs(q: Tensor, pairs: Mapping[str, Tensor]) -> Tensor:
     keys, values = (pairs[name].to(q.dtype) for name in ("keys", "values"))
     if not keys.shape[2]:
         return values.new_zeros(*q.shape[:3], values.shape[-1])
-    if "mask" not in pairs:
+    if "mask" not in pairs and FADED not in pairs:
         return softmax_read(q, keys, values)
+    bias = pairs[FADED][:, :, None].to(q.dtype) if FADED in pairs else None
+    if "mask" not in pairs:
+        return softmax_read(q, keys, values, attn_mask=bias)
     some = pairs["mask"].any(-1)[:, None, None, None]
     seen = pairs["mask"][:, None, None] | ~some  # lest a token see nothing
-    return torch.where(some, softmax_read(q, keys, values, attn_mask=seen), 0.0)
+    bias = seen if bias is None else torch.where(seen, bias, -torch.inf)
+    return torch.where(some, softmax_read(q, keys, values, attn_mask=bias), 0.0)
 
 
 def softmax_read(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -112,6 +117,8 @@ def softmax_read(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     if current() != "bfloat16" or v.dtype != torch.float32:
         return F.scaled_dot_product_attention(q, k, v, **options)
     q, k, v = (x.bfloat16() for x in (q, k, v))
+    if (mask := options.get("attn_mask")) is not None and mask.is_floating_point():
+        options["attn_mask"] = mask.bfloat16()
     return F.scaled_dot_product_attention(q, k, v, **options).float()
 
 
@@ -181,7 +188,7 @@ def _blockwise(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, window: int
     return y.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 
-def _past(state: Mapping[str, Tensor] | None, k: Tensor, v: Tensor) -> Mapping[str, Tensor] | None:
+def checked(state: Mapping[str, Tensor] | None, k: Tensor, v: Tensor) -> Mapping[str, Tensor] | None:
     """Return `state`, checked against keys and values `[B, H, T, D]`."""
     if state is None:
         return None

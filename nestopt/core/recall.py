@@ -55,7 +55,11 @@ def recalled(level: Level, tokens: TokenBatch, gates: Mapping[str, Tensor], stat
 
 def answers(level: AssociativeMemory, q: Tensor, theta: Theta, gates: Mapping[str, Tensor]) -> Tensor:
     """Return what a memory with parameters `theta` `[B, H, ..]` answers to q `[B, H, T, D_k]`."""
-    built_in = type(level.memory) in (Matrix, Mlp, Window) and type(level.output) is Plain
+    built_in = (
+        type(level.memory) in (Matrix, Mlp, Window)
+        and type(level.output) is Plain
+        and not getattr(level, "normalizer", False)
+    )
     if built_in and not any(path.startswith(_OF_READS) for path in gates):
 
         def all_of_one(q: Tensor, theta: Theta) -> Tensor:

@@ -55,6 +55,7 @@ from nestopt.levels.gradient.soap import Soap as soap
 from nestopt.levels.listing import names as list  # noqa: F401  # not in __all__, whose names are all levels
 from nestopt.levels.matrix.form import DeltaRuleForm, LinearAttentionForm, OjaForm, OmegaForm
 from nestopt.levels.matrix.level import Omega as omega
+from nestopt.levels.matrix.normalizer import NormalizedLinearForm
 from nestopt.levels.presets import Attention as attention
 from nestopt.levels.presets import DeepMomentum as deep_momentum
 from nestopt.levels.presets import Deltanet as deltanet
@@ -181,6 +182,7 @@ def nestopt_register_token_forms(register: Register) -> None:
     register("attention", AttentionForm)
     register("forgetting_attention", ForgettingAttentionForm)
     register("linear_attention", LinearAttentionForm)
+    register("normalized_linear", NormalizedLinearForm)
     register("delta_rule", DeltaRuleForm)
     register("oja", OjaForm)
     register("omega", OmegaForm)

@@ -106,7 +106,8 @@ def _surprise(
     def error(theta: State, k: Tensor, v: Tensor, gates: Mapping[str, Tensor]) -> Tensor:
         bound = bind(level, gates)
         assert isinstance(bound, AssociativeMemory)
-        return (bound.memory.read(theta, bound.features(k)) - v).square().mean(-1)
+        read = bound._answer if getattr(bound, "normalizer", False) else bound.memory.read
+        return (read(theta, bound.features(k)) - v).square().mean(-1)
 
     over_tokens = vmap(error, in_dims=(None, 0, 0, 0))
     k, v = (x.to(dtype).transpose(1, 2) for x in (k, v))

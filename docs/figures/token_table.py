@@ -238,7 +238,7 @@ def main() -> None:
         costs.append(cost_row(name, level, found))
         (MADE / f"{name}-cost.inc").write_text(cost(name, found), encoding="utf-8")
         (MADE / f"{name}-defaults.inc").write_text(SHARED["defaults"](name, level), encoding="utf-8")
-    for name in ("self_modifying", "cms"):
+    for name in ("self_modifying", "cms", "mesa", "log_linear"):
         own = SHARED["defaults"](name, nestopt.build("level", name))
         (MADE / f"{name}-defaults.inc").write_text(own, encoding="utf-8")
     (MADE / "table.inc").write_text("\n".join(rows) + "\n", encoding="utf-8")

@@ -16,6 +16,8 @@ from nestopt.levels.attention.forgetting import ForgettingAttentionForm
 from nestopt.levels.attention.form import AttentionForm
 from nestopt.levels.attention.level import ForgettingAttention as forgetting_attention
 from nestopt.levels.continuum.level import Cms as cms
+from nestopt.levels.continuum.log_linear import LogLinear as log_linear
+from nestopt.levels.continuum.log_linear import LogLinearForm
 from nestopt.levels.deep.form import DeepMemoryForm
 from nestopt.levels.deep.rule_form import RuleByChunkForm
 from nestopt.levels.gradient.adam import Adam as adam
@@ -55,6 +57,8 @@ from nestopt.levels.gradient.soap import Soap as soap
 from nestopt.levels.listing import names as list  # noqa: F401  # not in __all__, whose names are all levels
 from nestopt.levels.matrix.form import DeltaRuleForm, LinearAttentionForm, OjaForm, OmegaForm
 from nestopt.levels.matrix.level import Omega as omega
+from nestopt.levels.matrix.mesa import Mesa as mesa
+from nestopt.levels.matrix.mesa import MesaForm
 from nestopt.levels.matrix.normalizer import NormalizedLinearForm
 from nestopt.levels.presets import Attention as attention
 from nestopt.levels.presets import DeepMomentum as deep_momentum
@@ -101,9 +105,11 @@ __all__ = [
     "lamb",
     "linear_attention",
     "lion_chain",
+    "log_linear",
     "m3",
     "mars",
     "matrix_adagrad",
+    "mesa",
     "momentum",
     "muon",
     "newton_schulz",
@@ -184,6 +190,8 @@ def nestopt_register_token_forms(register: Register) -> None:
     register("linear_attention", LinearAttentionForm)
     register("normalized_linear", NormalizedLinearForm)
     register("delta_rule", DeltaRuleForm)
+    register("log_linear", LogLinearForm)
+    register("mesa", MesaForm)
     register("oja", OjaForm)
     register("omega", OmegaForm)
     register("deep_memory", DeepMemoryForm)

@@ -23,6 +23,10 @@ from nestopt.levels.closed_form import is_number, overridden
 from nestopt.levels.matrix.segments import chunk_for
 
 
+def _halves(levels: int) -> dict[str, Retention]:
+    return {f"l{i}": Decay(Gate(0.5)) for i in range(levels + 1)}
+
+
 class LogLinear(Level):
     r"""Log-linear attention (Guo et al. 2025): a continuum of matrix memories, of spans 1, 2, 4, … tokens.
 
@@ -48,14 +52,15 @@ class LogLinear(Level):
 
     levels: int = 12
     retention: Retention = dataclasses.field(default_factory=lambda: Decay(Gate(0.99)))
-    weights: dict[str, Retention] = dataclasses.field(default_factory=dict)
+    weights: dict[str, Retention] = dataclasses.field(default_factory=lambda: _halves(12))
 
     def __post_init__(self) -> None:
         if isinstance(self.levels, bool) or not isinstance(self.levels, int) or not 1 <= self.levels <= 32:
             raise FieldError(self.label, "levels", self.levels, "is not allowed; give a whole number from 1 to 32")
-        names = [f"l{i}" for i in range(self.levels + 1)]
-        self.weights = self.weights or {name: Decay(Gate(0.5)) for name in names}
+        if self.weights == _halves(12):
+            self.weights = _halves(self.levels)
         super().__post_init__()
+        names = list(_halves(self.levels))
         if list(self.weights) != names or not all(type(part) is Decay for part in self.weights.values()):
             problem = f"is not allowed; give a decay for each of {names[0]} to {names[-1]}, or leave it out"
             raise FieldError(self.label, "weights", self.weights, problem)

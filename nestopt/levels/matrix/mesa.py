@@ -123,12 +123,12 @@ def read(level: Mesa, q: Tensor, g: Tensor, h: Tensor, ridge: Tensor) -> Tensor:
 
 
 def _dense(p: Tensor, h: Tensor, ridge: Tensor) -> Tensor:
-    return p @ h + ridge * p
+    return torch.addcmul(p @ h, ridge, p)
 
 
 def _by_chunks(p: Tensor, k: Tensor, weights: Tensor, since: Tensor, h: Tensor, ridge: Tensor) -> Tensor:
     """(H_t + Λ) p_t for each token: what is left of H, and of the pairs of the chunk."""
-    return (p @ k.mT * weights) @ k + (p * since[..., None]) @ h + ridge * p
+    return torch.addcmul((p @ k.mT * weights) @ k + (p * since[..., None]) @ h, ridge, p)
 
 
 class MesaForm(TokenForm):
@@ -149,19 +149,31 @@ class MesaForm(TokenForm):
         return Refused(why) if why else Accepted(f"{words}, parallel within chunks")
 
     def forward(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
-        before, retention = state["level"], self.level.retention
-        made = {"lr": self.number(self.level.lr, "lr", gates, tokens.k)}
-        if isinstance(retention, Decay):
-            made["decay"] = self.number(retention.keep, "retention.keep", gates, tokens.k)
+        before, made = state["level"], self._numbers(tokens, gates)
         run = partial(mesa_scan, level=self.level, ridge=self.level.ridge(before["ridge"])[:, :, None, None])
         both = torch.cat([before["g"], before["h"]], dim=-2)
         y, both = over_segments(run, tokens, made, both, chunk_for(tokens.k))
         g, h = both.split([tokens.v.shape[-1], tokens.k.shape[-1]], dim=-2)
         return y, {"step": state["step"] + tokens.length, "level": {**before, "g": g, "h": h}}
 
+    def step(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> tuple[Tensor, State]:
+        before, made = state["level"], self._numbers(tokens, gates)
+        keep = tokens.gate(made["decay"], 1.0)[..., None] if "decay" in made else 1.0
+        k = tokens.k * tokens.gate(made["lr"], 0.0)[..., None]
+        g, h = torch.addcmul(before["g"] * keep, tokens.v.mT, k), torch.addcmul(before["h"] * keep, tokens.k.mT, k)
+        y = read(self.level, tokens.q, g, h, self.level.ridge(before["ridge"]))
+        return y, {"step": state["step"] + tokens.length, "level": {**before, "g": g, "h": h}}
+
     def read(self, tokens: TokenBatch, gates: Mapping[str, Tensor], state: State) -> Tensor:
         now = state["level"]
         return read(self.level, tokens.q, now["g"], now["h"], self.level.ridge(now["ridge"]))
+
+    def _numbers(self, tokens: TokenBatch, gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """η, and α if anything fades."""
+        made = {"lr": self.number(self.level.lr, "lr", gates, tokens.k)}
+        if isinstance(self.level.retention, Decay):
+            made["decay"] = self.number(self.level.retention.keep, "retention.keep", gates, tokens.k)
+        return made
 
 
 def mesa_scan(

@@ -30,15 +30,13 @@ class _Solved(torch.autograd.Function):
     @staticmethod
     def forward(q: Tensor, apply: Apply, steps: int, *parameters: Tensor) -> Tensor:
         x, residual, along = torch.zeros_like(q), q, q
-        square = _dot(q, q)
-        enough = square * torch.finfo(q.dtype).eps ** 2
+        square, tiny = _dot(q, q), torch.finfo(q.dtype).tiny
         for _ in range(steps):
             image = apply(along, *parameters)
-            going = square > enough
-            length = torch.where(going, square / torch.where(going, _dot(along, image), 1.0), 0.0)
-            x, residual = x + length * along, residual - length * image
-            before, square = square, _dot(residual, residual)
-            along = residual + torch.where(going, square / torch.where(going, before, 1.0), 0.0) * along
+            length = square / _dot(along, image).clamp_min(tiny)  # both are 0 where nothing is left to solve
+            x, residual = torch.addcmul(x, length, along), torch.addcmul(residual, length, image, value=-1)
+            before, square = square.clamp_min(tiny), _dot(residual, residual)
+            along = torch.addcmul(residual, square / before, along)
         return x
 
     @staticmethod

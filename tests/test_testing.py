@@ -10,7 +10,7 @@ import nestopt
 from nestopt import Level, chain, nest, parallel
 from nestopt.core import hookimpl, registry
 from nestopt.core.memories import Window
-from nestopt.levels import adam, adamw, attention, momentum, muon
+from nestopt.levels import adam, adamw, attention, forgetting_attention, momentum, muon
 from nestopt.optim import Nested
 from nestopt.testing import check_level
 
@@ -18,6 +18,7 @@ LEVELS = {
     **{name: registry.get("level", name) for name in registry.names("level")},
     "adamw": lambda: adamw(weight_decay=0.0),  # on tokens there is no parameter to decay
     "attention": lambda: attention(memory=Window(3)),
+    "forgetting_attention": lambda: forgetting_attention(memory=Window(3)),
     "chain": lambda: chain(momentum(), adam(period=2)),
     "nest": lambda: nest(momentum(0.5, period=2), chain(momentum(), adam())),
     "parallel": lambda: parallel(momentum(), muon(period=3), weights=[1, 0.1]),

@@ -142,7 +142,8 @@ RAW: dict[str, Any] = {"normalized": False, "lr": Gate(0.5), "memory": Mlp(), "f
 """The letter of a deep memory's equations, with a step from which these pairs can be learned."""
 
 NAMES = (
-    "attention linear_attention gated_linear gla rwkv6 deltanet gated_deltanet kda rwkv7 comba deltaproduct oja omega"
+    "attention forgetting_attention linear_attention gated_linear gla rwkv6 deltanet gated_deltanet kda rwkv7 comba "
+    "deltaproduct oja omega"
 )
 PICTURES: dict[str, Callable[[], dict[str, Shown]]] = {
     **{name: _of(name) for name in NAMES.split()},

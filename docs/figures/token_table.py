@@ -40,6 +40,7 @@ MATRIX_CHUNKS = {
     "oja": 64,
     "omega": 64,
     "attention": 64,
+    "forgetting_attention": 128,
 }
 """The `chunk` of the operations on matrix memories, on a CPU."""
 
@@ -67,6 +68,7 @@ ALL_PAIRS = Formula("$2n(D_k + D_v)$", lambda s: 4 * s.pairs * s.dim)
 WINDOW = Formula(
     "$4c\\,(1 - c/2n)\\,(D_k + D_v)$", lambda s: 8 * s.window * s.dim * (1 - s.window / (2 * s.pairs))
 )  # the first c tokens have no block before them
+BLOCKS = Formula("$(n + C)(D_k + D_v)$", lambda s: 2 * (s.pairs + s.chunk) * s.dim)
 SUM = Formula("$4D_kD_v + 2C(D_k + D_v)$", lambda s: 4 * s.dim**2 + 4 * s.chunk * s.dim)
 CORRECTED = Formula("$6D_kD_v + 4C(D_k + D_v)$", lambda s: 6 * s.dim**2 + 8 * s.chunk * s.dim)
 SUM_BY_CHANNEL = Formula(
@@ -100,6 +102,7 @@ MLP_OF_DOT = Formula(
 FLOPS = {
     "attention": ALL_PAIRS,
     "window_attention": WINDOW,
+    "forgetting_attention": BLOCKS,
     "linear_attention": SUM,
     "retnet": SUM,
     "gated_linear": SUM,
@@ -121,6 +124,7 @@ FLOPS = {
 """Of matrix products, a token and head, by level."""
 
 GROWS = Formula("$n(D_k + D_v)$", lambda s: 2 * s.pairs * s.dim)
+GROWS_AND_FADES = Formula("$n(D_k + D_v + 1)$", lambda s: 2 * s.pairs * s.dim + s.pairs)
 KEPT = Formula("$c(D_k + D_v)$", lambda s: 2 * s.window * s.dim)
 ONE_MATRIX = Formula("$D_kD_v$", lambda s: s.dim**2)
 MATRIX_AND_PAIRS = Formula("$D_kD_v + (c - 1)(D_k + D_v + 1)$", lambda s: s.dim**2 + (s.window - 1) * (2 * s.dim + 1))
@@ -138,6 +142,7 @@ STATE = {
     "deltaproduct": SMALL_MATRIX,
     "attention": GROWS,
     "window_attention": KEPT,
+    "forgetting_attention": GROWS_AND_FADES,
     "omega": MATRIX_AND_PAIRS,
     "ttt": WEIGHTS,
     "titans": WEIGHTS_AND_MOMENTA,
@@ -235,7 +240,7 @@ def row(name: str, level: AssociativeMemory) -> str:
     parts = [level.objective.label, level.rule.label, retention(level)]
     if isinstance(level.memory, Window):
         kept = "all" if level.memory.size is None else f"the last {level.memory.size}"
-        parts = ["softmax", "append", kept]
+        parts = ["softmax", "append", f"{kept}; of each {retention(level)}" if level.fades_pairs else kept]
     cells = [f"[`{name}`]({name}.md)", level.memory.label, *parts, f"`{fast_form(level)}`"]
     return f"| {' | '.join(cells)} |"
 
@@ -273,7 +278,7 @@ def main() -> None:
         costs.append(cost_row(name, level, found))
         (MADE / f"{name}-cost.inc").write_text(cost(name, found), encoding="utf-8")
         (MADE / f"{name}-defaults.inc").write_text(SHARED["defaults"](name, level), encoding="utf-8")
-    for name in ("self_modifying", "cms"):
+    for name in ("self_modifying", "cms", "mesa", "log_linear"):
         own = SHARED["defaults"](name, nestopt.build("level", name))
         (MADE / f"{name}-defaults.inc").write_text(own, encoding="utf-8")
     (MADE / "table.inc").write_text("\n".join(rows) + "\n", encoding="utf-8")

@@ -73,6 +73,12 @@ class ModelConfig(Section):
     dim: Whole = Field(default=160, gt=0, description="width: numbers per token")
     blocks: Whole = Field(default=2, ge=1, le=1024, description="how many blocks, each a mixer and an mlp")
     heads: Whole = Field(default=4, ge=1, description="memories side by side in a mixer; must divide dim")
+    kv_heads: Whole = Field(
+        default=0,
+        ge=0,
+        description="keys and values side by side, each shared by heads / kv_heads queries (grouped-query attention); "
+        "must divide heads; 0: as many as heads",
+    )
     conv: Whole = Field(default=4, ge=0, description="width of the causal depthwise convolution; 0 for none")
     gate_output: Bool = Field(default=True, description="multiply each mixer's read by silu(W x)")
     vocab: Whole = Field(default=256, ge=1, description="how many different tokens; 256 for bytes")
@@ -93,6 +99,8 @@ class ModelConfig(Section):
             above = [n for n in range(self.heads + 1, self.heads + _NEAR) if self.dim % n == 0][:1]
             near = " or ".join(str(n) for n in [below, *above])
             raise ConfigError.refuse("heads", self.heads, f"give a divisor of dim={self.dim}, such as {near}")
+        if self.kv_heads and self.heads % self.kv_heads:
+            raise ConfigError.refuse("kv_heads", self.kv_heads, f"give a divisor of heads={self.heads}, or 0")
         return self
 
 

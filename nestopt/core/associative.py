@@ -131,12 +131,17 @@ class AssociativeMemory(Level):
         if self.normalized == "layerwise":
             check_layerwise(self)
         if self.appends:
+            problem = f"is not allowed: the memory {self.memory.label} appends and learns by no rule; leave it out"
             for key, default in _UNUSED_BY_APPENDING.items():
-                if (value := getattr(self, key)) != default:
-                    problem = (
-                        f"is not allowed: the memory {self.memory.label} appends and learns by no rule; leave it out"
-                    )
+                if (value := getattr(self, key)) != default and not (self.fades_pairs and key == "retention"):
                     raise FieldError(self.label, key, value, problem)
+
+    fades_pairs: ClassVar[bool] = False
+    """Whether the retention fades the pairs of a memory that keeps them."""
+
+    def appended(self, theta: Theta, k: Tensor, v: Tensor) -> Theta | None:
+        """θ with the pair appended; None where a rule must write it."""
+        return self.memory.append(theta, k, v)
 
     # -- learning, the same in both contexts -------------------------------------------------------------------------
 
@@ -215,7 +220,7 @@ class AssociativeMemory(Level):
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         theta, rules = state["memory"], state["rule"]
         k, v = self.memory.pairs(grad)
-        appended = self.memory.append(theta, k, v)
+        appended = self.appended(theta, k, v)
         if appended is None:
             if self.fade == "before":
                 theta = self._retained(theta)
@@ -268,7 +273,7 @@ class AssociativeMemory(Level):
     def token_step(self, q: Tensor, k: Tensor, v: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         q, k = self.features(q), self.features(k)
         before: Theta = state["memory"]
-        appended = self.memory.append(before, k, v)
+        appended = self.appended(before, k, v)
         if appended is not None:
             return self._answer(appended if self.read == "after" else before, q), {**state, "memory": appended}
         at = self._retained(before) if self.fade == "before" else before

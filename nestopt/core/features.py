@@ -16,6 +16,11 @@ class Features(Part):
 
     kind: ClassVar[str] = "features"
 
+    @property
+    def positive(self) -> bool:
+        """Whether φ(k)·φ(q) is never negative, as a normaliser needs it."""
+        return False
+
     @abstractmethod
     def __call__(self, k: Tensor) -> Tensor: ...
 
@@ -34,6 +39,8 @@ class Identity(Features):
 class Elu(Features):
     """φ(k) = elu(k) + 1, positive features (Katharopoulos et al. 2020)."""
 
+    positive: ClassVar[bool] = True
+
     def __call__(self, k: Tensor) -> Tensor:
         return F.elu(k) + 1
 
@@ -46,6 +53,10 @@ class Polynomial(Features):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check("degree", 1, 4)
+
+    @property
+    def positive(self) -> bool:
+        return self.degree % 2 == 0
 
     def __call__(self, k: Tensor) -> Tensor:
         out = k

@@ -227,6 +227,10 @@ def _inverse_rms(y: Tensor) -> Tensor:
     return (y.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 
+FADED = "faded"
+"""Key of the logarithm of what is left of each pair that is kept, where pairs fade."""
+
+
 class Window(Memory):
     """The last `size` pairs as they are, read by softmax attention, scale 1/√D_k (NL eq. 62-63).
 
@@ -261,6 +265,8 @@ class Window(Memory):
         if theta["keys"].shape[-2] == 0:
             return theta["values"].new_zeros(*k.shape[:-1], theta["values"].shape[-1])
         scores = matmul(k, theta["keys"].mT) / math.sqrt(k.shape[-1])
+        if FADED in theta:
+            scores = scores + theta[FADED]
         return matmul(scores.softmax(-1), theta["values"])
 
     def append(self, theta: Theta, k: Tensor, v: Tensor) -> Theta:

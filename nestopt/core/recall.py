@@ -54,8 +54,8 @@ def recalled(level: Level, tokens: TokenBatch, gates: Mapping[str, Tensor], stat
 
 def answers(level: AssociativeMemory, q: Tensor, theta: Theta, gates: Mapping[str, Tensor]) -> Tensor:
     """Return what a memory with parameters `theta` `[B, H, ..]` answers to q `[B, H, T, D_k]`."""
-    built_in = type(level.memory) in (Matrix, Mlp, Window) and type(level.output) is Plain
-    built_in = built_in and type(level)._answer is AssociativeMemory._answer
+    plain = type(level)._answer is AssociativeMemory._answer or not getattr(level, "normalizer", True)
+    built_in = plain and type(level.memory) in (Matrix, Mlp, Window) and type(level.output) is Plain
     if built_in and not any(path.startswith(_OF_READS) for path in gates):
 
         def all_of_one(q: Tensor, theta: Theta) -> Tensor:

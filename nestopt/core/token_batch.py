@@ -19,7 +19,8 @@ class TokenBatch:
     """Queries, keys and values of a call, checked and laid out as kernels take them. Inside, nobody checks again.
 
     Attributes:
-        q, k: `[B, H, T, D_k]`, in `dtype`; 0 where a token is not `active`.
+        q, k: `[B, H, T, D_k]`, in `dtype`; 0 where a token is not `active`. Where heads share keys and values, k and v
+            have fewer heads.
         v: `[B, H, T, D_v]`, likewise.
         active: `[B, H, T]`, whether a token is written: it is no padding, and finite.
         finite: `[B, H, T]`, whether all numbers of a token are finite; padding counts as that.
@@ -39,28 +40,38 @@ class TokenBatch:
 
     @staticmethod
     def of(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *gates: Tensor, widen: bool = True
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        *gates: Tensor,
+        widen: bool = True,
+        shared: bool = False,
     ) -> TokenBatch:
         """Check q, k `[B, T, H, D_k]`, v `[B, T, H, D_v]` and `mask` `[B, T]` (True: a token, False: padding).
 
         A token that is padding, or in which q, k, v or a gate (of `gates`, as from `per_token`) is not finite, is
         neither written nor answered with anything of the memory's: so it can't spread. Nothing here waits for the
-        device. What is narrower than float32 is widened to it, unless `widen` is False.
+        device. What is narrower than float32 is widened to it, unless `widen` is False. If `shared`, k and v may have
+        fewer heads than q; a token that is not finite in one of the heads that share a key is not in any.
         """
-        check_tokens(q, k, v)
+        check_tokens(q, k, v, shared=shared)
         dtype_in, dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
         if widen:
             q, k, v = (x.to(dtype) for x in (q, k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        finite = _finite(q, dtype) & _finite(k, dtype) & _finite(v, dtype)
+        finite = _finite(q, dtype)
         for gate in gates:
             finite = finite & (gate if gate.ndim == 3 else gate.sum(-1)).isfinite()
+        finite = shared_by(finite, k.shape[1]) & _finite(k, dtype) & _finite(v, dtype)
         active = finite
         if mask is not None:
             check_mask(mask, q.shape[0], q.shape[2])
             active = finite & mask[:, None]
-        q, k, v = (torch.where(active[..., None], x, 0) for x in (q, k, v))
+        k, v = (torch.where(active[..., None], x, 0) for x in (k, v))
         finite = finite if mask is None else finite | ~mask[:, None]
+        active, finite = (for_queries(x, q.shape[1]) for x in (active, finite))
+        q = torch.where(active[..., None], q, 0)
         return TokenBatch(q, k, v, active, finite, mask, dtype, dtype_in)
 
     @property
@@ -87,7 +98,9 @@ class TokenBatch:
 
     def replace(self, **tensors: Tensor) -> TokenBatch:
         """Put other queries, keys or values in, which are set to 0 where a token is not active."""
-        cleared: dict[str, Any] = {name: torch.where(self.active[..., None], x, 0) for name, x in tensors.items()}
+        cleared: dict[str, Any] = {
+            name: torch.where(shared_by(self.active, x.shape[1])[..., None], x, 0) for name, x in tensors.items()
+        }
         return dataclasses.replace(self, **cleared)
 
     def split(self, lengths: Sequence[int]) -> list[TokenBatch]:
@@ -100,6 +113,16 @@ class TokenBatch:
             dataclasses.replace(self, q=q, k=k, v=v, active=active, finite=finite, mask=mask)
             for q, k, v, active, finite, mask in zip(*cut, masks, strict=True)
         ]
+
+
+def shared_by(flag: Tensor, heads: int) -> Tensor:
+    """Return `[B, H, ..]` as `[B, heads, ..]`, whether a flag holds in all the heads that share a key and a value."""
+    return flag if flag.shape[1] == heads else flag.unflatten(1, (heads, -1)).all(2)
+
+
+def for_queries(x: Tensor, heads: int, dim: int = 1) -> Tensor:
+    """Return what as many or fewer heads share for each of `heads`: the first for the first few, and so on."""
+    return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim)
 
 
 def _finite(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -209,16 +232,23 @@ def run_unpacked(
     return packing.pack(y), state
 
 
-def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise ValueError unless q, k `[B, T, H, D_k]` and v `[B, T, H, D_v]` fit together and hold a token at least."""
+def check_tokens(q: Tensor, k: Tensor, v: Tensor, *, shared: bool = False) -> None:
+    """Raise ValueError unless q, k `[B, T, H, D_k]` and v `[B, T, H, D_v]` fit together and hold a token at least.
+
+    If `shared`, k and v may have fewer heads than q, a number that divides those of q.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} has the shape {list(x.shape)}; it must be [batch, tokens, heads, width]")
-    if k.shape != q.shape:
-        raise ValueError(f"k has the shape {list(k.shape)} and q {list(q.shape)}; they must be the same")
-    if v.shape[:3] != q.shape[:3]:
+    name, like = ("q", q) if k.shape[2] == q.shape[2] or not shared else ("k", k)
+    if k.shape != (*q.shape[:2], like.shape[2], q.shape[3]) or q.shape[2] % max(1, k.shape[2]):
+        words = "but for the number of heads, of which k's must divide q's" if name == "k" else ""
         raise ValueError(
-            f"v has the shape {list(v.shape)} and q {list(q.shape)}; they must agree in batch, tokens and heads"
+            f"k has the shape {list(k.shape)} and q {list(q.shape)}; they must be the same" + (words and f", {words}")
+        )
+    if v.shape[:3] != like.shape[:3]:
+        raise ValueError(
+            f"v has the shape {list(v.shape)} and {name} {list(like.shape)}; they must agree in batch, tokens and heads"
         )
     if q.shape[1] == 0:
         raise ValueError(f"q has the shape {list(q.shape)}: there is no token in it; give one or more")

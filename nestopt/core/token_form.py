@@ -54,12 +54,14 @@ class FormSetting:
         dtype: in which memories are: float32 or float64.
         checkpoint: of deep memories: recompute in the backward pass all but every so many chunks' weights; 0 keeps all.
         reference: whether only forms of the reference machine are asked.
+        sharing: how many heads share a key and a value, where they do (`TokenForm.shares`).
     """
 
     device: torch.device
     dtype: torch.dtype = torch.float32
     checkpoint: int = 0
     reference: bool = False
+    sharing: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +112,8 @@ class TokenForm(ABC):
     """Whether it belongs to the reference machine."""
     widens: ClassVar[bool] = True
     """Whether tokens narrower than float32 are shown in float32."""
+    shares: ClassVar[bool] = False
+    """Whether heads may share keys and values: k, v and the state then have fewer heads than q and the gates."""
     piece: int = 64
     """Of how many tokens, or a multiple, a layer may make pieces of a long sequence; 0 is none."""
 

@@ -14,7 +14,8 @@ from nestopt.core.pending import COUNT, OF_TOKENS, PENDING, alike, all_settled, 
 from nestopt.core.tree import State, leaves, tree_map
 
 PAIRS = {"keys", "values"}
-"""The keys of a memory that keeps its pairs; which of them count is its "mask", where not all do."""
+"""The keys of a memory that keeps its pairs, which may keep more of each, `[B, H, n, ..]`; which of them count is its
+"mask", where not all do."""
 
 
 Rows = Sequence[int] | Sequence[bool] | Tensor
@@ -81,7 +82,7 @@ def _cat(states: list[Mapping[str, Any]], path: str) -> State:
     first = states[0]
     if PENDING in first and all(PENDING in state for state in states):
         states = alike(states)
-    elif set(first) - {"mask"} == PAIRS:
+    elif set(first) >= PAIRS:
         states = _pairs_filled(states)
     found: State = {}
     for i, state in enumerate(states):
@@ -123,8 +124,9 @@ def _pairs_filled(states: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         missing, keys = max(counts) - count, state["keys"]
         mask = state["mask"] if "mask" in state else keys.new_ones((keys.shape[0], count), dtype=torch.bool)
         new: State = {
-            name: torch.cat([x.new_zeros(*x.shape[:2], missing, x.shape[3]), x], dim=2)
-            for name, x in ((name, state[name]) for name in ("keys", "values"))
+            name: torch.cat([x.new_zeros(*x.shape[:2], missing, *x.shape[3:]), x], dim=2)
+            for name, x in state.items()
+            if name != "mask"
         }
         filled.append({**new, "mask": torch.cat([mask.new_zeros(mask.shape[0], missing), mask], dim=1)})
     return filled
@@ -150,10 +152,10 @@ def reset_rows(state: Mapping[str, Any], begun: Mapping[str, Any], rows: Tensor)
     def choose(new: Tensor, old: Tensor) -> Tensor:
         return torch.where(rows.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
-    if set(state) - {"mask"} == PAIRS:
+    if set(state) >= PAIRS:
         keys = state["keys"]
         mask = state["mask"] if "mask" in state else keys.new_ones((len(rows), keys.shape[2]), dtype=torch.bool)
-        zeros = {name: choose(torch.zeros_like(state[name]), state[name]) for name in sorted(PAIRS)}
+        zeros = {name: choose(torch.zeros_like(state[name]), state[name]) for name in state if name != "mask"}
         return {**zeros, "mask": mask & ~rows[:, None]}
     found: State = {}
     for key, value in state.items():
@@ -204,7 +206,7 @@ def shapes_of(state: Mapping[str, Any]) -> Shapes:
         else Leaf(tuple(value.shape[1:]), None if value.is_floating_point() else value.dtype)
         for key, value in state.items()
     }
-    if set(found) == PAIRS:
+    if set(found) >= PAIRS:
         found["mask"] = Leaf((0,), torch.bool, optional=True)
     if PENDING in found:
         found[PENDING][COUNT] = Leaf((), torch.int64, optional=True)

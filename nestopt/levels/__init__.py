@@ -12,8 +12,12 @@ from nestopt.core.nesting import Nest
 from nestopt.core.registry import UnknownName, registry
 from nestopt.core.token_composition import ChainForm, NestForm, ParallelForm
 from nestopt.core.token_reference import ReferenceForm
+from nestopt.levels.attention.forgetting import ForgettingAttentionForm
 from nestopt.levels.attention.form import AttentionForm
+from nestopt.levels.attention.level import ForgettingAttention as forgetting_attention
 from nestopt.levels.continuum.level import Cms as cms
+from nestopt.levels.continuum.log_linear import LogLinear as log_linear
+from nestopt.levels.continuum.log_linear import LogLinearForm
 from nestopt.levels.deep.form import DeepMemoryForm
 from nestopt.levels.deep.rule_form import RuleByChunkForm
 from nestopt.levels.gradient.adam import Adam as adam
@@ -61,6 +65,9 @@ from nestopt.levels.matrix.delta_product import Deltaproduct as deltaproduct
 from nestopt.levels.matrix.delta_product import DeltaproductForm
 from nestopt.levels.matrix.form import DeltaRuleForm, LinearAttentionForm, OjaForm, OmegaForm
 from nestopt.levels.matrix.level import Omega as omega
+from nestopt.levels.matrix.mesa import Mesa as mesa
+from nestopt.levels.matrix.mesa import MesaForm
+from nestopt.levels.matrix.normalizer import NormalizedLinearForm
 from nestopt.levels.presets import Attention as attention
 from nestopt.levels.presets import DeepMomentum as deep_momentum
 from nestopt.levels.presets import Deltanet as deltanet
@@ -99,6 +106,7 @@ __all__ = [
     "dgd",
     "dla",
     "feature_momentum",
+    "forgetting_attention",
     "ftrl",
     "gated_deltanet",
     "gated_linear",
@@ -112,9 +120,11 @@ __all__ = [
     "lamb",
     "linear_attention",
     "lion_chain",
+    "log_linear",
     "m3",
     "mars",
     "matrix_adagrad",
+    "mesa",
     "momentum",
     "muon",
     "newton_schulz",
@@ -193,13 +203,17 @@ def nestopt_register_outputs(register: Register) -> None:
 @hookimpl
 def nestopt_register_token_forms(register: Register) -> None:
     register("attention", AttentionForm)
+    register("forgetting_attention", ForgettingAttentionForm)
     register("linear_attention", LinearAttentionForm)
     register("hgrn2", Hgrn2Form)
     register("rwkv6", Rwkv6Form)
+    register("normalized_linear", NormalizedLinearForm)
     register("delta_rule", DeltaRuleForm)
     register("rwkv7", Rwkv7Form)
     register("comba", CombaForm)
     register("deltaproduct", DeltaproductForm)
+    register("log_linear", LogLinearForm)
+    register("mesa", MesaForm)
     register("oja", OjaForm)
     register("omega", OmegaForm)
     register("deep_memory", DeepMemoryForm)

@@ -19,6 +19,7 @@ from nestopt.core.token_batch import TokenBatch
 from nestopt.core.tree import State
 from nestopt.levels.gradient.dgd import Dgd
 from nestopt.levels.gradient.momentum import Momentum
+from nestopt.levels.presets import LinearAttention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,10 @@ def refusal(level: AssociativeMemory, own: type[AssociativeMemory] = Associative
 
     Empty where there is nothing. `own` is the class whose methods are computed.
     """
+    if own is AssociativeMemory and isinstance(level, LinearAttention):
+        if level.normalizer:
+            return "normalizer=True: what it answers is divided"
+        own = LinearAttention
     if why := overridden(level, own):
         return why
     if level.period > 1:

@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from nestopt.core.associative import AssociativeMemory
+from nestopt.core.associative import AssociativeMemory, Gd
 from nestopt.core.level import Level
-from nestopt.core.memories import Matrix, Memory, Mlp, Window, rows
+from nestopt.core.memories import Matrix, Memory, Mlp, Theta, Window, rows
 from nestopt.core.objectives import L2, Dot, Objective, Oja
-from nestopt.core.part import Channels, Gate, Heads, Number
+from nestopt.core.outputs import Plain
+from nestopt.core.part import Channels, FieldError, Gate, Heads, Number
 from nestopt.core.retentions import Decay, Retention
 from nestopt.core.scale import length, root_mean_square
 from nestopt.core.signal import Signal
@@ -40,17 +41,72 @@ class WindowAttention(Attention):
     memory: Memory = dataclasses.field(default_factory=lambda: Window(128))
 
 
+LEAST = 1e-6
+"""What a normaliser counts as at least: a memory that knows nothing answers 0."""
+
+
+def divided(y: Tensor) -> Tensor:
+    """Divide answers `[.., D_v + 1]` by the last number of each, which is the normaliser: `[.., D_v]`."""
+    return y[..., :-1] / y[..., -1:].clamp_min(LEAST)
+
+
 class LinearAttention(AssociativeMemory):
     r"""Linear attention: a matrix memory of dot products (NL eq. 14-18, 64).
 
     $$M_t = M_{t-1} + v_t k_t^\top, \qquad y_t = M_t q_t$$
 
-    `features=elu` makes it Katharopoulos's (without the normaliser). On gradients it is momentum (with β the
-    retention). Other arguments: `associative_memory`.
+    With a `normalizer` (Katharopoulos et al. 2020) answers are means of values, weighted by the products of features:
+
+    $$z_t = z_{t-1} + \phi(k_t), \qquad y_t = \frac{M_t\,\phi(q_t)}{\max(z_t^\top\phi(q_t),\, 10^{-6})}$$
+
+    z fades and is written as M is, whose last row it is in the state. On gradients, without one, it is momentum (with β
+    the retention). Other arguments: `associative_memory`.
+
+    Args:
+        normalizer: whether to divide; needs features whose products are not negative, such as `elu`. Default False.
     """
 
     memory: Memory = dataclasses.field(default_factory=Matrix)
     objective: Objective = dataclasses.field(default_factory=Dot)
+    normalizer: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.normalizer:
+            return
+        if not self.features.positive:
+            problem = "is not allowed with a normalizer, whose products must not be negative; give elu"
+            raise FieldError(self.label, "features", self.features, problem)
+        for key, part in (("memory", Matrix), ("objective", Dot), ("rule", Gd), ("output", Plain)):
+            if type(getattr(self, key)) is not part:
+                problem = "is not allowed with a normalizer, which is of sums of values times keys; leave it out"
+                raise FieldError(self.label, key, getattr(self, key), problem)
+
+    def init(self, param: Tensor) -> State:
+        if self.normalizer:
+            raise FieldError(self.label, "normalizer", True, "is for tokens, not for gradients; leave it out")
+        return super().init(param)
+
+    def init_tokens(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
+        return super().init_tokens(dim_k, dim_v + self.normalizer, like, learned)
+
+    def token_step(self, q: Tensor, k: Tensor, v: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
+        return super().token_step(q, k, self._with_one(v), state, signal)
+
+    def chunk_step(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Mapping[str, Tensor], live: Tensor, state: State, signal: Signal
+    ) -> tuple[Tensor, State]:
+        return super().chunk_step(q, k, self._with_one(v), gates, live, state, signal)
+
+    def _with_one(self, v: Tensor) -> Tensor:
+        return torch.cat([v, torch.ones_like(v[..., :1])], dim=-1) if self.normalizer else v
+
+    def _answer(self, theta: Theta, q: Tensor) -> Tensor:
+        y = super()._answer(theta, q)
+        return divided(y) if self.normalizer else y
+
+    def error(self, theta: Theta, k: Tensor, v: Tensor) -> Tensor:
+        return self._answer(theta, self.features(k)) - v if self.normalizer else super().error(theta, k, v)
 
 
 class Retnet(LinearAttention):

@@ -34,7 +34,8 @@ def _at_fault(section: ModelConfig) -> str:
     for path, level in (given or {"model.mixer": section.mixer}).items():
         try:
             with torch.device("meta"):
-                HopeBlock(section.dim, section.heads, level, conv=section.conv, gate_output=section.gate_output)
+                options = {name: getattr(section, name) for name in ("heads", "conv", "gate_output")}
+                HopeBlock(section.dim, mixer=level, kv_heads=section.kv_heads or None, **options)
         except (ValueError, TypeError):
             return path
     return "model"

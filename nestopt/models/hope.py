@@ -57,6 +57,7 @@ class HopeLM(nn.Module):
             everything. Activations of T tokens need the memory of T / segment states and one segment: least near √T.
         precision: of the products of all memories, and of the signal by which the model's loss teaches them, as of a
             `SequenceMemory`: `"float32"`, `"tf32"` or `"bfloat16"`. Set as an attribute, it is set of all blocks.
+        kv_heads: keys and values of each mixer, which its heads share (`SequenceMemory`); 0 is as many as heads.
 
     Attributes:
         lockstep: whether, with `starts`, blocks are called as often whatever the documents are, some for nothing. It
@@ -85,6 +86,7 @@ class HopeLM(nn.Module):
         tie: bool = False,
         segment: int = 0,
         precision: Precision = "float32",
+        kv_heads: int = 0,
     ) -> None:
         super().__init__()
         least = {"vocab": vocab, "dim": dim, "blocks": blocks, "heads": heads, "segment": segment + 1}
@@ -95,7 +97,8 @@ class HopeLM(nn.Module):
         self.vocab, self.segment = vocab, segment
         self.embedding = nn.Embedding(vocab, dim)
         levels = zip(cycle(mixers or [mixer or Attention()]), to_the_last(mlps or [mlp], blocks))
-        self.blocks = nn.ModuleList(HopeBlock(dim, heads, *pair, conv=conv, gate_output=gate_output) for pair in levels)
+        options: dict[str, Any] = {"kv_heads": kv_heads or None, "conv": conv, "gate_output": gate_output}
+        self.blocks = nn.ModuleList(HopeBlock(dim, heads, *pair, **options) for pair in levels)
         self.precision = precision
         self.norm = nn.RMSNorm(dim)
         self.head = nn.Linear(dim, vocab, bias=False)

@@ -4,26 +4,43 @@ from __future__ import annotations
 
 import math
 
-from torch import nn
+from torch import Tensor, nn
 
 from nestopt.core.level import Level
 from nestopt.levels.continuum.level import Cms
 
 
 def check_options(
-    level: Level, dim: int, heads: int, dim_head: int | None, conv: int, rope: float | None, checkpoint: int
+    level: Level,
+    dim: int,
+    heads: int,
+    kv_heads: int | None,
+    dim_head: int | None,
+    conv: int,
+    rope: float | None,
+    checkpoint: int,
 ) -> None:
     """Raise TypeError or ValueError for arguments of `SequenceMemory` that are not allowed."""
     if not isinstance(level, Level) or isinstance(level, Cms):
         raise TypeError(f"SequenceMemory: level={level!r} is not allowed; give a level (for a cms use nestopt.nn.CMS)")
-    given = (("dim", dim, 1), ("heads", heads, 1), ("dim_head", dim_head, 1), ("conv", conv, 0))
-    for name, value, least in (*given, ("checkpoint", checkpoint, 0)):
+    given = (("dim", dim, 1), ("heads", heads, 1), ("kv_heads", kv_heads, 1), ("dim_head", dim_head, 1))
+    for name, value, least in (*given, ("conv", conv, 0), ("checkpoint", checkpoint, 0)):
         if value is not None and value < least:
             raise ValueError(f"SequenceMemory: {name}={value} is not allowed; give a whole number, {least} or more")
     if rope is not None and rope != 0 and not 1 < rope < math.inf:
         raise ValueError(f"SequenceMemory: rope={rope} is not allowed; give 0 for none, or a number above 1")
+    if kv_heads is not None and heads % kv_heads:
+        raise ValueError(f"SequenceMemory: kv_heads={kv_heads} is not allowed; give a divisor of heads={heads}")
     if dim_head is None and dim % heads:
         raise ValueError(f"SequenceMemory: heads={heads} does not divide dim={dim}; give dim_head, or other numbers")
+
+
+def check_input(x: Tensor, dim: int) -> None:
+    """Raise ValueError unless x is `[B, T, dim]` with a token or more."""
+    if x.ndim != 3 or x.shape[-1] != dim:
+        raise ValueError(f"SequenceMemory: x has the shape {list(x.shape)}; it must be [batch, tokens, dim={dim}]")
+    if x.shape[1] == 0:
+        raise ValueError(f"SequenceMemory: x has the shape {list(x.shape)}: there is no token in it; give one or more")
 
 
 def projection(into: int, out: int) -> nn.Linear:

@@ -13,7 +13,7 @@ from nestopt.core.device import no_autocast
 from nestopt.core.level import Level
 from nestopt.core.packing import Packing
 from nestopt.core.precision import Precision, check_precision, check_products, products_in
-from nestopt.core.token_batch import TokenBatch, check_mask
+from nestopt.core.token_batch import TokenBatch, check_mask, for_queries, shared_by
 from nestopt.core.token_choice import make_form
 from nestopt.core.token_form import FormSetting, TokenForm
 from nestopt.core.token_state import Rows as Chosen
@@ -23,7 +23,7 @@ from nestopt.kernels.unit import unit
 from nestopt.nn.conv import CausalConv
 from nestopt.nn.gating import Gates, Start
 from nestopt.nn.head_norm import HeadNorm
-from nestopt.nn.options import check_options, projection
+from nestopt.nn.options import check_input, check_options, projection
 from nestopt.nn.pieces import lengths
 from nestopt.nn.rotary import rotary
 from nestopt.nn.rows import Rows
@@ -49,10 +49,14 @@ class SequenceMemory(nn.Module):
         level: any level but `cms`, which is a `CMS`.
         dim: width of the tokens.
         heads: memories side by side.
+        kv_heads: keys and values side by side, a divisor of `heads`: heads / kv_heads queries in a row share each of
+            them, so that their projections are so much smaller. Attention keeps one pair for all that share it
+            (grouped-query attention); any other level has a memory for each query, with gates of its own. Default:
+            `heads`.
         dim_head: width of a head's queries, keys and values. Default dim / heads.
         conv: tokens seen by the causal depthwise convolution of the input (NL sec. 8.3); 0 is none.
         rope: base of the rotary embedding of positions in queries and keys; 0 is none. Default: 1000 for attention,
-            whose pairs have no order of their own, and none for all else.
+            whose pairs have no order of their own unless they fade, and none for all else.
         qk_norm: L2-normalise queries and keys. Default: as the level asks (`level.qk_norm`).
         v_norm: L2-normalise values. Default: as the level asks (`level.v_norm`; `oja` does).
         gates: where gates start, by dotted path, instead of at the level's own values; or False: all stay at the
@@ -80,6 +84,7 @@ class SequenceMemory(nn.Module):
         dim: int,
         heads: int = 4,
         *,
+        kv_heads: int | None = None,
         dim_head: int | None = None,
         conv: int = 4,
         rope: float | None = None,
@@ -93,18 +98,22 @@ class SequenceMemory(nn.Module):
         form: str | None = None,
     ) -> None:
         super().__init__()
-        check_options(level, dim, heads, dim_head, conv, rope, checkpoint)
+        check_options(level, dim, heads, kv_heads, dim_head, conv, rope, checkpoint)
         check_precision(precision, "SequenceMemory")
         self.level, self.dim, self.heads, self.checkpoint = level, dim, heads, checkpoint
         self.precision: Precision = precision
+        self.kv_heads = kv_heads or heads
         self.dim_head = dim // heads if dim_head is None else dim_head
         self.qk_norm = getattr(level, "qk_norm", False) if qk_norm is None else qk_norm
         self.v_norm = getattr(level, "v_norm", False) if v_norm is None else v_norm
         # a memory that keeps its pairs has no order of its own, and answers with means of values
-        self.rope = (1000.0 if level.appends else 0.0) if rope is None else rope
+        self.rope = (
+            (1000.0 if level.appends and not getattr(level, "fades_pairs", False) else 0.0) if rope is None else rope
+        )
         inner = heads * self.dim_head
         self.conv = CausalConv(dim, conv) if conv else None
-        self.query, self.key, self.value = (projection(dim, inner) for _ in range(3))
+        shared = self.kv_heads * self.dim_head
+        self.query, self.key, self.value = (projection(dim, width) for width in (inner, shared, shared))
         self.out = projection(inner, dim)
         out_norm = not level.appends if out_norm is None else out_norm
         # its eps is far above float32's: before the first write a read is exactly 0
@@ -124,7 +133,9 @@ class SequenceMemory(nn.Module):
             del self._shapes["memory"]["level"]["memory"]["mask"]
 
     def _choose_form(self) -> None:
-        setting = FormSetting(self.query.weight.device, self.state_dtype, self.checkpoint)
+        setting = FormSetting(
+            self.query.weight.device, self.state_dtype, self.checkpoint, sharing=self.heads // self.kv_heads
+        )
         self.form: TokenForm = make_form(self.level, setting, self._form_name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SequenceMemory:
@@ -150,7 +161,8 @@ class SequenceMemory(nn.Module):
         Float32 at least, whatever the layer's dtype. The learned start is in it with its graph.
         """
         like = self.query.weight.new_empty(0, dtype=self.state_dtype)
-        memory = self.form.init(batch, self.heads, self.dim_head, self.dim_head, like, self._learned())
+        heads = self.kv_heads if self.form.shares else self.heads
+        memory = self.form.init(batch, heads, self.dim_head, self.dim_head, like, self._learned())
         return {"memory": memory} if self.conv is None else {"conv": self.conv.init_state(batch), "memory": memory}
 
     def _learned(self) -> dict[str, Tensor]:
@@ -224,14 +236,7 @@ class SequenceMemory(nn.Module):
             ValueError: for another width of x, no tokens, a mask or `cu_seqlens` that does not fit, or a state of
                 another batch size, layer or dtype.
         """
-        if x.ndim != 3 or x.shape[-1] != self.dim:
-            raise ValueError(
-                f"SequenceMemory: x has the shape {list(x.shape)}; it must be [batch, tokens, dim={self.dim}]"
-            )
-        if x.shape[1] == 0:
-            raise ValueError(
-                f"SequenceMemory: x has the shape {list(x.shape)}: there is no token in it; give one or more"
-            )
+        check_input(x, self.dim)
         stats: Stats = {}
 
         def attend(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: State, mask: Tensor | None) -> Any:
@@ -286,11 +291,13 @@ class SequenceMemory(nn.Module):
 
     def _token(self, h: Tensor, memory: State) -> tuple[TokenBatch, dict[str, Tensor]]:
         """Return what the form is shown of one token h `[B, dim]`, after the convolution: few and small kernels."""
-        made = torch.stack([self.query(h), self.key(h), self.value(h)], dim=1).unflatten(-1, (self.heads, -1))
+        made = torch.stack([self._heads_of(part(h), spread=True) for part in (self.query, self.key, self.value)], dim=1)
         dtype = self.form.setting.dtype
         gates = self.level_gates.every(None if self.gates is None else self.gates(h), h, self.heads)
         # of numbers that are not all finite the sum is not, either
         active = ((made.sum((1, 3), dtype=gates.dtype) + gates.sum(1)) * 0 == 0)[..., None]
+        shared = self.kv_heads if self.form.shares else self.heads
+        active = for_queries(shared_by(active, shared), self.heads)
         made = torch.where(active[:, None], made, 0)[:, :, :, None]
         q, k, v = made.unbind(1)
         if self.qk_norm:
@@ -304,9 +311,16 @@ class SequenceMemory(nn.Module):
             q, k = (rotary(x.transpose(1, 2), position, self.rope).transpose(1, 2) for x in (q, k))
         if self.form.widens and dtype != made.dtype:
             q, k, v = (x.to(dtype) for x in (q, k, v))
+        if shared != self.heads:
+            k, v = (x[:, :: self.heads // shared] for x in (k, v))
         gates = torch.where(active.mT, gates, self.level_gates.idle_like(gates))
         tokens = TokenBatch(q, k, v, active, active, None, dtype, made.dtype)
         return tokens, {path: gate.unsqueeze(2) for path, gate in self.level_gates.parted(gates).items()}
+
+    def _heads_of(self, x: Tensor, spread: bool) -> Tensor:
+        """Return `[.., heads · dim_head]` as `[.., heads, dim_head]`; of fewer heads, if `spread`, as of all."""
+        x = x.unflatten(-1, (-1, self.dim_head))
+        return for_queries(x, self.heads, -2) if spread else x
 
     def _begun(self, state: Mapping[str, Any] | None, x: Tensor) -> State:
         """Return `state`, checked, or that of new sequences."""
@@ -337,7 +351,7 @@ class SequenceMemory(nn.Module):
         new: State = {}
         if self.conv is not None:
             x, new["conv"] = self.conv(x, state["conv"], None if rows is None else rows.count)
-        q, k, v = (part(x).unflatten(-1, (self.heads, -1)) for part in (self.query, self.key, self.value))
+        q, k, v = (self._heads_of(part(x), not self.form.shares) for part in (self.query, self.key, self.value))
         if self.qk_norm:
             q, k = unit(q), unit(k)
         if self.v_norm:
@@ -376,7 +390,8 @@ class SequenceMemory(nn.Module):
 
     def extra_repr(self) -> str:
         precision = "" if self.precision == "float32" else f", precision={self.precision}"
-        return f"{self.level}, dim={self.dim}, heads={self.heads}, dim_head={self.dim_head}{precision}"
+        heads = f"{self.heads}" if self.kv_heads == self.heads else f"{self.heads}, kv_heads={self.kv_heads}"
+        return f"{self.level}, dim={self.dim}, heads={heads}, dim_head={self.dim_head}{precision}"
 
 
 def _batch_of(state: Mapping[str, Any]) -> int:

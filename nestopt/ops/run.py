@@ -45,7 +45,8 @@ def run(
     Args:
         level: any level; its gates that are not in `gates` take their initial value.
         q, k: `[B, T, H, D_k]`, T >= 1.
-        v: `[B, T, H, D_v]`.
+        v: `[B, T, H, D_v]`. Forms of attention let k and v have fewer heads, a number that divides H: the first H / n
+            queries share the first key and value, and so on; so many heads the state has.
         gates: values of the level's gates by dotted path, `[B, T, H]` each; of `Channels`, `[B, T, H, D_k]`.
         state: from a former call, to go on from there; None starts anew (from `learned`).
         learned: the start a layer learned, `[H, ...]` by name.
@@ -69,9 +70,10 @@ def run(
             that keeps every pair and reads before it, a `precision` that the device lacks, or a `form` that does not
             take the level; with `validate`, for a number that is not finite.
     """
-    check_tokens(q, k, v)
     dtype = torch.promote_types(v.dtype, torch.float32)
-    made = make_form(level, FormSetting(q.device, dtype, checkpoint), form)
+    sharing = q.shape[2] // max(1, k.shape[2]) if q.ndim == k.ndim == 4 else 1
+    made = make_form(level, FormSetting(q.device, dtype, checkpoint, sharing=sharing), form)
+    check_tokens(q, k, v, shared=made.shares)
     gates, packing = dict(gates or {}), None
     if cu_seqlens is not None:
         refuse_mask(mask, q)
@@ -81,7 +83,7 @@ def run(
     if state is None:
         like = v.new_empty(0, dtype=dtype)
         start = {name: x.to(dtype) for name, x in (learned or {}).items()}
-        state = made.init(q.shape[0], q.shape[2], q.shape[-1], v.shape[-1], like, start)
+        state = made.init(q.shape[0], k.shape[2], q.shape[-1], v.shape[-1], like, start)
     y, state = run_form(made, q, k, v, gates, state, mask=mask, learn=learn, precision=precision, validate=validate)
     return y if packing is None else packing.pack(y), state
 
@@ -113,8 +115,8 @@ def run_form(
     if mask is not None and learn:
         form.refuse_padding("mask and cu_seqlens are not")
     given = {path: gate.transpose(1, 2).to(form.setting.dtype) for path, gate in gates.items()}
-    tokens = TokenBatch.of(q, k, v, mask, *given.values(), widen=form.widens)
-    given = {**per_head(form.gates, tokens.k), **given}
+    tokens = TokenBatch.of(q, k, v, mask, *given.values(), widen=form.widens, shared=form.shares)
+    given = {**per_head(form.gates, tokens.q), **given}
     with no_autocast(q.device), products_in(precision):
         if learn:
             y, state = form.run(tokens, given, state)

@@ -19,7 +19,7 @@ from nestopt.optim.execute.update import Slot
 from tests.accelerator.held import held
 
 PARTS = {"associative_memory", "chain", "parallel", "nest"}
-LIMITED = {"attention", "window_attention"}
+LIMITED = {"attention", "forgetting_attention", "window_attention"}
 """Their memories grow without a limit by default, which on gradients is refused."""
 
 STACKS: dict[str, Any] = {

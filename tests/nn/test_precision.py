@@ -24,7 +24,7 @@ from tests.core.products import Products
 from tests.nn.tools import LEVELS, in_steps, level_of
 
 CLOSED = [name for name in LEVELS if fast_form(level_of(name))]
-OF_MATRICES = [name for name in CLOSED if fast_form(level_of(name)) != "attention"]
+OF_MATRICES = [name for name in CLOSED if not level_of(name).appends and name != "mesa"]
 
 COMPILED = ["titans", "gated_linear", "self_modifying"]
 
@@ -94,7 +94,7 @@ def test_the_products_of_a_memory_are_made_so(name: str, precision: Precision) -
     assert q.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["attention", "window_attention"])
+@pytest.mark.parametrize("name", ["attention", "window_attention", "forgetting_attention"])
 def test_attention_is_torchs_kernel_in_bfloat16(name: str) -> None:
     seen = []
 

@@ -65,6 +65,7 @@ SIMPLE = LINKS - {"lamb", "cautious", "normuon"}
 STACKS: dict[str, Callable[[], Level]] = {
     **{name: registry.get("level", name) for name in registry.names("level") if name not in COMPOSED | SIMPLE},
     "attention": lambda: levels.attention(memory=Window(3)),
+    "forgetting_attention": lambda: levels.forgetting_attention(memory=Window(3)),
     "amsgrad": lambda: levels.adam(amsgrad=True),
     "on a clock": lambda: levels.adam(period=3),
     "cms of momentum": lambda: levels.cms(periods=(1, 3), rule=levels.momentum()),

@@ -23,6 +23,7 @@ class AttentionForm(TokenForm):
 
     levels: ClassVar[tuple[type[Level], ...]] = (AssociativeMemory,)
     widens: ClassVar[bool] = False
+    shares: ClassVar[bool] = True
     level: AssociativeMemory
 
     def __init__(self, level: Level, setting: FormSetting) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestopt.core.memories import FADED
 from nestopt.core.packing import Packing
 from nestopt.core.padding import from_places, places, to_places
 from nestopt.core.precision import Precision, check_products, current, products_in
@@ -36,7 +37,8 @@ def attention(
 
     Args:
         q, k: `[B, T, H, D_k]`, T >= 1.
-        v: `[B, T, H, D_v]`.
+        v: `[B, T, H, D_v]`. With fewer heads in k and v (a number n that divides H) the first H / n queries share the
+            first key and value, and so on: grouped-query attention, whose state has n heads.
         window: how many pairs are kept; None keeps all.
         state: the pairs kept so far, `{"keys": [B, H, n, D_k], "values": [B, H, n, D_v]}`, and after a call with a
             mask `"mask": [B, n]`; None is no pairs.
@@ -54,7 +56,7 @@ def attention(
     Raises:
         ValueError: for shapes that do not fit, no tokens, `window` < 1, or a `precision` that the device lacks.
     """
-    check_tokens(q, k, v)
+    check_tokens(q, k, v, shared=True)
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window={window!r} is not allowed; give a whole number of tokens, 1 or more, or None")
     check_products(precision, q.device, v.dtype)
@@ -65,7 +67,7 @@ def attention(
         refuse_mask(mask, q)
         packing = Packing.of(cu_seqlens, q, "attention")
         (q, k, v), mask = (packing.unpack(x) for x in (q, k, v)), packing.mask
-    tokens = TokenBatch.of(q, k, v, mask, widen=False)
+    tokens = TokenBatch.of(q, k, v, mask, widen=False, shared=True)
     with products_in(precision):
         y, pairs = attend(tokens, state, window)
     y = tokens.answer(y)
@@ -79,7 +81,7 @@ def attend(
 
     A token that is not finite is kept as a pair of zeros.
     """
-    past, mask, k, v = _past(state, tokens.k, tokens.v), tokens.mask, tokens.k, tokens.v
+    past, mask, k, v = checked(state, tokens.k, tokens.v), tokens.mask, tokens.k, tokens.v
     if mask is None and past is not None and "mask" in past:
         mask = torch.ones_like(tokens.active[:, 0])
     if mask is None:
@@ -98,18 +100,25 @@ def read_pairs(q: Tensor, pairs: Mapping[str, Tensor]) -> Tensor:
     keys, values = (pairs[name].to(q.dtype) for name in ("keys", "values"))
     if not keys.shape[2]:
         return values.new_zeros(*q.shape[:3], values.shape[-1])
-    if "mask" not in pairs:
+    if "mask" not in pairs and FADED not in pairs:
         return softmax_read(q, keys, values)
+    bias = pairs[FADED][:, :, None].to(q.dtype) if FADED in pairs else None
+    if "mask" not in pairs:
+        return softmax_read(q, keys, values, attn_mask=bias)
     some = pairs["mask"].any(-1)[:, None, None, None]
     seen = pairs["mask"][:, None, None] | ~some  # lest a token see nothing
-    return torch.where(some, softmax_read(q, keys, values, attn_mask=seen), 0.0)
+    bias = seen if bias is None else torch.where(seen, bias, -torch.inf)
+    return torch.where(some, softmax_read(q, keys, values, attn_mask=bias), 0.0)
 
 
 def softmax_read(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """Attend by torch's kernels, with its products at the precision of `nestopt.core.precision`."""
+    """Attend by torch's kernels, which let heads share k and v, at the precision of `nestopt.core.precision`."""
+    options |= {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     if current() != "bfloat16" or v.dtype != torch.float32:
         return F.scaled_dot_product_attention(q, k, v, **options)
     q, k, v = (x.bfloat16() for x in (q, k, v))
+    if (mask := options.get("attn_mask")) is not None and mask.is_floating_point():
+        options["attn_mask"] = mask.bfloat16()
     return F.scaled_dot_product_attention(q, k, v, **options).float()
 
 
@@ -179,7 +188,7 @@ def _blockwise(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, window: int
     return y.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 
-def _past(state: Mapping[str, Tensor] | None, k: Tensor, v: Tensor) -> Mapping[str, Tensor] | None:
+def checked(state: Mapping[str, Tensor] | None, k: Tensor, v: Tensor) -> Mapping[str, Tensor] | None:
     """Return `state`, checked against keys and values `[B, H, T, D]`."""
     if state is None:
         return None

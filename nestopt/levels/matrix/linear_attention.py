@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from nestopt.core.precision import Precision
@@ -12,6 +13,7 @@ from nestopt.core.token_batch import TokenBatch
 from nestopt.levels.matrix.by_channel import channel_scan
 from nestopt.levels.matrix.chunk_matrix import added, answers, shares
 from nestopt.levels.matrix.segments import chunk_for, chunks_of, is_by_channel, log_gate, memory_of, operate
+from nestopt.levels.presets import divided
 
 
 def linear_attention(
@@ -24,6 +26,7 @@ def linear_attention(
     chunk: int | None = None,
     read: Literal["after", "before"] = "after",
     features: Callable[[Tensor], Tensor] | None = None,
+    normalizer: bool = False,
     mask: Tensor | None = None,
     cu_seqlens: Any = None,
     precision: Precision = "float32",
@@ -43,10 +46,13 @@ def linear_attention(
         decay: a, what is kept of the memory at each token: None (all), one number, `[H]` or `[B, T, H]`; 0 or more.
             Computed as logarithms; a decay below the least normal number of the dtype counts as that. Or one for each
             channel of the keys, `[B, T, H, D_k]` (GLA, Yang et al. 2023); `features` must then keep their number.
-        state: M before the first token, `[B, H, D_v, D_k]` (D_k as the features have it); None is zero.
+        state: M before the first token, `[B, H, D_v, D_k]` (D_k as the features have it); None is zero. With a
+            normaliser z, which starts and fades as M does, is a row more: `[B, H, D_v + 1, D_k]`.
         chunk: tokens computed at once; None takes what is fast: 32 on a CPU, else 64.
         read: whether a token reads the memory after or before its own write.
         features: φ, a map of the last dimension; None is the identity.
+        normalizer: divide the answer by $z_t^\top\phi(q_t)$ with $z_t = a_t z_{t-1} + \phi(k_t)$, 1e-6 at least,
+            for features whose products are not negative (Katharopoulos et al. 2020).
         mask: `[B, T]`, True for a token, False for padding, which neither writes nor decays and is answered with 0.
         cu_seqlens: where sequences begin that lie end to end in one row (B = 1), and where the last ends.
         precision: of the products (`nestopt.core.precision`): `"float32"`, `"tf32"` or `"bfloat16"`.
@@ -64,7 +70,9 @@ def linear_attention(
 
     def scan(x: TokenBatch, gates: Mapping[str, Tensor], memory: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
         x = x if features is None else x.replace(q=features(x.q), k=features(x.k))
-        return linear_scan(x, gates, memory_of(memory, x), size, read=read)
+        x = x.replace(v=torch.cat([x.v, torch.ones_like(x.v[..., :1])], dim=-1)) if normalizer else x
+        y, memory = linear_scan(x, gates, memory_of(memory, x), size, read=read)
+        return divided(y) if normalizer else y, memory
 
     return operate(
         "linear_attention",

@@ -51,6 +51,10 @@ class Decay(Retention):
     def check_memory(self, level: Any) -> None:
         if not isinstance(self.keep, Channels):
             return
+        if not hasattr(level, "memory"):
+            raise FieldError(
+                level.label, "retention", self, "is not allowed: one share is kept of all; give a Gate for keep"
+            )
         wanted = {"memory": Matrix(), "features": Identity(), "chunk": 1, "normalized": False}
         for key, value in wanted.items():
             if getattr(level, key) != value:

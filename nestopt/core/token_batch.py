@@ -86,7 +86,7 @@ class TokenBatch:
 
     def gate(self, value: Tensor, idle: float) -> Tensor:
         """Return `value` (as from `per_token`) `[B, H, T]` or `[B, H, T, D_k]`, `idle` where a token is not written."""
-        return torch.where(self.active if value.ndim == 3 else self.active[..., None], value, idle)
+        return torch.where(self.active if value.ndim < 4 else self.active[..., None], value, idle)
 
     def answer(self, y: Tensor) -> Tensor:
         """`[B, H, T, D_v]` as the caller gets it: `[B, T, H, D_v]`; NaN where the token itself was not finite."""

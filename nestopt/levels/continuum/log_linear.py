@@ -64,6 +64,7 @@ class LogLinear(Level):
         if list(self.weights) != names or not all(type(part) is Decay for part in self.weights.values()):
             problem = f"is not allowed; give a decay for each of {names[0]} to {names[-1]}, or leave it out"
             raise FieldError(self.label, "weights", self.weights, problem)
+        self.retention.check_memory(self)
 
     def init(self, param: Tensor) -> State:
         return {"slots": param.new_zeros(self.levels, *param.shape)}

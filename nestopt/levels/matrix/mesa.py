@@ -73,6 +73,7 @@ class Mesa(Level):
         self.check("floor", 0.0, closed="()")
         self.check("steps", 1)
         self.check_choice("solver", ("cg", "exact"))
+        self.retention.check_memory(self)
 
     # -- on gradients ----------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from nestopt import Channels, Gate, Level
 from nestopt.core.memories import Mlp
 from nestopt.core.part import FieldError
 from nestopt.core.retentions import Decay
-from nestopt.levels import gated_linear, gla, hgrn2, kda, momentum, rwkv6, titans
+from nestopt.levels import gated_linear, gla, hgrn2, kda, log_linear, mesa, momentum, rwkv6, titans
 from nestopt.ops import delta_rule, linear_attention, run
 from tests.levels.matrix.twins import CASES, F64, leaves, loop_delta_rule, loop_linear_attention
 
@@ -130,6 +130,9 @@ def test_says_where_a_number_for_each_channel_is_not_allowed() -> None:
         momentum(each)
     with pytest.raises(FieldError, match=r"titans: retention=.* is not allowed with memory=Mlp.*; give memory=Matrix"):
         titans(retention=Decay(each), memory=Mlp())
+    for level in (mesa, log_linear):
+        with pytest.raises(FieldError, match=r"retention=.* is not allowed: one share is kept of all; give a Gate"):
+            level(retention=Decay(each))
     with pytest.raises(FieldError, match=r"kda: retention=.* is not allowed with chunk=4; give chunk=1, or a Gate"):
         kda(chunk=4, fade="with")
     inputs = CASES["delta, channels"].inputs(2, 5)

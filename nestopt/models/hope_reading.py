@@ -56,7 +56,7 @@ def residual(
 ) -> tuple[Tensor, State]:
     """Read from write to write, each position taught once its target is known, by the residual stream's error."""
     continua = [block.mlp if block.mlp.taught else None for block in blocks_of(model)]
-    teaching = LossTeaching(tokens, state, continua, mask, read, "mlp", ahead)
+    teaching = LossTeaching(next_token.numbers_of(tokens), state, continua, mask, read, "mlp", ahead)
     if teaching.waiting:
         teaching.observe_carried(_signal(model, *teaching.waiting))
     for part in teaching.parts():
@@ -86,6 +86,7 @@ def exact(model: HopeLM, learn: Learn = True) -> ExactSignal | None:
         head=lambda hidden: _logits(model, hidden),
         mixers=lambda state: {name: part["mixer"] for name, part in state.items()},
         begin_at=lambda state, mixers: {name: {**part, "mixer": mixers[name]} for name, part in state.items()},
+        lift=lambda tokens: next_token.lifted(tokens, model.embedding),
         second_order=any(mlp.level.through in ("full", "truncated") for mlp in taught.values()),
     )
 

@@ -18,11 +18,7 @@ from torch import Tensor, nn
 from nestopt.core.associative import Gd
 from nestopt.core.device import by_contract, numbers_in
 from nestopt.core.level import Level
-from nestopt.core.precision import (
-    Precision,
-    check_precision,
-    check_products,
-)
+from nestopt.core.precision import Precision, check_precision, check_products
 from nestopt.core.token_batch import check_mask
 from nestopt.core.tree import State, tree_map
 from nestopt.levels.continuum.clock import Clocks, Phases, between_writes
@@ -56,6 +52,7 @@ class Stacked(nn.Module):
         signal: Literal["exact", "residual"] = "exact",
         bound: float | None = None,
         damping: float | None = None,
+        surprise: float = 0.0,
     ) -> None:
         super().__init__()
         self.signal: Literal["exact", "residual"] = signal
@@ -74,7 +71,7 @@ class Stacked(nn.Module):
             if teach == "local":
                 self.targets[str(i)] = nn.Parameter(torch.eye(family.width(pretrained), device=weight.device))
             target = self.targets[str(i)] if teach == "local" else None
-            clocks = Clocks({LEVEL: period}, writer, through=through)
+            clocks = Clocks({LEVEL: period}, writer, through=through, surprise=surprise)
             self._layers[i] = Layer(memory, self.rates[str(i)], clocks, target, precision, damping)
 
     @property
@@ -306,6 +303,7 @@ def stack(
     damping: float | None = 3.0,
     learner: Level | None = None,
     keep: float = 1.0,
+    surprise: float = 0.0,
     through: Literal["full", "first_order", "stop"] = "stop",
     family: Family | None = None,
     precision: Precision = "float32",
@@ -336,6 +334,8 @@ def stack(
             once a token (`nestopt.models.trained_mlp`). None: gradients are plain.
         learner: what is shown the gradients. Default `gd`.
         keep: what is left, at each write, of the way from the trained weights.
+        surprise: a token teaches an MLP only if its error there is, squared, at least so many times the mean of those
+            before it; 0: every token.
         through: how the outer gradient passes a write, if weights or rates are to be trained
             (`nestopt.levels.continuum.level`).
         family: where a model of another kind has its parts.
@@ -364,6 +364,8 @@ def stack(
         raise ValueError(f"stack: bound={bound} is not allowed; give a number above 0, 2 or less, or None for no bound")
     if damping is not None and not 0 < damping < math.inf:
         raise ValueError(f"stack: damping={damping} is not allowed; give a number above 0, or None for plain gradients")
+    if not 0 <= surprise < math.inf:
+        raise ValueError(f"stack: surprise={surprise} is not allowed; give a number, 0 or more")
     if teach == "loss" and rate and not family.has_head(pretrained):
         raise ValueError(
             f"stack: {type(pretrained).__name__} predicts no next token, so that no loss can teach it; give "
@@ -372,7 +374,9 @@ def stack(
     periods = _periods(levels, len(family.blocks(pretrained)))
     writer = LearnerStep(Gd() if learner is None else learner, normalized=False, keep=keep)
     held = {"bound": bound, "damping": damping} if exact else {}
-    return Stacked(pretrained, family, periods, rate, teach, writer, through, precision, signal, **held)
+    return Stacked(
+        pretrained, family, periods, rate, teach, writer, through, precision, signal, surprise=surprise, **held
+    )
 
 
 def _periods(levels: int | Sequence[int] | Mapping[int, int], depth: int) -> dict[int, int]:

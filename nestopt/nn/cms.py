@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -235,7 +236,7 @@ class CMS(nn.Module):
     def _gradients(
         self, x: Tensor, delta: Tensor | None, state: Mapping[str, Any], live: Tensor | None
     ) -> dict[str, LevelGradient]:
-        levels = self._levels(state)
+        levels = dataclasses.replace(self._levels(state), taught=self._clocks().taught(dict(state)))
         dtype = next(iter(levels.weights[0].values())).dtype
         if self.taught:
             assert delta is not None
@@ -315,4 +316,4 @@ class CMS(nn.Module):
     def _clocks(self) -> Clocks:
         level = self.level
         writer = LearnerStep(level.learner, level.is_normalized, level.keep)
-        return Clocks(level.chain(), writer, level.variant == "nested", level.through, level.last)
+        return Clocks(level.chain(), writer, level.variant == "nested", level.through, level.last, level.surprise)

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
 
-from nestopt.config import ModelConfig, as_saved
+from nestopt.config import ConfigError, ModelConfig, as_saved
 from nestopt.core.token_state import index
 from nestopt.core.tree import State
 from nestopt.models.build import build_model
@@ -40,7 +40,8 @@ class HopeConfig(PretrainedConfig):
         options: of any configuration, such as `bos_token_id`.
 
     Raises:
-        ConfigError: for a section that is not valid.
+        ConfigError: for a section that is not valid, one of its keys among the options, or an option that says other
+            than it, such as another `vocab_size`.
     """
 
     model_type = "nestopt_hope"
@@ -48,12 +49,16 @@ class HopeConfig(PretrainedConfig):
 
     def __init__(self, model: Mapping[str, Any] | None = None, **options: Any) -> None:
         section = ModelConfig(**(model or {}))
-        own = {"vocab_size", "tie_word_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads"}
+        own: dict[str, Any] = {"vocab_size": section.vocab, "tie_word_embeddings": section.tie}
+        own |= {"hidden_size": section.dim, "num_hidden_layers": section.blocks, "num_attention_heads": section.heads}
+        for key, value in options.items():
+            if key in ModelConfig.model_fields or value != own.get(key, value):
+                raise ConfigError.refuse(key, value, f"give it in model, such as {{'vocab': {section.vocab}}}")
         super().__init__(**{key: value for key, value in options.items() if key not in own})
         with as_saved():
             self.model = section.model_dump()
-        self.vocab_size, self.tie_word_embeddings = section.vocab, section.tie
-        self.hidden_size, self.num_hidden_layers, self.num_attention_heads = section.dim, section.blocks, section.heads
+        for key, value in own.items():
+            setattr(self, key, value)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -239,7 +244,8 @@ class HopePreTrainedModel(PreTrainedModel):
             if value is not None and name not in ("position_ids", *_NOT_KEPT):
                 raise TypeError(f"{owner}: {name}={value!r} is not an argument that it takes")
         for name in _NOT_KEPT:
-            if options.get(name, getattr(self.config, name, False)):
+            asked = options.get(name)
+            if getattr(self.config, name) if asked is None else asked:
                 raise ValueError(
                     f"{owner}: {name}=True is not allowed; what blocks give is not kept. HopeModel gives the last "
                     "hidden state"

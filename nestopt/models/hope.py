@@ -27,7 +27,7 @@ from nestopt.models.exact_signal import nothing_open
 from nestopt.models.loss_signal import TAUGHT, Read, nothing_carried
 from nestopt.models.segments import in_segments
 from nestopt.models.sleep import asleep
-from nestopt.nn.consolidate import Consolidation
+from nestopt.nn.consolidate import Consolidation, check_into
 from nestopt.nn.hope import HopeBlock, Learn, to_the_last, writes
 from nestopt.nn.rows import Rows
 
@@ -359,7 +359,10 @@ class HopeLM(nn.Module):
         Raises:
             ValueError: if no continuum learns in context, or with `into="state"` none has two levels.
         """
-        return asleep(self, state, tokens, into=into, steps=steps, lr=lr)
+        check_into(into)
+        next_token.check_tokens(tokens, "HopeLM")
+        now = fitted(state, self._shapes, tokens.shape[0], "HopeLM.consolidate")
+        return asleep(self, now, self.init_state(len(tokens)), tokens, into=into, steps=steps, lr=lr)
 
     @torch.no_grad()
     def generate(

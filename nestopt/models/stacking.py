@@ -56,7 +56,7 @@ class Stacked(nn.Module):
     ) -> None:
         super().__init__()
         self.signal: Literal["exact", "residual"] = signal
-        self._bound = bound
+        self._bound, self._through = bound, through
         self.pretrained, self.periods, self._family = pretrained, dict(periods), family
         self._blocks = family.blocks(pretrained)
         self.rates, self.targets = nn.ParameterDict(), nn.ParameterDict()
@@ -171,7 +171,7 @@ class Stacked(nn.Module):
         """Read as `HopeLM` does: from write to write, each position when its next token has come."""
         layers = list(self._layers.values())
         seen = Read.of(next(iter(state.values()))[LEVEL]["step"], state[TAUGHT])
-        with torch.set_grad_enabled(torch.is_grad_enabled() and layers[0].clocks.through != "stop"):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._through != "stop"):
             teaching = LossTeaching(tokens, state, layers, mask, seen, LEVEL)
             if teaching.waiting:
                 teaching.observe_carried(self._family.signal(self.pretrained, *teaching.waiting))
@@ -194,8 +194,7 @@ class Stacked(nn.Module):
             state["cache"] = tree_map(lambda x: x.narrow(-2 if x.ndim > 2 else -1, 0, 0), as_pairs(first.tensors()))
         else:
             state["cache"] = {}
-        passes = self._layers and next(iter(self._layers.values())).clocks.through != "stop"
-        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(passes)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._through != "stop"):
             hidden, state = self._exact(closes=not cache).run(tokens, state, mask)
             own = state.pop("cache")
             out = self._family.head(self.pretrained, hidden)
@@ -212,15 +211,14 @@ class Stacked(nn.Module):
             own = [inputs[i] for i in self._layers]
             return Passed(hidden, own, outputs or [], {**state, "cache": as_pairs(context.tensors())})
 
-        layers = list(self._layers.values())
         return ExactSignal(
-            continua={f"block_{n}": layer for n, layer in enumerate(layers)},
+            continua={f"block_{n}": layer for n, layer in enumerate(self._layers.values())},
             key=LEVEL,
             read=read,
             head=partial(self._family.head, self.pretrained),
             mixers=lambda state: cast(State, state["cache"]),
             begin_at=lambda state, mixers: {**state, "cache": mixers},
-            second_order=layers[0].clocks.through == "full",
+            second_order=self._through == "full",
             bound=self._bound,
             closes=closes,
         )

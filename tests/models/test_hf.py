@@ -217,6 +217,10 @@ def test_what_a_checkpoint_lacks_is_not_made_up(tmp_path: Path) -> None:
 def test_a_config_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="mixerz"):
         HopeConfig({"mixerz": "attention"})
+    for wrong in ({"dim": 8}, {"vocab_size": 32}, {"mixers": ["deltanet"]}):
+        with pytest.raises(ConfigError, match=r"is not allowed; give it in model, such as {'vocab': 256}"):
+            HopeConfig(**wrong)
+    assert HopeConfig(SMALL, vocab_size=40).vocab_size == 40
     HopeConfig({**SMALL, **MODELS["hope"]}).save_pretrained(tmp_path)
     data = json.loads((tmp_path / "config.json").read_text())
     assert data["model"]["mixer"]["level"] == "self_modifying"

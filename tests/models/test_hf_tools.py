@@ -143,8 +143,9 @@ def test_what_is_not_kept_is_refused() -> None:
     with pytest.raises(ValueError, match="output_hidden_states=True"):
         model.generate(x, max_new_tokens=2, output_hidden_states=True, return_dict_in_generate=True)
     model.config.output_hidden_states = True
-    with pytest.raises(ValueError, match="output_hidden_states=True"):
-        model(x)
+    for given in ({}, {"output_hidden_states": None}):
+        with pytest.raises(ValueError, match="output_hidden_states=True"):
+            model(x, **given)
     with pytest.raises(TypeError, match="HopeForCausalLM: token_type_ids=1 is not an argument that it takes"):
         make("deltanet")(x, token_type_ids=1)
 

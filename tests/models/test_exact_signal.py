@@ -154,6 +154,12 @@ def test_any_pieces_are_the_whole(name: str, cuts: list[int]) -> None:
     check_pieces(make(**MODELS[name], mlp=taught((4, 6))), cuts)
 
 
+def test_only_what_surprises_in_any_pieces() -> None:
+    check_pieces(make(mlp=taught((4, 6), surprise=0.7)), [5, 6, 11])
+    every, some_of_it = make(mlp=taught((4, 6))), make(mlp=taught((4, 6), surprise=0.7))
+    assert not torch.isclose(every(some())[0][:, 8:], some_of_it(some())[0][:, 8:]).any()
+
+
 @pytest.mark.parametrize("name", SLOWLY)
 def test_causal_and_each_sequence_by_itself(name: str) -> None:
     check_causal_and_alone(make(**MODELS[name]))

@@ -142,6 +142,7 @@ MODELS = {
     "both": {"mixers": [SelfModifying(chunk=2, projection_chunk=4), attention()]},
     "local": {"mlp": taught((3, 5), teach="local")},
     "the last": {"mlps": [cms(), taught((3, 5))]},
+    "surprised": {"mlp": taught((3, 5), surprise=0.5)},
 }
 
 

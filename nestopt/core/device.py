@@ -29,6 +29,7 @@ EXCEPTIONS = {
     "agree": "several processes agree at each training step whether to stop and on the time where that ends the run, "
     "and at the first on whether the layers of dgd have seen any rows",
     "attn_mask": "an attn_mask on the device, without is_causal=True, is compared with the causal one",
+    "embeddings": "embeddings given to a continuum that learns from next tokens: whose they are is looked up",
     "eigh": "torch.linalg.eigh checks its result on the host: the matrix roots of shampoo and matrix_adagrad",
     "finite": "on_nonfinite='skip' or 'raise' decides on the host whether a step is taken",
     "pretrained": "a model of another library does in its own forward what it does",

@@ -8,7 +8,7 @@ from nestopt.models.stacking import Stacked, stack
 
 __all__ = ["HopeLM", "Stacked", "build_model", "stack"]
 
-_HUGGING_FACE = ("HopeConfig", "HopeForCausalLM")
+_HUGGING_FACE = ("HopeConfig", "HopeForCausalLM", "HopeModel", "byte_tokenizer")
 """Those that need the extra `hf`, and so are imported when they are asked for (`nestopt.models.hf`)."""
 
 

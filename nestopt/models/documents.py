@@ -93,7 +93,7 @@ def run_documents(
     """Run each piece by itself.
 
     Args:
-        tokens: `[B, T]`.
+        tokens: `[B, T]`, or embeddings `[B, T, dim]`.
         pieces: of them.
         state: of the rows; None where all begin anew.
         run: runs some sequences.
@@ -104,7 +104,7 @@ def run_documents(
     Returns:
         `[B, T, dim]`, zeros at padding, and the state of each row's last document; of rows without tokens, as it was.
     """
-    batch, length = tokens.shape
+    batch, length = tokens.shape[:2]
     device, last = tokens.device, pieces.last
     found, where, states, rows = [], [], [], []
     for group in _groups(pieces, length, lockstep):
@@ -119,7 +119,7 @@ def run_documents(
             assert state is not None
             own = index(state, pieces.row[group.pieces])
         mask = None if bool(inside.all()) and not lockstep else upload(inside, device)
-        x, new = run(tokens.flatten()[taken], own, mask)
+        x, new = run(tokens.flatten(0, 1)[taken], own, mask)
         places = inside.flatten().nonzero()[:, 0]
         found.append(x.flatten(0, 1)[upload(places, device)])
         where.append(pieces.token[at.flatten()[places]])

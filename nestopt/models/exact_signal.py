@@ -27,6 +27,7 @@ from nestopt.core.token_state import cat, index
 from nestopt.core.tree import State, tree_map
 from nestopt.levels.continuum.clock import TokenCounts, between_writes
 from nestopt.levels.continuum.scan import LevelGradient
+from nestopt.models import next_token
 from nestopt.models.loss_signal import TAUGHT, Continuum
 from nestopt.nn.rows import Rows
 
@@ -102,6 +103,7 @@ class ExactSignal:
         head: logits of the residual stream.
         mixers: of a state, that of what mixes tokens.
         begin_at: puts mixers' states in the place of a state's own.
+        lift: of numbers of tokens, what else `read` takes for tokens: these with their embeddings before them.
         second_order: whether an outer gradient passes the signal.
         bound: κ; None for none. Continua are `Bounded` then.
         closes: whether a segment is over where the call ends: then nothing of it is carried on, and the last position
@@ -115,6 +117,7 @@ class ExactSignal:
     mixers: Callable[[State], State]
     begin_at: Callable[[State, State], State]
     second_order: bool
+    lift: Callable[[Tensor], Tensor] | None = None
     bound: float | None = None
     closes: bool = False
 
@@ -131,9 +134,10 @@ class ExactSignal:
         """
         outer = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(outer):  # autograd can save no tensor of inference
-            tokens, state = _normal(tokens).long(), tree_map(_normal, state)
+            tokens, state = _normal(tokens), tree_map(_normal, state)
+            tokens = tokens.long() if tokens.ndim == 2 else tokens
             mask = None if mask is None else _normal(mask)
-            batch, length = tokens.shape
+            batch, length = tokens.shape[:2]
             counts = [length] * batch if mask is None else _each(mask.sum(1), batch)
             steps = _each(state[next(iter(self.continua))][self.key]["step"], batch)
             groups: dict[tuple[int, int], list[int]] = {}
@@ -156,24 +160,28 @@ class ExactSignal:
     ) -> tuple[Tensor, State]:
         """Read rows that have all learned from `step` tokens, and have read `held` of a segment that is not over."""
         carried, state = state[TAUGHT], {name: part for name, part in state.items() if name != TAUGHT}
-        length, until = tokens.shape[1], min(one.until_write([step]) for one in self.continua.values())
+        numbers, length = next_token.numbers_of(tokens), tokens.shape[1]
+        until = min(one.until_write([step]) for one in self.continua.values())
         start = carried["start"] if held else self.mixers(state)
         if not self.closes and held + max(counts) <= until:  # nothing is over
             passed = self.read(tokens, state, mask, False)
-            return passed.hidden, {**passed.state, TAUGHT: self._longer(carried, tokens, mask, counts, held, start)}
+            return passed.hidden, {**passed.state, TAUGHT: self._longer(carried, numbers, mask, counts, held, start)}
         found: list[Tensor] = []
         ends = _Ends(self.width, len(tokens))
-        after = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1)
+        after = torch.cat([numbers[:, 1:], numbers[:, :1]], dim=1)
         first = until - held if held and not self.closes else 0
         if first:
             passed = self.read(tokens[:, :first], state, None if mask is None else mask[:, :first], False)
             found.append(passed.hidden)
             state = passed.state
         if held:
-            segment = torch.cat([carried["tokens"][:, :held], tokens[:, :first]], dim=1)
+            before = carried["tokens"][:, :held]
+            segment = torch.cat([before, numbers[:, :first]], dim=1)
+            lift = None if tokens.ndim == 2 else self.lift
+            again = segment if lift is None else torch.cat([lift(before), tokens[:, :first]], dim=1)
             live = None if mask is None else F.pad(mask[:, :first], (held, 0), value=True)
-            passed = self._read(segment, self.begin_at(state, start), live, True)
-            targets = torch.cat([segment[:, 1:], tokens[:, first : first + 1]], dim=1)
+            passed = self._read(again, self.begin_at(state, start), live, True)
+            targets = torch.cat([segment[:, 1:], numbers[:, first : first + 1]], dim=1)
             if self.closes:
                 told = torch.ones_like(segment, dtype=torch.bool).index_fill(
                     1, upload([held - 1], segment.device), False
@@ -187,15 +195,15 @@ class ExactSignal:
                 state = self._taught(passed, state, targets, learn, learn, [step], length - 1 - first + ahead)
             step += held + first
         elif not self.closes:
-            ends.add([row for row, n in enumerate(counts) if n == 0], tokens[:, :0], counts, start)
+            ends.add([row for row, n in enumerate(counts) if n == 0], numbers[:, :0], counts, start)
         for part, phases in between_writes(length - first, [step], self.continua.values()):
             a, b = part.start + first, part.stop + first
-            own, masked = tokens[:, a:b], None if mask is None else mask[:, a:b]
+            own, masked = numbers[:, a:b], None if mask is None else mask[:, a:b]
             if not self.closes:
                 rest = [n - a for n in counts]
                 ends.add([row for row, n in enumerate(rest) if 0 < n <= b - a], own, rest, self.mixers(state))
             learns = self.closes or max(counts) > b
-            passed = self._read(own, state, masked, learns)
+            passed = self._read(tokens[:, a:b], state, masked, learns)
             found.append(passed.hidden if torch.is_grad_enabled() else passed.hidden.detach())
             state = passed.state
             if learns:

@@ -27,7 +27,7 @@ from nestopt.models.exact_signal import nothing_open
 from nestopt.models.loss_signal import TAUGHT, Read, nothing_carried
 from nestopt.models.segments import in_segments
 from nestopt.models.sleep import asleep
-from nestopt.nn.consolidate import Consolidation
+from nestopt.nn.consolidate import Consolidation, check_into
 from nestopt.nn.hope import HopeBlock, Learn, to_the_last, writes
 from nestopt.nn.rows import Rows
 
@@ -168,7 +168,7 @@ class HopeLM(nn.Module):
         """Read tokens `[B, T]`, T >= 1, of any integer dtype: logits `[B, T, vocab]` of the tokens after each.
 
         Args:
-            tokens: 0 … vocab - 1.
+            tokens: 0 … vocab - 1; or embeddings `[B, T, dim]`: of tokens, where a continuum is to learn from next ones.
             state: from a former call, to go on with its sequences; None begins new ones.
             mask: `[B, T]`, True for tokens, False for padding, wherever it is: a row's tokens are read as if they were
                 neighbours. Logits at padding mean nothing.
@@ -201,14 +201,16 @@ class HopeLM(nn.Module):
         targets: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """The residual stream after the last block, `[B, T, dim]`, and the state: `forward` but for norm and head."""
-        next_token.check_tokens(tokens, "HopeLM")
+        next_token.check_tokens(tokens, "HopeLM", self.embedding.embedding_dim)
         check_products(self.precision, self.embedding.weight.device, self.embedding.weight.dtype, "HopeLM")
         batch = tokens.shape[0]
         now = None if state is None else fitted(state, self._shapes, batch, "HopeLM")
         if mask is not None:
-            check_mask(mask, *tokens.shape)
+            check_mask(mask, *tokens.shape[:2])
+        taught = self._taught and writes(learn, "mlp")
+        if taught and tokens.ndim == 3:
+            tokens = next_token.numbered(tokens, mask, self.embedding, "HopeLM")
         if targets is not None:
-            taught = self._taught and writes(learn, "mlp")
             if taught and hope_reading.exact(self):
                 raise ValueError(
                     "HopeLM: targets are given, and signal='exact' is of next tokens; give signal='residual'"
@@ -225,8 +227,9 @@ class HopeLM(nn.Module):
             now = now if pieces.goes_on.all() else None
         rows = None if mask is None else Rows.of(mask)
         if rows is not None:
-            tokens, mask = rows.moved(tokens[..., None])[..., 0], rows.front
-            targets = None if targets is None else rows.moved(targets.view(*tokens.shape, -1)).view_as(targets)
+            tokens = rows.moved(tokens) if tokens.ndim == 3 else rows.moved(tokens[..., None])[..., 0]
+            mask = rows.front
+            targets = None if targets is None else rows.moved(targets.view(*mask.shape, -1)).view_as(targets)
         x, now = self._sequences(tokens, now, mask, learn, targets)
         return (x if rows is None else rows.back(x)), now
 
@@ -359,7 +362,10 @@ class HopeLM(nn.Module):
         Raises:
             ValueError: if no continuum learns in context, or with `into="state"` none has two levels.
         """
-        return asleep(self, state, tokens, into=into, steps=steps, lr=lr)
+        check_into(into)
+        next_token.check_tokens(tokens, "HopeLM")
+        now = fitted(state, self._shapes, tokens.shape[0], "HopeLM.consolidate")
+        return asleep(self, now, self.init_state(len(tokens)), tokens, into=into, steps=steps, lr=lr)
 
     @torch.no_grad()
     def generate(

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Protocol, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nestopt.core.device import no_autocast
-from nestopt.core.precision import matmul, products_in
+from nestopt.core.precision import Precision, matmul, products_in
 from nestopt.core.tree import State
 from nestopt.models import next_token
 from nestopt.models.exact_signal import ExactSignal, Passed
 from nestopt.models.loss_signal import LossTeaching, Read, teach_signal
 from nestopt.nn.hope import HopeBlock, Learn, writes
 
-if TYPE_CHECKING:
-    from nestopt.models.hope import HopeLM
+
+class Model(Protocol):
+    """What is read of a language model: a `HopeLM` is one."""
+
+    embedding: nn.Embedding
+    blocks: nn.ModuleList
+    norm: nn.RMSNorm
+    head: nn.Linear
+    precision: Precision
 
 
-def blocks_of(model: HopeLM) -> list[HopeBlock]:
+def blocks_of(model: Model) -> list[HopeBlock]:
     """Return its blocks, from the first."""
     return cast(list[HopeBlock], list(model.blocks))  # a ModuleList forgets of what it is
 
 
 def through(
-    model: HopeLM, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn, outputs: list[Tensor] | None = None
+    model: Model, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn, outputs: list[Tensor] | None = None
 ) -> tuple[Tensor, list[Tensor], State]:
     """Run all blocks on tokens of which none crosses a write of a continuum that is taught.
 
@@ -52,11 +59,11 @@ def through(
 
 
 def residual(
-    model: HopeLM, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn, read: Read, ahead: int
+    model: Model, tokens: Tensor, state: State, mask: Tensor | None, learn: Learn, read: Read, ahead: int
 ) -> tuple[Tensor, State]:
     """Read from write to write, each position taught once its target is known, by the residual stream's error."""
     continua = [block.mlp if block.mlp.taught else None for block in blocks_of(model)]
-    teaching = LossTeaching(tokens, state, continua, mask, read, "mlp", ahead)
+    teaching = LossTeaching(next_token.numbers_of(tokens), state, continua, mask, read, "mlp", ahead)
     if teaching.waiting:
         teaching.observe_carried(_signal(model, *teaching.waiting))
     for part in teaching.parts():
@@ -67,7 +74,7 @@ def residual(
     return teaching.end()
 
 
-def exact(model: HopeLM, learn: Learn = True) -> ExactSignal | None:
+def exact(model: Model, learn: Learn = True) -> ExactSignal | None:
     """Return how a model reads whose continua are taught the gradient of its loss; None where they are not."""
     taught = {f"block_{i}": block.mlp for i, block in enumerate(blocks_of(model)) if block.mlp.taught}
     if not any(mlp.level.signal == "exact" for mlp in taught.values()):
@@ -86,17 +93,24 @@ def exact(model: HopeLM, learn: Learn = True) -> ExactSignal | None:
         head=lambda hidden: _logits(model, hidden),
         mixers=lambda state: {name: part["mixer"] for name, part in state.items()},
         begin_at=lambda state, mixers: {name: {**part, "mixer": mixers[name]} for name, part in state.items()},
+        lift=lambda tokens: next_token.lifted(tokens, model.embedding),
         second_order=any(mlp.level.through in ("full", "truncated") for mlp in taught.values()),
     )
 
 
-def _logits(model: HopeLM, hidden: Tensor) -> Tensor:
+@contextmanager
+def _products(model: Model, hidden: Tensor) -> Iterator[None]:
+    """Run a model's head in its precision; in float32 as the caller's autocast has it."""
     autocast = nullcontext() if model.precision == "float32" else no_autocast(hidden.device)
     with autocast, products_in(model.precision):
+        yield
+
+
+def _logits(model: Model, hidden: Tensor) -> Tensor:
+    with _products(model, hidden):
         return matmul(model.norm(hidden), model.head.weight.mT)
 
 
-def _signal(model: HopeLM, hidden: Tensor, targets: Tensor) -> Tensor:
-    autocast = nullcontext() if model.precision == "float32" else no_autocast(hidden.device)
-    with autocast, products_in(model.precision):
+def _signal(model: Model, hidden: Tensor, targets: Tensor) -> Tensor:
+    with _products(model, hidden):
         return teach_signal(hidden, targets, model.norm, model.head)

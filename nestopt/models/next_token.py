@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nestopt.core.device import upload
+from nestopt.core.device import by_contract, upload
 
 NOT_COUNTED = -100
 """A target whose loss is not counted; of targets `[B, T, vocab]`, all of a position's."""
 
 
-def check_tokens(tokens: Tensor, owner: str) -> None:
-    """Raise TypeError or ValueError unless tokens are integers `[batch, tokens]`, one or more of each."""
+def check_tokens(tokens: Tensor, owner: str, dim: int | None = None) -> None:
+    """Raise TypeError or ValueError unless tokens are integers `[batch, tokens]`, one or more of each.
+
+    With `dim` they may also be embeddings, floating-point numbers `[batch, tokens, dim]`.
+    """
+    if dim is not None and tokens.ndim == 3 and tokens.is_floating_point():
+        if tokens.shape[-1] != dim or tokens.numel() == 0:
+            raise ValueError(
+                f"{owner}: embeddings have the shape {list(tokens.shape)}; give [batch, tokens, {dim}], one or more of "
+                "each"
+            )
+        return
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise TypeError(f"{owner}: tokens are {tokens.dtype}; they must be integers")
     if tokens.ndim != 2 or tokens.numel() == 0:
@@ -27,10 +38,10 @@ def check_tokens(tokens: Tensor, owner: str) -> None:
 
 def check_starts(starts: Tensor, tokens: Tensor, owner: str) -> None:
     """Raise ValueError unless `starts` is a bool for each token."""
-    if starts.dtype != torch.bool or starts.shape != tokens.shape:
+    if starts.dtype != torch.bool or starts.shape != tokens.shape[:2]:
         raise ValueError(
-            f"{owner}: starts is {starts.dtype} {list(starts.shape)}; it must be bool {list(tokens.shape)}: True where "
-            "a document begins"
+            f"{owner}: starts is {starts.dtype} {list(starts.shape)}; it must be bool {list(tokens.shape[:2])}: True "
+            "where a document begins"
         )
 
 
@@ -54,7 +65,7 @@ def checked_targets(targets: Tensor, tokens: Tensor, vocab: int, starts: Tensor 
     Raises:
         ValueError: for others, or for `starts`: an MLP that is taught by targets reads rows of one text.
     """
-    shape, allowed = list(targets.shape), (list(tokens.shape), [*tokens.shape, vocab])
+    shape, allowed = list(targets.shape), (list(tokens.shape[:2]), [*tokens.shape[:2], vocab])
     if shape not in allowed or (targets.ndim == 2 and targets.is_floating_point()):
         raise ValueError(
             f"HopeLM: targets are {targets.dtype} {shape}; give classes, integers {allowed[0]}, or 1 for each of the "
@@ -72,7 +83,9 @@ def _signed(targets: Tensor) -> Tensor:
 
 
 def embedded(embedding: nn.Embedding, tokens: Tensor, owner: str) -> Tensor:
-    """Embed tokens; those that are out of range are named on a CPU (an accelerator, which is not waited for, stops)."""
+    """Embed tokens, unless they are; those out of range are named on a CPU (an accelerator, not waited for, stops)."""
+    if tokens.ndim == 3:
+        return tokens[..., : embedding.embedding_dim].to(embedding.weight.dtype)
     if torch.compiler.is_compiling():
         return embedding(tokens.long())
     try:
@@ -82,6 +95,44 @@ def embedded(embedding: nn.Embedding, tokens: Tensor, owner: str) -> Tensor:
         raise ValueError(
             f"{owner}: tokens from {low} to {high} are given; they must be from 0 to {embedding.num_embeddings - 1}"
         ) from None
+
+
+def numbered(embeddings: Tensor, mask: Tensor | None, embedding: nn.Embedding, owner: str) -> Tensor:
+    """Return embeddings `[B, T, dim]` with the numbers of their tokens behind them, `[B, T, dim + 1]`.
+
+    Raises:
+        ValueError: one that the mask `[B, T]` does not call padding is no token's; waits for the device to know.
+    """
+    weight = embedding.weight.detach()
+    found = []
+    for piece in embeddings.detach().to(weight.dtype).split(1024, dim=1):
+        near = (2 * piece @ weight.mT - weight.square().sum(-1)).argmax(-1)
+        found.append(torch.where((weight[near] == piece).all(-1), near, -1))
+    numbers = torch.cat(found, dim=1)
+    numbers = numbers if mask is None else torch.where(mask, numbers, 0)
+    with by_contract("embeddings") if numbers.device.type != "cpu" else nullcontext():
+        strange = bool((numbers < 0).any())
+    if strange:
+        raise ValueError(
+            f"{owner}: embeddings are given of which some are no token's, and mlps learn from next tokens; give those "
+            'of tokens, or learn="mixer"'
+        )
+    return _with_numbers(embeddings, numbers)
+
+
+def lifted(tokens: Tensor, embedding: nn.Embedding) -> Tensor:
+    """Return what `numbered` does, of tokens `[B, T]`."""
+    return _with_numbers(embedding(tokens), tokens)
+
+
+def _with_numbers(embeddings: Tensor, numbers: Tensor) -> Tensor:
+    wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))  # so that it holds a number exactly
+    return torch.cat([wide, numbers[..., None].to(wide.dtype)], dim=-1)
+
+
+def numbers_of(tokens: Tensor) -> Tensor:
+    """Return the numbers `[B, T]` of tokens, given as such or as `numbered` gives them."""
+    return tokens if tokens.ndim == 2 else tokens[..., -1].long()
 
 
 def next_tokens(tokens: Tensor, mask: Tensor | None, starts: Tensor | None) -> Tensor:

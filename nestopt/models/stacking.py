@@ -18,11 +18,7 @@ from torch import Tensor, nn
 from nestopt.core.associative import Gd
 from nestopt.core.device import by_contract, numbers_in
 from nestopt.core.level import Level
-from nestopt.core.precision import (
-    Precision,
-    check_precision,
-    check_products,
-)
+from nestopt.core.precision import Precision, check_precision, check_products
 from nestopt.core.token_batch import check_mask
 from nestopt.core.tree import State, tree_map
 from nestopt.levels.continuum.clock import Clocks, Phases, between_writes
@@ -56,10 +52,11 @@ class Stacked(nn.Module):
         signal: Literal["exact", "residual"] = "exact",
         bound: float | None = None,
         damping: float | None = None,
+        surprise: float = 0.0,
     ) -> None:
         super().__init__()
         self.signal: Literal["exact", "residual"] = signal
-        self._bound = bound
+        self._bound, self._through = bound, through
         self.pretrained, self.periods, self._family = pretrained, dict(periods), family
         self._blocks = family.blocks(pretrained)
         self.rates, self.targets = nn.ParameterDict(), nn.ParameterDict()
@@ -74,7 +71,7 @@ class Stacked(nn.Module):
             if teach == "local":
                 self.targets[str(i)] = nn.Parameter(torch.eye(family.width(pretrained), device=weight.device))
             target = self.targets[str(i)] if teach == "local" else None
-            clocks = Clocks({LEVEL: period}, writer, through=through)
+            clocks = Clocks({LEVEL: period}, writer, through=through, surprise=surprise)
             self._layers[i] = Layer(memory, self.rates[str(i)], clocks, target, precision, damping)
 
     @property
@@ -174,7 +171,7 @@ class Stacked(nn.Module):
         """Read as `HopeLM` does: from write to write, each position when its next token has come."""
         layers = list(self._layers.values())
         seen = Read.of(next(iter(state.values()))[LEVEL]["step"], state[TAUGHT])
-        with torch.set_grad_enabled(torch.is_grad_enabled() and layers[0].clocks.through != "stop"):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._through != "stop"):
             teaching = LossTeaching(tokens, state, layers, mask, seen, LEVEL)
             if teaching.waiting:
                 teaching.observe_carried(self._family.signal(self.pretrained, *teaching.waiting))
@@ -197,8 +194,7 @@ class Stacked(nn.Module):
             state["cache"] = tree_map(lambda x: x.narrow(-2 if x.ndim > 2 else -1, 0, 0), as_pairs(first.tensors()))
         else:
             state["cache"] = {}
-        passes = self._layers and next(iter(self._layers.values())).clocks.through != "stop"
-        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(passes)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._through != "stop"):
             hidden, state = self._exact(closes=not cache).run(tokens, state, mask)
             own = state.pop("cache")
             out = self._family.head(self.pretrained, hidden)
@@ -215,15 +211,14 @@ class Stacked(nn.Module):
             own = [inputs[i] for i in self._layers]
             return Passed(hidden, own, outputs or [], {**state, "cache": as_pairs(context.tensors())})
 
-        layers = list(self._layers.values())
         return ExactSignal(
-            continua={f"block_{n}": layer for n, layer in enumerate(layers)},
+            continua={f"block_{n}": layer for n, layer in enumerate(self._layers.values())},
             key=LEVEL,
             read=read,
             head=partial(self._family.head, self.pretrained),
             mixers=lambda state: cast(State, state["cache"]),
             begin_at=lambda state, mixers: {**state, "cache": mixers},
-            second_order=layers[0].clocks.through == "full",
+            second_order=self._through == "full",
             bound=self._bound,
             closes=closes,
         )
@@ -306,6 +301,7 @@ def stack(
     damping: float | None = 3.0,
     learner: Level | None = None,
     keep: float = 1.0,
+    surprise: float = 0.0,
     through: Literal["full", "first_order", "stop"] = "stop",
     family: Family | None = None,
     precision: Precision = "float32",
@@ -336,6 +332,8 @@ def stack(
             once a token (`nestopt.models.trained_mlp`). None: gradients are plain.
         learner: what is shown the gradients. Default `gd`.
         keep: what is left, at each write, of the way from the trained weights.
+        surprise: a token teaches an MLP only if its error there is, squared, at least so many times the mean of those
+            before it; 0: every token.
         through: how the outer gradient passes a write, if weights or rates are to be trained
             (`nestopt.levels.continuum.level`).
         family: where a model of another kind has its parts.
@@ -364,6 +362,8 @@ def stack(
         raise ValueError(f"stack: bound={bound} is not allowed; give a number above 0, 2 or less, or None for no bound")
     if damping is not None and not 0 < damping < math.inf:
         raise ValueError(f"stack: damping={damping} is not allowed; give a number above 0, or None for plain gradients")
+    if not 0 <= surprise < math.inf:
+        raise ValueError(f"stack: surprise={surprise} is not allowed; give a number, 0 or more")
     if teach == "loss" and rate and not family.has_head(pretrained):
         raise ValueError(
             f"stack: {type(pretrained).__name__} predicts no next token, so that no loss can teach it; give "
@@ -372,7 +372,9 @@ def stack(
     periods = _periods(levels, len(family.blocks(pretrained)))
     writer = LearnerStep(Gd() if learner is None else learner, normalized=False, keep=keep)
     held = {"bound": bound, "damping": damping} if exact else {}
-    return Stacked(pretrained, family, periods, rate, teach, writer, through, precision, signal, **held)
+    return Stacked(
+        pretrained, family, periods, rate, teach, writer, through, precision, signal, surprise=surprise, **held
+    )
 
 
 def _periods(levels: int | Sequence[int] | Mapping[int, int], depth: int) -> dict[int, int]:

@@ -17,7 +17,7 @@ from nestopt.core.precision import EveryProduct, Precision, current, matmul, pro
 from nestopt.core.tree import State
 from nestopt.levels.continuum.clock import Clocks, Phases, TokenCounts
 from nestopt.levels.continuum.memory import each_row, is_shared, linearize, read
-from nestopt.levels.continuum.scan import LevelGradient
+from nestopt.levels.continuum.scan import LevelGradient, squares
 
 LEVEL = "mlp"
 """The name of the only level of each layer's clocks."""
@@ -154,11 +154,15 @@ class Layer:
                 error = at.y - matmul(x, self.target.to(dtype).mT)
             if live is not None:
                 error = torch.where(live[..., None], error, 0)
+            surprise = squares(error).sum(1)
+            if taught := self.clocks.taught(state):
+                live = taught[0].only(error, live)
+                error = torch.where(live[..., None], error, 0)
             plain = at.gradient(error)
             shown = plain if self.damping is None else self._damped(plain, weights, x, live, self.damping)
-        none = error.new_zeros(len(error))
         products = [(g.detach() * plain[name].detach()).flatten(1).sum(1) for name, g in shown.items()]
-        return LevelGradient(shown, none, none), self.rate.detach().exp() * torch.stack(products).sum(0)
+        foreseen = self.rate.detach().exp() * torch.stack(products).sum(0)
+        return LevelGradient(shown, torch.zeros_like(surprise), surprise), foreseen
 
     def _damped(self, plain: Theta, weights: Theta, x: Tensor, live: Tensor | None, damping: float) -> Theta:
         """Return the gradients `[B, ...]` of linear layers as the class says, others as they are."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from nestopt.levels.continuum.level import Auto, Cms
 from nestopt.levels.continuum.scan import LevelGradient, Levels, answers, taught_by_loss, taught_locally
 from nestopt.levels.continuum.write import LearnerStep
 from nestopt.nn.rows import Rows
+
+BESIDE = ("share", "rate", "target")
+"""Parameters of a block beside its memory's weights."""
 
 
 class Block(Periodic, nn.Module):
@@ -44,6 +48,10 @@ class Block(Periodic, nn.Module):
     def weights(self) -> Theta:
         """Return the memory's own, by name."""
         return {name: getattr(self, name) for name in self.names}
+
+    def forward(self, _: None = None) -> dict[str, Tensor]:
+        """Return all parameters by name: a layer of peft in its place gives, by this call, those that it adapts."""
+        return {name: getattr(self, name) for name in [*self.names, *BESIDE] if hasattr(self, name)}
 
     def extra_repr(self) -> str:
         return f"{self.memory}, period={self.period}"
@@ -78,16 +86,16 @@ class CMS(nn.Module):
         check_precision(precision, "CMS")
         self.precision: Precision = precision
         self.dim, self.level = dim, Cms() if level is None else level
-        memory, weights = self.level.block(dim), self.level.learned_start(dim, dim)
+        self._memory, weights = self.level.block(dim), self.level.learned_start(dim, dim)
         if not weights:
-            raise ValueError(f"CMS: memory={memory!r} has no weights that a layer could learn; give mlp()")
+            raise ValueError(f"CMS: memory={self._memory!r} has no weights that a layer could learn; give mlp()")
         self.levels = nn.ModuleDict()
         for name, period in self.level.chain().items():
             own = {key.removeprefix(f"{name}."): w for key, w in weights.items() if key.startswith(f"{name}.")}
             steps = period if self.level.learn == "static" and isinstance(period, int) else 1
-            self.levels[name] = Block(memory, own, steps * self.level.period)
+            self.levels[name] = Block(self._memory, own, steps * self.level.period)
         if self.learns:
-            self._begin_learning(memory)
+            self._begin_learning(self._memory)
         self._shapes = shapes_of(self.init_state(1))
 
     def _begin_learning(self, memory: Memory) -> None:
@@ -222,19 +230,19 @@ class CMS(nn.Module):
         graph = torch.set_grad_enabled(torch.is_grad_enabled() and not constant)
         with graph, self._autocast(x), products_in(self.precision):
             gradients = self._gradients(x, delta, state, live)
-        rates = {name: cast(Tensor, block.rate).exp()[0] for name, block in self._blocks().items()}
+        rates = {name: own["rate"].exp()[0] for name, own in self._given().items()}
         return clocks.after(dict(state), gradients, seen, self._starts(), rates)
 
     def _gradients(
         self, x: Tensor, delta: Tensor | None, state: Mapping[str, Any], live: Tensor | None
     ) -> dict[str, LevelGradient]:
-        levels = self._levels(state)
+        levels = dataclasses.replace(self._levels(state), taught=self._clocks().taught(dict(state)))
         dtype = next(iter(levels.weights[0].values())).dtype
         if self.taught:
             assert delta is not None
             found = taught_by_loss(levels, x.to(dtype), delta.to(dtype), live)
         else:
-            targets = [cast(Tensor, block.target).to(dtype) for block in self._blocks().values()]
+            targets = [own["target"].to(dtype) for own in self._given().values()]
             found = taught_locally(levels, x.to(dtype), targets, live)
         return dict(zip(self.levels, found, strict=True))
 
@@ -275,28 +283,37 @@ class CMS(nn.Module):
     def _blocks(self) -> dict[str, Block]:
         return dict(self.levels.items())  # type: ignore[arg-type]  # a ModuleDict forgets of what it is
 
+    def _given(self) -> dict[str, dict[str, Tensor]]:
+        """Return those of each level by name, as whatever stands in a block's place gives them."""
+        levels = self.levels.items()
+        return {name: block.forward() if isinstance(block, Block) else block(None) for name, block in levels}
+
+    def _weights(self) -> dict[str, Theta]:
+        """Return each memory's own, by name."""
+        found = self._given().items()
+        return {name: {key: w for key, w in own.items() if key not in BESIDE} for name, own in found}
+
     def _starts(self) -> dict[str, Theta]:
         """Return where each level's weights start, at the precision of a state."""
         return {
-            name: {key: w.to(torch.promote_types(w.dtype, torch.float32)) for key, w in block.weights().items()}
-            for name, block in self._blocks().items()
+            name: {key: w.to(torch.promote_types(w.dtype, torch.float32)) for key, w in weights.items()}
+            for name, weights in self._weights().items()
         }
 
     def _levels(self, state: Mapping[str, Any] | None) -> Levels:
-        blocks, one = self._blocks(), next(self.parameters())
+        one = next(self.parameters())
         check_products(self.precision, one.device, one.dtype, "CMS")
         if state:
-            weights: Sequence[Theta] = [state["levels"][name]["weights"] for name in blocks]
+            weights: Sequence[Theta] = [state["levels"][name]["weights"] for name in self.levels]
         elif self.learns:
             weights = [{key: w[None] for key, w in start.items()} for start in self._starts().values()]
         else:
-            weights = [{key: w[None] for key, w in block.weights().items()} for block in blocks.values()]
-        first = next(iter(blocks.values()))
+            weights = [{key: w[None] for key, w in own.items()} for own in self._weights().values()]
         independent = self.level.variant == "independent"
-        shares = [cast(Tensor, block.share) for block in blocks.values()] if independent else None
-        return Levels(first.memory, weights, shares, measured=self.level.is_normalized)
+        shares = [own["share"] for own in self._given().values()] if independent else None
+        return Levels(self._memory, weights, shares, measured=self.level.is_normalized)
 
     def _clocks(self) -> Clocks:
         level = self.level
         writer = LearnerStep(level.learner, level.is_normalized, level.keep)
-        return Clocks(level.chain(), writer, level.variant == "nested", level.through, level.last)
+        return Clocks(level.chain(), writer, level.variant == "nested", level.through, level.last, level.surprise)

@@ -19,7 +19,7 @@ from tests.accelerator.test_models import IN_CONTEXT, tokens  # noqa: E402
 @pytest.mark.parametrize("mlp", ["static", "context"])
 def test_the_hugging_face_class(mlp: str) -> None:
     cms = {"level": "cms", "periods": [1]} if mlp == "static" else {"level": "cms", **IN_CONTEXT, "periods": [2, 4]}
-    config = HopeConfig(vocab_size=32, dim=8, heads=2, blocks=1, mixers=["deltanet"], mlp=cms)
+    config = HopeConfig({"vocab": 32, "dim": 8, "heads": 2, "blocks": 1, "mixers": ["deltanet"], "mlp": cms})
     with torch.device("meta"):
         model = HopeForCausalLM(config)
     mask = torch.empty(2, 9, dtype=torch.int64, device="meta")
@@ -29,6 +29,10 @@ def test_the_hugging_face_class(mlp: str) -> None:
         found.loss.backward()
 
     held(trained)
+    model.activation_checkpointing_enable({"segment": 4})
+    held(trained)
+    if mlp == "static":  # one that learns looks up whose embeddings they are
+        held(lambda: model(inputs_embeds=torch.empty(2, 9, 8, device="meta"), attention_mask=mask, labels=tokens()))
 
     def decoded() -> None:
         with torch.no_grad():

@@ -25,6 +25,7 @@ def printed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_there_is_a_test_for_every_example() -> None:
     tested = {"swap_optimizer.py", "compose.py", "stack.yaml", "layer.py", "own_text.yaml"}
     tested |= {"huggingface.py", "lightning_module.py"}  # in test_recipes.py
+    tested |= {"harness.py"}  # in tests/models/test_hf_tools.py
     tested |= {"stack_smollm.py"}  # in test_pretrained.py
     tested |= {"hope.yaml"}  # in tests/benchmarks/test_hope.py
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == tested

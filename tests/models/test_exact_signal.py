@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +19,7 @@ from nestopt.levels.continuum.level import Cms
 from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.models import HopeLM
 from nestopt.train.engines.fsdp_methods import check_signal
+from tests.models.taught import check_causal_and_alone, check_loop, check_pieces, check_recomputing, check_rows, some
 
 RATE = 0.4
 
@@ -37,10 +36,6 @@ def make(**options: object) -> HopeLM:
     with torch.no_grad():
         model.embedding.weight.mul_(20)
     return model
-
-
-def some(batch: int = 2, length: int = 14, seed: int = 1) -> Tensor:
-    return torch.randint(11, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 MODELS: dict[str, dict[str, object]] = {
@@ -122,18 +117,7 @@ def test_it_is_the_loop_over_tokens(name: str, periods: tuple[int, ...]) -> None
     model, tokens = make(**MODELS[name], mlp=taught(periods)), some(2, 8)
     with sdpa_kernel(SDPBackend.MATH):  # torch's fast attention can be differentiated once
         loop = torch.stack([torch.stack([s.read(t) for t in row]) for row in tokens.tolist() if (s := Loop(model))])
-    fast, _ = model(tokens)
-    torch.testing.assert_close(fast, loop, rtol=1e-10, atol=1e-10)
-    still, _ = model(tokens, learn="mixer")
-    assert not torch.isclose(still[:, -1], fast[:, -1]).any()  # it did learn
-    target = some(2, 8, seed=3).flatten()
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    mine, theirs = (
-        torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), target), parameters, materialize_grads=True)
-        for logits in (fast, loop)
-    )
-    for key, a, b in zip(names, mine, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
+    check_loop(model, tokens, loop)
 
 
 @pytest.mark.parametrize("name", SLOWLY)
@@ -167,28 +151,18 @@ def test_the_gradient_is_that_of_the_loss_and_not_the_residual_streams(name: str
 @given(cuts=st.lists(st.integers(1, 13), max_size=4, unique=True))
 @settings(max_examples=5, deadline=None)
 def test_any_pieces_are_the_whole(name: str, cuts: list[int]) -> None:
-    model, tokens = make(**MODELS[name], mlp=taught((4, 6))), some()
-    with torch.no_grad():
-        whole, end = model(tokens)
-        state, found, edges = None, [], [0, *sorted(cuts), 14]
-        for a, b in itertools.pairwise(edges):
-            logits, state = model(tokens[:, a:b], state)
-            found.append(logits)
-    torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(dict(leaves(state)), dict(leaves(end)), rtol=1e-10, atol=1e-10)
+    check_pieces(make(**MODELS[name], mlp=taught((4, 6))), cuts)
+
+
+def test_only_what_surprises_in_any_pieces() -> None:
+    check_pieces(make(mlp=taught((4, 6), surprise=0.7)), [5, 6, 11])
+    every, some_of_it = make(mlp=taught((4, 6))), make(mlp=taught((4, 6), surprise=0.7))
+    assert not torch.isclose(every(some())[0][:, 8:], some_of_it(some())[0][:, 8:]).any()
 
 
 @pytest.mark.parametrize("name", SLOWLY)
 def test_causal_and_each_sequence_by_itself(name: str) -> None:
-    model, tokens = make(**MODELS[name]), some(3)
-    logits, _ = model(tokens)
-    for row in range(3):
-        torch.testing.assert_close(model(tokens[row : row + 1])[0][0], logits[row], rtol=1e-10, atol=1e-10)
-    other = tokens.clone()
-    other[:, 9] = (other[:, 9] + 1) % 11
-    again, _ = model(other)
-    torch.testing.assert_close(again[:, :9], logits[:, :9], rtol=0, atol=1e-12)
-    assert not torch.isclose(again[:, 9], logits[:, 9]).any()
+    check_causal_and_alone(make(**MODELS[name]))
 
 
 @pytest.mark.parametrize("name", ["deltanet", "window", pytest.param("both", marks=pytest.mark.slow)])
@@ -216,18 +190,7 @@ def test_padding_changes_nothing(name: str, side: str) -> None:
 
 
 def test_rows_are_reset_chosen_and_put_together() -> None:
-    model, tokens, more = make(), some(3), some(3, 8, seed=4)
-    _, state = model(tokens)
-    fresh = model(more)[0]
-    went_on = model(more, state)[0]
-    after = model(more, model.reset(state, [1]))[0]
-    torch.testing.assert_close(after[1], fresh[1], rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(after[[0, 2]], went_on[[0, 2]], rtol=1e-10, atol=1e-10)
-    two = nn_.cat([nn_.index(state, [2]), model(tokens[:1, :5])[1]])  # of different places in their periods
-    third = model(more[[2, 0]], two)[0]
-    torch.testing.assert_close(third[0], went_on[2], rtol=1e-10, atol=1e-10)
-    other = model(more[:1], model(tokens[:1, :5])[1])[0]
-    torch.testing.assert_close(third[1], other[0], rtol=1e-10, atol=1e-10)
+    check_rows(make())
 
 
 @pytest.mark.parametrize(
@@ -241,13 +204,8 @@ def test_rows_are_reset_chosen_and_put_together() -> None:
     ],
 )
 def test_recomputing_changes_no_gradient(name: str, through: str) -> None:
-    tokens, found = some(2, 15), []
-    for segment in (0, 4):
-        model = make(**MODELS[name], mlp=taught(through=through), segment=segment)
-        loss, _ = model.loss(tokens, piece=1024 if segment == 0 else 3)
-        loss.backward()
-        found.append({key: p.grad for key, p in model.named_parameters()})
-    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-11)
+    plain, again = (make(**MODELS[name], mlp=taught(through=through), segment=segment) for segment in (0, 4))
+    check_recomputing(plain, again)
 
 
 def test_packed_documents_are_what_they_are_alone() -> None:

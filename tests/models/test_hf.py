@@ -217,6 +217,10 @@ def test_what_a_checkpoint_lacks_is_not_made_up(tmp_path: Path) -> None:
 def test_a_config_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="mixerz"):
         HopeConfig({"mixerz": "attention"})
+    for wrong in ({"dim": 8}, {"vocab_size": 32}, {"mixers": ["deltanet"]}):
+        with pytest.raises(ConfigError, match=r"is not allowed; give it in model, such as {'vocab': 256}"):
+            HopeConfig(**wrong)
+    assert HopeConfig(SMALL, vocab_size=40).vocab_size == 40
     HopeConfig({**SMALL, **MODELS["hope"]}).save_pretrained(tmp_path)
     data = json.loads((tmp_path / "config.json").read_text())
     assert data["model"]["mixer"]["level"] == "self_modifying"
@@ -227,12 +231,21 @@ def test_it_learns_in_a_trainer(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     data = [{"input_ids": row, "labels": row} for row in torch.arange(16).repeat(8, 2) + 1]
     arguments = transformers.TrainingArguments(
-        str(tmp_path), max_steps=30, learning_rate=0.02, report_to=[], save_strategy="no", use_cpu=True, logging_steps=5
+        str(tmp_path),
+        max_steps=30,
+        learning_rate=0.02,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        logging_steps=5,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"segment": 16},
     )
     model = make("two", mlp={"level": "cms", "periods": [1]})
     trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
+    assert model.model.segment == 16
     assert trainer.evaluate()["eval_loss"] < 0.5 * before
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.5 * losses[0]

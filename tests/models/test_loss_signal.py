@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import nestopt.nn as nn_
 from nestopt.core.memories import Window
 from nestopt.core.tree import State, leaves
 from nestopt.levels import attention, cms, deltanet, titans, window_attention
@@ -20,6 +18,7 @@ from nestopt.levels.continuum.level import Cms
 from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.models import HopeLM
 from nestopt.models.loss_signal import teach_signal
+from tests.models.taught import check_causal_and_alone, check_loop, check_pieces, check_recomputing, check_rows, some
 
 PERIODS = [(1,), (3, 5), (4, 2), (7, 100)]
 
@@ -32,10 +31,6 @@ def make(**options: object) -> HopeLM:
     given = {"vocab": 11, "dim": 8, "blocks": 2, "heads": 2, "mixer": deltanet(), "mlp": taught(), **options}
     torch.manual_seed(0)
     return HopeLM(**given).double()  # type: ignore[arg-type]
-
-
-def some(batch: int = 2, length: int = 14, seed: int = 1) -> Tensor:
-    return torch.randint(11, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def test_the_teach_signal_is_the_gradient_of_the_loss() -> None:
@@ -136,19 +131,7 @@ EPS = 1e-4
 def test_it_is_the_loop_over_tokens(mlps: list[Any]) -> None:
     model, tokens = make(mlps=mlps), some(2, 12)
     slow = torch.stack([torch.stack([s.read(t) for t in row]) for row in tokens.tolist() if (s := Slow(model))])
-    fast, _ = model(tokens)
-    torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10)
-    still, _ = model(tokens, learn="mixer")
-    assert not torch.isclose(still[:, -1], fast[:, -1]).any()  # it did learn
-    target = some(2, 12, seed=3).flatten()
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    mine, theirs = (
-        torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), target), parameters, materialize_grads=True)
-        for logits in (fast, slow)
-    )
-    for name, a, b in zip(names, mine, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
-        assert a.any() or name.endswith("every_100.rate"), name  # nothing is written in 12 tokens
+    check_loop(model, tokens, slow, unread="every_100.rate")  # nothing is written in 12 tokens
 
 
 MODELS = {
@@ -159,6 +142,7 @@ MODELS = {
     "both": {"mixers": [SelfModifying(chunk=2, projection_chunk=4), attention()]},
     "local": {"mlp": taught((3, 5), teach="local")},
     "the last": {"mlps": [cms(), taught((3, 5))]},
+    "surprised": {"mlp": taught((3, 5), surprise=0.5)},
 }
 
 
@@ -166,15 +150,7 @@ MODELS = {
 @given(cuts=st.lists(st.integers(1, 13), max_size=4, unique=True))
 @settings(max_examples=8, deadline=None)
 def test_any_pieces_are_the_whole(name: str, cuts: list[int]) -> None:
-    model, tokens = make(**MODELS[name]), some()
-    with torch.no_grad():
-        whole, end = model(tokens)
-        state, found, edges = None, [], [0, *sorted(cuts), 14]
-        for a, b in itertools.pairwise(edges):
-            logits, state = model(tokens[:, a:b], state)
-            found.append(logits)
-    torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(dict(leaves(state)), dict(leaves(end)), rtol=1e-10, atol=1e-10)
+    check_pieces(make(**MODELS[name]), cuts)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -188,15 +164,7 @@ def test_streaming_in_float32(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_causal_and_each_sequence_by_itself(name: str) -> None:
-    model, tokens = make(**MODELS[name]), some(3)
-    logits, _ = model(tokens)
-    for row in range(3):
-        torch.testing.assert_close(model(tokens[row : row + 1])[0][0], logits[row], rtol=1e-10, atol=1e-10)
-    other = tokens.clone()
-    other[:, 9] = (other[:, 9] + 1) % 11
-    again, _ = model(other)
-    torch.testing.assert_close(again[:, :9], logits[:, :9], rtol=0, atol=1e-12)
-    assert not torch.isclose(again[:, 9], logits[:, 9]).any()
+    check_causal_and_alone(make(**MODELS[name]))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -215,18 +183,7 @@ def test_padding_changes_nothing(name: str, side: str) -> None:
 
 
 def test_rows_are_reset_chosen_and_put_together() -> None:
-    model, tokens, more = make(), some(3), some(3, 8, seed=4)
-    _, state = model(tokens)
-    fresh = model(more)[0]
-    went_on = model(more, state)[0]
-    after = model(more, model.reset(state, [1]))[0]
-    torch.testing.assert_close(after[1], fresh[1], rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(after[[0, 2]], went_on[[0, 2]], rtol=1e-10, atol=1e-10)
-    two = nn_.cat([nn_.index(state, [2]), model(tokens[:1, :5])[1]])  # of different places in their periods
-    third = model(more[[2, 0]], two)[0]
-    torch.testing.assert_close(third[0], went_on[2], rtol=1e-10, atol=1e-10)
-    other = model(more[:1], model(tokens[:1, :5])[1])[0]
-    torch.testing.assert_close(third[1], other[0], rtol=1e-10, atol=1e-10)
+    check_rows(make())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -261,14 +218,7 @@ def test_without_learning_it_is_the_static_model() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_recomputing_changes_no_gradient(name: str) -> None:
-    tokens = some(2, 15)
-    found = []
-    for segment in (0, 4):
-        model = make(**MODELS[name], segment=segment)
-        loss, _ = model.loss(tokens, piece=1024 if segment == 0 else 3)
-        loss.backward()
-        found.append({key: p.grad for key, p in model.named_parameters()})
-    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-11)
+    check_recomputing(make(**MODELS[name]), make(**MODELS[name], segment=4))
 
 
 def test_the_loss_is_the_mean_over_what_counts() -> None:

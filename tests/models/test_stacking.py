@@ -295,6 +295,34 @@ def test_the_exact_signal_is_the_loop_over_segments(name: str, bound: float | No
     assert not torch.isclose(stack(model, periods, rate=0.2, signal="residual")(x)[0], found).all()
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_only_what_surprises_teaches(name: str) -> None:
+    model, x, shown = make(name), some(1, 12), []
+    layers = getattr(model, "model", None) or model.transformer
+    mlp = (layers.layers if hasattr(layers, "layers") else layers.h)[0].mlp
+    with mlp.register_forward_hook(lambda module, args, out: shown.append((args[0], out))):
+        logits = model(x).logits[0, :-1]
+    (given, out), *_ = shown
+    (error,) = torch.autograd.grad(F.cross_entropy(logits, x[0, 1:], reduction="sum"), out)
+    sizes, taught = error[0, :-1].square().mean(-1).tolist(), []
+    for t, own in enumerate(sizes):
+        taught.append(not t or own >= 1.1 * sum(sizes[:t]) / t)
+    assert 1 < sum(taught) < 10
+    some_of_it = error * torch.tensor([*taught, False])[None, :, None]
+    wanted = torch.autograd.grad((mlp(given.detach()) * some_of_it).sum(), list(mlp.parameters()))
+    stacked = stack(model, {0: 100}, surprise=1.1, bound=None, damping=None).double()
+    _, state = stacked(x)
+    found = list(state["block_0"]["mlp"]["levels"]["mlp"]["sum"].values())
+    torch.testing.assert_close([g[0] for g in found], list(wanted), rtol=1e-9, atol=1e-12)
+    pieces = stack(model, {0: 3, 1: 4}, surprise=1.1).double()
+    whole, _ = pieces(x, cache=True)
+    _, state = pieces(x[:, :5], cache=True)
+    torch.testing.assert_close(pieces(x[:, 5:], state, cache=True)[0], whole[:, 5:], rtol=1e-9, atol=1e-9)
+    assert not torch.isclose(whole[:, 4:], stack(model, {0: 3, 1: 4}).double()(x, cache=True)[0][:, 4:]).all()
+    with pytest.raises(ValueError, match="stack: surprise=-1 is not allowed; give a number, 0 or more"):
+        stack(model, surprise=-1)
+
+
 def test_no_rate_is_ruin() -> None:
     """A model that has learned to count is to learn, from what it reads, that two can be added, too."""
     torch.manual_seed(0)

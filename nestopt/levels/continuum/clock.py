@@ -21,7 +21,7 @@ from nestopt.core.device import remember
 from nestopt.core.memories import Theta
 from nestopt.core.tree import State, tree_map
 from nestopt.levels.continuum.level import Auto, ticks_of
-from nestopt.levels.continuum.scan import LevelGradient
+from nestopt.levels.continuum.scan import LevelGradient, Surprised
 from nestopt.levels.continuum.write import LearnerStep
 
 Phases = Sequence[int]
@@ -82,6 +82,7 @@ class Clocks:
         nested: whether each level also learns where the next faster one starts (NL eq. 72).
         through: how the outer gradient passes a write (`nestopt.levels.continuum.level`).
         last: writes of each level that a call reads, and that it passes whole, with `through="truncated"`.
+        surprise: how many times the mean surprise so far a token must have to teach a level; 0: none.
     """
 
     chain: Mapping[str, int | Auto]
@@ -89,23 +90,25 @@ class Clocks:
     nested: bool = False
     through: Literal["full", "truncated", "first_order", "stop"] = "full"
     last: int = 1
+    surprise: float = 0.0
 
     def begin(self, starts: Mapping[str, Theta], batch: int) -> State:
         """Return the state before the first token, of levels that start at the weights `starts`, by level and name.
 
         `"step"`, the tokens seen `[B]`; and for each of `"levels"` its `"weights"` `[B, ...]`, and of the period that
         is not over the `"sum"` of gradients and its `"energy"`; the `"learner"`'s own state, if it has one. An `Auto`
-        has its `"surprise"` since the last write, its `"surprise_so_far"` and its `"writes"`, `[B]` each, and a nested
-        level `"below"`: where the next faster one starts, likewise.
+        has its `"surprise"` since the last write, its `"surprise_so_far"` and its `"writes"`, `[B]` each (the second
+        is there with `surprise` too), and a nested level `"below"`: where the next faster one starts, likewise.
         """
         device = next(iter(next(iter(starts.values())).values())).device
         levels: State = {}
         faster = None
         for name, period in self.chain.items():
             levels[name] = self._begun(starts[name], batch)
+            if isinstance(period, Auto) or self.surprise:
+                levels[name]["surprise_so_far"] = torch.zeros_like(levels[name]["energy"])
             if isinstance(period, Auto):
                 levels[name]["surprise"] = torch.zeros_like(levels[name]["energy"])
-                levels[name]["surprise_so_far"] = torch.zeros_like(levels[name]["energy"])
                 levels[name]["writes"] = torch.zeros(batch, dtype=torch.int64, device=device)
             if self.nested and faster is not None:
                 levels[name]["below"] = self._begun(starts[faster], batch)
@@ -123,6 +126,13 @@ class Clocks:
 
     def _passed(self, x: Tensor) -> Tensor:
         return x.detach() if self.through == "stop" else x
+
+    def taught(self, state: State) -> list[Surprised] | None:
+        """Return which of the tokens to come teach each level; None is all."""
+        if not self.surprise:
+            return None
+        levels = state["levels"]
+        return [Surprised(self.surprise, levels[name]["surprise_so_far"], state["step"]) for name in self.chain]
 
     def until(self, phases: Phases) -> int:
         """Return how many tokens there are up to and with the next moment at which any level of any row may write."""
@@ -165,9 +175,10 @@ class Clocks:
             now = cast(Tensor, due(step, ticks_of(period)))
             if seen.count is not None:
                 now = now & (seen.count > 0)
+            if "surprise_so_far" in own:
+                own["surprise_so_far"] = own["surprise_so_far"] + gradient.surprise
             if isinstance(period, Auto):
                 own["surprise"] = own["surprise"] + gradient.surprise
-                own["surprise_so_far"] = own["surprise_so_far"] + gradient.surprise
                 now = now & period.passed(own["surprise"], own["surprise_so_far"], step)
             if faster is not None and "below" in own:
                 own["below"] = {**own["below"], **_added(own["below"], gradients[faster], constant)}

@@ -155,6 +155,8 @@ class Cms(Level):
             with a local objective, whose curvature is 1. A language model's loss is far flatter in the residual
             stream, and bounded in its slope: there a normalised step hardly moves.
         keep: what is left, at each write, of the way from the learned start, from 0 to 1.
+        surprise: a token teaches a level only if the mean square of its error is at least so many times that of the
+            sequence's tokens before it, in the mean; the first does. 0: every token.
         through: how the outer gradient passes a write. `"full"`: through all of it (second order).
             `"first_order"`: what was written is a constant, but for its rate. `"truncated"`: as `"full"` for the last
             `last` writes of each level that a call reads, as `"first_order"` for those before. `"stop"`: nowhere, and
@@ -176,6 +178,7 @@ class Cms(Level):
     rate: float | None = None
     normalized: bool | None = None
     keep: float = 1.0
+    surprise: float = 0.0
     through: Literal["full", "truncated", "first_order", "stop"] = "full"
     last: int = 1
 
@@ -200,6 +203,7 @@ class Cms(Level):
         if self.rate is not None:
             self.check("rate", 0.0)
         self.check("keep", 0.0, 1.0)
+        self.check("surprise", 0.0)
         self.check("last", 1)
         if INPUTS in self.learner.needs:
             problem = "is not allowed: it needs a layer's inputs, and a continuum shows it gradients alone"

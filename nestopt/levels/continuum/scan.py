@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +29,37 @@ class Levels:
         weights: of each, by name, `[B, ...]` or, the same for all sequences, `[1, ...]`.
         shares: c of each, where they are independent; None for a chain.
         measured: whether gradients are to say their energy, which the normalised step needs; else it is 0.
+        taught: by which of the tokens; None is all.
     """
 
     memory: Memory
     weights: Sequence[Theta]
     shares: Sequence[Tensor] | None = None
     measured: bool = True
+    taught: Sequence[Surprised] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Surprised:
+    r"""Which tokens teach a level: those with a surprise $s_t \ge c\,\bar s_{<t}$, c times the mean before them.
+
+    Attributes:
+        factor: c.
+        so_far: surprise of all tokens before these, `[B]`.
+        count: how many these were, `[B]`.
+    """
+
+    factor: float
+    so_far: Tensor
+    count: Tensor
+
+    def only(self, error: Tensor, live: Tensor | None) -> Tensor:
+        """Return `[B, n]`, which of the errors `[B, n, D]` are learned from, where they are `live` `[B, n]`."""
+        own = squares(error)
+        live = torch.ones_like(own, dtype=torch.bool) if live is None else live
+        before = self.so_far[:, None] + own.cumsum(1) - own
+        count = self.count[:, None] + live.cumsum(1) - live.long()
+        return live & (own * count >= self.factor * before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +103,11 @@ def taught_locally(
         live: `[B, n]`, tokens that are learned from; None is all. Others, and those that are not finite, teach nothing.
     """
     x, seen = _cleaned(x, None, live)
-    first, found = normed(x), []
+    first, found = normed(x), cast(list[LevelGradient], [])
     for theta, target in zip(levels.weights, targets, strict=True):
         at = linearize(levels.memory, theta, normed(x))
         error = _where(seen, at.y - matmul(first, target.mT))
-        found.append(_lesson(at, error, seen, levels.measured))
+        found.append(_lesson(at, error, seen, live, levels, len(found)))
         if levels.shares is None:
             x = x + at.y
     return found
@@ -101,17 +127,15 @@ def taught_by_loss(levels: Levels, x: Tensor, delta: Tensor, live: Tensor | None
     delta = _where(seen, delta)
     if levels.shares is not None:
         looks = [linearize(levels.memory, theta, normed(x)) for theta in levels.weights]
-        return [
-            _lesson(at, share * delta, seen, levels.measured, share)
-            for at, share in zip(looks, levels.shares, strict=True)
-        ]
+        both = enumerate(zip(looks, levels.shares, strict=True))
+        return [_lesson(at, share * delta, seen, live, levels, i, share) for i, (at, share) in both]
     passed: list[tuple[Tensor, Linearization]] = []
     for theta in levels.weights:
         passed.append((x, linearize(levels.memory, theta, normed(x))))
         x = x + passed[-1][1].y
     found = []
     for i, (x, at) in reversed(list(enumerate(passed))):
-        found.append(_lesson(at, delta, seen, levels.measured))
+        found.append(_lesson(at, delta, seen, live, levels, i))
         if i:  # nobody asks what the input of the first should have been
             delta = delta + _through_norm(x, at.pull(delta))
     return found[::-1]
@@ -129,13 +153,28 @@ def _through_norm(x: Tensor, error: Tensor) -> Tensor:
     return scale * (error - unit * (error * unit).mean(-1, keepdim=True))
 
 
+def squares(error: Tensor) -> Tensor:
+    """Return the surprise of each token `[B, n]`: the mean square of its error `[B, n, D]`, without a graph."""
+    return error.detach().square().mean(-1)
+
+
 def _lesson(
-    at: Linearization, error: Tensor, seen: Tensor, measured: bool, share: Tensor | None = None
+    at: Linearization,
+    error: Tensor,
+    seen: Tensor,
+    live: Tensor | None,
+    levels: Levels,
+    i: int,
+    share: Tensor | None = None,
 ) -> LevelGradient:
-    energy = torch.where(seen, at.energy(), 0).sum(-1) if measured else error.new_zeros(len(error))
+    surprise = squares(error).sum(-1)
+    if levels.taught is not None:
+        seen = seen & levels.taught[i].only(error, live)
+        error = _where(seen, error)
+    energy = torch.where(seen, at.energy(), 0).sum(-1) if levels.measured else error.new_zeros(len(error))
     if share is not None:
         energy = share.square() * energy  # the output moves by c times what the read does
-    return LevelGradient(at.gradient(error), energy, error.detach().square().mean(-1).sum(-1))
+    return LevelGradient(at.gradient(error), energy, surprise)
 
 
 def _cleaned(x: Tensor, delta: Tensor | None, live: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,7 @@ class Twin:
         self.seen = 0
         self.own = {name: self.fresh(name) for name in self.names}
         pairs = list(zip(self.names, self.names[1:], strict=False)) if self.level.variant == "nested" else []
+        self.surprises: dict[str, list[float]] = {name: [] for name in self.names}
         self.below = {slow: (fast, dict(self.home[fast]), self.fresh(fast)) for fast, slow in pairs}
 
     def cut(self, x: Tensor) -> Tensor:
@@ -82,10 +83,12 @@ class Twin:
                 at = at + self.memory(self.weights[name], at)
             elif delta is not None:  # the answer moves by c times what the read does
                 energy = self.share(name) ** 2 * energy
-            self.add(self.own[name], found[name], energy)
+            if not self.surprising(name, found[name][1]):
+                continue
+            self.add(self.own[name], found[name][0], energy)
             for fast, _, own in self.below.values():
                 if fast == name:
-                    self.add(own, found[name], energy)
+                    self.add(own, found[name][0], energy)
         for name in self.names:  # from the fastest on: what a slower one puts back comes last
             if self.seen % self.periods[name]:
                 continue
@@ -98,15 +101,39 @@ class Twin:
                 self.below[name] = (fast, start, own)
                 self.weights[fast], self.own[fast] = dict(start), self.fresh(fast)
 
-    def by_loss(self, x: Tensor, delta: Tensor) -> dict[str, Weights]:
-        _, pull = vjp(lambda weights: self.answer(weights, x), self.weights)
-        return pull(delta)[0]
+    def surprising(self, name: str, error: Tensor) -> bool:
+        """Whether a token with this error teaches the level."""
+        before, own = self.surprises[name], float(error.detach().pow(2).mean())
+        self.surprises[name] = [*before, own]
+        return not before or own >= self.level.surprise * sum(before) / len(before)
 
-    def locally(self, x: Tensor) -> dict[str, Weights]:
+    def by_loss(self, x: Tensor, delta: Tensor) -> dict[str, tuple[Weights, Tensor]]:
+        """Each level's gradients, and its error."""
+        _, pull = vjp(lambda weights: self.answer(weights, x), self.weights)
+        gradients, errors, at = pull(delta)[0], {}, x
+        for name in self.names:
+            y = self.memory(self.weights[name], at)
+            _, after = vjp(lambda y, at=at, name=name: self.answer_after(name, at, y), y)
+            errors[name] = after(delta)[0]
+            if self.level.variant != "independent":
+                at = at + y
+        return {name: (gradients[name], errors[name]) for name in self.names}
+
+    def answer_after(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """What the continuum answers where this level is shown x and answers y."""
+        if self.level.variant == "independent":
+            return self.share(name) * y
+        x = x + y
+        for later in self.names[self.names.index(name) + 1 :]:
+            x = x + self.memory(self.weights[later], x)
+        return x
+
+    def locally(self, x: Tensor) -> dict[str, tuple[Weights, Tensor]]:
         found, first, at = {}, F.rms_norm(x, x.shape), x
         for name in self.names:
             y, pull = vjp(lambda weights, at=at: self.memory(weights, at), self.weights[name])
-            (found[name],) = pull(y - self.module.levels[name].target @ first)
+            error = y - self.module.levels[name].target @ first
+            found[name] = pull(error)[0], error
             if self.level.variant != "independent":
                 at = at + y
         return found

@@ -126,10 +126,17 @@ def test_any_level_is_the_learner(signal: str, learner: Any, variant: str) -> No
 
 
 @pytest.mark.parametrize(
-    "options", [{"normalized": False, "rate": 0.05}, {"keep": 0.7, "rate": 0.1}, {"keep": 0.0, "rate": 0.1}]
+    "options",
+    [
+        {"normalized": False, "rate": 0.05},
+        {"keep": 0.7, "rate": 0.1},
+        {"keep": 0.0, "rate": 0.1},
+        {"surprise": 1.0, "rate": 0.1},
+        {"surprise": 0.6, "normalized": False, "rate": 0.05},
+    ],
 )
 @pytest.mark.parametrize("signal", ["local", "of the answer"])
-@pytest.mark.parametrize("variant", ["sequential", "nested"])
+@pytest.mark.parametrize("variant", ["sequential", "nested", "independent"])
 def test_the_options_of_a_write(options: dict[str, Any], signal: str, variant: str) -> None:
     compare(make(teach="local" if signal == "local" else "loss", variant=variant, **options), SIGNALS[signal])
 
@@ -166,6 +173,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "adam": {"learner": adam(), "rate": 0.05},
     "auto": {"periods": (2, Auto(threshold=1.5, every=3)), "normalized": True},
     "calibrated": {"periods": (2, Auto(5, every=3)), "normalized": True},
+    "surprised": {"surprise": 0.5},
+    "both": {"periods": (2, Auto(5, every=3)), "normalized": True, "surprise": 0.5},
 }
 
 
@@ -193,7 +202,8 @@ def test_each_sequence_by_itself_and_no_token_before_its_time(kind: str) -> None
     other[:, 7] += 1
     changed, _ = module(other)
     torch.testing.assert_close(changed[:, :7], y[:, :7], rtol=0, atol=1e-13)
-    assert not torch.isclose(changed[:, [7, 9, 10, 11]], y[:, [7, 9, 10, 11]]).all(-1).any()  # 9 tokens are written
+    moved = ~torch.isclose(changed[:, [7, 9, 10, 11]], y[:, [7, 9, 10, 11]]).all(-1)  # 9 tokens are written
+    assert moved.any(0).all() if module.level.surprise else moved.all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -297,6 +307,28 @@ def test_a_threshold_that_calibrates_itself() -> None:
         loud.levels["auto_4"].target.mul_(100)
     means = loud.mean_periods(loud(x)[1])["auto_4"]
     assert ((means > 0.85 * 24) & (means < 1.15 * 24)).all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_only_what_surprises_teaches(scale: float) -> None:
+    """One error in five is three times as large: with a threshold of twice the mean it alone is learned from."""
+    error = scale * some(1, 1)[0, 0]
+    options = {"periods": (20,), "teach": "loss", "rate": 1e-9, "normalized": False}
+    module, every = make(surprise=2.0, **options), make(**options)
+    x = some(1, 19)
+
+    def told(t: int) -> Tensor:
+        return error * (3 if t % 5 == 4 else 1)
+
+    _, state = driven(module, x, lambda b, t, y: told(t))
+    alone, known = every.init_state(1), 0
+    for t in range(19):
+        if t == 0 or t % 5 == 4:
+            alone = every.observe(x[:, t : t + 1], told(t)[None, None], alone, phases=[known])
+            known += 1
+    assert known == 4
+    torch.testing.assert_close(state["levels"]["every_20"]["sum"], alone["levels"]["every_20"]["sum"])
+    assert state["step"].tolist() == [19]
 
 
 def test_it_writes_sooner_where_it_is_more_surprised() -> None:

@@ -17,7 +17,7 @@ from nestopt.core.registry import registry
 from nestopt.evidence.claims import CLAIMS, Claim, claim_of
 from nestopt.evidence.store import Store
 from nestopt.evidence.trials import RATES, Plan, check_models
-from nestopt.evidence.verdict import Row, Verdict
+from nestopt.evidence.verdict import Answer, Row, Verdict
 from nestopt.train.errors import extra
 from nestopt.train.folder import make_place
 from nestopt.train.tables import grid
@@ -44,6 +44,7 @@ def answer_evidence(args: argparse.Namespace) -> str:
         raise ConfigError(
             f"no claim or task is called {args.task!r}.{nearest(args.task, known)} `nestopt evidence list` has all"
         )
+    whole, claim = claim, claim.of(args.tasks) if args.tasks else claim
     models = tuple(args.models or claim.models)
     if len(set(models)) < 2 or len(set(models)) < len(models):
         raise ConfigError.refuse("--models", " ".join(models), "give two or more, each once; the first is judged")
@@ -57,6 +58,9 @@ def answer_evidence(args: argparse.Namespace) -> str:
         plan = dataclasses.replace(plan, seeds=MOST_SEEDS)
         rows = claim.rows(plan)
         verdict = claim.judge(claim, rows, models)
+    if left_out := [task for task in whole.tasks if task not in claim.tasks]:
+        answer: Answer = "undecided" if verdict.answer == "yes" else verdict.answer
+        verdict = Verdict(answer, f"{verdict.rule}; not tried: {', '.join(left_out)}", verdict.seeds)
     command = _command(args, folder)
     line = f"claim {args.task}: {claim.says}. {verdict}"
     plan.store.save(command=command, claim=claim.says, verdict=dataclasses.asdict(verdict), measured=rows)
@@ -81,9 +85,10 @@ def _plan(args: argparse.Namespace, claim: Claim, models: Sequence[str], store: 
 def _command(args: argparse.Namespace, folder: Path) -> str:
     """Return the command line that gives the same again."""
     said = ["nestopt", "evidence", args.task, *(["--quick"] if args.quick else []), "--out", str(folder)]
-    for name in ("models", "seeds", "budget"):
+    for name in ("models", "tasks", "seeds", "budget"):
         if (given := getattr(args, name)) is not None:
-            said += [f"--{name}", *(given if name == "models" else [f"{given:g}s" if name == "budget" else str(given)])]
+            said += [f"--{name}"]
+            said += given if isinstance(given, list) else [f"{given:g}s" if name == "budget" else str(given)]
     return shlex.join(said)
 
 

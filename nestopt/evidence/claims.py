@@ -186,7 +186,7 @@ CLAIMS: Mapping[str, Claim] = {
         run=toys.run,
     ),
     "ablation": Claim(
-        "each part of Hope helps it to read: delta rule, momentum, decay, continuum, keys, values and queries of its own",
+        "each part of Hope helps it to read: delta rule, momentum, decay, continuum, own keys, values and queries",
         tuple(texts.LEFT_OUT),
         "bits",
         _sign_of_each,

@@ -50,6 +50,28 @@ def test_padding_neither_writes_nor_fades(step: str) -> None:
     assert all((g[~mask] == 0).all() for g in found[:3])
 
 
+@pytest.mark.parametrize("delta", [0.0, 0.7])
+@pytest.mark.parametrize("step", ["normalized", "raw"])
+def test_a_matrix_written_token_by_token(step: str, delta: float) -> None:
+    """Over the end of a block, with padding and a memory of keys beside it; and in the general form."""
+    how = {"chunk": 1, "projection_chunk": 1, "depth": 1, "has_momentum": False, "names": ("memory", "k")}
+    tokens, arguments, leaves = example(70, step=step, delta=delta, **how)
+    mask = torch.rand(BATCH, 70) < 0.9
+    with torch.no_grad():
+        tokens[2][:, 1] = 1e-3 * tokens[2][:, 1]  # of some values are longer than they may be, of some shorter
+        arguments["starts"]["memory"][0] *= 0.3
+    arguments["mask"] = mask
+    fast = flat(*self_modifying(*tokens, **arguments))
+    slow = run_twin(tokens, arguments)
+    close(fast, slow)
+    probes = [torch.randn_like(x) for x in slow]
+    found, true = gradients(fast, leaves, probes), gradients(slow, leaves, probes)
+    sizes = [g.abs().amax().clamp_min(1.0) for g in true]
+    close([g / n for g, n in zip(found, sizes, strict=True)], [g / n for g, n in zip(true, sizes, strict=True)])
+    with torch.no_grad():
+        close(flat(*self_modifying(*tokens, **arguments)), slow)
+
+
 def rounded(dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any], list[Tensor], dict[str, Any]]:
     """An example in `dtype` with weights in float32, and in float64 with exactly those numbers."""
     tokens, arguments, _ = example(40, chunk=8, projection_chunk=16)
@@ -106,6 +128,23 @@ def test_first_and_second_derivatives(step: str) -> None:
     leaves = [x.requires_grad_() for x in (q, k, v, theta, *weights, *readout)]
     torch.autograd.gradcheck(run, leaves)
     torch.autograd.gradgradcheck(run, leaves, gen_non_contig_grad_outputs=True)
+
+
+@pytest.mark.parametrize("step", ["normalized", "raw"])
+def test_second_derivatives_of_a_matrix_written_token_by_token(step: str) -> None:
+    torch.manual_seed(2)
+    q, k, v = (torch.randn(1, 3, 1, 2, dtype=F64) for _ in range(3))
+    weight, *readout = (torch.randn(shape, dtype=F64) for shape in ((2, 2), (2,), (), (2,), ()))
+
+    def run(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, *readout: Tensor) -> tuple[Tensor, ...]:
+        gates = {"eta": readout[:2], "alpha": readout[2:]}
+        how = {"step": step, "chunk": 1, "projection_chunk": 1, "eta_max": 0.1, "delta": 0.5}
+        y, state = self_modifying(q, k, v, starts={"memory": [weight]}, readout=gates, **how)
+        return y, state["memory"]["weights"]["W1"]
+
+    leaves = [x.requires_grad_() for x in (q, k, v, weight, *readout)]
+    torch.autograd.gradcheck(run, leaves)
+    torch.autograd.gradgradcheck(run, leaves)
 
 
 # -- what it comes to where much is left out ---------------------------------------------------------------------------

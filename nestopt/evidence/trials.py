@@ -21,19 +21,29 @@ from nestopt.train.run import Result
 
 RATES = (0.001, 0.003, 0.01)
 
+TRACKS: Mapping[str, object] = {
+    "level": "self_modifying",
+    "memory": {"memory": "mlp", "depth": 1},
+    "adaptive": [],
+    "delta": 0.0,
+    "bound": 2.0,
+    "chunk": 1,
+    "projection_chunk": 1,
+}
+"""A Hope that tracks a state: its memory is a matrix, which is written at each token and can turn round what it holds.
+
+`examples/hope_tracks.yaml` is a model of it.
+"""
+
 MODELS: Mapping[str, object] = {
     "deltanet±": {"level": "deltanet", "lr": {"gate": {"init": 1.0, "low": 0.0, "high": 2.0}}},
-    "hope-linear": {
-        "level": "self_modifying",
-        "memory": {"memory": "mlp", "depth": 1},
-        "adaptive": [],
-        "delta": 0.0,
-        "bound": 1.99,
-        "chunk": 1,
-        "projection_chunk": 1,
-    },
+    "hope-tracks": TRACKS,
+    "hope-counts": TRACKS,
 }
-"""Mixers by names that are no level's; DeltaNet with eigenvalues down to -1, and a Hope whose memories are matrices."""
+"""Mixers by names that are no level's; DeltaNet with eigenvalues down to -1, too."""
+
+COUNTS = ("hope-counts",)
+"""Models whose heads' reads are not normalised, so that there is a size by which they can count."""
 
 _NEVER = 10**9
 
@@ -95,6 +105,7 @@ class OnTask:
     def config(self, model: str, plan: Plan) -> Config:
         mlp = Cms(periods=(1,), memory=Mlp(hidden=192, residual=False))
         section = {"mixer": "attention", "mlp": mlp, "dim": 32, "blocks": 2, "heads": 2, "vocab": self.task.vocab}
+        section |= {"out_norm": False} if model in COUNTS else {}
         data = {"task": self.task, "batch": 16 if plan.quick else 32}
         return like(Config(model=section, data=data, train=settings(plan)), MODELS.get(model, model))
 

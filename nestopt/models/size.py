@@ -85,7 +85,9 @@ def _counted(section: ModelConfig) -> int:
     mixers = section.mixers or [section.mixer]
     mlps = {id(mlp): mlp for mlp in continua(section)}
     blocks = Counter((i % len(mixers), id(mlp)) for i, mlp in enumerate(continua(section)))
-    options = {name: getattr(section, name) for name in ("vocab", "dim", "heads", "conv", "gate_output", "tie")}
+    options = {
+        name: getattr(section, name) for name in ("vocab", "dim", "heads", "conv", "gate_output", "out_norm", "tie")
+    }
     total = 0
     with torch.device("meta"):
         for (i, which), count in blocks.items():

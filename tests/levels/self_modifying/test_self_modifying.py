@@ -72,6 +72,23 @@ def test_a_matrix_written_token_by_token(step: str, delta: float) -> None:
         close(flat(*self_modifying(*tokens, **arguments)), slow)
 
 
+def test_at_bound_2_a_matrix_turns_round_what_it_holds() -> None:
+    """Where η is 1 and α, too, one token takes M(k) = k + W k as far to the other side of its value as it was on this.
+
+    Of a value of length 0 it is turned round again and again, and keeps its length.
+    """
+    k = torch.randn(1, 1, 1, 4, dtype=F64).expand(1, 6, 1, 4)
+    readout = {name: (torch.zeros(4, dtype=F64), torch.tensor(40.0, dtype=F64)) for name in ("eta", "alpha")}
+    start = [torch.zeros(4, 4, dtype=F64)]
+    how = {"starts": {"memory": start}, "readout": readout, "delta": 0.0, "chunk": 1, "projection_chunk": 1}
+    y, _ = self_modifying(k, k, torch.zeros_like(k), bound=2.0, **how)
+    unit = F.normalize(k, dim=-1)
+    turned = unit * torch.tensor([1, -1, 1, -1, 1, -1], dtype=F64)[None, :, None, None]
+    torch.testing.assert_close(y, turned, rtol=1e-2, atol=1e-2)  # but for ε, a ten-thousandth a token
+    with pytest.raises(ValueError, match=r"bound=2.0 is not allowed; give a number above 0 and below 2$"):
+        self_modifying(k, k, k, bound=2.0, **{**how, "starts": {"memory": [*start, *start]}})
+
+
 def rounded(dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any], list[Tensor], dict[str, Any]]:
     """An example in `dtype` with weights in float32, and in float64 with exactly those numbers."""
     tokens, arguments, _ = example(40, chunk=8, projection_chunk=16)

@@ -140,7 +140,7 @@ def _named(*names: str) -> dict[str, object]:
 CLAIMS: Mapping[str, Claim] = {
     "languages": Claim(
         "a Hope that is trained on strings of up to 40 symbols of a formal language reads longer ones without a fault",
-        ("hope-tracks", "hope-counts", "hope", "deltanet±", "deltanet", "transformer"),
+        ("hope-counts", "hope-tracks", "hope", "deltanet±", "deltanet", "transformer"),
         "41-100",
         _solved,
         _named("parity", "aa_star", "abab_star", "a_n_b_n", "a_n_b_n_c_n", "shuffle_2", "s3", "mod_3"),

@@ -24,7 +24,7 @@ from nestopt.evidence.trials import OnTask, Plan
 from nestopt.evidence.verdict import above, not_below, seeds_of
 from nestopt.models import HopeLM
 from nestopt.models.build import build_model
-from nestopt.train.compare import SECONDS, TOKENS, like
+from nestopt.train.compare import SECONDS, TOKENS, like, parameters
 from nestopt.train.errors import CheckpointError
 from nestopt.train.loop import train
 
@@ -154,21 +154,26 @@ def test_equal_seconds_and_then_equal_tokens(tmp_path: Path) -> None:
 
 
 def test_the_example_is_the_model_that_tracks_a_state(tmp_path: Path) -> None:
-    shown = load("examples/hope_tracks.yaml").model
-    tried = OnTask(build("task", "parity")).config("hope-tracks", plan(tmp_path)).model  # type: ignore[arg-type]
-    assert shown.mixer == tried.mixer
-    counts = OnTask(build("task", "a_n_b_n")).config("hope-counts", plan(tmp_path)).model  # type: ignore[arg-type]
-    assert (counts.mixer, counts.out_norm, tried.out_norm) == (tried.mixer, False, None)
-    assert build_model(counts).blocks[0].mixer.norm is None
-    assert build_model(tried).blocks[0].mixer.norm is not None
+    shown = load("examples/hope_counts.yaml").model
+    subject = OnTask(build("task", "a_n_b_n"))  # type: ignore[arg-type]
+    counts, tracks, transformer = (
+        subject.config(model, plan(tmp_path)).model for model in ("hope-counts", "hope-tracks", "transformer")
+    )
+    assert shown.mixers == counts.mixers
+    assert counts.mixers[0] == tracks.mixer
+    assert (shown.out_norm, counts.out_norm, tracks.out_norm) == (False, False, None)
+    assert abs(parameters(counts) - parameters(transformer)) <= 0.02 * parameters(transformer)
+    assert [block.mixer.norm for block in build_model(counts).blocks] == [None, None]
+    assert build_model(tracks).blocks[0].mixer.norm is not None
 
 
 @pytest.mark.slow
-def test_hope_that_tracks_reads_further_than_it_was_trained(tmp_path: Path) -> None:
-    """150 steps on parity, strings up to 40 long."""
-    config = load("examples/hope_tracks.yaml", [f"train.out={tmp_path}", "train.steps=150", "optimizer.lr=0.01"])
+@pytest.mark.parametrize("task", ["parity", "a_n_b_n"])
+def test_hope_that_tracks_and_counts_reads_further_than_it_was_trained(task: str, tmp_path: Path) -> None:
+    """300 steps, strings up to 40 long."""
+    config = load("examples/hope_counts.yaml", [f"train.out={tmp_path}", f"data.task={task}"])
     result = train(config, quiet=True)
-    subject = OnTask(build("task", "parity"))  # type: ignore[arg-type]
+    subject = OnTask(build("task", task))  # type: ignore[arg-type]
     assert subject.score(result.run.load_model(), "41-100", 64) > 0.9
 
 

@@ -27,7 +27,7 @@ def test_there_is_a_test_for_every_example() -> None:
     tested |= {"huggingface.py", "lightning_module.py"}  # in test_recipes.py
     tested |= {"stack_smollm.py"}  # in test_pretrained.py
     tested |= {"hope.yaml"}  # in tests/benchmarks/test_hope.py
-    tested |= {"hope_tracks.yaml"}  # in tests/evidence/test_claims.py
+    tested |= {"hope_counts.yaml"}  # in tests/evidence/test_claims.py
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == tested
 
 

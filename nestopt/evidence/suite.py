@@ -17,7 +17,7 @@ from nestopt.core.registry import registry
 from nestopt.evidence.claims import CLAIMS, Claim, claim_of
 from nestopt.evidence.store import Store
 from nestopt.evidence.trials import RATES, Plan, check_models
-from nestopt.evidence.verdict import Answer, Row, Verdict
+from nestopt.evidence.verdict import Answer, Row, Verdict, seeds_of
 from nestopt.train.errors import extra
 from nestopt.train.folder import make_place
 from nestopt.train.tables import grid
@@ -62,10 +62,11 @@ def answer_evidence(args: argparse.Namespace) -> str:
         answer: Answer = "undecided" if verdict.answer == "yes" else verdict.answer
         verdict = Verdict(answer, f"{verdict.rule}; not tried: {', '.join(left_out)}", verdict.seeds)
     command = _command(args, folder)
-    line = f"claim {args.task}: {claim.says}. {verdict}"
+    of = "" if models[0] == claim.models[0] else f"of {models[0]}, in the place of {claim.models[0]}: "
+    line = f"claim {args.task}: {of}{claim.says}. {verdict}"
     plan.store.save(command=command, claim=claim.says, verdict=dataclasses.asdict(verdict), measured=rows)
     draw(claim, rows, models, folder / "evidence.png", verdict)
-    return "\n".join([*table(rows, models), line, f"in {folder}: evidence.json, evidence.png"])
+    return "\n".join([*table(rows, models, claim.part), line, f"in {folder}: evidence.json, evidence.png"])
 
 
 def _plan(args: argparse.Namespace, claim: Claim, models: Sequence[str], store: Store) -> Plan:
@@ -102,16 +103,19 @@ def listing() -> str:
     return "\n".join(lines)
 
 
-def table(rows: Sequence[Row], models: Sequence[str]) -> list[str]:
-    """Return a line for each task, limit and model: the mean over seeds of its scores."""
-    parts = [part for part in rows[0]["scores"] if part != "valid"]
-    lines = [("task", "limit", "model", "parameters", "steps", "CPU s", "rate", *parts, "seeds")]
+def table(rows: Sequence[Row], models: Sequence[str], part: str) -> list[str]:
+    """Return a line for each task, limit and model: the means over seeds of its scores, and of `part` each seed's."""
+    parts = [name for name in rows[0]["scores"] if name != "valid"]
+    several = seeds_of(rows) > 1
+    head = ["task", "limit", "model", "parameters", "steps", "CPU s", "rate", *parts, "seeds"]
+    lines = [(*head, *([f"{part} by seed"] if several else []))]
     for task, limit in dict.fromkeys((row["task"], row["limit"]) for row in rows):
         for model in models:
             same = [row for row in rows if (row["task"], row["limit"], row["model"]) == (task, limit, model)]
             if not same:
                 continue
-            means = [f"{statistics.fmean(row['scores'][part] for row in same):.3f}" for part in parts]
+            means = [f"{statistics.fmean(row['scores'][name] for row in same):.3f}" for name in parts]
+            each = [" ".join(f"{row['scores'][part]:.3f}" for row in same)] if several else []
             seconds = [row["seconds"] for row in same if "seconds" in row]
             lines.append(
                 (
@@ -124,6 +128,7 @@ def table(rows: Sequence[Row], models: Sequence[str]) -> list[str]:
                     f"{same[0]['rate']:.3g}",
                     *means,
                     str(len(same)),
+                    *each,
                 )
             )
     return grid(lines, left=3)

@@ -81,7 +81,7 @@ class _Block(torch.autograd.Function):
             own, error = v[t] + reads[t, :, 0], torch.add(k[t], reads[t, :, 1], alpha=1 + delta)
             cut = torch.linalg.vecdot(own, own)[:, None].add_(LEAST).reciprocal_().mul_(most[t]).clamp_max_(1.0).sqrt_()
             error.addcmul_(own, cut, value=-1)
-            now.mul_(keep[t][..., None]).baddbmm_(error[..., None], h[t][:, None], alpha=-1)
+            now.mul_(keep[t][..., None]).addcmul_(error[..., None], h[t][:, None], value=-1)
         ctx.save_for_backward(weight, v, k, q, h, keep, reads[:, :, :2])
         ctx.delta, ctx.cuts = delta, cuts
         return reads[:, :, 2], now
@@ -103,14 +103,14 @@ class _Block(torch.autograd.Function):
         before[0] = weight
         for t in range(count - 1):
             torch.mul(before[t], keep[t][..., None], out=before[t + 1])
-            before[t + 1].baddbmm_(error[t][..., None], h[t][:, None], alpha=-1)
+            before[t + 1].addcmul_(error[t][..., None], h[t][:, None], value=-1)
         after, to_rows = torch.empty_like(before), torch.empty_like(asked)  # the gradients of W after it, and of reads
         to_rows[:, :, 2] = to_reads
         to_error = torch.empty_like(error)
         now = to_weight.clone()
         for t in range(count - 1, -1, -1):
             after[t] = now
-            of_error = torch.bmm(now, h[t][..., None], out=to_error[t][..., None])[..., 0]  # times -1
+            of_error = torch.bmm(h[t][:, None], now.mT, out=to_error[t][:, None])[:, 0]  # times -1
             of_own = torch.mul(of_error, cut[t], out=to_rows[t, :, 0])
             of_own.addcmul_(pulled[t], torch.linalg.vecdot(own[t], of_error)[:, None], value=-1)
             torch.mul(of_error, -1 - ctx.delta, out=to_rows[t, :, 1])

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestopt.levels.deep import token_wise
 from nestopt.ops import deep_memory, self_modifying
 from tests.levels.deep.deep_cases import F64, close, gradients
 from tests.levels.self_modifying.self_cases import BATCH, HEADS, Case, build, cases, example, flat, label, run_twin
@@ -52,8 +53,8 @@ def test_padding_neither_writes_nor_fades(step: str) -> None:
 
 @pytest.mark.parametrize("delta", [0.0, 0.7])
 @pytest.mark.parametrize("step", ["normalized", "raw"])
-def test_a_matrix_written_token_by_token(step: str, delta: float) -> None:
-    """Over the end of a block, with padding and a memory of keys beside it; and in the general form."""
+def test_a_matrix_written_token_by_token(step: str, delta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the end of a block, with padding and a memory of keys beside it."""
     how = {"chunk": 1, "projection_chunk": 1, "depth": 1, "has_momentum": False, "names": ("memory", "k")}
     tokens, arguments, leaves = example(70, step=step, delta=delta, **how)
     mask = torch.rand(BATCH, 70) < 0.9
@@ -61,7 +62,11 @@ def test_a_matrix_written_token_by_token(step: str, delta: float) -> None:
         tokens[2][:, 1] = 1e-3 * tokens[2][:, 1]  # of some values are longer than they may be, of some shorter
         arguments["starts"]["memory"][0] *= 0.3
     arguments["mask"] = mask
+    loops: list[int] = []
+    scan = token_wise.scan
+    monkeypatch.setattr(token_wise, "scan", lambda *given: (loops.append(1), scan(*given))[1])
     fast = flat(*self_modifying(*tokens, **arguments))
+    assert len(loops) == 1
     slow = run_twin(tokens, arguments)
     close(fast, slow)
     probes = [torch.randn_like(x) for x in slow]

@@ -198,6 +198,9 @@ def add_evidence(evidence: argparse.ArgumentParser) -> None:
         "--models", nargs="+", metavar="NAME", help="the first is judged (default: the claim's): any level on tokens"
     )
     evidence.add_argument(
+        "--tasks", nargs="+", metavar="NAME", help="some of the claim's (default: all, without which it can't be a yes)"
+    )
+    evidence.add_argument(
         "--seeds", type=terminal.whole(1), metavar="N", help="(default: 3, and 5 where these do not decide it)"
     )
     evidence.add_argument(

@@ -81,6 +81,10 @@ class ModelConfig(Section):
     )
     conv: Whole = Field(default=4, ge=0, description="width of the causal depthwise convolution; 0 for none")
     gate_output: Bool = Field(default=True, description="multiply each mixer's read by silu(W x)")
+    out_norm: Bool | None = Field(
+        default=None,
+        description="normalise each head's read, which then has no size to count by; null: for all but attention",
+    )
     vocab: Whole = Field(default=256, ge=1, description="how many different tokens; 256 for bytes")
     tie: Bool = Field(default=False, description="let the head have the embedding's weights")
     segment: Whole = Field(

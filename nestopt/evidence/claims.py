@@ -6,9 +6,9 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 
-from nestopt.config import build
+from nestopt.config import ConfigError, build
 from nestopt.core.registry import registry
-from nestopt.evidence import texts, toys, trials
+from nestopt.evidence import networks, texts, toys, trials
 from nestopt.evidence.trials import Plan, subjects_of
 from nestopt.evidence.verdict import LEAST, Row, Verdict, above, not_below, of_pairs, scores, seeds_of, together
 
@@ -45,6 +45,13 @@ class Claim:
     def subjects(self, quick: bool) -> dict[str, trials.Subject]:
         """Return what models are trained on."""
         return subjects_of({name: spec for name, spec in self.tasks.items() if not quick or name in self.quick})
+
+    def of(self, tasks: Sequence[str]) -> Claim:
+        """Return the claim about some of its tasks. Raises ConfigError for one that it has not."""
+        if unknown := [name for name in tasks if name not in self.tasks]:
+            allowed = f"give some of {', '.join(self.tasks)}" if self.tasks else "the claim has no tasks to choose from"
+            raise ConfigError.refuse("--tasks", unknown[0], allowed)
+        return dataclasses.replace(self, tasks={name: self.tasks[name] for name in tasks}, quick=tuple(tasks))
 
     def rows(self, plan: Plan) -> list[dict[str, object]]:
         """Measure what is not measured yet, and return all rows."""
@@ -92,6 +99,28 @@ def _above_all(claim: Claim, rows: Sequence[Row], models: Sequence[str]) -> Verd
     return Verdict(together(answer for _, answer in found), rule, seeds_of(rows))
 
 
+def _sign_of_each(claim: Claim, rows: Sequence[Row], models: Sequence[str]) -> Verdict:
+    """Yes if the first model is above each of those that have a part less; says of each whether the part helps."""
+    words: Mapping[str, str] = {"yes": "helps", "no": "harms", "undecided": "undecided"}
+    answers, said = [], []
+    for model in models[1:]:
+        found = of_pairs(rows, models[0], lambda *_, model=model: [model], claim.part, above)
+        said += [f"{compared} {words[answer]}" for compared, answer in found]
+        answers += [answer for _, answer in found]
+    return Verdict(together(answers), f"mean beyond 2 s.e. and all seeds agree: {'; '.join(said)}", seeds_of(rows))
+
+
+def _forgets_less(claim: Claim, rows: Sequence[Row], models: Sequence[str]) -> Verdict:
+    """Yes if the first model keeps more than each other, and knows no less of what is new."""
+    said, answers = [], []
+    for part, judge in (("kept", above), ("new", not_below)):
+        for words, answer in of_pairs(rows, models[0], lambda *_: models[1:], part, judge):
+            said.append(f"{part}, {words}")
+            answers.append(answer)
+    rule = f"more is kept (2 s.e., all seeds) and no less is right of the new: {'; '.join(said)}"
+    return Verdict(together(answers), rule, seeds_of(rows))
+
+
 def _monotone(claim: Claim, rows: Sequence[Row], models: Sequence[str]) -> Verdict:
     """Yes if each model keeps more than the one before it, and reads no worse."""
     said, answers = [], []
@@ -111,7 +140,7 @@ def _named(*names: str) -> dict[str, object]:
 CLAIMS: Mapping[str, Claim] = {
     "languages": Claim(
         "a Hope that is trained on strings of up to 40 symbols of a formal language reads longer ones without a fault",
-        ("hope-linear", "hope", "deltanet±", "deltanet", "transformer"),
+        ("hope-counts", "hope-tracks", "hope", "deltanet±", "deltanet", "transformer"),
         "41-100",
         _solved,
         _named("parity", "aa_star", "abab_star", "a_n_b_n", "a_n_b_n_c_n", "shuffle_2", "s3", "mod_3"),
@@ -155,6 +184,29 @@ CLAIMS: Mapping[str, Claim] = {
         "steps",
         _above_all,
         run=toys.run,
+    ),
+    "ablation": Claim(
+        "each part of Hope helps it to read: delta rule, momentum, decay, continuum, own keys, values and queries",
+        tuple(texts.LEFT_OUT),
+        "bits",
+        _sign_of_each,
+        {"text": texts.Ablation()},
+        ("text",),
+        budget=4 * 3600.0,
+    ),
+    "continual": Claim(
+        "a network on several clocks forgets less than finetuning and than replay, when classes come two at a time",
+        networks.LEARNERS,
+        "kept",
+        _forgets_less,
+        run=networks.continual,
+    ),
+    "optimizers": Claim(
+        "M3 trains a network better than others, each at its best rate",
+        ("m3", "muon", "adam", "momentum", "nesterov", "delta_momentum"),
+        "test",
+        _above_all,
+        run=networks.optimizers,
     ),
     "language": Claim(
         "a Hope is above a Transformer that learns as it reads, too",

@@ -17,7 +17,7 @@ from nestopt.core.registry import registry
 from nestopt.evidence.claims import CLAIMS, Claim, claim_of
 from nestopt.evidence.store import Store
 from nestopt.evidence.trials import RATES, Plan, check_models
-from nestopt.evidence.verdict import Row, Verdict
+from nestopt.evidence.verdict import Answer, Row, Verdict, seeds_of
 from nestopt.train.errors import extra
 from nestopt.train.folder import make_place
 from nestopt.train.tables import grid
@@ -44,6 +44,7 @@ def answer_evidence(args: argparse.Namespace) -> str:
         raise ConfigError(
             f"no claim or task is called {args.task!r}.{nearest(args.task, known)} `nestopt evidence list` has all"
         )
+    whole, claim = claim, claim.of(args.tasks) if args.tasks else claim
     models = tuple(args.models or claim.models)
     if len(set(models)) < 2 or len(set(models)) < len(models):
         raise ConfigError.refuse("--models", " ".join(models), "give two or more, each once; the first is judged")
@@ -57,11 +58,15 @@ def answer_evidence(args: argparse.Namespace) -> str:
         plan = dataclasses.replace(plan, seeds=MOST_SEEDS)
         rows = claim.rows(plan)
         verdict = claim.judge(claim, rows, models)
+    if left_out := [task for task in whole.tasks if task not in claim.tasks]:
+        answer: Answer = "undecided" if verdict.answer == "yes" else verdict.answer
+        verdict = Verdict(answer, f"{verdict.rule}; not tried: {', '.join(left_out)}", verdict.seeds)
     command = _command(args, folder)
-    line = f"claim {args.task}: {claim.says}. {verdict}"
+    of = "" if models[0] == claim.models[0] else f"of {models[0]}, in the place of {claim.models[0]}: "
+    line = f"claim {args.task}: {of}{claim.says}. {verdict}"
     plan.store.save(command=command, claim=claim.says, verdict=dataclasses.asdict(verdict), measured=rows)
     draw(claim, rows, models, folder / "evidence.png", verdict)
-    return "\n".join([*table(rows, models), line, f"in {folder}: evidence.json, evidence.png"])
+    return "\n".join([*table(rows, models, claim.part), line, f"in {folder}: evidence.json, evidence.png"])
 
 
 def _plan(args: argparse.Namespace, claim: Claim, models: Sequence[str], store: Store) -> Plan:
@@ -81,9 +86,10 @@ def _plan(args: argparse.Namespace, claim: Claim, models: Sequence[str], store: 
 def _command(args: argparse.Namespace, folder: Path) -> str:
     """Return the command line that gives the same again."""
     said = ["nestopt", "evidence", args.task, *(["--quick"] if args.quick else []), "--out", str(folder)]
-    for name in ("models", "seeds", "budget"):
+    for name in ("models", "tasks", "seeds", "budget"):
         if (given := getattr(args, name)) is not None:
-            said += [f"--{name}", *(given if name == "models" else [f"{given:g}s" if name == "budget" else str(given)])]
+            said += [f"--{name}"]
+            said += given if isinstance(given, list) else [f"{given:g}s" if name == "budget" else str(given)]
     return shlex.join(said)
 
 
@@ -97,16 +103,19 @@ def listing() -> str:
     return "\n".join(lines)
 
 
-def table(rows: Sequence[Row], models: Sequence[str]) -> list[str]:
-    """Return a line for each task, limit and model: the mean over seeds of its scores."""
-    parts = [part for part in rows[0]["scores"] if part != "valid"]
-    lines = [("task", "limit", "model", "parameters", "steps", "CPU s", "rate", *parts, "seeds")]
+def table(rows: Sequence[Row], models: Sequence[str], part: str) -> list[str]:
+    """Return a line for each task, limit and model: the means over seeds of its scores, and of `part` each seed's."""
+    parts = [name for name in rows[0]["scores"] if name != "valid"]
+    several = seeds_of(rows) > 1
+    head = ["task", "limit", "model", "parameters", "steps", "CPU s", "rate", *parts, "seeds"]
+    lines = [(*head, *([f"{part} by seed"] if several else []))]
     for task, limit in dict.fromkeys((row["task"], row["limit"]) for row in rows):
         for model in models:
             same = [row for row in rows if (row["task"], row["limit"], row["model"]) == (task, limit, model)]
             if not same:
                 continue
-            means = [f"{statistics.fmean(row['scores'][part] for row in same):.3f}" for part in parts]
+            means = [f"{statistics.fmean(row['scores'][name] for row in same):.3f}" for name in parts]
+            each = [" ".join(f"{row['scores'][part]:.3f}" for row in same)] if several else []
             seconds = [row["seconds"] for row in same if "seconds" in row]
             lines.append(
                 (
@@ -119,6 +128,7 @@ def table(rows: Sequence[Row], models: Sequence[str]) -> list[str]:
                     f"{same[0]['rate']:.3g}",
                     *means,
                     str(len(same)),
+                    *each,
                 )
             )
     return grid(lines, left=3)

@@ -1,17 +1,22 @@
-"""Models on the bundled text: continua of one to four levels, and the language models of `nestopt train --baseline`."""
+"""Models on the bundled text: continua of one to four levels, Hope without one of its parts, and `--baseline`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
-from nestopt.config import Config, ConfigError
+from nestopt.config import Config, ConfigError, ModelConfig
 from nestopt.core.memories import Mlp, Window
+from nestopt.core.part import Gate
 from nestopt.evidence.forgetting import documents_in, forgetting
 from nestopt.evidence.trials import Plan, settings
 from nestopt.levels.continuum.level import Cms
 from nestopt.levels.presets import WindowAttention
+from nestopt.levels.self_modifying.level import ADAPTIVE, SelfModifying
 from nestopt.models import HopeLM
-from nestopt.train.compare import SECONDS, THIS, TOKENS, Row, compare, like
+from nestopt.train.compare import SECONDS, THIS, TOKENS, Row, as_large, compare, like, parameters
 from nestopt.train.data.sources import dataset_of
 from nestopt.train.loop import train
 from nestopt.train.reading import read, texts
@@ -39,12 +44,54 @@ class Continuum:
 
     def measure(self, model: HopeLM, result: Result, plan: Plan) -> dict[str, float]:
         config = result.run.config()
-        tune, test = texts(config, config.train.final_bytes)
         text = torch.from_numpy(dataset_of(config).load().held_out).long()
         count, size = (2, 32) if plan.quick else (8, 512)
         documents, new = documents_in(text, size, count, LATER[-1])
         kept = forgetting(model, documents, new, times=LATER, piece=config.data.window).learning.gain[-1].mean
-        return {"valid": -read(config, model, tune)[0], "bits": -read(config, model, test)[0], "kept": kept}
+        return {**_bits(model, result), "kept": kept}
+
+
+LEFT_OUT: Mapping[str, Mapping[str, Any]] = {
+    "hope": {},
+    "no-dgd": {"delta": 0.0},
+    "no-momentum": {"momentum": None},
+    "no-decay": {"keep": 1 - 1e-7, "adaptive": tuple(name for name in ADAPTIVE if name != "alpha")},
+    "no-cms": {},
+    **{f"no-{part}": {"adaptive": tuple(name for name in ADAPTIVE if name != part)} for part in "kvq"},
+}
+"""Hope, and what is other where it has to do without a part (NL table 6). Without a decay the gate α starts so near 1
+that nothing moves it; without the continuum MLPs stay as they were trained."""
+
+
+class Ablation:
+    """The bundled text, for Hope with all of its parts, and without each of them."""
+
+    def config(self, model: str, plan: Plan) -> Config:
+        if model not in LEFT_OUT:
+            raise ConfigError.refuse("--models", model, f"give some of {', '.join(LEFT_OUT)}")
+        dim, window = (16, 64) if plan.quick else (32, 128)
+
+        def of(model: str, hidden: int) -> ModelConfig:
+            whole: dict[str, Any] = {"adaptive": ADAPTIVE, "momentum": Gate(0.1), "memory": Mlp(hidden=dim)}
+            memory = Mlp(hidden=hidden, residual=False)
+            learns: dict[str, Any] = {"learn": "context", "teach": "loss", "rate": 0.08, "through": "first_order"}
+            mlp = Cms((1, 1), memory=memory) if model == "no-cms" else Cms((16, 64), memory=memory, **learns)
+            mixer = SelfModifying(**{**whole, **LEFT_OUT[model]})
+            return ModelConfig(mixer=mixer, mlp=mlp, dim=dim, blocks=2, heads=2)
+
+        wanted = parameters(of("hope", 3 * dim))
+        section = as_large(lambda hidden: of(model, hidden), wanted, model)
+        return Config(model=section, data={"window": window, "batch": 8}, train={**settings(plan), "eval_streams": 8})
+
+    def measure(self, model: HopeLM, result: Result, plan: Plan) -> dict[str, float]:
+        return _bits(model, result)
+
+
+def _bits(model: HopeLM, result: Result) -> dict[str, float]:
+    """Return bits per byte, less than 0: by `valid` rates are chosen."""
+    config = result.run.config()
+    tune, test = texts(config, config.train.final_bytes)
+    return {"valid": -read(config, model, tune)[0], "bits": -read(config, model, test)[0]}
 
 
 def language(plan: Plan) -> list[dict[str, object]]:

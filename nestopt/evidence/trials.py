@@ -9,31 +9,40 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from nestopt.config import Config, ConfigError, build
+from nestopt.config import Config, ConfigError, ModelConfig, build
 from nestopt.core.memories import Mlp
 from nestopt.evidence.store import Store
 from nestopt.levels.continuum.level import Cms
 from nestopt.models import HopeLM
-from nestopt.train.compare import SECONDS, TOKENS, like
+from nestopt.train.compare import SECONDS, TOKENS, as_large, like, parameters
 from nestopt.train.data.task import Task, generator_of
 from nestopt.train.loop import train
 from nestopt.train.run import Result
 
 RATES = (0.001, 0.003, 0.01)
 
+TRACKS: Mapping[str, object] = {
+    "level": "self_modifying",
+    "memory": {"memory": "mlp", "depth": 1},
+    "adaptive": [],
+    "delta": 0.0,
+    "bound": 2.0,
+    "chunk": 1,
+    "projection_chunk": 1,
+}
+"""A Hope that tracks a state: its memory is a matrix, written at each token, which can turn round what it holds."""
+
 MODELS: Mapping[str, object] = {
     "deltanet±": {"level": "deltanet", "lr": {"gate": {"init": 1.0, "low": 0.0, "high": 2.0}}},
-    "hope-linear": {
-        "level": "self_modifying",
-        "memory": {"memory": "mlp", "depth": 1},
-        "adaptive": [],
-        "delta": 0.0,
-        "bound": 1.99,
-        "chunk": 1,
-        "projection_chunk": 1,
-    },
+    "hope-tracks": TRACKS,
 }
-"""Mixers by names that are no level's; DeltaNet with eigenvalues down to -1, and a Hope whose memories are matrices."""
+"""Mixers by names that are no level's; DeltaNet with eigenvalues down to -1, too."""
+
+COUNTS: Mapping[str, Sequence[object]] = {"hope-counts": [TRACKS, "linear_attention"]}
+"""Mixers block by block, of models whose reads are not normalised: sums have a size, by which they can count.
+
+`examples/hope_counts.yaml` is one of them.
+"""
 
 _NEVER = 10**9
 
@@ -93,10 +102,18 @@ class OnTask:
         self.task = task
 
     def config(self, model: str, plan: Plan) -> Config:
-        mlp = Cms(periods=(1,), memory=Mlp(hidden=192, residual=False))
-        section = {"mixer": "attention", "mlp": mlp, "dim": 32, "blocks": 2, "heads": 2, "vocab": self.task.vocab}
+        def of(hidden: int, **mixers: object) -> ModelConfig:
+            mlp = Cms(periods=(1,), memory=Mlp(hidden=hidden, residual=False))
+            sizes: dict[str, Any] = {"dim": 32, "blocks": 2, "heads": 2, "vocab": self.task.vocab}
+            return ModelConfig(mlp=mlp, **sizes, **mixers)
+
         data = {"task": self.task, "batch": 16 if plan.quick else 32}
-        return like(Config(model=section, data=data, train=settings(plan)), MODELS.get(model, model))
+        base = Config(model=of(192, mixer="attention"), data=data, train=settings(plan))
+        if model not in COUNTS:
+            return like(base, MODELS.get(model, model))
+        mixers = {"mixers": COUNTS[model], "out_norm": False}
+        section = as_large(lambda hidden: of(hidden, **mixers), parameters(base.model), model)
+        return base.model_copy(update={"model": section})
 
     def measure(self, model: HopeLM, result: Result, plan: Plan) -> dict[str, float]:
         found = {part: self.score(model, part, plan.examples) for part in ("train", *self.task.tests)}

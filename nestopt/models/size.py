@@ -85,7 +85,7 @@ def _counted(section: ModelConfig) -> int:
     mixers = section.mixers or [section.mixer]
     mlps = {id(mlp): mlp for mlp in continua(section)}
     blocks = Counter((i % len(mixers), id(mlp)) for i, mlp in enumerate(continua(section)))
-    names = ("vocab", "dim", "heads", "kv_heads", "conv", "gate_output", "tie")
+    names = ("vocab", "dim", "heads", "kv_heads", "conv", "gate_output", "out_norm", "tie")
     options = {name: getattr(section, name) for name in names}
     total = 0
     with torch.device("meta"):

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,15 @@ def like(config: Config, name: object) -> Config:
         mlps = {"mlps": found} if section.mlps else {"mlp": found[0]}
         return section.model_copy(update={"mixer": mixer, "mixers": [], **mlps})
 
+    return config.model_copy(update={"model": as_large(of, wanted, name)})
+
+
+def as_large(of: Callable[[int], ModelConfig], wanted: int, name: object) -> ModelConfig:
+    """Return the model of that width of its MLPs with which it has as many parameters as are wanted.
+
+    Raises:
+        ConfigError: it has none within 2 %; says `name`.
+    """
     least = parameters(of(1))
     hidden = max(1, 1 + round((wanted - least) / (parameters(of(2)) - least)))
     found = parameters(of(hidden))
@@ -106,7 +115,7 @@ def like(config: Config, name: object) -> Config:
         raise ConfigError.refuse(
             "--baseline", name, f"it has {found:,} parameters or more, and the model {wanted:,}; give a larger model"
         )
-    return config.model_copy(update={"model": of(hidden)})
+    return of(hidden)
 
 
 def _mixer(config: Config, name: object) -> Level:

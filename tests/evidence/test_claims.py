@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,19 @@ import torch
 
 from nestopt.cli import main
 from nestopt.config import Config, ConfigError, build
-from nestopt.config.load import load_saved
+from nestopt.config.load import load, load_saved
 from nestopt.core.level import Level
-from nestopt.evidence import trials
+from nestopt.evidence import networks, trials
 from nestopt.evidence.claims import CLAIMS
 from nestopt.evidence.store import Store
 from nestopt.evidence.toys import TOYS, steps_of
 from nestopt.evidence.trials import OnTask, Plan
 from nestopt.evidence.verdict import above, not_below, seeds_of
 from nestopt.models import HopeLM
-from nestopt.train.compare import SECONDS, TOKENS, like
+from nestopt.models.build import build_model
+from nestopt.train.compare import SECONDS, TOKENS, like, parameters
 from nestopt.train.errors import CheckpointError
+from nestopt.train.loop import train
 
 # -- rules -------------------------------------------------------------------------------------------------------------
 
@@ -82,6 +85,17 @@ def test_each_claim_has_its_rule() -> None:
     assert judged("languages", solved + rows({"hope": once, "deltanet": right}, "b", part="41-100")).answer == "no"
     assert judged("languages", rows({"hope": [1.0], "deltanet": [1.0]}, part="41-100")).answer == "undecided"
 
+    without = rows({"hope": good, "no-k": bad, "no-v": [1.0, 1.0, 1.0], "no-q": [0.9, 0.8, 1.0]}, part="bits")
+    signs = judged("ablation", without)
+    assert signs.answer == "no"
+    assert re.search(r"no-k = \S+ ± \S+ helps; .*no-v = \S+ ± \S+ harms; .*no-q = \S+ ± \S+ undecided$", signs.rule)
+    less = rows({"levels": good, "replay": bad}, part="kept")
+    news = {0: [0.9] * 3, 1: [0.8] * 3}
+    for new, answer in ((news[0], "yes"), (news[1], "no")):
+        others = {"levels": new, "replay": [0.9] * 3}
+        both = [{**row, "scores": {**row["scores"], "new": others[row["model"]][row["seed"]]}} for row in less]
+        assert judged("continual", both).answer == answer
+
     kept = [{**row, "scores": {"kept": row["scores"]["train"], "bits": 0.0}} for row in rows({"1": bad, "2": good})]
     assert judged("levels", kept).answer == "yes"
     assert judged("levels", kept[::-1]).answer == "no"
@@ -139,6 +153,30 @@ def test_equal_seconds_and_then_equal_tokens(tmp_path: Path) -> None:
     assert {row["steps"] for row in counted} == {min(row["steps"] for row in timed if row["seed"] == 0)}
 
 
+def test_the_example_is_the_model_that_tracks_a_state(tmp_path: Path) -> None:
+    shown = load("examples/hope_counts.yaml").model
+    subject = OnTask(build("task", "a_n_b_n"))  # type: ignore[arg-type]
+    counts, tracks, transformer = (
+        subject.config(model, plan(tmp_path)).model for model in ("hope-counts", "hope-tracks", "transformer")
+    )
+    assert shown.mixers == counts.mixers
+    assert counts.mixers[0] == tracks.mixer
+    assert (shown.out_norm, counts.out_norm, tracks.out_norm) == (False, False, None)
+    assert abs(parameters(counts) - parameters(transformer)) <= 0.02 * parameters(transformer)
+    assert [block.mixer.norm for block in build_model(counts).blocks] == [None, None]
+    assert build_model(tracks).blocks[0].mixer.norm is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["parity", "a_n_b_n"])
+def test_hope_that_tracks_and_counts_reads_further_than_it_was_trained(task: str, tmp_path: Path) -> None:
+    """300 steps, strings up to 40 long."""
+    config = load("examples/hope_counts.yaml", [f"train.out={tmp_path}", f"data.task={task}"])
+    result = train(config, quiet=True)
+    subject = OnTask(build("task", task))  # type: ignore[arg-type]
+    assert subject.score(result.run.load_model(), "41-100", 64) > 0.9
+
+
 def test_a_model_that_is_measured_is_told_no_answers() -> None:
     task = build("task", "parity")
     mlp = {"level": "cms", "periods": [4], "learn": "context", "teach": "loss", "rate": 0.5}
@@ -177,6 +215,41 @@ def test_steps_of_gradient_descent_are_those_of_the_equation(seed: int, rate: fl
     assert steps_of(level, TOYS["times 100"], 5.0, seed, 50) == 50  # which diverges
 
 
+# -- small networks ----------------------------------------------------------------------------------------------------
+
+
+def test_windows_of_parts_share_no_code() -> None:
+    code = (Path(sysconfig.get_paths()["stdlib"]) / f"{networks.MODULES[0]}.py").read_bytes()
+    seen: list[set[int]] = []
+    for part, count in networks.COUNTS.items():
+        begins = networks.starts(networks.MODULES[0], len(code), part)
+        x, y = networks.windows(part)
+        assert y.bincount().tolist() == [count] * 10
+        counts = torch.zeros(512)
+        for i in range(begins[3], begins[3] + 126):
+            counts[(961 * code[i] + 31 * code[i + 1] + code[i + 2]) % 512] += 1
+        torch.testing.assert_close(x[3], 8 * (counts / counts.sum()).sqrt())
+        seen.append({byte for begin in begins for byte in range(begin, begin + 128)})
+    assert sum(map(len, seen)) == len(set().union(*seen))
+    assert max(map(max, seen)) < len(code)
+
+
+def test_a_level_of_the_network_has_its_clock_and_replay_its_windows(tmp_path: Path) -> None:
+    """Three residual blocks, of which the first steps once in 64 steps; and no window is of a class that is to come."""
+    model = networks.network(0)
+    clocks = [group.get("period", 1) for group in networks.groups(model, "levels")]
+    assert clocks == [64, 8, 1, 1]
+    assert {group.get("period", 1) for group in networks.groups(model, "replay")} == {1}
+    every = sum(p.numel() for group in networks.groups(model, "levels") for p in group["params"])
+    assert every == sum(p.numel() for p in model.parameters())
+    few = networks.few([3, 5], torch.Generator().manual_seed(0))
+    assert few is not None
+    assert few.y.tolist() == [3] * 10 + [5] * 10
+    found = networks.continual(plan(tmp_path, models=["finetuning", "replay"], seeds=1))
+    kept = {row["model"]: row["scores"]["kept"] for row in found}
+    assert kept["finetuning"] < kept["replay"] - 0.1
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +261,10 @@ def test_what_there_is_and_what_can_not_be(capsys: pytest.CaptureFixture[str], t
         "languges": "no claim or task is called 'languges'. Did you mean 'languages'?",
         "parity --models hope": "--models: 'hope' is not allowed; give two or more, each once",
         "parity --models hope detanet": "--models: 'detanet' is not allowed; no level is called 'detanet'",
+        "languages --tasks parity parety": "--tasks: 'parety' is not allowed; give some of parity, aa_star",
+        "toys --tasks valley": "--tasks: 'valley' is not allowed; the claim has no tasks to choose from",
+        "continual --models levels rehearsal": "--models: 'rehearsal' is not allowed; give some of levels, finetuning",
+        "ablation --models hope no-w": "--models: 'no-w' is not allowed; give some of hope, no-dgd",
         "levels --models 1 5": "--models: '5' is not allowed; give 1, 2, 3 or 4",
         f"parity --out {tmp_path / 'file'}": "can't be made, a file is in its way",
     }.items():
@@ -206,6 +283,9 @@ QUICK = {
     "mad": ("train", ["selective_copy", "memorise"]),
     "levels": ("kept", ["text"]),
     "toys": ("steps", [*TOYS]),
+    "ablation": ("bits", ["text"]),
+    "continual": ("kept", ["code, two modules a turn"]),
+    "optimizers": ("test", ["origin of code, one pass"]),
     "language": ("learning", ["text"]),
     "needle": ("start", ["needle"]),
 }

@@ -28,6 +28,7 @@ def test_there_is_a_test_for_every_example() -> None:
     tested |= {"harness.py"}  # in tests/models/test_hf_tools.py
     tested |= {"stack_smollm.py"}  # in test_pretrained.py
     tested |= {"hope.yaml"}  # in tests/benchmarks/test_hope.py
+    tested |= {"hope_counts.yaml"}  # in tests/evidence/test_claims.py
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == tested
 
 

@@ -60,7 +60,7 @@ class Settings:
         check_choice("activation", self.form.activation, tuple(ACTIVATIONS))
         check_whole("chunk", self.chunk, 1)
         check_whole("checkpoint", self.checkpoint, 0)
-        if not 0 < self.bound < 2:
+        if not 0 < self.bound < 2 and not (self.own_values and self.bound == 2):  # where one layer is asked for
             raise ValueError(f"bound={self.bound!r} is not allowed; give a number above 0 and below 2")
         if not 0 <= self.delta < math.inf:
             raise ValueError(f"delta={self.delta!r} is not allowed; give a finite number, 0 or more")

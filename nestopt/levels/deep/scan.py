@@ -13,7 +13,7 @@ from nestopt.core.pending import RowChunks
 from nestopt.core.precision import current, product, products_in
 from nestopt.core.tree import State
 from nestopt.kernels.products import GateProducts
-from nestopt.levels.deep import layerwise
+from nestopt.levels.deep import layerwise, token_wise
 from nestopt.levels.deep.mlp import (
     ACTIVATIONS,
     Chunk,
@@ -57,6 +57,9 @@ def scan_chunks(
     Returns:
         y `[B, H, T, D_v]`, the memory at the start of the chunk that is not over, and that chunk's tokens.
     """
+    if token_wise.takes(*now, settings):
+        y, weight = token_wise.scan(now[0][0], q, fresh, settings)
+        return y, ([weight], None), {name: x[:, :, :0] for name, x in fresh.items()}
     done = 0 if pending is None else pending["k"].shape[2]
     every = concat_tokens(pending, fresh)
     length = done + q.shape[2]

@@ -107,9 +107,9 @@ def step_sizes(
 
 def bounded(y: Tensor, x: Tensor) -> Tensor:
     """y `[.., D]`, no longer than x `[.., D]`."""
-    most, length = (z.square().sum(-1, keepdim=True) + _TINY for z in (x, y))
+    most, length = (z.square().sum(-1, keepdim=True) + LEAST for z in (x, y))
     return y * (most / length).clamp_max(1.0).sqrt()
 
 
-_TINY = 1e-12
+LEAST = 1e-12
 """Under both squares: of two vectors of zeros neither is the longer."""

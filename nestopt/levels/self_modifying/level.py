@@ -65,7 +65,8 @@ class SelfModifying(Level):
             (`nestopt.levels.deep.step_size.bounded`), so that the memories do not diverge. `"layerwise"`: the step that
             `titans` has by default, with such values; give `delta=0.0` with it, on tokens. False is the letter of the
             equations.
-        bound: of the normalised step, in (0, 2).
+        bound: of the normalised step, in (0, 2); also 2 where memories have one layer, whose eigenvalues then reach -α,
+            as tracking a state takes.
         chunk: tokens between new weights of `memory`, on tokens.
         projection_chunk: likewise of the other memories. One of the two must divide the other.
 
@@ -101,7 +102,7 @@ class SelfModifying(Level):
         self.check("lr", 0.0, 1.0, closed="()")
         self.check("keep", 0.0, 1.0, closed="()")
         self.check("eta_max", 0.0, closed="()")
-        self.check("bound", 0.0, 2.0, closed="()")
+        self.check("bound", 0.0, 2.0, closed="(]" if self.memory.depth == 1 else "()")
         self.check_choice("normalized", (False, True, "layerwise"))
         for key in ("chunk", "projection_chunk"):
             value = getattr(self, key)

@@ -73,7 +73,7 @@ def self_modifying(
         step: `"normalized"`: η = η̃ · bound · α (1 - θ) / (ε + n) with η̃ the gate (`nestopt.levels.deep.step_size`), and
             values that are bounded (`bounded` there), so that memories do not diverge. `"raw"`: η as
             above times `eta_max`, the letter of the equations.
-        bound: of a chunk's whole step along any direction, in (0, 2).
+        bound: of a chunk's whole step along any direction, in (0, 2); also 2 where memories have one weight each.
         eta_max: of the raw step.
         activation: σ, one of silu, gelu, relu, tanh, identity.
         norm: whether what W1 gives is divided by its root mean square.
@@ -99,6 +99,8 @@ def self_modifying(
         ValueError: for shapes that do not fit, an option that is not allowed, a state of another memory, or a
             `precision` that the device lacks; with `validate`, for numbers out of range or not finite.
     """
+    if bound == 2 and any(len(weights) > 1 for weights in starts.values()):
+        raise ValueError(f"bound={bound!r} is not allowed; give a number above 0 and below 2")
     settings = Settings(
         form=mlp.Form(activation, residual=True, norm=norm),
         delta=float(delta),

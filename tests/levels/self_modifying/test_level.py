@@ -276,7 +276,8 @@ REFUSED = [
     ({"lr": 0.0}, "lr=0.0"),
     ({"keep": 1.0}, "keep=1.0"),
     ({"eta_max": 0.0}, "eta_max=0.0"),
-    ({"bound": 2.0}, "bound=2.0"),
+    ({"bound": 2.0}, "bound=2.0 is not allowed; give a number in (0, 2)"),
+    ({"bound": 2.1, "memory": Mlp(depth=1)}, "bound=2.1 is not allowed; give a number in (0, 2]"),
     ({"chunk": 0}, "chunk=0 is not allowed; give a whole number of tokens, 1 or more"),
     ({"projection_chunk": 1.5}, "projection_chunk=1.5 is not allowed; give a whole number of tokens"),
     (

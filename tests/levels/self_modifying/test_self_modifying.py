@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestopt.levels.deep import token_wise
 from nestopt.ops import deep_memory, self_modifying
 from tests.levels.deep.deep_cases import F64, close, gradients
 from tests.levels.self_modifying.self_cases import BATCH, HEADS, Case, build, cases, example, flat, label, run_twin
@@ -48,6 +49,49 @@ def test_padding_neither_writes_nor_fades(step: str) -> None:
     found = gradients(fast, leaves, probes)
     close(found, gradients(slow, leaves, probes))
     assert all((g[~mask] == 0).all() for g in found[:3])
+
+
+@pytest.mark.parametrize("delta", [0.0, 0.7])
+@pytest.mark.parametrize("step", ["normalized", "raw"])
+def test_a_matrix_written_token_by_token(step: str, delta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the end of a block, with padding and a memory of keys beside it."""
+    how = {"chunk": 1, "projection_chunk": 1, "depth": 1, "has_momentum": False, "names": ("memory", "k")}
+    tokens, arguments, leaves = example(70, step=step, delta=delta, **how)
+    mask = torch.rand(BATCH, 70) < 0.9
+    with torch.no_grad():
+        tokens[2][:, 1] = 1e-3 * tokens[2][:, 1]  # of some values are longer than they may be, of some shorter
+        arguments["starts"]["memory"][0] *= 0.3
+    arguments["mask"] = mask
+    loops: list[int] = []
+    scan = token_wise.scan
+    monkeypatch.setattr(token_wise, "scan", lambda *given: (loops.append(1), scan(*given))[1])
+    fast = flat(*self_modifying(*tokens, **arguments))
+    assert len(loops) == 1
+    slow = run_twin(tokens, arguments)
+    close(fast, slow)
+    probes = [torch.randn_like(x) for x in slow]
+    found, true = gradients(fast, leaves, probes), gradients(slow, leaves, probes)
+    sizes = [g.abs().amax().clamp_min(1.0) for g in true]
+    close([g / n for g, n in zip(found, sizes, strict=True)], [g / n for g, n in zip(true, sizes, strict=True)])
+    with torch.no_grad():
+        close(flat(*self_modifying(*tokens, **arguments)), slow)
+
+
+def test_at_bound_2_a_matrix_turns_round_what_it_holds() -> None:
+    """Where η is 1 and α, too, one token takes M(k) = k + W k as far to the other side of its value as it was on this.
+
+    Of a value of length 0 it is turned round again and again, and keeps its length.
+    """
+    k = torch.randn(1, 1, 1, 4, dtype=F64).expand(1, 6, 1, 4)
+    readout = {name: (torch.zeros(4, dtype=F64), torch.tensor(40.0, dtype=F64)) for name in ("eta", "alpha")}
+    start = [torch.zeros(4, 4, dtype=F64)]
+    how = {"starts": {"memory": start}, "readout": readout, "delta": 0.0, "chunk": 1, "projection_chunk": 1}
+    y, _ = self_modifying(k, k, torch.zeros_like(k), bound=2.0, **how)
+    unit = F.normalize(k, dim=-1)
+    turned = unit * torch.tensor([1, -1, 1, -1, 1, -1], dtype=F64)[None, :, None, None]
+    torch.testing.assert_close(y, turned, rtol=1e-2, atol=1e-2)  # but for ε, a ten-thousandth a token
+    with pytest.raises(ValueError, match=r"bound=2.0 is not allowed; give a number above 0 and below 2$"):
+        self_modifying(k, k, k, bound=2.0, **{**how, "starts": {"memory": [*start, *start]}})
 
 
 def rounded(dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any], list[Tensor], dict[str, Any]]:
@@ -106,6 +150,23 @@ def test_first_and_second_derivatives(step: str) -> None:
     leaves = [x.requires_grad_() for x in (q, k, v, theta, *weights, *readout)]
     torch.autograd.gradcheck(run, leaves)
     torch.autograd.gradgradcheck(run, leaves, gen_non_contig_grad_outputs=True)
+
+
+@pytest.mark.parametrize("step", ["normalized", "raw"])
+def test_second_derivatives_of_a_matrix_written_token_by_token(step: str) -> None:
+    torch.manual_seed(2)
+    q, k, v = (torch.randn(1, 3, 1, 2, dtype=F64) for _ in range(3))
+    weight, *readout = (torch.randn(shape, dtype=F64) for shape in ((2, 2), (2,), (), (2,), ()))
+
+    def run(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, *readout: Tensor) -> tuple[Tensor, ...]:
+        gates = {"eta": readout[:2], "alpha": readout[2:]}
+        how = {"step": step, "chunk": 1, "projection_chunk": 1, "eta_max": 0.1, "delta": 0.5}
+        y, state = self_modifying(q, k, v, starts={"memory": [weight]}, readout=gates, **how)
+        return y, state["memory"]["weights"]["W1"]
+
+    leaves = [x.requires_grad_() for x in (q, k, v, weight, *readout)]
+    torch.autograd.gradcheck(run, leaves)
+    torch.autograd.gradgradcheck(run, leaves)
 
 
 # -- what it comes to where much is left out ---------------------------------------------------------------------------

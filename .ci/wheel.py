@@ -2,8 +2,8 @@
 
     python .ci/wheel.py FOLDER    # that holds the wheel
 
-The environment has the wheel and what its metadata asks for without an extra, in turn, and nothing else: these are links
-to where they are installed here, so that nothing is downloaded. It is deleted at the end.
+The environment has the wheel and what its metadata asks for without an extra, in turn, and nothing else: these are
+links to where they are installed here, so that nothing is downloaded. It is deleted at the end.
 """
 
 from __future__ import annotations

@@ -41,12 +41,15 @@ def trainer(model: LlamaForCausalLM, folder: str, steps: int = 60, **options: An
         lr_scheduler_type="linear",
         weight_decay=0.1,  # for the Trainer's own groups; all other ways are told theirs
         save_steps=steps // 2,
+        eval_strategy="steps",
+        eval_steps=steps // 2,
         logging_steps=steps // 4,
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    return Trainer(model, arguments, train_dataset=text(), **options)
+    *train, _, _, _, _ = pieces = text()
+    return Trainer(model, arguments, train_dataset=train, eval_dataset=pieces[-4:], **options)
 
 
 def by_factory(model: LlamaForCausalLM, folder: str, **options: Any) -> Trainer:
@@ -75,7 +78,8 @@ def main() -> None:
             made = way(language_model(), folder)
             made.train()
             losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
-        print(f"{way.__name__}: loss {losses[0]:.3f}, then {losses[-1]:.3f}")
+            held_out = [entry["eval_loss"] for entry in made.state.log_history if "eval_loss" in entry]
+        print(f"{way.__name__}: loss {losses[0]:.3f}, then {losses[-1]:.3f}; held out {held_out[-1]:.3f}")
 
 
 if __name__ == "__main__":

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch.optim import Optimizer
 
 from nestopt.config import Config, ModelConfig, build, load
 from nestopt.config.load import names_file
 from nestopt.config.sizes import named
+from nestopt.core.level import Level
 from nestopt.description import Description
 from nestopt.description import describe as describe_object
+from nestopt.levels.continuum.level import Cms
 from nestopt.models import HopeLM, build_model
 from nestopt.nn import CMS, SequenceMemory
 from nestopt.nn import layer as make_layer
@@ -20,6 +22,12 @@ from nestopt.optim import optimizer
 from nestopt.optim import optimizer as make_optimizer
 
 
+@overload
+def layer(spec: Cms | Literal["cms"], dim: int, heads: int = 4, **options: Any) -> CMS: ...
+@overload
+def layer(spec: Level | str, dim: int, heads: int = 4, **options: Any) -> SequenceMemory: ...
+@overload
+def layer(spec: Any, dim: int, heads: int = 4, **options: Any) -> SequenceMemory | CMS: ...
 def layer(spec: Any, dim: int, heads: int = 4, **options: Any) -> SequenceMemory | CMS:
     """Return a level as a module on tokens: `y, state = layer(x, state=None)`, x and y `[B, T, dim]`.
 
@@ -28,6 +36,10 @@ def layer(spec: Any, dim: int, heads: int = 4, **options: Any) -> SequenceMemory
         dim: width of the tokens.
         heads: memories side by side; they divide `dim`.
         options: of `nestopt.nn.SequenceMemory`, such as `conv`.
+
+    Returns:
+        A `CMS` for a `cms`; for any other level a `SequenceMemory`, and that is what a type checker takes a level or a
+        name for that is not known to be a `cms`.
 
     Raises:
         ConfigError: a spec that can't be built.

@@ -144,6 +144,25 @@ def add_runs(runs: argparse.ArgumentParser) -> None:
     runs.add_argument("--json", action="store_true", help="for other programs: all that is known of each")
 
 
+def add_export(export: argparse.ArgumentParser) -> None:
+    """Add what `export` takes."""
+    export.add_argument("path", metavar="RUN", help="a run's folder, an older checkpoint-N.json of it, or weights")
+    export.add_argument("out", metavar="OUT", help="a new folder")
+
+
+def add_import(import_: argparse.ArgumentParser) -> None:
+    """Add what `import` takes."""
+    import_.add_argument("folder", metavar="FOLDER", help="of torch.distributed.checkpoint; its pickle is not run")
+    import_.add_argument(
+        "out", metavar="OUT", help="a new folder, for a run that was exported; OUT.safetensors, for weights alone"
+    )
+    import_.add_argument(
+        "--prefix",
+        default="model.",
+        help="what names of weights begin with, and is taken off (default: model.; all are taken where none does)",
+    )
+
+
 def add_sweep(sweep: argparse.ArgumentParser) -> None:
     """Add what `sweep` takes."""
     given = sweep.add_argument(

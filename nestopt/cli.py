@@ -311,6 +311,22 @@ def runs(args: argparse.Namespace) -> int:
     return 0
 
 
+def export(args: argparse.Namespace) -> int:
+    """Do what `nestopt export` says."""
+    from nestopt.train.exchange import export as write
+
+    print(write(args.path, Path(args.out)))
+    return 0
+
+
+def import_(args: argparse.Namespace) -> int:
+    """Do what `nestopt import` says."""
+    from nestopt.train.exchange import import_ as read
+
+    print(read(Path(args.folder), Path(args.out), args.prefix))
+    return 0
+
+
 def sweep(args: argparse.Namespace) -> int:
     """Do what `nestopt sweep` says."""
     from nestopt.train.sweep import Choices, sweep

@@ -42,6 +42,16 @@ def nestopt_register_commands(register: Register) -> None:
         "sweep", _command("train one run for each choice of values, and compare them", cli.sweep, arguments.add_sweep)
     )
     register(
+        "export",
+        _command("write a run as a folder of torch.distributed.checkpoint", cli.export, arguments.add_export),
+    )
+    register(
+        "import",
+        _command(
+            "make a run, or weights, of a folder of torch.distributed.checkpoint", cli.import_, arguments.add_import
+        ),
+    )
+    register(
         "tune-reading",
         _command(
             "choose how fast a trained model learns as it reads: rate, period, keep; no training",

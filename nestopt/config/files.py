@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import shutil
@@ -65,6 +66,30 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def making(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Make a folder at once: fill the one that this gives, and when the block ends that becomes ``path``.
+
+    If the block raises, there is nothing at ``path``.
+
+    Raises:
+        FileExistsError: something is at ``path`` already.
+    """
+    target = Path(path)
+    made = Path(tempfile.mkdtemp(prefix=f".{target.name}~", suffix=".tmp", dir=target.parent))
+    try:
+        yield made
+        mask = os.umask(0)
+        os.umask(mask)
+        made.chmod(0o777 & ~mask)
+        if os.path.lexists(target):  # an empty folder would be replaced
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        os.rename(made, target)
+        _sync_folder(target.parent)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from nestopt.config.errors import ConfigError, show
 from nestopt.config.files import nearest_file, write
@@ -15,21 +15,30 @@ from nestopt.config.spec import as_saved, build, to_spec
 from nestopt.config.values import check_size
 from nestopt.core import Level
 
+_C = TypeVar("_C", bound=Config | Level)
+_Source = str | os.PathLike[str] | Mapping[str, Any]
 
-def load(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable[str] = ()) -> Config | Level:
+
+# of a `type[_C]` checkers want that it be no abstract class, which Level is
+@overload
+def load(source: _Source, overrides: Iterable[str] = (), *, kind: Callable[..., _C]) -> _C: ...
+@overload
+def load(source: _Source, overrides: Iterable[str] = ()) -> Config | Level: ...
+def load(source: _Source, overrides: Iterable[str] = (), *, kind: Any = (Config, Level)) -> Config | Level:
     """Load a configuration, or a stack on its own, from a YAML file or a mapping.
 
     Args:
         source: the path of a YAML file, or what one holds. A name, a list or a mapping with the key `level` is a stack;
             else it is a configuration, with any of the sections `model`, `optimizer`, `data` and `train`.
         overrides: `KEY=VALUE` each: `optimizer.lr=0.01`, or for a stack `beta=0.5`, `[1].period=4`.
+        kind: `Config`, `Level` or a class of levels: what it has to be. Default: either.
 
     Returns:
-        A `Config`, or a `Level` for a stack.
+        A `Config`, or a `Level` for a stack; with `kind` an instance of that.
 
     Raises:
-        ConfigError: for a file that is not there or not YAML, an override that leads nowhere, and for what does not
-            fit the schema.
+        ConfigError: for a file that is not there or not YAML, an override that leads nowhere, for what does not fit
+            the schema, and for what is not of the `kind`.
 
     >>> from nestopt.config import load
     >>> load({"level": "momentum"}, ["beta=0.5"]).beta
@@ -40,9 +49,11 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable
     overrides = [overrides] if isinstance(overrides, str) else list(overrides)
     data = apply({} if data is None else data, overrides, complete=_complete)
     try:
-        if _is_stack(data):
-            return build("level", data)
-        return Config.from_data(data)
+        found = build("level", data) if _is_stack(data) else Config.from_data(data)
+        if not isinstance(found, kind):
+            what = "a configuration" if isinstance(found, Config) else f"a stack ({found.label})"
+            raise ConfigError(f"it is {what}; give a {kind.__name__}")
+        return found
     except ConfigError as error:
         keys = [override.partition("=")[0].strip() for override in overrides]
         raise error.said_in(lambda e: "" if any(_is_below(e.path, key) for key in keys) else name) from None

@@ -14,13 +14,27 @@ import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, overload
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, overload
 
 from torch import Tensor
 
 from nestopt.config.errors import ConfigError, join, show
 from nestopt.config.values import check_size, convert, number, schedules
-from nestopt.core import Channels, Gate, Heads, Level, Part, UnknownName, chain, registry
+from nestopt.core import (
+    Channels,
+    Features,
+    Gate,
+    Heads,
+    Level,
+    Memory,
+    Objective,
+    Output,
+    Part,
+    Retention,
+    UnknownName,
+    chain,
+    registry,
+)
 from nestopt.core.part import FieldError, is_subclass, read_by
 from nestopt.core.registry import KINDS, base_of
 from nestopt.core.schedule import Schedule
@@ -48,8 +62,23 @@ def as_saved() -> Iterator[None]:
 # -- from plain data -------------------------------------------------------------------------------------------------
 
 
+_L = TypeVar("_L", bound=Level)
+
+
+@overload
+def build(kind: Literal["level"], spec: _L | type[_L], path: str = "") -> _L: ...
 @overload
 def build(kind: Literal["level"], spec: object, path: str = "") -> Level: ...
+@overload
+def build(kind: Literal["memory"], spec: object, path: str = "") -> Memory: ...
+@overload
+def build(kind: Literal["objective"], spec: object, path: str = "") -> Objective: ...
+@overload
+def build(kind: Literal["retention"], spec: object, path: str = "") -> Retention: ...
+@overload
+def build(kind: Literal["features"], spec: object, path: str = "") -> Features: ...
+@overload
+def build(kind: Literal["output"], spec: object, path: str = "") -> Output: ...
 @overload
 def build(kind: str, spec: object, path: str = "") -> Part: ...
 def build(kind: str, spec: object, path: str = "") -> Part:

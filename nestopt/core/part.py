@@ -180,11 +180,12 @@ def is_subclass(value: object, base: type[_T]) -> TypeGuard[type[_T]]:
 class _PartType(ABCMeta):
     """Notes in a part, once it is made, the names of its attributes: torch 2.11's compiler can't list them."""
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __call__(cls: type[_T], *args: Any, **kwargs: Any) -> _T:
         if any(map(is_scheduled, (*args, *kwargs.values()))):
-            part = cls._with_schedules(inspect.signature(vars(cls)["__init__"]).bind(None, *args, **kwargs).arguments)
+            given = inspect.signature(vars(cls)["__init__"]).bind(None, *args, **kwargs).arguments
+            part = cls._with_schedules(given)  # type: ignore[attr-defined]  # cls is a _PartType, too
         else:
-            part = super().__call__(*args, **kwargs)
+            part = super().__call__(*args, **kwargs)  # type: ignore[misc]
         if any(inner.is_scheduled for _, inner in part.parts()):
             part.is_scheduled = True
         part._attributes = (*vars(part), "_attributes")

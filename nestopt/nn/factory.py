@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 from nestopt.core.level import Level
 from nestopt.levels.continuum.level import Cms
@@ -10,6 +10,10 @@ from nestopt.nn.cms import CMS
 from nestopt.nn.sequence_memory import SequenceMemory
 
 
+@overload
+def layer(level: Cms, dim: int, heads: int = 4, **options: Any) -> CMS: ...
+@overload
+def layer(level: Level, dim: int, heads: int = 4, **options: Any) -> SequenceMemory: ...
 def layer(level: Level, dim: int, heads: int = 4, **options: Any) -> SequenceMemory | CMS:
     """Return the module that runs `level` on tokens of `dim` numbers: `y, state = module(x, state=None)`, x `[B, T,
     dim]`.

@@ -110,6 +110,10 @@ def _dataset(kind: str, name: str) -> None:
     testing.check_dataset(_made(kind, name))
 
 
+def _task(kind: str, name: str) -> None:
+    testing.check_task(_made(kind, name))
+
+
 def _optimizer(kind: str, name: str) -> None:
     cls = registry.get(kind, name)
     testing.check_optimizer(lambda params: cls(params, lr=0.01))
@@ -142,6 +146,7 @@ CHECKS: dict[str, Callable[[str, str], str | None]] = {
     **dict.fromkeys(PARTS, _part),
     "token_form": _form,
     "dataset": _dataset,
+    "task": _task,
     "optimizer": _optimizer,
     "model": _model,
     "schedule": _schedule,

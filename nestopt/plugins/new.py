@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import keyword
-import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from string import Template
 
 from nestopt._version import VERSION
 from nestopt.config import ConfigError
+from nestopt.config.files import making
 from nestopt.core.registry import WORDS, registry
 from nestopt.plugins import templates
 
@@ -41,25 +39,15 @@ def write(name: str, kind: str, out: Path) -> str:
         raise ConfigError.refuse("--out", str(out), "give a folder that is there")
     folder = out / f"nestopt-{name.replace('_', '-')}"
     files = _files(name, registered, kind)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}~", dir=out))
     try:
-        for path, text in files.items():
-            (made / path).parent.mkdir(parents=True, exist_ok=True)
-            (made / path).write_text(text, encoding="utf-8")
-        made.chmod(0o777 & ~_umask())
-        if os.path.lexists(folder):  # an empty folder would be replaced
-            raise ConfigError.refuse("NAME", given, f"{folder} is there already; remove it, or give another name")
-        os.rename(made, folder)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+        with making(folder) as made:
+            for path, text in files.items():
+                (made / path).parent.mkdir(parents=True, exist_ok=True)
+                (made / path).write_text(text, encoding="utf-8")
+    except FileExistsError:
+        raise ConfigError.refuse("NAME", given, f"{folder} is there already; remove it, or give another name") from None
     rows = "\n".join(f"  {path}" for path in files)
     return f"{folder}:\n{rows}\nNow: cd {folder} && pip install -e '.[test]' && pytest && nestopt plugins"
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _files(name: str, registered: str, kind: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Templates of what belongs to training: optimizers, models, datasets, schedules, callbacks, loggers and commands."""
+"""Templates of what is in training: data, tasks, optimizers, models, schedules, callbacks, loggers and commands."""
 
 from __future__ import annotations
 
@@ -59,6 +59,54 @@ def test_a_configuration_names_it():
 def test_a_value_out_of_range_is_refused_by_name():
     with pytest.raises(nestopt.ConfigError, match="data.dataset.lines: 3 is not allowed"):
         nestopt.load({"data": {"dataset": {"dataset": "$name", "lines": 3}}})
+"""
+
+TASK = '''\
+import nestopt
+import torch
+from nestopt.train.data import Examples, Task
+
+
+class $cls(Task):
+    """The largest number so far.
+
+    Args:
+        numbers: how many there are. Default 16.
+    """
+
+    numbers: int = 16
+    tests = ("twice",)  # longer than in training
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("numbers", 2)
+
+    @property
+    def vocab(self) -> int:
+        return self.numbers
+
+    def draw(self, count: int, generator: torch.Generator, part: str = "train") -> Examples:
+        length = 64 if part == "twice" else 32
+        tokens = torch.randint(self.numbers, (count, length), generator=generator)
+        return Examples(tokens, tokens.cummax(1).values)
+'''
+
+TASK_TESTS = """
+def test_it_keeps_the_contract():
+    check_task($module.$cls())
+
+
+def test_targets_are_the_largest_so_far():
+    tokens, targets, _ = $module.$cls(8).draw(3, torch.Generator().manual_seed(0))
+    for row, right in zip(tokens.tolist(), targets.tolist()):
+        assert right == [max(row[: place + 1]) for place in range(len(row))]
+
+
+def test_a_configuration_names_it():
+    config = nestopt.load({"data": {"task": {"task": "$name", "numbers": 12}}})
+    assert config.data.task == $module.$cls(numbers=12)
+    with pytest.raises(nestopt.ConfigError, match="data.task.numbers: 1 is not allowed"):
+        nestopt.load({"data": {"task": {"task": "$name", "numbers": 1}}})
 """
 
 CALLBACK = '''\
@@ -308,6 +356,13 @@ HOOKS: dict[str, tuple[str, str, str, str, str]] = {
         f"{_IMPORTS}from nestopt.testing import check_dataset\n",
         DATASET_TESTS,
         "```sh\nnestopt train data.dataset=$name\n```",
+    ),
+    "task": (
+        "nestopt_register_tasks",
+        TASK,
+        f"{_IMPORTS}import torch\nfrom nestopt.testing import check_task\n",
+        TASK_TESTS,
+        "```sh\nnestopt train data.task=$name\nnestopt evidence $name\n```",
     ),
     "schedule": (
         "nestopt_register_schedules",

@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nestopt.config import ConfigError, build, to_spec
 from nestopt.core import AssociativeMemory, Level, Part, Refused, TokenForm, registry
+from nestopt.models.next_token import counted
 from nestopt.ops.run import run
 from nestopt.testing.levels import check_layer, check_level
 from nestopt.train.data.dataset import Dataset, DocumentDataset
+from nestopt.train.data.task import Task
 from nestopt.train.schedule import Schedule
 
 
@@ -112,6 +115,32 @@ def check_dataset(dataset: Dataset) -> None:
         f"{name}: a token is not below vocab={documents.vocab}"
     )
     assert isinstance(documents.decode(documents.encode_prompt("a")), str), f"{name}: decode gives no text"
+
+
+def check_task(task: Task) -> None:
+    """Assert that a task draws from its generator alone, within its vocabulary, and scores right answers 1.
+
+    Raises:
+        AssertionError: it does not, in words.
+    """
+    check_spec(task)
+    for part in ("train", *task.tests):
+        first, again, other = (task.draw(4, torch.Generator().manual_seed(seed), part) for seed in (0, 0, 1))
+        words = f"{task.label}: draw of {part!r}"
+        assert torch.equal(first.tokens, again.tokens), f"{words}: the same generator gives other tokens"
+        assert not torch.equal(first.tokens, other.tokens), f"{words}: another generator gives the same tokens"
+        tokens, targets, mask = first.told()
+        assert tokens.dtype == torch.int64, f"{words}: tokens are {tokens.dtype}, not int64"
+        assert tokens.ndim == 2, f"{words}: the shape is {list(tokens.shape)}, not [n, T]"
+        assert len(tokens) == 4, f"{words}: asked for 4 examples, it gives {len(tokens)}"
+        one = targets.ndim == 2
+        for what, found in (("token", tokens), ("target", targets if one else targets.clamp(max=0))):
+            assert int(found.max()) < task.vocab, f"{words}: a {what} is {int(found.max())}, and vocab is {task.vocab}"
+        counts = counted(targets) if mask is None else counted(targets) & mask
+        assert counts.any(1).all(), f"{words}: an example has no target that counts"
+        right = F.one_hot(targets.clamp_min(0), task.vocab).double() if one else targets.double() * 2 - 1
+        scores = task.score(right, first).tolist()
+        assert scores == [1.0] * 4, f"{words}: right answers score {scores}; each must be 1"
 
 
 def check_schedule(schedule: Schedule) -> None:

@@ -67,10 +67,11 @@ def test_main_of_huggingface(
     way(hf, "by_factory")
     monkeypatch.chdir(tmp_path)
     hf.main()
-    found = re.findall(r"(by_\w+): loss (\d\.\d+), then (\d\.\d+)", capsys.readouterr().out)
+    found = re.findall(r"(by_\w+): loss (\d\.\d+), then (\d\.\d+); held out (\d\.\d+)", capsys.readouterr().out)
     assert [name for name, *_ in found] == WAYS
-    for _, first, last in found:
+    for _, first, last, held_out in found:
         assert float(last) < 0.75 * float(first)
+        assert float(held_out) < 0.8 * float(first)
     assert found[0][1:] == found[1][1:]
 
 
@@ -118,6 +119,41 @@ def test_a_run_goes_on_from_a_checkpoint(hf: SimpleNamespace, name: str, tmp_pat
     made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert made.state.global_step == 8
     assert_equal(weights(whole), weights(resumed))
+
+
+def test_evaluations_change_nothing(hf: SimpleNamespace, tmp_path: Path) -> None:
+    found = []
+    for often in ("steps", "no"):
+        model = hf.language_model()
+        made = hf.by_hand(model, str(tmp_path), steps=8)
+        made.args.eval_strategy = made.args.eval_strategy.__class__(often)
+        made.train()
+        found.append((weights(model), [entry for entry in made.state.log_history if "eval_loss" in entry]))
+    (some, twice), (others, never) = found
+    assert (len(twice), len(never)) == (2, 0)
+    assert_equal(some, others)
+
+
+def test_averages_of_weights_are_what_is_evaluated(hf: SimpleNamespace, tmp_path: Path) -> None:
+    """The Trainer puts the optimizer into `eval`, and back: what is trained is not what is evaluated."""
+    model = hf.language_model()
+    stack = nestopt.levels.weight_average(nestopt.levels.adam(), decay=0.9)
+    optimizer = nestopt.optim.Nested(model.parameters(), stack, lr=3e-3)
+    made = hf.trainer(model, str(tmp_path), steps=8, optimizers=(optimizer, None))
+    made.train()
+    logged = [entry["eval_loss"] for entry in made.state.log_history if "eval_loss" in entry]
+    batch = torch.stack([piece["input_ids"] for piece in hf.text()[-4:]])
+    optimizer.train()
+    trained = weights(model)
+    losses = []
+    for mode in (optimizer.train, optimizer.eval):
+        mode()
+        with torch.no_grad():
+            losses.append(float(model.eval()(input_ids=batch, labels=batch).loss))
+    assert losses[1] == pytest.approx(logged[-1], rel=1e-4)
+    assert losses[0] != pytest.approx(logged[-1], rel=1e-3)
+    optimizer.train()
+    assert_equal(weights(model), trained)
 
 
 def test_layers_are_watched_in_the_trainer(hf: SimpleNamespace, tmp_path: Path, caplog: Any) -> None:
@@ -197,3 +233,37 @@ def test_a_fit_goes_on_from_a_checkpoint(lightning: SimpleNamespace, tmp_path: P
     again.fit(resumed, lightning.digits(), ckpt_path=saver.best_model_path)
     assert half.losses + resumed.losses == whole.losses
     assert_equal(weights(whole), weights(resumed))
+
+
+# -- accelerate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def accelerate() -> SimpleNamespace:
+    return recipe("accelerate_loop.py", "accelerate")
+
+
+def test_main_of_accelerate(accelerate: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    accelerate.main()
+    ((first, last, same),) = re.findall(r"loss (\d\.\d+), then (\d\.\d+); .* losses: (\w+)", capsys.readouterr().out)
+    assert float(last) < 0.25 * float(first)
+    assert same == "True"
+
+
+def test_its_loop_is_a_loop_by_hand(accelerate: SimpleNamespace) -> None:
+    loop, twin = accelerate.Loop(), accelerate.network()
+    start = weights(twin)
+    loop.epoch()
+    optimizer = nestopt.optimizer(twin, "muon", lr=0.02, rest={"stack": "adamw", "lr": 3e-3})
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 64)
+    for i, (pictures, labels) in enumerate(accelerate.digits()):
+        (nn.functional.cross_entropy(twin(pictures), labels) / 2).backward()
+        if i % 2:
+            torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    found = weights(loop.model)
+    for name, weight in weights(twin).items():
+        assert not torch.equal(weight, start[name])
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6)

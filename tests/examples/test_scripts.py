@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import nestopt
 from nestopt import cli
@@ -24,7 +28,8 @@ def printed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_there_is_a_test_for_every_example() -> None:
     tested = {"swap_optimizer.py", "compose.py", "stack.yaml", "layer.py", "own_text.yaml"}
-    tested |= {"huggingface.py", "lightning_module.py"}  # in test_recipes.py
+    tested |= {"by_name.py", "export_step.py"}
+    tested |= {"huggingface.py", "lightning_module.py", "accelerate_loop.py"}  # in test_recipes.py
     tested |= {"harness.py"}  # in tests/models/test_hf_tools.py
     tested |= {"stack_smollm.py"}  # in test_pretrained.py
     tested |= {"hope.yaml"}  # in tests/benchmarks/test_hope.py
@@ -56,6 +61,60 @@ def test_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert int(right) > 50
     (apart,) = re.findall(r"differs by at most (\S+)", out)
     assert float(apart) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of DCP, about its own arguments
+def test_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = re.findall(
+        r"(\w+): loss (\d\.\d+), then (\d\.\d+); .* losses: (\w+)", printed("by_name.py", tmp_path, monkeypatch, capsys)
+    )
+    assert [name for name, *_ in found] == ["AdamW", "stack", "routed"]
+    for _, first, last, same in found:
+        assert float(last) < 0.2 * float(first)
+        assert same == "True"
+
+
+def test_adamw_by_name_is_torchs() -> None:
+    recipe = SimpleNamespace(**runpy.run_path(str(EXAMPLES / "by_name.py")))
+    found = []
+    for text in (recipe.ADAMW, recipe.ADAMW.replace("nestopt.", "torch.", 1)):
+        model = recipe.network()
+        optimizer = recipe.instantiate(text, model)
+        recipe.train(model, optimizer, range(8))
+        found.append((type(optimizer), [param.detach() for param in model.parameters()]))
+    assert [cls for cls, _ in found] == [nestopt.optim.AdamW, torch.optim.AdamW]
+    for ours, theirs in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_export_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed("export_step.py", tmp_path, monkeypatch, capsys)
+    found = re.findall(r"(\w+): .* differs by at most (\S+)", out)
+    assert [name for name, _ in found] == ["gated_deltanet", "titans"]
+    assert all(float(apart) < 1e-5 for _, apart in found)
+    code = "import sys, torch; torch.export.load('step.pt2').module(); assert 'nestopt' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("level", ["retnet", "deltanet", "oja", "omega", "momentum", "adam"])
+def test_an_exported_step_is_the_step(level: str) -> None:
+    recipe = SimpleNamespace(**runpy.run_path(str(EXAMPLES / "export_step.py")))
+    torch.manual_seed(0)
+    layer = nestopt.layer(level, dim=8, heads=2)
+    program, ours = recipe.export(layer, batch=3).module(), layer.init_state(3)
+    theirs = ours
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(3, 8)
+            (y, ours), (y_too, theirs) = layer.step(x, ours), program(x, theirs)
+            torch.testing.assert_close((y_too, theirs), (y, ours), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("level", ["attention", "titans"])
+def test_a_step_whose_state_grows_is_not_exported(level: str) -> None:
+    recipe = SimpleNamespace(**runpy.run_path(str(EXAMPLES / "export_step.py")))
+    with pytest.raises(ValueError, match=f"{level}: its state grows from token to token; give chunk=1, or another"):
+        recipe.export(nestopt.layer(level, dim=8, heads=2))
 
 
 def test_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from nestopt.cli import main
 from nestopt.config import Config, ConfigError, build
 from nestopt.core.registry import registry
 from nestopt.models import HopeLM
+from nestopt.testing import check_task
 from nestopt.train.data import Examples, Task
 from nestopt.train.data.sources import make
 from nestopt.train.data.task import Made, generator_of
@@ -188,15 +189,12 @@ def test_copies_are_of_what_was_read() -> None:
 @pytest.mark.parametrize("name", registry.names("task"))
 def test_draws_are_of_their_generator_and_right_answers_score_1(name: str) -> None:
     task = build("task", name)
+    check_task(task)
     for part in ("train", *task.tests):
-        first, again, other = (drawn(task, part, 4, seed) for seed in (0, 0, 1))
-        assert torch.equal(first.tokens, again.tokens)
-        assert not torch.equal(first.tokens, other.tokens)
-        tokens, targets, mask = first.told()
-        assert int(tokens.max()) < task.vocab
+        first = drawn(task, part, 4, 0)
+        _, targets, mask = first.told()
         one = targets.ndim == 2
         right = F.one_hot(targets.clamp_min(0), task.vocab).double() if one else targets.double() * 2 - 1
-        assert task.score(right, first).tolist() == [1] * 4
         counts = (targets if targets.ndim == 2 else targets[..., 0]) != -100
         counts = counts if mask is None else counts & mask
         wrong = right.clone()
@@ -205,7 +203,6 @@ def test_draws_are_of_their_generator_and_right_answers_score_1(name: str) -> No
         score = task.score(wrong, first)
         assert float(score[row]) == pytest.approx(0 if task.whole else 1 - 1 / int(counts[row].sum()))
         assert float(score.sum()) == pytest.approx(3 + float(score[row]))
-    assert build("task", nestopt.to_spec(task)) == task
 
 
 class Next(Task):
@@ -222,6 +219,35 @@ class Next(Task):
         mask = torch.ones(count, 9, dtype=torch.bool)
         mask[0, 5:] = False
         return Examples((first + torch.arange(9)) % 7, mask=mask)
+
+
+class Leaky(Next):
+    def draw(self, count: int, generator: torch.Generator, part: str = "train") -> Examples:
+        return super().draw(count, torch.Generator().manual_seed(0), part)
+
+
+class Narrow(Next):
+    @property
+    def vocab(self) -> int:
+        return 6
+
+
+class Unscored(Next):
+    def score(self, logits: torch.Tensor, examples: Examples) -> torch.Tensor:
+        return torch.zeros(len(examples.tokens))
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        (Leaky, "another generator gives the same tokens"),
+        (Narrow, "a token is 6, and vocab is 6"),
+        (Unscored, "right answers score"),
+    ],
+)
+def test_check_task_finds_what_is_wrong(task: type[Task], words: str) -> None:
+    with pytest.raises(AssertionError, match=words):
+        check_task(task())
 
 
 class Plugin:

@@ -135,8 +135,7 @@ class AssociativeMemory(Level):
                 if (value := getattr(self, key)) != default and not (self.fades_pairs and key == "retention"):
                     raise FieldError(self.label, key, value, problem)
 
-    fades_pairs: ClassVar[bool] = False
-    """Whether the retention fades the pairs of a memory that keeps them."""
+    fades_pairs: ClassVar[bool] = False  # whether the retention fades the pairs of a memory that keeps them
 
     def appended(self, theta: Theta, k: Tensor, v: Tensor) -> Theta | None:
         """θ with the pair appended; None where a rule must write it."""
@@ -275,9 +274,7 @@ class AssociativeMemory(Level):
         appended = self.appended(before, k, v)
         if appended is not None:
             return self._answer(appended if self.read == "after" else before, q), {**state, "memory": appended}
-        at = before
-        if self.fade == "before":
-            at = self._retained(before)
+        at = self._retained(before) if self.fade == "before" else before
         if self.normalized == "layerwise":
             begun, live = dataclasses.replace(signal, step=signal.step - 1), torch.ones_like(k[:1], dtype=torch.bool)
             (new,) = states_after(self, k[None], v[None], {}, live, {**state, "memory": at}, begun)

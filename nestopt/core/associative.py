@@ -136,8 +136,7 @@ class AssociativeMemory(Level):
                 if (value := getattr(self, key)) != default and not (self.fades_pairs and key == "retention"):
                     raise FieldError(self.label, key, value, problem)
 
-    fades_pairs: ClassVar[bool] = False
-    """Whether the retention fades the pairs of a memory that keeps them."""
+    fades_pairs: ClassVar[bool] = False  # whether the retention fades the pairs of a memory that keeps them
 
     def appended(self, theta: Theta, k: Tensor, v: Tensor) -> Theta | None:
         """θ with the pair appended; None where a rule must write it."""

@@ -93,7 +93,7 @@ LIBRARIES = (
     "yaml",
 )
 nitpick_ignore_regex = [
-    (r"py:.*", r"nestopt\..*\._\w+"),  # a private alias or type variable, shown in a signature
+    (r"py:.*", r"(nestopt\..*\.)?_\w+"),  # a private alias or type variable, shown in a signature
     (r"py:.*", rf"({'|'.join((*LIBRARIES, *sys.stdlib_module_names))})(\..*)?"),
     (r"py:.*", rf"({'|'.join(dir(builtins))})"),
     (r"py:.*", r"(Any|Callable|ClassVar|DeviceMesh|Iterable|Iterator|Literal|Mapping|Module|Path|Sequence|Tensor)"),

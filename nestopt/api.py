@@ -14,13 +14,13 @@ from nestopt.config.sizes import named
 from nestopt.description import Description
 from nestopt.description import describe as describe_object
 from nestopt.models import HopeLM, build_model
-from nestopt.nn import CMS, SequenceMemory
+from nestopt.nn import CMS, SequenceMemory, TitansMixer
 from nestopt.nn import layer as make_layer
 from nestopt.optim import optimizer
 from nestopt.optim import optimizer as make_optimizer
 
 
-def layer(spec: Any, dim: int, heads: int = 4, **options: Any) -> SequenceMemory | CMS:
+def layer(spec: Any, dim: int, heads: int = 4, **options: Any) -> SequenceMemory | CMS | TitansMixer:
     """Return a level as a module on tokens: `y, state = layer(x, state=None)`, x and y `[B, T, dim]`.
 
     Args:

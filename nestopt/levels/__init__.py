@@ -14,6 +14,9 @@ from nestopt.core.token_composition import ChainForm, NestForm, ParallelForm
 from nestopt.core.token_reference import ReferenceForm
 from nestopt.levels.attention.form import AttentionForm
 from nestopt.levels.continuum.level import Cms as cms
+from nestopt.levels.deep.architectures import Mac as mac
+from nestopt.levels.deep.architectures import Mag as mag
+from nestopt.levels.deep.architectures import Mal as mal
 from nestopt.levels.deep.form import DeepMemoryForm
 from nestopt.levels.deep.rule_form import RuleByChunkForm
 from nestopt.levels.gradient.adam import Adam as adam
@@ -98,6 +101,9 @@ __all__ = [
     "linear_attention",
     "lion_chain",
     "m3",
+    "mac",
+    "mag",
+    "mal",
     "mars",
     "matrix_adagrad",
     "momentum",

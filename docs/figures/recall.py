@@ -141,7 +141,7 @@ def _of(name: str) -> Callable[[], dict[str, Shown]]:
 RAW: dict[str, Any] = {"normalized": False, "lr": Gate(0.5), "memory": Mlp(), "forget": "all"}
 """The letter of a deep memory's equations, with a step from which these pairs can be learned."""
 
-NAMES = "attention linear_attention gated_linear deltanet gated_deltanet oja omega"
+NAMES = "attention linear_attention gated_linear deltanet gated_deltanet oja omega yaad moneta memora atlas"
 PICTURES: dict[str, Callable[[], dict[str, Shown]]] = {
     **{name: _of(name) for name in NAMES.split()},
     "window_attention": lambda: {"window_attention, size 16": Shown(window_attention(memory=Window(16)))},

@@ -75,6 +75,30 @@ MLP_OF_DOT = Formula(
     lambda s: 28 * s.dim * s.hidden + 6 * s.chunk * (s.dim + s.hidden) + 4 * s.chunk * (s.chunk + 1) + 2 * s.hidden,
 )
 """Of chunks of 64 tokens, which are a block each."""
+MLP_BY_ROWS = Formula(
+    "$18Dh + 10C(D + h) - 4D + 2h$",
+    lambda s: 18 * s.dim * s.hidden + 10 * s.chunk * (s.dim + s.hidden) - 4 * s.dim + 2 * s.hidden,
+)
+MLP_AT_ONCE = Formula(
+    "$(18 + 4/C)Dh + 2C(D + h)$",
+    lambda s: (18 + 4 / s.chunk) * s.dim * s.hidden + 2 * s.chunk * (s.dim + s.hidden),
+)
+ORTHOGONALISED = Formula(
+    "$6D^2h + 8Dh + (2D^2h + 2Dh + 20D^2h(1 + h) + 10D^3 + 10h^3)/C$",
+    lambda s: (
+        6 * s.dim**2 * s.hidden
+        + 8 * s.dim * s.hidden
+        + (
+            2 * s.dim**2 * s.hidden
+            + 2 * s.dim * s.hidden
+            + 20 * s.dim**2 * s.hidden * (1 + s.hidden)
+            + 10 * s.dim**3
+            + 10 * s.hidden**3
+        )
+        / s.chunk
+    ),
+)
+"""Where D is at most h, and h at most D²."""
 FLOPS = {
     "attention": ALL_PAIRS,
     "window_attention": WINDOW,
@@ -88,6 +112,10 @@ FLOPS = {
     "ttt": MLP,
     "titans": MLP_WITH_MOMENTUM,
     "dla": MLP_OF_DOT,
+    "yaad": MLP_BY_ROWS,
+    "moneta": MLP_AT_ONCE,
+    "memora": MLP_AT_ONCE,
+    "atlas": ORTHOGONALISED,
 }
 """Of matrix products, a token and head, by level."""
 
@@ -97,6 +125,7 @@ ONE_MATRIX = Formula("$D_kD_v$", lambda s: s.dim**2)
 MATRIX_AND_PAIRS = Formula("$D_kD_v + (c - 1)(D_k + D_v + 1)$", lambda s: s.dim**2 + (s.window - 1) * (2 * s.dim + 1))
 WEIGHTS = Formula("$2Dh$", lambda s: 2 * s.dim * s.hidden)
 WEIGHTS_AND_MOMENTA = Formula("$4Dh$", lambda s: 4 * s.dim * s.hidden)
+FEATURED = Formula("$2h(D + D^2)$", lambda s: 2 * s.hidden * (s.dim + s.dim**2))
 STATE = {
     **dict.fromkeys(FLOPS, ONE_MATRIX),
     "attention": GROWS,
@@ -105,6 +134,10 @@ STATE = {
     "ttt": WEIGHTS,
     "titans": WEIGHTS_AND_MOMENTA,
     "dla": WEIGHTS_AND_MOMENTA,
+    "yaad": WEIGHTS,
+    "moneta": WEIGHTS_AND_MOMENTA,
+    "memora": WEIGHTS_AND_MOMENTA,
+    "atlas": FEATURED,
 }
 """Numbers of a sequence and head, by level; of memories in chunks, at the start of one."""
 

@@ -56,6 +56,7 @@ from nestopt.levels.gradient.soap import Soap as soap
 from nestopt.levels.listing import names as list  # noqa: F401  # not in __all__, whose names are all levels
 from nestopt.levels.matrix.form import DeltaRuleForm, LinearAttentionForm, OjaForm, OmegaForm
 from nestopt.levels.matrix.level import Omega as omega
+from nestopt.levels.presets import Atlas as atlas
 from nestopt.levels.presets import Attention as attention
 from nestopt.levels.presets import DeepMomentum as deep_momentum
 from nestopt.levels.presets import Deltanet as deltanet
@@ -63,11 +64,14 @@ from nestopt.levels.presets import Dla as dla
 from nestopt.levels.presets import GatedDeltanet as gated_deltanet
 from nestopt.levels.presets import GatedLinear as gated_linear
 from nestopt.levels.presets import LinearAttention as linear_attention
+from nestopt.levels.presets import Memora as memora
+from nestopt.levels.presets import Moneta as moneta
 from nestopt.levels.presets import OjaMemory as oja
 from nestopt.levels.presets import Retnet as retnet
 from nestopt.levels.presets import Titans as titans
 from nestopt.levels.presets import Ttt as ttt
 from nestopt.levels.presets import WindowAttention as window_attention
+from nestopt.levels.presets import Yaad as yaad
 from nestopt.levels.self_modifying.form import SelfModifyingForm
 from nestopt.levels.self_modifying.level import SelfModifying as self_modifying
 from nestopt.levels.weights import ScheduleFree as schedule_free
@@ -78,6 +82,7 @@ __all__ = [
     "adamuon",
     "adamw",
     "associative_memory",
+    "atlas",
     "attention",
     "average",
     "cautious",
@@ -106,7 +111,9 @@ __all__ = [
     "mal",
     "mars",
     "matrix_adagrad",
+    "memora",
     "momentum",
+    "moneta",
     "muon",
     "newton_schulz",
     "normalize",
@@ -128,6 +135,7 @@ __all__ = [
     "weight_average",
     "weight_decay",
     "window_attention",
+    "yaad",
 ]
 
 
@@ -145,6 +153,8 @@ def nestopt_register_memories(register: Register) -> None:
     register("vector", memories.Vector)
     register("matrix", memories.Matrix)
     register("mlp", memories.Mlp)
+    register("swiglu", memories.Swiglu)
+    register("factored", memories.Factored)
     register("window", memories.Window)
 
 
@@ -161,6 +171,9 @@ def nestopt_register_objectives(register: Register) -> None:
 def nestopt_register_retentions(register: Register) -> None:
     register("keep", retentions.Keep)
     register("decay", retentions.Decay)
+    register("elastic_net", retentions.ElasticNet)
+    register("lq", retentions.Lq)
+    register("kl", retentions.Kl)
 
 
 @hookimpl

@@ -102,6 +102,12 @@ DEEP = {
     "self-modifying write, read after": titans(rule=dgd(momentum(0.5), delta=0.5), chunk=4),
     "self-modifying write without momentum": titans(rule=dgd(), chunk=4, retention=Keep()),
 }
+DEEP |= {
+    "layer norm": titans(memory=Mlp(norm="layer"), chunk=4, normalized=True),
+    "layer norm, chunks": ttt(memory=Mlp(depth=3, hidden=5, norm="layer"), chunk=3, normalized=False, read="chunk"),
+    "huber by the norm": titans(objective=Huber(0.5, "norm"), chunk=4),
+    "huber by a switch": ttt(objective=Huber(0.5, "switch"), chunk=4, normalized=False, lr=Gate(0.1)),
+}
 LAYERWISE = {"normalized": "layerwise", "chunk": 4}
 DEEP |= {
     "layerwise": ttt(**LAYERWISE),
@@ -112,6 +118,7 @@ DEEP |= {
     "layerwise, without momentum": titans(**LAYERWISE, rule=gd(), step_size=0.5),
     "layerwise, three layers": titans(**LAYERWISE, memory=Mlp(depth=3, hidden=5, activation="gelu")),
     "layerwise, normalised reads": titans(**LAYERWISE, memory=Mlp(activation="tanh", norm=True), features=Elu()),
+    "layerwise, layer norm": titans(**LAYERWISE, memory=Mlp(norm="layer")),
     "layerwise dla": dla(**LAYERWISE, rule=dgd(momentum(Gate(0.5)), delta=0.5)),
     "layerwise huber": titans(**LAYERWISE, objective=Huber(0.1)),
     "layerwise lp": ttt(**LAYERWISE, objective=Lp(2.5)),

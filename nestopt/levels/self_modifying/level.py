@@ -92,8 +92,8 @@ class SelfModifying(Level):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_adaptive()
-        if not self.memory.residual:
-            problem = "is not allowed: its residual must be True"
+        if not self.memory.residual or not self.memory.by_hand:
+            problem = "is not allowed: it must be an mlp, its residual True and its bias False"
             raise FieldError(self.label, "memory", self.memory, problem)
         if self.momentum is not None:
             self.check("momentum", 0.0, 1.0, closed="[)")

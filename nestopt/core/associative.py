@@ -255,9 +255,11 @@ class AssociativeMemory(Level):
         return 1 if self.appends else self.chunk
 
     def init_tokens(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
-        if self.appends and self.period > 1:
-            problem = "is not allowed on tokens: a memory that appends takes every pair"
-            raise FieldError(self.label, "period", self.period, problem)
+        if self.period > 1 and (self.appends or self.write == "chunk"):
+            why = "a memory that appends takes every pair" if self.appends else "write='chunk' writes once in a chunk"
+            raise FieldError(
+                self.label, "period", self.period, f"is not allowed on tokens: {why}; leave one of them out"
+            )
         theta = learned or self.memory.start(self.features.dim(dim_k), dim_v, like)
         state = self._begun(theta)
         if self.period > 1:

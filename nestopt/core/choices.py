@@ -27,8 +27,6 @@ def check_choices(level: Any, base: type) -> None:
             refuse("retention", "is not allowed with fade='before': it acts as a write is made")
         if level.normalized == "layerwise":
             refuse("retention", "is not allowed with normalized='layerwise': a write is not merely added")
-    if level.write == "chunk" and level.period > 1:
-        refuse("period", "is not allowed with write='chunk', which writes once in a chunk; leave one of them out")
     if level.normalized and type(level.memory).layers is Memory.layers:
         words = f"the memory {level.memory.label} has no weights; give matrix or mlp, or leave it out"
         refuse("normalized", f"is not allowed: {words}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import ClassVar
 
@@ -83,7 +84,7 @@ class ElasticNet(Share):
 class Mirror(Share):
     """Of a memory W = mirror(A), what is kept and written is A: a write is `A ← keep · A - step`.
 
-    A stands beside the memory in its state. What a layer learns as the memory's start is A.
+    A stands beside the memory in its state. A layer learns where A starts.
     """
 
     @abstractmethod
@@ -128,7 +129,7 @@ class Kl(Mirror):
     $$W_t = c\,\mathrm{softmax}(\alpha\log W_{t-1} - \mathrm{step})$$
 
     of each row, which so has positive entries whose sum is c. What is kept beside is A = log W, but for a constant of
-    each row.
+    each row; it starts at √n times what a weight of n inputs would start at, so that rows are not all alike.
 
     Args:
         keep: α in [0, 1].
@@ -140,6 +141,9 @@ class Kl(Mirror):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check("scale", 0.0, closed="()")
+
+    def begin(self, theta: Tensor) -> tuple[Tensor, State]:
+        return super().begin(theta * math.sqrt(theta.shape[-1] if theta.ndim else 1))
 
     def mirror(self, a: Tensor) -> Tensor:
         return self.scale * (a if a.ndim else a[None]).softmax(-1).view_as(a)

@@ -240,7 +240,7 @@ class Memora(Moneta):
     $$W_t = c\,\mathrm{softmax}\big(\alpha_t\log W_{t-1} - \eta_t\nabla\tfrac12\lVert M(k_t; W_{t-1}) -
       v_t\rVert^2\big), \qquad M(x) = x + \mathrm{LN}(W_1\sigma(W_2 x))$$
 
-    of each row. As `moneta`; c is the retention's `scale`, 1. Layers learn where log W starts.
+    of each row. As `moneta`; c is the retention's `scale`, 1. Layers learn where log W starts (`kl`).
     """
 
     objective: Objective = dataclasses.field(default_factory=L2)

@@ -132,6 +132,10 @@ SELF = {
     ),
     "self-modifying": self_modifying(chunk=2, projection_chunk=4),
     "self-modifying, longer chunks of the memory": self_modifying(chunk=4, projection_chunk=2, momentum=Gate(0.5)),
+    "self-modifying by products": self_modifying(objective="dot", chunk=2, projection_chunk=4, momentum=Gate(0.5)),
+    "self-modifying matrices": self_modifying(
+        Mlp(depth=1, residual=False), normalized=False, objective="dot", eta_max=0.1, chunk=2, projection_chunk=2
+    ),
     "self-modifying, token by token": self_modifying(chunk=1, projection_chunk=1, delta=0.5),
     "self-modifying, raw": self_modifying(normalized=False, eta_max=0.1, chunk=3, projection_chunk=3, momentum=0.5),
     "self-modifying, one memory": self_modifying(Mlp(depth=1), adaptive=(), chunk=4),

@@ -75,9 +75,8 @@ MLP_OF_DOT = Formula(
     lambda s: 28 * s.dim * s.hidden + 6 * s.chunk * (s.dim + s.hidden) + 4 * s.chunk * (s.chunk + 1) + 2 * s.hidden,
 )
 """Of chunks of 64 tokens, which are a block each."""
-MLP_BY_ROWS = Formula(
-    "$18Dh + 10C(D + h) - 4D + 2h$",
-    lambda s: 18 * s.dim * s.hidden + 10 * s.chunk * (s.dim + s.hidden) - 4 * s.dim + 2 * s.hidden,
+MLP_TOGETHER = Formula(
+    "$14Dh + 6C(D + h) + 2h$", lambda s: 14 * s.dim * s.hidden + 6 * s.chunk * (s.dim + s.hidden) + 2 * s.hidden
 )
 MLP_AT_ONCE = Formula(
     "$(18 + 4/C)Dh + 2C(D + h)$",
@@ -112,7 +111,7 @@ FLOPS = {
     "ttt": MLP,
     "titans": MLP_WITH_MOMENTUM,
     "dla": MLP_OF_DOT,
-    "yaad": MLP_BY_ROWS,
+    "yaad": MLP_TOGETHER,
     "moneta": MLP_AT_ONCE,
     "memora": MLP_AT_ONCE,
     "atlas": ORTHOGONALISED,

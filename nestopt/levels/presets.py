@@ -201,8 +201,8 @@ class Yaad(Ttt):
       M(x) = x + \mathrm{LN}(W_1\sigma(W_2 x))$$
 
     As `ttt`, with δ the objective's `delta` (4) and α the retention's `keep`, a gate that starts at 0.999, of W1 alone
-    (`forget="outer"`). `huber` has two more ways to cut errors, by entries and the paper's. The equation's letter:
-    `normalized=False, forget="all", chunk=1`.
+    (`forget="outer"`); `lr` is the share of the normalised step. `huber` has two more ways to cut errors, by entries
+    and the paper's. The equation's letter: `normalized=False, forget="all", chunk=1`.
     """
 
     former_defaults: ClassVar[Mapping[str, Any]] = {}
@@ -211,6 +211,7 @@ class Yaad(Ttt):
     objective: Objective = dataclasses.field(default_factory=lambda: Huber(4.0, "norm"))
     retention: Retention = dataclasses.field(default_factory=lambda: Decay(Gate(0.999)))
     forget: Literal["all", "outer"] = "outer"
+    normalized: bool | Literal["layerwise"] = True
 
 
 class Moneta(Ttt):

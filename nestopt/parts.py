@@ -1,6 +1,6 @@
 """The parts of memories: where pairs are kept, what is minimised and forgotten, how keys and reads are made."""
 
-from nestopt.core.features import Elu, Features, Identity, Polynomial
+from nestopt.core.features import Elu, Features, Identity, Polynomial, Random
 from nestopt.core.memories import Factored, Matrix, Memory, Mlp, Swiglu, Vector, Window
 from nestopt.core.objectives import L2, Dot, Huber, Lp, Objective, Oja
 from nestopt.core.outputs import Output, Plain, RmsNorm, Sign
@@ -31,6 +31,7 @@ __all__ = [
     "Output",
     "Plain",
     "Polynomial",
+    "Random",
     "Retention",
     "RmsNorm",
     "Sign",

@@ -181,6 +181,7 @@ def nestopt_register_features(register: Register) -> None:
     register("identity", features.Identity)
     register("elu", features.Elu)
     register("polynomial", features.Polynomial)
+    register("random", features.Random)
     register("signed_power", SignedPower)
 
 

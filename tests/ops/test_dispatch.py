@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nestopt.core import AssociativeMemory, Gate, Level, Signal, chain, gates_of, scan
-from nestopt.core.features import Elu, Polynomial
+from nestopt.core.features import Elu, Polynomial, Random
 from nestopt.core.memories import Mlp, Window
 from nestopt.core.objectives import L2, Huber, Lp
 from nestopt.core.outputs import Sign
@@ -41,6 +41,7 @@ LINEAR = {
     "plain": linear_attention(),
     "elu": linear_attention(features=Elu()),
     "polynomial": linear_attention(features=Polynomial(2)),
+    "random features": linear_attention(features=Random(6)),
     "retnet": linear_attention(retention=Decay(0.9)),
     "decay of 0": linear_attention(retention=Decay(0.0)),
     "gated": linear_attention(retention=Decay(Gate(0.9)), lr=Gate(0.5), step_size=Gate(1.0, 0.0, 2.0)),

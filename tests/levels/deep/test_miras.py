@@ -15,7 +15,7 @@ from nestopt.core.part import FieldError
 from nestopt.levels import atlas, clip, ggd, memora, momentum, moneta, muon, omega, titans, ttt, yaad
 from nestopt.nn import SequenceMemory
 from nestopt.ops import fast_form, run
-from nestopt.parts import Decay, ElasticNet, Factored, Huber, Kl, Lq, Mlp, Swiglu
+from nestopt.parts import Decay, ElasticNet, Factored, Huber, Kl, Lq, Mlp, Random, Swiglu
 
 F64 = torch.float64
 D, HIDDEN, LENGTH = 4, 8, 7
@@ -310,3 +310,17 @@ def test_layers_of_retentions_stream_and_rows_are_their_own() -> None:
         torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=0, atol=1e-9)
         mask = torch.tensor([[True] * 10, [False] * 3 + [True] * 7])
         torch.testing.assert_close(layer(x, mask=mask)[0][1, 3:], layer(x[1:, 3:])[0][0], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("of", ["fourier", "positive"])
+def test_random_features_have_a_kernel_in_the_mean(of: str) -> None:
+    """e^{-‖k - q‖²/2} and e^{k·q}, over many seeds; of one seed always the same."""
+    k = 0.5 * pairs()[1]
+    found = sum(Random(64, of, seed)(k) @ Random(64, of, seed)(k).T for seed in range(200)) / 200
+    want = (k @ k.T).exp() if of == "positive" else (-0.5 * torch.cdist(k, k).square()).exp()
+    torch.testing.assert_close(found, want, rtol=0.05, atol=0.03)
+    torch.testing.assert_close(Random(64, of, 3)(k.float()).double(), Random(64, of, 3)(k), rtol=1e-5, atol=1e-5)
+    layer = SequenceMemory(atlas(Mlp(8, residual=False), features=Random(5, of), chunk=4), 8, 2)
+    assert layer.start["W2"].shape == (2, 8, 5)
+    layer(torch.randn(2, 9, 8))[0].sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())

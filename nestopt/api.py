@@ -15,8 +15,9 @@ from nestopt.core.level import Level
 from nestopt.description import Description
 from nestopt.description import describe as describe_object
 from nestopt.levels.continuum.level import Cms
+from nestopt.levels.deep.architectures import TitansBlock
 from nestopt.models import HopeLM, build_model
-from nestopt.nn import CMS, SequenceMemory
+from nestopt.nn import CMS, SequenceMemory, TitansMixer
 from nestopt.nn import layer as make_layer
 from nestopt.optim import optimizer
 from nestopt.optim import optimizer as make_optimizer
@@ -25,10 +26,14 @@ from nestopt.optim import optimizer as make_optimizer
 @overload
 def layer(spec: Cms | Literal["cms"], dim: int, heads: int = 4, **options: Any) -> CMS: ...
 @overload
+def layer(
+    spec: TitansBlock | Literal["mac", "mag", "mal"], dim: int, heads: int = 4, **options: Any
+) -> TitansMixer: ...
+@overload
 def layer(spec: Level | str, dim: int, heads: int = 4, **options: Any) -> SequenceMemory: ...
 @overload
-def layer(spec: Any, dim: int, heads: int = 4, **options: Any) -> SequenceMemory | CMS: ...
-def layer(spec: Any, dim: int, heads: int = 4, **options: Any) -> SequenceMemory | CMS:
+def layer(spec: Any, dim: int, heads: int = 4, **options: Any) -> SequenceMemory | CMS | TitansMixer: ...
+def layer(spec: Any, dim: int, heads: int = 4, **options: Any) -> SequenceMemory | CMS | TitansMixer:
     """Return a level as a module on tokens: `y, state = layer(x, state=None)`, x and y `[B, T, dim]`.
 
     Args:

@@ -143,7 +143,7 @@ RAW: dict[str, Any] = {"normalized": False, "lr": Gate(0.5), "memory": Mlp(), "f
 
 NAMES = (
     "attention forgetting_attention linear_attention gated_linear gla rwkv6 deltanet gated_deltanet kda rwkv7 comba "
-    "deltaproduct oja omega"
+    "deltaproduct oja omega yaad moneta memora atlas"
 )
 PICTURES: dict[str, Callable[[], dict[str, Shown]]] = {
     **{name: _of(name) for name in NAMES.split()},

@@ -99,6 +99,29 @@ MLP_OF_DOT = Formula(
     lambda s: 28 * s.dim * s.hidden + 6 * s.chunk * (s.dim + s.hidden) + 4 * s.chunk * (s.chunk + 1) + 2 * s.hidden,
 )
 """Of chunks of 64 tokens, which are a block each."""
+MLP_TOGETHER = Formula(
+    "$14Dh + 6C(D + h) + 2h$", lambda s: 14 * s.dim * s.hidden + 6 * s.chunk * (s.dim + s.hidden) + 2 * s.hidden
+)
+MLP_AT_ONCE = Formula(
+    "$(18 + 4/C)Dh + 2C(D + h)$",
+    lambda s: (18 + 4 / s.chunk) * s.dim * s.hidden + 2 * s.chunk * (s.dim + s.hidden),
+)
+ORTHOGONALISED = Formula(
+    "$6D^2h + 8Dh + (2D^2h + 2Dh + 20D^2h(1 + h) + 10D^3 + 10h^3)/C$",
+    lambda s: (
+        6 * s.dim**2 * s.hidden
+        + 8 * s.dim * s.hidden
+        + (
+            2 * s.dim**2 * s.hidden
+            + 2 * s.dim * s.hidden
+            + 20 * s.dim**2 * s.hidden * (1 + s.hidden)
+            + 10 * s.dim**3
+            + 10 * s.hidden**3
+        )
+        / s.chunk
+    ),
+)
+"""Where D is at most h, and h at most D²."""
 FLOPS = {
     "attention": ALL_PAIRS,
     "window_attention": WINDOW,
@@ -120,6 +143,10 @@ FLOPS = {
     "ttt": MLP,
     "titans": MLP_WITH_MOMENTUM,
     "dla": MLP_OF_DOT,
+    "yaad": MLP_TOGETHER,
+    "moneta": MLP_AT_ONCE,
+    "memora": MLP_AT_ONCE,
+    "atlas": ORTHOGONALISED,
 }
 """Of matrix products, a token and head, by level."""
 
@@ -134,6 +161,7 @@ MATRIX_AND_NUMBERS = Formula("$D_kD_v + 2$", lambda s: s.dim**2 + 2)
 SMALL_MATRIX = Formula("$D_kD_v/n^2$", lambda s: s.dim**2 / s.window**2)
 WEIGHTS = Formula("$2Dh$", lambda s: 2 * s.dim * s.hidden)
 WEIGHTS_AND_MOMENTA = Formula("$4Dh$", lambda s: 4 * s.dim * s.hidden)
+FEATURED = Formula("$2h(D + D^2)$", lambda s: 2 * s.hidden * (s.dim + s.dim**2))
 STATE = {
     **dict.fromkeys(FLOPS, ONE_MATRIX),
     "rwkv6": MATRIX_AND_KEY,
@@ -147,6 +175,10 @@ STATE = {
     "ttt": WEIGHTS,
     "titans": WEIGHTS_AND_MOMENTA,
     "dla": WEIGHTS_AND_MOMENTA,
+    "yaad": WEIGHTS,
+    "moneta": WEIGHTS_AND_MOMENTA,
+    "memora": WEIGHTS_AND_MOMENTA,
+    "atlas": FEATURED,
 }
 """Numbers of a sequence and head, by level; of memories in chunks, at the start of one."""
 

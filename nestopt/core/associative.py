@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.func import grad as gradient_of
 from torch.func import vmap
 
+from nestopt.core.choices import check_choices
 from nestopt.core.clock import advance, due, start
 from nestopt.core.device import number_like, where
 from nestopt.core.features import Features, Identity
@@ -22,7 +23,7 @@ from nestopt.core.gates import bind
 from nestopt.core.inputs import INPUTS, LayerInputs, MemoryInputs, request_of
 from nestopt.core.level import Level
 from nestopt.core.memories import Matrix, Memory, Theta
-from nestopt.core.normalized import Shown, check_layerwise, joint_rates, states_after
+from nestopt.core.normalized import Shown, joint_rates, states_after
 from nestopt.core.objectives import Dot, Objective
 from nestopt.core.order import Node
 from nestopt.core.outputs import Output, Plain
@@ -48,6 +49,9 @@ class Gd(Level):
 
 
 AS_IT_IS = Gd()
+
+BESIDE = "beside"
+"""Key of a memory's rules: what its retention keeps beside each weight, where it does (`Retention.begin`)."""
 
 
 class AssociativeMemory(Level):
@@ -117,24 +121,7 @@ class AssociativeMemory(Level):
         self.check_choice("forget", ("all", "outer"))
         self.check_choice("normalized", (False, True, "layerwise"))
         self.retention.check_memory(self)
-        if self.fade == "before" and self.chunk > 1:
-            problem = "is not allowed with chunk above 1: a chunk's gradients are of the memory it began with"
-            raise FieldError(self.label, "fade", self.fade, problem)
-        if self.write == "chunk" and self.period > 1:
-            problem = "is not allowed with write='chunk', which writes once in a chunk; leave one of them out"
-            raise FieldError(self.label, "period", self.period, problem)
-        if self.normalized and type(self.memory).layers is Memory.layers:
-            problem = (
-                f"is not allowed: the memory {self.memory.label} has no weights; give matrix or mlp, or leave it out"
-            )
-            raise FieldError(self.label, "normalized", self.normalized, problem)
-        if self.normalized == "layerwise":
-            check_layerwise(self)
-        if self.appends:
-            problem = f"is not allowed: the memory {self.memory.label} appends and learns by no rule; leave it out"
-            for key, default in _UNUSED_BY_APPENDING.items():
-                if (value := getattr(self, key)) != default and not (self.fades_pairs and key == "retention"):
-                    raise FieldError(self.label, key, value, problem)
+        check_choices(self, AssociativeMemory)
 
     fades_pairs: ClassVar[bool] = False  # whether the retention fades the pairs of a memory that keeps them
 
@@ -159,19 +146,35 @@ class AssociativeMemory(Level):
         self, theta: Theta, rules: State, surprise: Theta, signal: Signal, shown: Shown | None = None
     ) -> tuple[Theta, State]:
         """One step of the rule on `surprise`, the gradient by parameter, and the retention."""
-        new, states = {}, {}
-        kept = theta if self.fade == "before" else self._retained(theta)
+        new, states, beside = {}, {}, dict(rules.get(BESIDE, {}))
         for name, param in theta.items():
             own = signal.on(param).inside(f"rule.{name}")
             if shown is not None:
                 own = dataclasses.replace(own, lr=1.0, inputs=shown(name, param))
             direction, states[name] = advance(self.rule, surprise[name], rules[name], own)
-            new[name] = kept[name] - self.step_size * direction  # type: ignore[operator]
-        return new, states
+            step = self.step_size * direction  # type: ignore[operator]
+            if self.fade == "with" and self._fades(name):
+                new[name], kept = self.retention.write(param, step, beside.get(name, {}))
+                beside |= {name: kept} if kept else {}
+            else:
+                new[name] = param - step
+        return new, {**states, BESIDE: beside} if beside else states
+
+    def _fades(self, name: str) -> bool:
+        """Return whether the retention acts on this weight."""
+        return self.forget == "all" or self.memory.outermost in (None, name)
 
     def _retained(self, theta: Theta) -> Theta:
-        fades = self.forget == "all" or self.memory.outermost is None
-        return {name: self.retention(w) if fades or name == self.memory.outermost else w for name, w in theta.items()}
+        return {name: self.retention(w) if self._fades(name) else w for name, w in theta.items()}
+
+    def _begun(self, theta: Theta) -> State:
+        """Return the state of a memory that starts at `theta`."""
+        found = {name: self.retention.begin(w) if self._fades(name) else (w, {}) for name, w in theta.items()}
+        at, beside = (
+            {name: w for name, (w, _) in found.items()},
+            {name: kept for name, (_, kept) in found.items() if kept},
+        )
+        return {"memory": at, "rule": {**self._rules(at), **({BESIDE: beside} if beside else {})}}
 
     def shown(self, theta: Theta, k: Tensor, rate: Tensor) -> Shown | None:
         """Return, for a rule that asks for the weights' inputs, these at θ: keys `[n, D_k]` with their rates `[n]`."""
@@ -213,8 +216,7 @@ class AssociativeMemory(Level):
     # -- on gradients ------------------------------------------------------------------------------------------------
 
     def init(self, param: Tensor) -> State:
-        theta = self.memory.start_on(param)
-        return {"memory": theta, "rule": self._rules(theta)}
+        return self._begun(self.memory.start_on(param))
 
     def step(self, grad: Tensor, state: State, signal: Signal) -> tuple[Tensor, State]:
         theta, rules = state["memory"], state["rule"]
@@ -260,11 +262,13 @@ class AssociativeMemory(Level):
         return 1 if self.appends else self.chunk
 
     def init_tokens(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
-        if self.appends and self.period > 1:
-            problem = "is not allowed on tokens: a memory that appends takes every pair"
-            raise FieldError(self.label, "period", self.period, problem)
+        if self.period > 1 and (self.appends or self.write == "chunk"):
+            why = "a memory that appends takes every pair" if self.appends else "write='chunk' writes once in a chunk"
+            raise FieldError(
+                self.label, "period", self.period, f"is not allowed on tokens: {why}; leave one of them out"
+            )
         theta = learned or self.memory.start(self.features.dim(dim_k), dim_v, like)
-        state: State = {"memory": theta, "rule": self._rules(theta)}
+        state = self._begun(theta)
         if self.period > 1:
             state["sum"] = {name: torch.zeros_like(param) for name, param in theta.items()}
         return state
@@ -388,16 +392,3 @@ class AssociativeMemory(Level):
         if isinstance(self.rule, Gd) and self.rule.period == 1:
             rule = []  # it remembers nothing
         return [*rule, Node(name, every, tuple(node.name for node in rule) or after, **words, rule=self.rule.label)]
-
-
-_UNUSED_BY_APPENDING = {
-    "objective": Dot(),
-    "rule": Gd(),
-    "retention": Keep(),
-    "lr": 1.0,
-    "step_size": 1.0,
-    "chunk": 1,
-    "write": "token",
-    "fade": "with",
-}
-"""What a memory that appends its pairs does not use, at its default."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Callable
@@ -146,7 +147,10 @@ class Mlp(Memory):
         depth: number of weight matrices, 2 or more (1 with no hidden layer).
         activation: one of silu, gelu, relu, tanh, identity.
         residual: whether k is added to the read; needs D_k = D_v.
-        norm: whether what W1 gives is divided by its root mean square, as in TTT (Sun et al. 2024).
+        norm: whether what W1 gives is divided by its root mean square; `"layer"`: its mean is taken off before, as in
+            TTT, whose memory is k + norm(W1 σ(W2 k)) (Sun et al. 2024).
+        bias: whether each layer's input has a last entry that is 1, so that the last column of each weight, which
+            starts at 0, is a bias.
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"shape"})
@@ -157,12 +161,14 @@ class Mlp(Memory):
     depth: int = 2
     activation: Literal["silu", "gelu", "relu", "tanh", "identity"] = "silu"
     residual: bool = True
-    norm: bool = False
+    norm: bool | Literal["layer"] = False
+    bias: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check("depth", 1)
         self.check_choice("activation", ACTIVATIONS)
+        self.check_choice("norm", (False, True, "layer"))
         if self.hidden is not None:
             self.check("hidden", 1)
 
@@ -171,12 +177,31 @@ class Mlp(Memory):
             raise ValueError(
                 f"mlp: residual=True needs keys and values of one width, not {dim_k} and {dim_v}; give residual=False"
             )
-        sizes = [dim_v, *[hidden] * (self.depth - 1), dim_k]
-        scales = [outer_scale, *[1.0] * (self.depth - 1)]
         return {
-            f"W{i}": like.new_empty(fan_out, fan_in).normal_() * (scale / math.sqrt(fan_in))
-            for i, (fan_out, fan_in, scale) in enumerate(zip(sizes, sizes[1:], scales, strict=False), start=1)
+            f"W{i}": self._with_bias(
+                like.new_empty(sizes).normal_() * ((outer_scale if i == 1 else 1.0) / math.sqrt(sizes[1])),
+                torch.zeros_like,
+            )
+            for i, sizes in enumerate(self._sizes(dim_v, hidden, dim_k), start=1)
         }
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether `nestopt.levels.deep.mlp` knows it."""
+        return type(self) is Mlp and not self.bias
+
+    def _sizes(self, dim_v: int, hidden: int, dim_k: int) -> list[tuple[int, int]]:
+        """Return the shapes of W1, …, `(out, in)` without biases."""
+        sizes = [dim_v, *[hidden] * (self.depth - 1), dim_k]
+        return list(itertools.pairwise(sizes))
+
+    def _with_bias(self, x: Tensor, last: Callable[[Tensor], Tensor] = torch.ones_like) -> Tensor:
+        """Return x with a last column, of ones, where there are biases."""
+        return torch.cat([x, last(x[..., :1])], dim=-1) if self.bias else x
+
+    def _activation(self, i: int) -> Callable[[Tensor], Tensor]:
+        """Return σ of what W_i gives, i > 1."""
+        return ACTIVATIONS[self.activation]
 
     def start(self, dim_k: int, dim_v: int, like: Tensor) -> Theta:
         return self._weights(dim_k, dim_v, self.hidden or 2 * dim_k, 0.5, like)
@@ -189,27 +214,38 @@ class Mlp(Memory):
         return self._weights(width, width, self.hidden or max(1, min(n, width)), 0.0, param)
 
     def read(self, theta: Theta, k: Tensor) -> Tensor:
-        act, z = ACTIVATIONS[self.activation], k
-        for i in range(self.depth, 1, -1):
-            z = act(matmul(z, theta[f"W{i}"].mT))
-        y = matmul(z, theta["W1"].mT)
+        z = k
+        for i in range(len(theta), 1, -1):
+            z = self._activation(i)(matmul(self._with_bias(z), theta[f"W{i}"].mT))
+        return self._finish(matmul(self._with_bias(z), theta["W1"].mT), k)
+
+    def _finish(self, y: Tensor, k: Tensor) -> Tensor:
+        """Return the read from what W1 gives at keys k."""
         if self.norm:
+            y = self._centred(y)
             y = y * _inverse_rms(y)
         return k + y if self.residual else y
 
+    def _centred(self, y: Tensor) -> Tensor:
+        return y - y.mean(-1, keepdim=True) if self.norm == "layer" else y
+
+    def _outer_sensitivity(self, y: Tensor) -> Tensor:
+        """Return j of W1, which gives y."""
+        return _inverse_rms(self._centred(y))[..., 0] if self.norm else torch.ones_like(y[..., 0])
+
     def layers(self, theta: Theta, k: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        act, a, found = ACTIVATIONS[self.activation], k, {}
+        a, found = self._with_bias(k), {}
         slopes: dict[str, Tensor] = {}
-        for i in range(self.depth, 1, -1):
-            z = matmul(a, theta[f"W{i}"].mT)
+        for i in range(len(theta), 1, -1):
+            act, z = self._activation(i), matmul(a, theta[f"W{i}"].mT)
             found[f"W{i}"] = a
-            a, slopes[f"W{i}"] = act(z), gradient_of(lambda z: act(z).sum())(z)
+            a, slopes[f"W{i}"] = self._with_bias(act(z)), gradient_of(lambda z: act(z).sum())(z)  # noqa: B023
         found["W1"] = a
-        last = matmul(a, theta["W1"].mT)
-        j = _inverse_rms(last)[..., 0] if self.norm else torch.ones_like(last[..., 0])
+        j = self._outer_sensitivity(matmul(a, theta["W1"].mT))
         sensitive = {"W1": j}
-        for i in range(2, self.depth + 1):
-            squares = slopes[f"W{i}"].square() * theta[f"W{i - 1}"].square().sum(-2)
+        for i in range(2, len(theta) + 1):
+            slope = slopes[f"W{i}"]
+            squares = slope.square() * theta[f"W{i - 1}"][..., : slope.shape[-1]].square().sum(-2)
             j = j * squares.sum(-1).clamp_min(1e-30).sqrt()  # the Frobenius norm of W diag(σ′)
             sensitive[f"W{i}"] = j
         return {name: (a, sensitive[name]) for name, a in found.items()}
@@ -229,6 +265,58 @@ def _inverse_rms(y: Tensor) -> Tensor:
 
 FADED = "faded"
 """Key of the logarithm of what is left of each pair that is kept, where pairs fade."""
+
+
+class Factored(Mlp):
+    """An MLP of two layers whose weights are products of `rank`: k + W1 W2 σ(W3 W4 k) (the memory's low-rank form).
+
+    Arguments: `mlp`; `depth` is not looked at.
+
+    Args:
+        rank: of both weights, 1 or more.
+    """
+
+    rank: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("rank", 1)
+
+    def _sizes(self, dim_v: int, hidden: int, dim_k: int) -> list[tuple[int, int]]:
+        return [(dim_v, self.rank), (self.rank, hidden), (hidden, self.rank), (self.rank, dim_k)]
+
+    def _activation(self, i: int) -> Callable[[Tensor], Tensor]:
+        return ACTIVATIONS[self.activation if i == 3 else "identity"]
+
+
+class Swiglu(Mlp):
+    """A gated MLP of two layers: k + W1 (σ(W2 k) ⊙ W3 k), with silu SwiGLU (Shazeer 2020).
+
+    Arguments: `mlp`; `depth` is not looked at.
+    """
+
+    def _sizes(self, dim_v: int, hidden: int, dim_k: int) -> list[tuple[int, int]]:
+        return [(dim_v, hidden), (hidden, dim_k), (hidden, dim_k)]
+
+    def read(self, theta: Theta, k: Tensor) -> Tensor:
+        opened, through = self._halves(theta, k)
+        return self._finish(matmul(self._with_bias(self._activation(2)(opened) * through), theta["W1"].mT), k)
+
+    def _halves(self, theta: Theta, k: Tensor) -> tuple[Tensor, Tensor]:
+        a = self._with_bias(k)
+        return matmul(a, theta["W2"].mT), matmul(a, theta["W3"].mT)
+
+    def layers(self, theta: Theta, k: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        (opened, through), act = self._halves(theta, k), self._activation(2)
+        value, slope = act(opened), gradient_of(lambda z: act(z).sum())(opened)
+        a, h = self._with_bias(k), self._with_bias(value * through)
+        j, columns = self._outer_sensitivity(matmul(h, theta["W1"].mT)), theta["W1"][..., : value.shape[-1]]
+
+        def felt(by: Tensor) -> Tensor:
+            squares = by.square() * columns.square().sum(-2)
+            return j * squares.sum(-1).clamp_min(1e-30).sqrt()
+
+        return {"W1": (h, j), "W2": (a, felt(slope * through)), "W3": (a, felt(value))}
 
 
 class Window(Memory):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 from torch.nn.functional import huber_loss
 
@@ -75,23 +76,44 @@ class Lp(Objective):
 
 
 class Huber(Objective):
-    """½e² up to abs(e) = delta, delta · (abs(e) - delta/2) beyond, of each entry e of y - v: long errors count less.
+    """½e² up to abs(e) = delta, delta · (abs(e) - delta/2) beyond: long errors count less.
 
     Args:
         delta: above 0. Default 1.
+        of: what e is: each of the `"entries"` of y - v, or its `"norm"`; `"switch"`: ½‖y - v‖² while the norm is at
+            most delta, and delta · ‖y - v‖₁ beyond, as Yaad has it (Miras, 2504.13173).
     """
 
     delta: float = 1.0
+    of: Literal["entries", "norm", "switch"] = "entries"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check("delta", 0.0, closed="()")
+        self.check_choice("of", ("entries", "norm", "switch"))
 
     def __call__(self, y: Tensor, v: Tensor) -> Tensor:
-        return huber_loss(y, v, reduction="sum", delta=self.delta)
+        if self.of == "entries":
+            return huber_loss(y, v, reduction="sum", delta=self.delta)
+        e = y - v
+        length = _length(e)
+        if self.of == "norm":
+            return huber_loss(length, torch.zeros_like(length), reduction="sum", delta=self.delta)
+        near, far = 0.5 * e.square().sum(-1, keepdim=True), self.delta * e.abs().sum(-1, keepdim=True)
+        return torch.where(length <= self.delta, near, far).sum()
 
     def error(self, y: Tensor, v: Tensor) -> Tensor:
-        return (y - v).clamp(-self.delta, self.delta)
+        e = y - v
+        if self.of == "entries":
+            return e.clamp(-self.delta, self.delta)
+        length = _length(e)
+        far = e / length if self.of == "norm" else e.sign()
+        return torch.where(length <= self.delta, e, self.delta * far)
+
+
+def _length(e: Tensor) -> Tensor:
+    """‖e‖ `[.., 1]`, whose derivative is finite at 0."""
+    return (e.square().sum(-1, keepdim=True) + 1e-24).sqrt()
 
 
 class Oja(Objective):

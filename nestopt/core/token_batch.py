@@ -27,6 +27,7 @@ class TokenBatch:
         mask: `[B, T]`, as it was given: True for a token, False for padding; None where there is no padding.
         dtype: in which is computed.
         dtype_in: of v as it was given, and of the answers.
+        reads: whether tokens may be asked that are not written.
     """
 
     q: Tensor
@@ -37,6 +38,7 @@ class TokenBatch:
     mask: Tensor | None
     dtype: torch.dtype
     dtype_in: torch.dtype
+    reads: bool = False
 
     @staticmethod
     def of(
@@ -102,6 +104,12 @@ class TokenBatch:
             name: torch.where(shared_by(self.active, x.shape[1])[..., None], x, 0) for name, x in tensors.items()
         }
         return dataclasses.replace(self, **cleared)
+
+    def written_where(self, live: Tensor) -> TokenBatch:
+        """Leave tokens out of what is written, but where `live` `[B, T]`: they are answered, and take their places."""
+        active = self.active & live[:, None]
+        k, v = (torch.where(active[..., None], x, 0) for x in (self.k, self.v))
+        return dataclasses.replace(self, k=k, v=v, active=active, reads=True)
 
     def split(self, lengths: Sequence[int]) -> list[TokenBatch]:
         """In pieces of so many tokens."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from nestopt.core.associative import AssociativeMemory
 from nestopt.core.gates import bind
 from nestopt.core.level import Level
 from nestopt.core.pending import COUNT, PENDING, of_shape
@@ -50,6 +51,12 @@ class ReferenceForm(TokenForm):
         def token(q: Tensor, k: Tensor, v: Tensor, now: State, before: State, step: Tensor) -> tuple[Tensor, State]:
             return bind(self.level, now).token_step(q, k, v, before, Signal(step=step))
 
+        def read(q: Tensor, v: Tensor, now: State, before: State, step: Tensor) -> Tensor:
+            level = bind(self.level, now)
+            if isinstance(level, AssociativeMemory):
+                return level._answer(before["memory"], level.features(q))
+            return level.token_read(q, len(v), before, Signal(step=step))
+
         batched = vmap(vmap(token))
         step, memory, ys = state["step"], state["level"], []
         for t in range(tokens.k.shape[2]):
@@ -58,6 +65,8 @@ class ReferenceForm(TokenForm):
             now = {path: gate[:, :, t] for path, gate in gates.items()}
             q, k, v = (x[:, :, t] for x in (tokens.q, tokens.k, tokens.v))
             y, new = batched(q, k, v, now, memory, step.clamp_min(1))
+            if tokens.reads:
+                y = torch.where(active[..., None], y, vmap(vmap(read))(q, v, now, memory, step.clamp_min(1)))
             memory = _where(active, new, memory)
             ys.append(y)
         return torch.stack(ys, dim=2), {"step": step, "level": memory}

@@ -18,6 +18,9 @@ from nestopt.levels.attention.level import ForgettingAttention as forgetting_att
 from nestopt.levels.continuum.level import Cms as cms
 from nestopt.levels.continuum.log_linear import LogLinear as log_linear
 from nestopt.levels.continuum.log_linear import LogLinearForm
+from nestopt.levels.deep.architectures import Mac as mac
+from nestopt.levels.deep.architectures import Mag as mag
+from nestopt.levels.deep.architectures import Mal as mal
 from nestopt.levels.deep.form import DeepMemoryForm
 from nestopt.levels.deep.rule_form import RuleByChunkForm
 from nestopt.levels.gradient.adam import Adam as adam
@@ -68,6 +71,7 @@ from nestopt.levels.matrix.level import Omega as omega
 from nestopt.levels.matrix.mesa import Mesa as mesa
 from nestopt.levels.matrix.mesa import MesaForm
 from nestopt.levels.matrix.normalizer import NormalizedLinearForm
+from nestopt.levels.presets import Atlas as atlas
 from nestopt.levels.presets import Attention as attention
 from nestopt.levels.presets import DeepMomentum as deep_momentum
 from nestopt.levels.presets import Deltanet as deltanet
@@ -77,11 +81,14 @@ from nestopt.levels.presets import GatedLinear as gated_linear
 from nestopt.levels.presets import Gla as gla
 from nestopt.levels.presets import Kda as kda
 from nestopt.levels.presets import LinearAttention as linear_attention
+from nestopt.levels.presets import Memora as memora
+from nestopt.levels.presets import Moneta as moneta
 from nestopt.levels.presets import OjaMemory as oja
 from nestopt.levels.presets import Retnet as retnet
 from nestopt.levels.presets import Titans as titans
 from nestopt.levels.presets import Ttt as ttt
 from nestopt.levels.presets import WindowAttention as window_attention
+from nestopt.levels.presets import Yaad as yaad
 from nestopt.levels.self_modifying.form import SelfModifyingForm
 from nestopt.levels.self_modifying.level import SelfModifying as self_modifying
 from nestopt.levels.weights import ScheduleFree as schedule_free
@@ -92,6 +99,7 @@ __all__ = [
     "adamuon",
     "adamw",
     "associative_memory",
+    "atlas",
     "attention",
     "average",
     "cautious",
@@ -122,10 +130,15 @@ __all__ = [
     "lion_chain",
     "log_linear",
     "m3",
+    "mac",
+    "mag",
+    "mal",
     "mars",
     "matrix_adagrad",
+    "memora",
     "mesa",
     "momentum",
+    "moneta",
     "muon",
     "newton_schulz",
     "normalize",
@@ -149,6 +162,7 @@ __all__ = [
     "weight_average",
     "weight_decay",
     "window_attention",
+    "yaad",
 ]
 
 
@@ -166,6 +180,8 @@ def nestopt_register_memories(register: Register) -> None:
     register("vector", memories.Vector)
     register("matrix", memories.Matrix)
     register("mlp", memories.Mlp)
+    register("swiglu", memories.Swiglu)
+    register("factored", memories.Factored)
     register("window", memories.Window)
 
 
@@ -182,6 +198,9 @@ def nestopt_register_objectives(register: Register) -> None:
 def nestopt_register_retentions(register: Register) -> None:
     register("keep", retentions.Keep)
     register("decay", retentions.Decay)
+    register("elastic_net", retentions.ElasticNet)
+    register("lq", retentions.Lq)
+    register("kl", retentions.Kl)
 
 
 @hookimpl
@@ -189,6 +208,7 @@ def nestopt_register_features(register: Register) -> None:
     register("identity", features.Identity)
     register("elu", features.Elu)
     register("polynomial", features.Polynomial)
+    register("random", features.Random)
     register("signed_power", SignedPower)
 
 

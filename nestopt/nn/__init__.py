@@ -10,6 +10,7 @@ from nestopt.nn.hope import HopeAttentionBlock, HopeBlock
 from nestopt.nn.replay import Replay
 from nestopt.nn.self_modifying import SelfModifyingTitans
 from nestopt.nn.sequence_memory import SequenceMemory
+from nestopt.nn.titans import TitansMixer
 
 __all__ = [
     "CMS",
@@ -21,6 +22,7 @@ __all__ = [
     "Replay",
     "SelfModifyingTitans",
     "SequenceMemory",
+    "TitansMixer",
     "cat",
     "clone",
     "consolidate",

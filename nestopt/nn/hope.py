@@ -14,7 +14,7 @@ from nestopt.levels.continuum.level import Cms
 from nestopt.levels.presets import Attention
 from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.nn.cms import CMS
-from nestopt.nn.sequence_memory import SequenceMemory
+from nestopt.nn.factory import mixer as make_mixer
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ class HopeBlock(nn.Module):
         mixer: any level on tokens. Default `self_modifying`.
         mlp: the continuum. Default one MLP, on the fastest clock, which is a Transformer's.
         precision: of the products of both, as of a `SequenceMemory`.
-        options: other arguments of the mixer's `SequenceMemory`.
+        options: other arguments of the mixer's `SequenceMemory` or `TitansMixer`.
     """
 
     def __init__(
@@ -48,9 +48,7 @@ class HopeBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(dim)
-        self.mixer = SequenceMemory(
-            SelfModifying() if mixer is None else mixer, dim, heads, precision=precision, **options
-        )
+        self.mixer = make_mixer(SelfModifying() if mixer is None else mixer, dim, heads, precision=precision, **options)
         self.mlp = CMS(dim, Cms(periods=(1,)) if mlp is None else mlp, precision=precision)
 
     def init_state(self, batch: int) -> State:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nestopt.core.level import Level
 from nestopt.levels.continuum.level import Cms
+from nestopt.levels.deep.architectures import TitansBlock
 
 
 def check_options(
@@ -21,8 +22,9 @@ def check_options(
     checkpoint: int,
 ) -> None:
     """Raise TypeError or ValueError for arguments of `SequenceMemory` that are not allowed."""
-    if not isinstance(level, Level) or isinstance(level, Cms):
-        raise TypeError(f"SequenceMemory: level={level!r} is not allowed; give a level (for a cms use nestopt.nn.CMS)")
+    if not isinstance(level, Level) or isinstance(level, Cms | TitansBlock):
+        others = "for a cms use nestopt.nn.CMS, for a mac, mag or mal nestopt.nn.TitansMixer"
+        raise TypeError(f"SequenceMemory: level={level!r} is not allowed; give a level ({others})")
     given = (("dim", dim, 1), ("heads", heads, 1), ("kv_heads", kv_heads, 1), ("dim_head", dim_head, 1))
     for name, value, least in (*given, ("conv", conv, 0), ("checkpoint", checkpoint, 0)):
         if value is not None and value < least:

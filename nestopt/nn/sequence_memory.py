@@ -20,6 +20,7 @@ from nestopt.core.token_state import Rows as Chosen
 from nestopt.core.token_state import as_mask, fitted, numbers, shapes_of
 from nestopt.core.tree import State
 from nestopt.kernels.unit import unit
+from nestopt.nn.call import STORE, Call
 from nestopt.nn.conv import CausalConv
 from nestopt.nn.gating import Gates, Start
 from nestopt.nn.head_norm import HeadNorm
@@ -27,11 +28,7 @@ from nestopt.nn.options import check_input, check_options, projection
 from nestopt.nn.pieces import lengths
 from nestopt.nn.rotary import rotary
 from nestopt.nn.rows import Rows
-from nestopt.nn.stats import Stats, run_in_pieces
-from nestopt.ops.run import run_form
-
-Attend = Callable[..., tuple[Tensor, State]]
-"""Runs the level on q, k, v, gates and its state, with a mask."""
+from nestopt.nn.stats import Stats
 
 
 class SequenceMemory(nn.Module):
@@ -204,6 +201,9 @@ class SequenceMemory(nn.Module):
         mask: Tensor | None = None,
         cu_seqlens: Any = None,
         learn: bool = True,
+        queries: Tensor | None = None,
+        values: Tensor | None = None,
+        store_mask: Tensor | None = None,
         return_stats: bool = False,
         validate: bool = False,
     ) -> tuple[Tensor, State] | tuple[Tensor, State, Stats]:
@@ -222,6 +222,10 @@ class SequenceMemory(nn.Module):
             learn: False reads only: each token is answered from the memory that `state` holds, as if it came next, and
                 in the state only the convolution moves on. Attention then sees the pairs of the state, none of this
                 call; where there are none the answer is of zeros.
+            queries, values: `[B, T, dim]`, of which queries or values are made in the place of x, without the
+                convolution; keys and gates are made of x.
+            store_mask: `[B, T]`, False for tokens that only read: they are answered from the memory as it is by then,
+                take their place in a chunk, and are not written. Not for attention, which keeps every pair.
             return_stats: also give what the memory did.
             validate: check that all numbers are finite, at the cost of waiting for the device.
 
@@ -237,16 +241,13 @@ class SequenceMemory(nn.Module):
                 another batch size, layer or dtype.
         """
         check_input(x, self.dim)
+        streams = {"queries": queries, "values": values, STORE: store_mask}
+        options: dict[str, Any] = {"learn": learn, "precision": self.precision, "validate": validate}
+        given = {name: one for name, one in streams.items() if one is not None}
         stats: Stats = {}
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], state: State, mask: Tensor | None) -> Any:
-            options: dict[str, Any] = {"mask": mask, "learn": learn, "precision": self.precision, "validate": validate}
-            if not return_stats:
-                return run_form(self.form, q, k, v, gates, state, **options)
-            y, state, seen = run_in_pieces(self.form, q, k, v, gates, state, **options)
-            stats.update(seen)
-            return y, state
-
+        attend = Call(self.form, options, given, stats if return_stats else None)
+        attend.check(x)
+        x = attend.joined(x)
         packed = None
         if cu_seqlens is not None:
             if mask is not None:
@@ -332,7 +333,7 @@ class SequenceMemory(nn.Module):
             return now
         return {**now, "memory": self.form.with_learned(now["memory"], self._learned())}
 
-    def _through_all(self, x: Tensor, state: State, attend: Attend, learn: bool, whole: bool) -> tuple[Tensor, State]:
+    def _through_all(self, x: Tensor, state: State, attend: Call, learn: bool, whole: bool) -> tuple[Tensor, State]:
         """Run tokens `[B, T, dim]` without padding, in pieces unless they are to be taken as a `whole`."""
         recomputes = self.checkpoint and torch.is_grad_enabled()
         cut = [x.shape[1]] if whole or recomputes else lengths(self.form, x, state["memory"])
@@ -345,13 +346,15 @@ class SequenceMemory(nn.Module):
         return torch.cat(ys, dim=1), state
 
     def _through(
-        self, x: Tensor, state: State, attend: Attend, rows: Rows | None = None, learn: bool = True
+        self, x: Tensor, state: State, attend: Call, rows: Rows | None = None, learn: bool = True
     ) -> tuple[Tensor, State]:
         """Run tokens `[B, T, dim]`, those of `rows` at the front, through the whole layer."""
         new: State = {}
+        x, other = attend.parted(x, self.dim)
         if self.conv is not None:
             x, new["conv"] = self.conv(x, state["conv"], None if rows is None else rows.count)
-        q, k, v = (self._heads_of(part(x), not self.form.shares) for part in (self.query, self.key, self.value))
+        made = self.query(other.get("queries", x)), self.key(x), self.value(other.get("values", x))
+        q, k, v = (self._heads_of(one, not self.form.shares) for one in made)
         if self.qk_norm:
             q, k = unit(q), unit(k)
         if self.v_norm:
@@ -362,7 +365,8 @@ class SequenceMemory(nn.Module):
             positions = seen + torch.arange(x.shape[1], device=x.device) if learn else seen.expand(-1, x.shape[1])
             q, k = rotary(q, positions, self.rope), rotary(k, positions, self.rope)
         gates = self.gates_at(x)
-        y, new["memory"] = attend(q, k, v, gates, state["memory"], None if rows is None else rows.front)
+        mask = None if rows is None else rows.front
+        y, new["memory"] = attend(q, k, v, gates, state["memory"], mask=mask, store=other.get(STORE))
         return self._read_out(y, x), new
 
     def _read_out(self, y: Tensor, h: Tensor) -> Tensor:
@@ -375,7 +379,7 @@ class SequenceMemory(nn.Module):
         return self.out(y)
 
     def _through_padded(
-        self, x: Tensor, state: State, attend: Attend, mask: Tensor, learn: bool = True
+        self, x: Tensor, state: State, attend: Call, mask: Tensor, learn: bool = True
     ) -> tuple[Tensor, State]:
         check_mask(mask, x.shape[0], x.shape[1])
         if learn:

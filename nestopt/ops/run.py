@@ -97,11 +97,15 @@ def run_form(
     state: State,
     *,
     mask: Tensor | None = None,
+    live: Tensor | None = None,
     learn: bool = True,
     precision: Precision = "float32",
     validate: bool = False,
 ) -> tuple[Tensor, State]:
-    """Run a form on tokens as a caller has them: check them, once, and lay them out. Arguments and result as `run`."""
+    """Run a form on tokens as a caller has them: check them, once, and lay them out. Arguments and result as `run`.
+
+    Tokens that are not `live` `[B, T]` are answered, and not written.
+    """
     check_products(precision, q.device, v.dtype)
     for path, gate in gates.items():
         if path not in form.gates:
@@ -116,6 +120,8 @@ def run_form(
         form.refuse_padding("mask and cu_seqlens are not")
     given = {path: gate.transpose(1, 2).to(form.setting.dtype) for path, gate in gates.items()}
     tokens = TokenBatch.of(q, k, v, mask, *given.values(), widen=form.widens, shared=form.shares)
+    if live is not None:
+        tokens = tokens.written_where(live)
     given = {**per_head(form.gates, tokens.q), **given}
     with no_autocast(q.device), products_in(precision):
         if learn:

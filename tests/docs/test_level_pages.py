@@ -33,7 +33,11 @@ TOGETHER = {
 """Levels that share a page."""
 OF_SEVERAL = set().union(*TOGETHER.values())
 ON_TOKENS = sorted({path.stem for path in (DOCS / "tokens").glob("*.md")} - {"index", "step"} - set(PAGES))
-ELSEWHERE = {"associative_memory": "idea.md", **{name: f"tokens/{name}.md" for name in ON_TOKENS}}
+ELSEWHERE = {
+    "associative_memory": "idea.md",
+    **dict.fromkeys(("mag", "mal"), "tokens/mac.md"),
+    **{name: f"tokens/{name}.md" for name in ON_TOKENS},
+}
 """Levels that are explained on another page: the generic one, and those whose place is in a layer."""
 
 OPTIONS = doctest.ELLIPSIS

@@ -24,7 +24,7 @@ from nestopt.core.tree import tree_map
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((DOCS / "tokens").glob("*.md"))}
-LEVELS = sorted(set(PAGES) - {"index", "step", "self_modifying", "cms", "mesa", "log_linear"})
+LEVELS = sorted(set(PAGES) - {"index", "step", "self_modifying", "cms", "mac", "mesa", "log_linear"})
 """Presets of one associative memory, whose pages are alike."""
 
 ON_GRADIENTS = {"deep_momentum"}

@@ -11,14 +11,14 @@ from nestopt.levels import deltanet, gated_deltanet, momentum, oja, retnet, tita
 from nestopt.nn import SequenceMemory
 from nestopt.ops import fast_form
 from tests.levels.gradient.tools import LINKS
-from tests.nn.tools import COMPOSED, REFUSED, REGISTERED, level_of
+from tests.nn.tools import COMPOSED, OF_THEIR_OWN, REFUSED, REGISTERED, level_of
 
 SLOW = {name for name in REGISTERED if fast_form(level_of(name)) is None} - {"adam"}
 
 
 def test_no_registered_level_is_left_out() -> None:
     assert set(nestopt.levels.list()) == {*REGISTERED, *REFUSED, *COMPOSED, *LINKS}
-    for name in REFUSED - {"cms"}:
+    for name in REFUSED - OF_THEIR_OWN:
         with pytest.raises(ValueError, match=name):
             SequenceMemory(nestopt.build("level", name), 8, 2)(torch.randn(1, 2, 8))
 

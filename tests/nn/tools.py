@@ -20,8 +20,11 @@ from tests.levels.gradient.tools import LINKS
 
 F64 = torch.float64
 
-REFUSED = {"adamw", "cms", "dgd", "ftrl", "ggd", "schedule_free", "weight_average"}
-"""Registered levels that are not for `SequenceMemory`: a weight or a layer's inputs are what they need, or a CMS."""
+OF_THEIR_OWN = {"cms", "mac", "mag", "mal"}
+"""Registered levels that other layers run."""
+
+REFUSED = {"adamw", "dgd", "ftrl", "ggd", "schedule_free", "weight_average"} | OF_THEIR_OWN
+"""Registered levels that are not for `SequenceMemory`: those, and what needs a weight or a layer's inputs."""
 
 COMPOSED = {"chain", "nest", "parallel"}
 """Registered levels that have no defaults."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nestopt.core import AssociativeMemory, Channels, Gate, Level, Signal, chain, gates_of, scan
-from nestopt.core.features import Elu, Polynomial
+from nestopt.core.features import Elu, Polynomial, Random
 from nestopt.core.memories import Mlp, Window
 from nestopt.core.objectives import L2, Huber, Lp
 from nestopt.core.outputs import Sign
@@ -48,6 +48,7 @@ LINEAR = {
     "plain": linear_attention(),
     "elu": linear_attention(features=Elu()),
     "polynomial": linear_attention(features=Polynomial(2)),
+    "random features": linear_attention(features=Random(6)),
     "retnet": linear_attention(retention=Decay(0.9)),
     "decay of 0": linear_attention(retention=Decay(0.0)),
     "gated": linear_attention(retention=Decay(Gate(0.9)), lr=Gate(0.5), step_size=Gate(1.0, 0.0, 2.0)),
@@ -130,6 +131,12 @@ DEEP = {
     "self-modifying write, read after": titans(rule=dgd(momentum(0.5), delta=0.5), chunk=4),
     "self-modifying write without momentum": titans(rule=dgd(), chunk=4, retention=Keep()),
 }
+DEEP |= {
+    "layer norm": titans(memory=Mlp(norm="layer"), chunk=4, normalized=True),
+    "layer norm, chunks": ttt(memory=Mlp(depth=3, hidden=5, norm="layer"), chunk=3, normalized=False, read="chunk"),
+    "huber by the norm": titans(objective=Huber(0.5, "norm"), chunk=4),
+    "huber by a switch": ttt(objective=Huber(0.5, "switch"), chunk=4, normalized=False, lr=Gate(0.1)),
+}
 LAYERWISE = {"normalized": "layerwise", "chunk": 4}
 DEEP |= {
     "layerwise": ttt(**LAYERWISE),
@@ -140,6 +147,7 @@ DEEP |= {
     "layerwise, without momentum": titans(**LAYERWISE, rule=gd(), step_size=0.5),
     "layerwise, three layers": titans(**LAYERWISE, memory=Mlp(depth=3, hidden=5, activation="gelu")),
     "layerwise, normalised reads": titans(**LAYERWISE, memory=Mlp(activation="tanh", norm=True), features=Elu()),
+    "layerwise, layer norm": titans(**LAYERWISE, memory=Mlp(norm="layer")),
     "layerwise dla": dla(**LAYERWISE, rule=dgd(momentum(Gate(0.5)), delta=0.5)),
     "layerwise huber": titans(**LAYERWISE, objective=Huber(0.1)),
     "layerwise lp": ttt(**LAYERWISE, objective=Lp(2.5)),
@@ -153,6 +161,10 @@ SELF = {
     ),
     "self-modifying": self_modifying(chunk=2, projection_chunk=4),
     "self-modifying, longer chunks of the memory": self_modifying(chunk=4, projection_chunk=2, momentum=Gate(0.5)),
+    "self-modifying by products": self_modifying(objective="dot", chunk=2, projection_chunk=4, momentum=Gate(0.5)),
+    "self-modifying matrices": self_modifying(
+        Mlp(depth=1, residual=False), normalized=False, objective="dot", eta_max=0.1, chunk=2, projection_chunk=2
+    ),
     "self-modifying, token by token": self_modifying(chunk=1, projection_chunk=1, delta=0.5),
     "self-modifying, raw": self_modifying(normalized=False, eta_max=0.1, chunk=3, projection_chunk=3, momentum=0.5),
     "self-modifying, one memory": self_modifying(Mlp(depth=1), adaptive=(), chunk=4),

@@ -86,7 +86,7 @@ CASES: dict[str, Callable[..., Optimizer]] = {
     **{f"{key} (table)": lambda params, key=key, **more: ours(key, params, **more) for key in INPUTS},
     **{f"stack {name}": lambda params, name=name, **more: Nested(params, STACKS[name](), **more) for name in STACKS},
 }
-DRAWS = ("deep", "titans", "ttt", "dla", "Deep", "self_modifying")
+DRAWS = ("deep", "stack ma", "yaad", "moneta", "memora", "atlas", "titans", "ttt", "dla", "Deep", "self_modifying")
 """Levels with memories that start at random numbers."""
 FEW = ("SGD: nesterov (table)", "Adam: amsgrad (table)", "AdamW: maximize (table)", "Muon: Tensor lr (table)")
 """Of the table, where each of its entries would only take longer."""

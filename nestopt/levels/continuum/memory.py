@@ -39,7 +39,7 @@ class Linearization(Protocol):
 def read(memory: Memory, theta: Theta, k: Tensor) -> Tensor:
     """M(k) of each sequence: θ `[B, ...]` or `[1, ...]`, k `[B, n, D]`."""
     theta, rows = _rows(theta)
-    if type(memory) is Mlp or not rows:
+    if (isinstance(memory, Mlp) and memory.by_hand) or not rows:
         return memory.read(theta, k)
     return vmap(memory.read, in_dims=(_dims(theta, rows), 0))(theta, k)
 
@@ -54,7 +54,7 @@ def each_row(function: Callable[[Theta, Tensor], Theta], theta: Theta, k: Tensor
 def linearize(memory: Memory, theta: Theta, k: Tensor) -> Linearization:
     """Do as `read`, with what it takes to learn from it: in closed form for an `Mlp`, else by `torch.func`."""
     theta, rows = _rows(theta)
-    return _Closed(memory, theta, k) if type(memory) is Mlp else _Any(memory, theta, rows, k)
+    return _Closed(memory, theta, k) if isinstance(memory, Mlp) and memory.by_hand else _Any(memory, theta, rows, k)
 
 
 def is_shared(weight: Tensor) -> bool:

@@ -41,7 +41,7 @@ def deep_memory(
     read: Read = "after",
     activation: str = "silu",
     residual: bool = True,
-    norm: bool = False,
+    norm: bool | Literal["layer"] = False,
     state: Mapping[str, Any] | None = None,
     chunk: int = 64,
     checkpoint: int = 0,
@@ -81,7 +81,7 @@ def deep_memory(
             which is the fastest.
         activation: σ, one of silu, gelu, relu, tanh, identity.
         residual: whether x is added to the read.
-        norm: whether what W1 gives is divided by its root mean square.
+        norm: whether what W1 gives is divided by its root mean square; `"layer"`: its mean is taken off before.
         state: from a former call with the same settings; `weights` are then not looked at.
         chunk: C, tokens whose gradients are taken together.
         checkpoint: recompute in the backward pass all but every so many chunks' weights; 0 keeps everything. Memory is

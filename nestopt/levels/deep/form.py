@@ -45,6 +45,8 @@ class DeepMemoryForm(TokenForm):
         if type(level.memory) not in (Matrix, Mlp):
             return Refused(f"memory={level.memory.label}: it is for memories of weights", other_kind=True)
         why = refusal(level) or refusal_of_writes(level)
+        if not why and isinstance(level.memory, Mlp) and not level.memory.by_hand:
+            why = "its memory has biases"
         if not why and level.fade == "before":
             why = "fade='before'"
         if not why and not _writes_its_gradient(type(level.objective)):

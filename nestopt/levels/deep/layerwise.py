@@ -113,7 +113,7 @@ class _Outer:
                 steps, decays = (torch.cat(x, dim=-2) for x in list(zip(*rows, strict=True))[:2])
                 own = own - product(through[..., now, :t], steps) - product(fading[..., now, :t], decays)
             found = self.settings.error(mlp.finish(own, self.k[..., now, :], form), self.v[..., now, :])
-            pulled, felt = mlp.through_norm(found, own) if form.norm else (found, torch.ones_like(own[..., :1]))
+            pulled, felt = mlp.through_norm(found, own, form) if form.norm else (found, torch.ones_like(own[..., :1]))
             most = (felt.square() + delta) * square[..., now, None]
             rate = self.h[..., now, None] / (self.floor[..., now, None] + most / (1 + delta))
             left = 1 - rate * ((self.slope != 0) * felt.square() + delta) * square[..., now, None]

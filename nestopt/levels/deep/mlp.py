@@ -27,7 +27,7 @@ class Form:
 
     activation: str = "silu"
     residual: bool = True
-    norm: bool = False
+    norm: bool | Literal["layer"] = False
 
 
 def step_of(normalized: bool | str) -> str:
@@ -142,8 +142,14 @@ def read(weights: Weights, x: Tensor, form: Form) -> Tensor:
 def finish(o: Tensor, x: Tensor, form: Form) -> Tensor:
     """Return the read from what W1 gives: normalised and added to x, where `form` says so."""
     if form.norm:
+        o = centred(o, form)
         o = o * inverse_rms(o)
     return x + o if form.residual else o
+
+
+def centred(o: Tensor, form: Form) -> Tensor:
+    """Return what W1 gives as its norm takes it: less its mean, where that is a layer norm."""
+    return o - o.mean(-1, keepdim=True) if form.norm == "layer" else o
 
 
 def linearise(weights: Weights, k: Tensor, form: Form) -> Linearised:
@@ -177,18 +183,19 @@ def read_and_linearise(weights: Weights, q: Tensor, k: Tensor, form: Form) -> tu
 def errors(weights: Weights, at: Linearised, error: Tensor, form: Form) -> list[Tensor]:
     """∂ℓ/∂(output of each weight) `[.., C, out]` from `error` = ∂ℓ/∂y: backpropagation."""
     if form.norm:
-        error, _ = through_norm(error, at.output)
+        error, _ = through_norm(error, at.output, form)
     found = [error]
     for weight, slope in zip(weights, at.slopes, strict=False):
         found.append(weight.pull(found[-1]) * slope)
     return found
 
 
-def through_norm(error: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+def through_norm(error: Tensor, output: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """Return ∂ℓ/∂(output) of ∂ℓ/∂(output over its root mean square), and the inverse of that `[.., 1]`."""
+    output = centred(output, form)
     scale = inverse_rms(output)
     unit = output * scale
-    return scale * (error - unit * (error * unit).mean(-1, keepdim=True)), scale
+    return centred(scale * (error - unit * (error * unit).mean(-1, keepdim=True)), form), scale
 
 
 def sensitivities(weights: Weights, at: Linearised, form: Form) -> list[Tensor | None]:
@@ -197,7 +204,7 @@ def sensitivities(weights: Weights, at: Linearised, form: Form) -> list[Tensor |
     The Frobenius norm of each layer's Jacobian W diag(σ′) bounds its largest singular value; over several layers the
     bounds are multiplied.
     """
-    found: list[Tensor | None] = [inverse_rms(at.output)[..., 0] if form.norm else None]
+    found: list[Tensor | None] = [inverse_rms(centred(at.output, form))[..., 0] if form.norm else None]
     for weight, slope in zip(weights, at.slopes, strict=False):
         norm = (slope.square() @ weight.lengths()[..., None])[..., 0].clamp_min(_TINY).sqrt()
         outer = found[-1]

@@ -220,6 +220,9 @@ class Ggd(_OnLayers):
         super().__post_init__()
         if not callable(self.value):
             self.check_choice("value", tuple(_VALUES))
+        if type(self.retention).write is not Retention.write:
+            problem = "is not allowed: it is of a memory that it writes itself; give keep or decay"
+            raise FieldError(self.label, "retention", self.retention, problem)
 
     @property
     def wants(self) -> InputRequest | None:

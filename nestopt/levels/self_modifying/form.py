@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestopt.core.level import Level
-from nestopt.core.objectives import L2
 from nestopt.core.pending import PENDING
 from nestopt.core.token_batch import TokenBatch
 from nestopt.core.token_form import Accepted, FormSetting, Refused, TokenForm
@@ -23,6 +22,7 @@ from nestopt.levels.deep.scan import block_weights
 from nestopt.levels.self_modifying.level import SelfModifying
 from nestopt.levels.self_modifying.projections import ProjectionMemories
 from nestopt.levels.self_modifying.scan import now_of, scan_boxes
+from nestopt.levels.self_modifying.writes import OBJECTIVES
 
 
 class SelfModifyingForm(TokenForm):
@@ -70,9 +70,9 @@ class SelfModifyingForm(TokenForm):
 
 def _settings(level: SelfModifying, checkpoint: int) -> Settings:
     return Settings(
-        form=mlp.Form(level.memory.activation, residual=True, norm=level.memory.norm),
+        form=mlp.Form(level.memory.activation, level.memory.residual, level.memory.norm),
         delta=float(level.delta),
-        objective=L2(),
+        objective=OBJECTIVES[level.objective],
         step=mlp.step_of(level.normalized),
         bound=level.bound,
         read="chunk",

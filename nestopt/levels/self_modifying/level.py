@@ -20,7 +20,7 @@ from nestopt.core.pending import PENDING
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State, nested, tree_map
 from nestopt.levels.deep.step_size import bounded
-from nestopt.levels.self_modifying.writes import in_turn, together
+from nestopt.levels.self_modifying.writes import OBJECTIVES, in_turn, together
 
 ADAPTIVE = ("k", "v", "q", "eta", "alpha")
 """What a memory can make, in the order of the kernel."""
@@ -52,8 +52,10 @@ class SelfModifying(Level):
     Layers L2-normalise queries and keys for it, learn where the memories start, and learn w and b, one per head.
 
     Args:
-        memory: one memory; it has a residual.
+        memory: one memory. `Mlp(depth=1, residual=False)` is a matrix (eq. 93). Without a residual it is for tokens
+            only.
         adaptive: which of `k`, `v`, `q`, `eta`, `alpha` have a memory; for the others M(x) = x.
+        objective: ℓ of all: `"l2"`, or `"dot"`, minus the product of M(k) and v̂ (eq. 92), which the delta decay holds.
         momentum: θ in [0, 1); None, the default, is none. A `Gate` makes it one per token and head.
         delta: δ >= 0, the strength of the delta decay.
         lr: η at the start, in (0, 1).
@@ -89,12 +91,14 @@ class SelfModifying(Level):
     bound: float = 1.0
     chunk: int = 16
     projection_chunk: int = 64
+    objective: Literal["l2", "dot"] = "l2"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_adaptive()
-        if not self.memory.residual:
-            problem = "is not allowed: its residual must be True"
+        self.check_choice("objective", tuple(OBJECTIVES))
+        if not (isinstance(self.memory, Mlp) and self.memory.by_hand):
+            problem = "is not allowed; give an mlp without biases (depth 1 without residual is a matrix)"
             raise FieldError(self.label, "memory", self.memory, problem)
         if self.momentum is not None:
             self.check("momentum", 0.0, 1.0, closed="[)")
@@ -275,6 +279,9 @@ class SelfModifying(Level):
     # -- on gradients --------------------------------------------------------------------------------------------------
 
     def init(self, param: Tensor) -> State:
+        if not self.memory.residual:
+            problem = "is not allowed on gradients, where every W1 starts at 0: give a residual"
+            raise FieldError(self.label, "memory", self.memory, problem)
         weights = {name: self.memory.start_on(param) for name in self.boxes}
         readout = self._readout(rows(param).shape[1], param)
         # a state of one number and no dimension is taken for a count, which does not follow the parameter's dtype
@@ -298,6 +305,6 @@ class SelfModifying(Level):
     def nodes(self, name: str, period: int = 1, after: tuple[str, ...] = ()) -> list[Node]:
         rule = "dgd" if self.delta else "gd"
         rule = rule if self.momentum is None else f"{rule} of momentum" if self.delta else "momentum"
-        words = {"memory": self.memory.label, "objective": "l2", "rule": rule}
+        words = {"memory": self.memory.label, "objective": self.objective, "rule": rule}
         paths = [*(f"projections.{box}" for box in self.adaptive), "memory"]
         return [Node(f"{name}.{path}", period * self.period, after, **words) for path in paths]

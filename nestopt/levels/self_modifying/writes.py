@@ -10,13 +10,15 @@ from torch import Tensor
 from nestopt.core.associative import AssociativeMemory
 from nestopt.core.memories import Mlp, Theta
 from nestopt.core.normalized import joint_rates
-from nestopt.core.objectives import L2
+from nestopt.core.objectives import L2, Dot
 from nestopt.core.part import Gate, Number
 from nestopt.core.retentions import Decay
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State
 from nestopt.levels.gradient.dgd import Dgd
 from nestopt.levels.gradient.momentum import Momentum
+
+OBJECTIVES = {"l2": L2(), "dot": Dot()}
 
 
 class SelfWriting(Protocol):
@@ -27,6 +29,7 @@ class SelfWriting(Protocol):
     delta: float
     normalized: bool | Literal["layerwise"]
     bound: float
+    objective: Literal["l2", "dot"]
 
     def own_values(self, theta: Theta, v: Tensor) -> Tensor:
         """Return the values v̂ that a memory makes of v."""
@@ -68,7 +71,7 @@ def together(level: SelfWriting, box: State, tokens: State, signal: Signal) -> S
 def _writer(level: SelfWriting, chunk: int, keep: Number, theta: Number | None) -> AssociativeMemory:
     return AssociativeMemory(
         memory=level.memory,
-        objective=L2(),
+        objective=OBJECTIVES[level.objective],
         rule=Dgd(delta=level.delta) if theta is None else Dgd(of=Momentum(theta), delta=level.delta),
         retention=Decay(keep),
         lr=Gate(0.5),

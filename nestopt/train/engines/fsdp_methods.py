@@ -10,10 +10,11 @@ from torch import nn
 
 from nestopt.config import ConfigError
 from nestopt.models import HopeLM
-from nestopt.nn import CMS, SequenceMemory
+from nestopt.nn import CMS, SequenceMemory, TitansMixer
 
 METHODS: dict[type[nn.Module], tuple[str, ...]] = {
     SequenceMemory: ("init_state",),
+    TitansMixer: ("init_state",),
     CMS: ("init_state", "read", "observe"),
     HopeLM: ("loss",),
 }
@@ -34,6 +35,8 @@ def weights_used(module: nn.Module) -> list[nn.Parameter]:
         return list(module.levels.parameters())
     if isinstance(module, SequenceMemory):
         return list(module.start.parameters())
+    if isinstance(module, TitansMixer):
+        return [module.attention.persistent]
     if isinstance(module, HopeLM):  # for the teach signal
         return [*module.norm.parameters(), *module.head.parameters()]
     return []

@@ -14,7 +14,7 @@ import nestopt
 from nestopt.config import build, to_spec
 from nestopt.core import Gate, Level, Signal, chain, gates_of, scan
 from nestopt.core.clock import advance, start
-from nestopt.core.memories import Mlp
+from nestopt.core.memories import Mlp, Swiglu
 from nestopt.core.part import FieldError
 from nestopt.core.tree import State, leaves, tree_map
 from nestopt.description import describe
@@ -270,7 +270,9 @@ REFUSED = [
     ({"adaptive": ("key",)}, "self_modifying: adaptive=('key',) is not allowed; give some of k, v, q, eta, alpha"),
     ({"adaptive": ("alfa",)}, "Did you mean 'alpha'?"),
     ({"adaptive": ("k", "k")}, "each once"),
-    ({"memory": Mlp(residual=False)}, "its residual must be True"),
+    ({"memory": Mlp(bias=True)}, "is not allowed; give an mlp without biases"),
+    ({"memory": Swiglu()}, "is not allowed; give an mlp without biases"),
+    ({"objective": "huber"}, "objective='huber'"),
     ({"momentum": 1.0}, "momentum=1.0"),
     ({"delta": -1.0}, "delta=-1.0"),
     ({"lr": 0.0}, "lr=0.0"),
@@ -293,6 +295,11 @@ def test_fields_that_are_not_allowed(fields: dict[str, Any], message: str) -> No
         self_modifying(**fields)
 
 
+def test_without_a_residual_it_is_for_tokens() -> None:
+    with pytest.raises(FieldError, match="not allowed on gradients"):
+        self_modifying(Mlp(residual=False)).init(torch.zeros(2, 3))
+
+
 def test_fast_form() -> None:
     assert nestopt.ops.fast_form(self_modifying()) == "self_modifying"
 
@@ -305,3 +312,27 @@ def test_fast_form() -> None:
     assert nestopt.ops.fast_form(Other()) is None
     x = F.normalize(torch.randn(1, 9, 1, 4), dim=-1)
     assert nestopt.ops.run(Other(chunk=2, projection_chunk=4), x, x, x)[0].shape == x.shape
+
+
+@pytest.mark.parametrize("objective", ["dot", "l2"])
+def test_matrices_are_written_by_the_letter(objective: str) -> None:
+    """NL eq. 92 and 93, a token at a time: M ← M (α I - δη k kᵀ) + η v̂ kᵀ, and less η M k kᵀ of a regression."""
+    torch.manual_seed(0)
+    delta, size = 0.7, 4
+    level = self_modifying(
+        Mlp(depth=1, residual=False), normalized=False, delta=delta, chunk=1, projection_chunk=1, objective=objective
+    )
+    learned = {name: x.double()[None] for name, x in level.learned_start(size, size).items()}
+    q, k, v = torch.randn(3, 1, 5, 1, size, dtype=torch.float64)
+    y, state = nestopt.ops.run(level, q, k, v, learned=learned)
+    m = {name: learned[f"{name}.W1"][0] for name in ("k", "v", "eta", "alpha", "memory")}
+    w, b = ({name: learned[f"readout.{name}.{part}"][0] for name in ("eta", "alpha")} for part in "wb")
+    for t in range(5):
+        key, value = m["k"] @ k[0, t, 0], m["v"] @ v[0, t, 0]
+        key = key / key.norm()
+        eta, alpha = (torch.sigmoid(w[name] @ (m[name] @ k[0, t, 0]) + b[name]) for name in ("eta", "alpha"))
+        torch.testing.assert_close(y[0, t, 0], m["memory"] @ (q[0, t, 0] / q[0, t, 0].norm()), rtol=0, atol=1e-10)
+        for name, old in m.items():
+            error = (old @ key if objective == "l2" else 0) - old @ value
+            m[name] = alpha * old - delta * eta * torch.outer(old @ key, key) - eta * torch.outer(error, key)
+    torch.testing.assert_close(state["level"]["memory"]["weights"]["W1"][0, 0], m["memory"], rtol=0, atol=1e-10)

@@ -73,27 +73,16 @@ class ModelConfig(Section):
     dim: Whole = Field(default=160, gt=0, description="width: numbers per token")
     blocks: Whole = Field(default=2, ge=1, le=1024, description="how many blocks, each a mixer and an mlp")
     heads: Whole = Field(default=4, ge=1, description="memories side by side in a mixer; must divide dim")
-    kv_heads: Whole = Field(
-        default=0,
-        ge=0,
-        description="keys and values side by side, each shared by heads / kv_heads queries (grouped-query attention); "
-        "must divide heads; 0: as many as heads",
-    )
+    kv_heads: Whole = Field(default=0, ge=0, description="keys and values, which heads share; a divisor; 0: heads")
     conv: Whole = Field(default=4, ge=0, description="width of the causal depthwise convolution; 0 for none")
     gate_output: Bool = Field(default=True, description="multiply each mixer's read by silu(W x)")
-    out_norm: Bool | None = Field(
-        default=None,
-        description="normalise each head's read, which then has no size to count by; null: for all but attention",
-    )
+    out_norm: Bool | None = Field(default=None, description="normalise each head's read; null: but for attention")
     vocab: Whole = Field(default=256, ge=1, description="how many different tokens; 256 for bytes")
     tie: Bool = Field(default=False, description="let the head have the embedding's weights")
     segment: Whole = Field(
         default=0, ge=0, description="in training, recompute all but the states at every so many tokens; 0: keep all"
     )
-    precision: Precision = Field(
-        default="float32",
-        description="of the products of memories, whose states and sums are float32; the device must have it",
-    )
+    precision: Precision = Field(default="float32", description="of memories' products; states and sums are float32")
 
     @model_validator(mode="after")
     def _heads_divide_dim(self) -> Self:

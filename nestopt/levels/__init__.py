@@ -22,6 +22,13 @@ from nestopt.levels.deep.architectures import Mac as mac
 from nestopt.levels.deep.architectures import Mag as mag
 from nestopt.levels.deep.architectures import Mal as mal
 from nestopt.levels.deep.form import DeepMemoryForm
+from nestopt.levels.deep.level import Atlas as atlas
+from nestopt.levels.deep.level import Dla as dla
+from nestopt.levels.deep.level import Memora as memora
+from nestopt.levels.deep.level import Moneta as moneta
+from nestopt.levels.deep.level import Titans as titans
+from nestopt.levels.deep.level import Ttt as ttt
+from nestopt.levels.deep.level import Yaad as yaad
 from nestopt.levels.deep.rule_form import RuleByChunkForm
 from nestopt.levels.gradient.adam import Adam as adam
 from nestopt.levels.gradient.adam import AdamW as adamw
@@ -71,24 +78,17 @@ from nestopt.levels.matrix.level import Omega as omega
 from nestopt.levels.matrix.mesa import Mesa as mesa
 from nestopt.levels.matrix.mesa import MesaForm
 from nestopt.levels.matrix.normalizer import NormalizedLinearForm
-from nestopt.levels.presets import Atlas as atlas
 from nestopt.levels.presets import Attention as attention
 from nestopt.levels.presets import DeepMomentum as deep_momentum
 from nestopt.levels.presets import Deltanet as deltanet
-from nestopt.levels.presets import Dla as dla
 from nestopt.levels.presets import GatedDeltanet as gated_deltanet
 from nestopt.levels.presets import GatedLinear as gated_linear
 from nestopt.levels.presets import Gla as gla
 from nestopt.levels.presets import Kda as kda
 from nestopt.levels.presets import LinearAttention as linear_attention
-from nestopt.levels.presets import Memora as memora
-from nestopt.levels.presets import Moneta as moneta
 from nestopt.levels.presets import OjaMemory as oja
 from nestopt.levels.presets import Retnet as retnet
-from nestopt.levels.presets import Titans as titans
-from nestopt.levels.presets import Ttt as ttt
 from nestopt.levels.presets import WindowAttention as window_attention
-from nestopt.levels.presets import Yaad as yaad
 from nestopt.levels.self_modifying.form import SelfModifyingForm
 from nestopt.levels.self_modifying.level import SelfModifying as self_modifying
 from nestopt.levels.weights import ScheduleFree as schedule_free

@@ -52,8 +52,7 @@ class HopeLM(nn.Module):
             comes again and again: of `[cms(), cms((32,), learn="context")]` the last block's learns.
         conv: width of each mixer's causal convolution; 0 is none.
         gate_output: whether each mixer's read is multiplied by silu(W_g h).
-        out_norm: whether each head's read is normalised: then it has no size, by which a head could count. Default: for
-            all mixers but attention.
+        out_norm: whether each head's read is normalised, and so has no size to count by; None: for all but attention.
         tie: whether the head's weights are the embedding's.
         segment: in training, recompute in the backward pass all but the states at the ends of so many tokens; 0 keeps
             everything. Activations of T tokens need the memory of T / segment states and one segment: least near √T.
@@ -100,13 +99,10 @@ class HopeLM(nn.Module):
         self.vocab, self.segment = vocab, segment
         self.embedding = nn.Embedding(vocab, dim)
         levels = zip(cycle(mixers or [mixer or Attention()]), to_the_last(mlps or [mlp], blocks))
-        options: dict[str, Any] = {
-            "kv_heads": kv_heads or None,
-            "conv": conv,
-            "gate_output": gate_output,
-            "out_norm": out_norm,
-        }
-        self.blocks = nn.ModuleList(HopeBlock(dim, heads, *pair, **options) for pair in levels)
+        options: dict[str, Any] = {"conv": conv, "gate_output": gate_output, "out_norm": out_norm}
+        self.blocks = nn.ModuleList(
+            HopeBlock(dim, heads, *pair, kv_heads=kv_heads or None, **options) for pair in levels
+        )
         self.precision = precision
         self.norm = nn.RMSNorm(dim)
         self.head = nn.Linear(dim, vocab, bias=False)

@@ -24,16 +24,19 @@ class Call:
     Attributes:
         form: of the level.
         options: of `run_form`.
-        streams: other streams by name, `"queries"` and `"values"` `[B, T, dim]` and `"store_mask"` `[B, T]`.
+        streams: other streams by name, `"queries"` and `"values"` `[B, T, dim]` and `"store_mask"` `[B, T]`, or None.
         stats: what was seen; None asks for none.
     """
 
     form: TokenForm
     options: dict[str, Any]
-    streams: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    streams: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     stats: Stats | None = None
 
-    def check(self, x: Tensor) -> None:
+    def __post_init__(self) -> None:
+        self.streams = {name: one for name, one in self.streams.items() if one is not None}
+
+    def _check(self, x: Tensor) -> None:
         """Raise ValueError for streams that do not fit tokens x `[B, T, dim]`, or that the level does not take."""
         for name, one in self.streams.items():
             shape, kind = (x.shape[:2], "bool") if name == STORE else (x.shape, "floating")
@@ -47,6 +50,7 @@ class Call:
 
     def joined(self, x: Tensor) -> Tensor:
         """Return x with all streams behind its own numbers, so that they go where x goes."""
+        self._check(x)
         others = (one[..., None].to(x) if name == STORE else one for name, one in self.streams.items())
         return torch.cat([x, *others], dim=-1) if self.streams else x
 

@@ -226,7 +226,7 @@ class SequenceMemory(nn.Module):
                 convolution; keys and gates are made of x.
             store_mask: `[B, T]`, False for tokens that only read: they are answered from the memory as it is by then,
                 take their place in a chunk, and are not written. Not for attention, which keeps every pair.
-            return_stats: also give what the memory did.
+            return_stats: also give what it did.
             validate: check that all numbers are finite, at the cost of waiting for the device.
 
         Returns:
@@ -241,14 +241,11 @@ class SequenceMemory(nn.Module):
                 another batch size, layer or dtype.
         """
         check_input(x, self.dim)
+        how = {"learn": learn, "precision": self.precision, "validate": validate}
         streams = {"queries": queries, "values": values, STORE: store_mask}
-        options: dict[str, Any] = {"learn": learn, "precision": self.precision, "validate": validate}
-        given = {name: one for name, one in streams.items() if one is not None}
-        stats: Stats = {}
-        attend = Call(self.form, options, given, stats if return_stats else None)
-        attend.check(x)
+        stats, packed = {}, None
+        attend = Call(self.form, how, streams, stats if return_stats else None)
         x = attend.joined(x)
-        packed = None
         if cu_seqlens is not None:
             if mask is not None:
                 raise ValueError("SequenceMemory: cu_seqlens and mask are both given; give one of them")

@@ -12,7 +12,7 @@ from nestopt.core.order import Node
 from nestopt.core.part import FieldError
 from nestopt.core.signal import Signal
 from nestopt.core.tree import State
-from nestopt.levels.presets import Titans
+from nestopt.levels.deep.level import Titans
 
 
 class TitansBlock(Level):

@@ -237,13 +237,13 @@ class SequenceMemory(nn.Module):
             the quantiles 0, ¼, ½, ¾, 1 over batch and tokens, `[5, H, pieces]`.
 
         Raises:
-            ValueError: for another width of x, no tokens, a mask or `cu_seqlens` that does not fit, or a state of
-                another batch size, layer or dtype.
+            ValueError: x, a mask, `cu_seqlens`, a stream or a state does not fit, or there is no token.
         """
         check_input(x, self.dim)
         how = {"learn": learn, "precision": self.precision, "validate": validate}
         streams = {"queries": queries, "values": values, STORE: store_mask}
-        stats, packed = {}, None
+        stats: Stats = {}
+        packed = None
         attend = Call(self.form, how, streams, stats if return_stats else None)
         x = attend.joined(x)
         if cu_seqlens is not None:

@@ -226,7 +226,7 @@ class SequenceMemory(nn.Module):
                 convolution; keys and gates are made of x.
             store_mask: `[B, T]`, False for tokens that only read: they are answered from the memory as it is by then,
                 take their place in a chunk, and are not written. Not for attention, which keeps every pair.
-            return_stats: also give what it did.
+            return_stats: give what it did, too.
             validate: check that all numbers are finite, at the cost of waiting for the device.
 
         Returns:

@@ -38,12 +38,12 @@ class ForgettingAttention(Attention):
             raise FieldError(self.label, "retention", self.retention, "is not allowed; give keep or decay")
 
     def init(self, param: Tensor) -> State:
-        return self._begun(super().init(param))
+        return self._with_faded(super().init(param))
 
     def init_tokens(self, dim_k: int, dim_v: int, like: Tensor, learned: State) -> State:
-        return self._begun(super().init_tokens(dim_k, dim_v, like, learned))
+        return self._with_faded(super().init_tokens(dim_k, dim_v, like, learned))
 
-    def _begun(self, state: State) -> State:
+    def _with_faded(self, state: State) -> State:
         return {**state, "memory": {**state["memory"], FADED: state["memory"]["keys"].new_zeros(0)}}
 
     def appended(self, theta: Theta, k: Tensor, v: Tensor) -> Theta | None:

@@ -23,7 +23,7 @@ from benchmarks.optimizer_quality.sweep import (
     read,
     repeated,
     search,
-    steps_in_time,
+    search_in_time,
     train,
 )
 from benchmarks.optimizer_quality.table import files, losses_table, outcomes
@@ -86,9 +86,9 @@ def _measure(problem: str, given: argparse.Namespace, found: Found) -> None:
                 append_cost(given.out, problem, name, cost)
     for name in given.optimizers:
         best = search(Run(problem, name, given.steps, ROWS[name].middle), ROWS[name].own, given.rates, result)
-        for steps in (given.steps, steps_in_time(given.steps, found.costs[problem, name])):
-            for run in repeated(best, steps, given.seeds):
-                result(run)
+        in_time = search_in_time(best, found.costs[problem, name], given.rates, result)
+        for run in (*repeated(best, given.seeds), *repeated(in_time, given.seeds)):
+            result(run)
 
 
 def _names(known: Iterable[str]) -> type:

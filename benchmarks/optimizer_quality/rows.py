@@ -9,7 +9,7 @@ import dataclasses
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -63,14 +63,21 @@ class Row:
         return importlib.util.find_spec(self.needs) is not None
 
 
-def ours(spec: Callable[..., Level], middle: float, own: tuple[Option, Option], *, falls: bool = True) -> Row:
-    """Return the row of a stack of levels, which is made of its options."""
+def ours(
+    spec: Callable[..., Level],
+    middle: float,
+    own: tuple[Option, Option],
+    *,
+    falls: bool = True,
+    route: Literal["all"] | None = None,
+) -> Row:
+    """Return the row of a stack of levels, which is made of its options; with a route of "all", of all parameters."""
 
     def make(setting: Setting) -> list[Optimizer]:
         rest = {"stack": "adam", "lr": setting.rest, "weight_decay": setting.decay / setting.rest}
         decay = setting.decay / setting.rate
         level = spec(**setting.options)
-        return [nestopt.optimizer(setting.model, level, lr=setting.rate, weight_decay=decay, rest=rest)]
+        return [nestopt.optimizer(setting.model, level, setting.rate, decay, rest, route=route)]
 
     return Row(make, middle, own, falls)
 
@@ -134,7 +141,6 @@ BETA: tuple[Option, Option] = ({"beta": 0.95}, {"beta": 0.8})
 ADAM: tuple[Option, Option] = ({"beta": 0.95}, {"beta2": 0.99})
 LION: tuple[Option, Option] = ({"beta": 0.95}, {"beta2": 0.95})
 MATRICES: tuple[Option, Option] = ({"beta": 0.9}, {"rest": 1e-2})
-DELTA: tuple[Option, Option] = ({"beta": 0.95}, {"delta": 0.1})
 
 ROWS: dict[str, Row] = {
     "adamw": ours(_adam, 1e-2, ADAM),
@@ -143,17 +149,12 @@ ROWS: dict[str, Row] = {
     "gd": ours(L.gd, 0.3, ({"decay": 3e-4}, {"decay": 3e-3})),
     "momentum": ours(L.momentum, 0.1, BETA),
     "deep_momentum": ours(L.deep_momentum, 1.0, BETA),
-    "dgd": ours(L.dgd, 10.0, ({"delta": 0.1}, {"delta": 0.3})),
-    "dgd(of=momentum)": ours(lambda beta=0.9, delta=1.0: L.dgd(of=L.momentum(beta), delta=delta), 0.1, DELTA),
-    "dgd(of=adam)": ours(lambda beta=0.9, delta=1.0: L.dgd(of=_adam(beta), delta=delta), 1e-2, DELTA),
-    "dgd(of=muon)": ours(
-        lambda beta=0.95, delta=1.0: L.dgd(of=L.muon(beta), delta=delta), 0.03, ({"beta": 0.9}, {"delta": 0.1})
-    ),
-    "soap": ours(
-        lambda beta=0.9, basis_every=10: L.soap(_adam(beta), basis_every=basis_every),
-        1e-2,
-        ({"beta": 0.95}, {"basis_every": 3}),
-    ),
+    "dgd": ours(L.dgd, 3.0, ({"delta": 0.1}, {"delta": 0.3}), route="all"),
+    # dgd is `of` where there are no inputs, and has its options and its parameters: so they differ in it alone
+    "dgd(of=momentum)": ours(lambda beta=0.9: L.dgd(of=L.momentum(beta)), 0.1, BETA, route="all"),
+    "dgd(of=adam)": ours(lambda **options: L.dgd(of=_adam(**options)), 1e-2, ADAM, route="all"),
+    "dgd(of=muon)": ours(lambda beta=0.95: L.dgd(of=L.muon(beta)), 0.03, MATRICES),
+    "soap": ours(lambda basis_every=10: L.soap(basis_every=basis_every), 1e-2, ({"basis_every": 3}, {"rest": 1e-2})),
     "normuon": ours(L.normuon, 1e-2, MATRICES),
     "adamuon": ours(lambda beta=0.95: L.adamuon((beta, 0.95)), 1e-2, MATRICES),
     "shampoo": ours(L.shampoo, 1.0, ({"beta": 0.95}, {"rest": 1e-2})),

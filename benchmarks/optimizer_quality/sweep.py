@@ -80,50 +80,72 @@ class Cost:
     bytes: float
 
 
+class Search:
+    """The runs of a search, with the tuning seed, and the best of them on validation."""
+
+    def __init__(self, result: Callable[[Run], Result]) -> None:
+        self._result = result
+        self._tried: dict[Run, float] = {}
+
+    def attempt(self, run: Run) -> None:
+        self._tried[run] = self._result(run).validation
+
+    @property
+    def best(self) -> Run:
+        """Of several that diverge, the one with the smallest rate."""
+        return min(self._tried, key=lambda run: (self._tried[run], run.rate))
+
+    def rates(self, first: Run, trials: int) -> None:
+        """Try so many rates around that of a run, and one more at a time while the best is at the edge."""
+        low, high = -(trials // 2), trials - trials // 2 - 1
+        for i in range(low, high + 1):
+            self.attempt(_times(first, FACTOR**i))
+        for _ in range(8):
+            if self.best == _times(first, FACTOR**low):
+                low -= 1
+                self.attempt(_times(first, FACTOR**low))
+            elif self.best == _times(first, FACTOR**high):
+                high += 1
+                self.attempt(_times(first, FACTOR**high))
+
+
+def _times(run: Run, factor: float) -> Run:
+    """Return the same run at a larger rate, of two digits."""
+    return dataclasses.replace(run, rate=float(f"{run.rate * factor:.2g}"))
+
+
 def search(first: Run, own: tuple[Option, Option], trials: int, result: Callable[[Run], Result]) -> Run:
     """Return the run that is best on validation, of the tuning seed.
 
-    Tried are so many rates around that of `first`, one more at a time while the best is at the edge, two between the
-    best and its neighbours, and then, with what was best so far, some decay of the weights and two options of its own.
+    Tried are rates around that of `first`, two between the best and its neighbours, and then, with what was best so
+    far, some decay of the weights and two options of its own.
     """
-    rates = [first.rate * FACTOR ** (i - trials // 2) for i in range(trials)]
-    tried: dict[Run, float] = {}
-
-    def best() -> Run:
-        return min(tried, key=lambda run: tried[run])  # the first of several that are as good, or diverge
-
-    def attempt(run: Run) -> None:
-        tried[run] = result(run).validation
-
-    def at(rate: float) -> Run:
-        return dataclasses.replace(first, rate=float(f"{rate:.2g}"))
-
-    for rate in rates:
-        attempt(at(rate))
-    for _ in range(8):
-        if best() == at(rates[0]):
-            rates.insert(0, rates[0] / FACTOR)
-            attempt(at(rates[0]))
-        elif best() == at(rates[-1]):
-            rates.append(rates[-1] * FACTOR)
-            attempt(at(rates[-1]))
-    middle = best().rate
+    search = Search(result)
+    search.rates(first, trials)
+    middle = search.best
     for factor in (FACTOR**-0.5, FACTOR**0.5):
-        attempt(at(middle * factor))
+        search.attempt(_times(middle, factor))
     for option in ({"decay": DECAY}, *own):
-        attempt(best().but(**option))
-    return best()
+        search.attempt(search.best.but(**option))
+    return search.best
 
 
-def repeated(run: Run, steps: int, seeds: int) -> list[Run]:
+def search_in_time(best: Run, cost: Cost, trials: int, result: Callable[[Run], Result]) -> Run:
+    """Return the run that is best with the steps that fit into the first row's time, at a rate that is found anew.
+
+    Where it takes that time but for 3 %, the run is the same.
+    """
+    if abs(cost.ratio - 1) < 0.03:
+        return best
+    steps = max(1, round(best.steps / cost.ratio))
+    search = Search(result)
+    search.rates(dataclasses.replace(best, steps=steps), trials)
+    return search.best
+
+
+def repeated(run: Run, seeds: int) -> list[Run]:
     """Return the runs that are reported of a setting."""
-    return [dataclasses.replace(run, steps=steps, seed=seed) for seed in range(TUNING + 1, TUNING + 1 + seeds)]
-
-
-def steps_in_time(steps: int, cost: Cost) -> int:
-    """Return how many steps fit into the time that the first row takes for so many, to a twentieth of these."""
-    unit = max(1, steps // 20)
-    return max(unit, unit * round(steps / cost.ratio / unit))
+    return [dataclasses.replace(run, seed=seed) for seed in range(TUNING + 1, TUNING + 1 + seeds)]
 
 
 def setting(run: Run, model: torch.nn.Module) -> Setting:

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 
 from benchmarks.optimizer_quality.rows import ROWS
-from benchmarks.optimizer_quality.sweep import Cost, Found, Run, repeated, search, steps_in_time
+from benchmarks.optimizer_quality.sweep import Cost, Found, Run, repeated, search, search_in_time
 
 Losses = Sequence[float]
 """On what is reported, one a seed."""
@@ -20,15 +20,15 @@ class Outcome:
     """Of an optimizer on a problem.
 
     Attributes:
-        best: the run whose setting the others have.
-        by_steps, by_time: losses after as many steps as the first row's, and in as much CPU time.
-        steps: those that fit into that time.
+        best: the run whose setting those that are reported have.
+        in_time: likewise in as much CPU time as the first row takes.
+        by_steps, by_time: their losses.
     """
 
     best: Run
+    in_time: Run
     by_steps: Losses
     by_time: Losses
-    steps: int
     cost: Cost
 
 
@@ -42,16 +42,15 @@ def outcomes(found: Found, problems: Iterable[str], steps: int, trials: int, see
     for problem in problems:
         own = all_of.setdefault(problem, {})
         for name, row in ROWS.items():
+            result = found.results.__getitem__
             try:
-                best = search(Run(problem, name, steps, row.middle), row.own, trials, found.results.__getitem__)
                 cost = found.costs[problem, name]
-                fitting = steps_in_time(steps, cost)
-                losses = [
-                    [found.results[run].test for run in repeated(best, length, seeds)] for length in (steps, fitting)
-                ]
+                best = search(Run(problem, name, steps, row.middle), row.own, trials, result)
+                in_time = search_in_time(best, cost, trials, result)
+                losses = [[result(run).test for run in repeated(one, seeds)] for one in (best, in_time)]
             except KeyError:
                 continue  # not all of it is there
-            own[name] = Outcome(best, *losses, fitting, cost)
+            own[name] = Outcome(best, in_time, *losses, cost)
     return {problem: own for problem, own in all_of.items() if own}
 
 
@@ -93,7 +92,7 @@ def ranks_table(known: Outcomes) -> str:
     lines = []
     for name, own in of_steps.items():
         cells = [known[problem][name] for problem in problems]
-        times, states = [cell.cost.ratio for cell in cells], [cell.cost.bytes for cell in cells]
+        times, states = [cell.cost.ratio for cell in cells], [round(cell.cost.bytes, 1) for cell in cells]
         rates = [cell.best.rate for cell in cells]
         start = f"{_short(_middle(rates))} ({_span(rates)})"
         lines.append([f"`{name}`", _spread(own), _spread(of_time[name]), start, _span(times), _span(states)])
@@ -108,7 +107,7 @@ def losses_table(known: Outcomes, names: Iterable[str] = ROWS, *, in_time: bool 
         if name not in own:
             return "–"
         losses = (by_time if in_time else by_steps)(own[name])
-        return _loss(losses) + (f" ({own[name].steps})" if in_time else "")
+        return _loss(losses) + (f" ({own[name].in_time.steps})" if in_time else "")
 
     rows = [[f"`{name}`", *(cell(own, name) for own in known.values())] for name in names]
     return _table(["", *known], [row for row in rows if set(row[1:]) != {"–"}])
@@ -158,15 +157,22 @@ PAIRS = (
     ("lion_chain", "adamw"),
     ("schedule_free", "adamw"),
     ("lookahead(adam)", "adamw"),
-    ("muon", "torch Muon"),
     ("soap", "pytorch-optimizer SOAP"),
-    ("schedule_free", "pytorch-optimizer ScheduleFreeAdamW"),
 )
 """A level, and what it is to be better than."""
 
+SAME = (
+    ("adamw", "torch AdamW"),
+    ("momentum", "torch SGD, momentum"),
+    ("muon", "torch Muon"),
+    ("lion_chain", "pytorch-optimizer Lion"),
+    ("schedule_free", "pytorch-optimizer ScheduleFreeAdamW"),
+)
+"""Those that are one algorithm in two libraries."""
+
 LEVELS = {
     "m3": ("muon", "m3"),
-    "dgd": (*("gd", "dgd", "momentum", "dgd(of=momentum)", "adamw", "dgd(of=adam)", "muon", "dgd(of=muon)"),),
+    "dgd": ("gd", "dgd", "momentum", "dgd(of=momentum)", "adamw", "dgd(of=adam)", "muon", "dgd(of=muon)"),
     "deep_momentum": ("momentum", "deep_momentum"),
 }
 """The pages of levels that have a table, and its rows."""
@@ -180,13 +186,11 @@ def files(known: Outcomes) -> dict[Path, str]:
         "losses-in-time": losses_table(known, in_time=True),
         "settings": settings_table(known),
         "pairs": pairs_table(known, PAIRS),
+        "same": pairs_table(known, SAME),
     }
     for page, names in LEVELS.items():
-        parts[page] = (
-            losses_table(known, names)
-            + "\n"
-            + pairs_table(known, [p for p in PAIRS if p[0] in names[1:] and p[1] in names])
-        )
+        own = [pair for pair in PAIRS if pair[0] == page or pair[0].startswith(f"{page}(")]
+        parts[page] = f"{losses_table(known, names)}\n{pairs_table(known, own)}"
     return {Path("choosing", f"{name}.inc"): text for name, text in parts.items()}
 
 

@@ -14,8 +14,16 @@ from benchmarks.work import FLOAT
 
 LR = 1e-3
 PLAIN = "forward and backward"
-CAPTURED = "forward and backward, nestopt dgd captures"
-SGD_STEP, DGD_STEP = "step of torch SGD fused", "step of nestopt dgd"
+SGD_STEP = "step of torch SGD fused"
+MODES = {"corrected": "nestopt dgd", "paper": "nestopt dgd, mode='paper'"}
+
+
+def captured(mode: str) -> str:
+    return f"forward and backward, {MODES[mode]} captures"
+
+
+def stepped(mode: str) -> str:
+    return f"step of {MODES[mode]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,21 +78,23 @@ def calls(size: Size) -> tuple[dict[str, Call], dict[str, str]]:
         PLAIN: Call(plain.forward_backward, plain.clear),
         SGD_STEP: Call(sgd.step, sgd_task.renew),
     }
-    try:
-        captured, watching = dgd(size)
-        stepped, optimizer = dgd(size)
-    except Missing as error:
-        return found, {CAPTURED: str(error)}
-    except Exception as error:
-        return found, {CAPTURED: failure(error)}
-    # Its sums grow from call to call, as they do when gradients are accumulated; the work of a call stays the same.
-    captured.owner = watching  # hooks of an optimizer that is gone may be gone, too
-    found[CAPTURED] = Call(captured.forward_backward, captured.clear)
-    found[DGD_STEP] = Call(optimizer.step, stepped.renew)
-    return found, {}
+    problems = {}
+    for mode in MODES:
+        try:
+            capturing, watching = dgd(size, mode)
+            stepping, optimizer = dgd(size, mode)
+        except Missing as error:
+            problems[captured(mode)] = str(error)
+        except Exception as error:
+            problems[captured(mode)] = failure(error)
+        else:
+            capturing.owner = watching  # hooks of an optimizer that is gone may be gone, too
+            found[captured(mode)] = Call(capturing.forward_backward, capturing.clear)
+            found[stepped(mode)] = Call(optimizer.step, stepping.renew)
+    return found, problems
 
 
-def dgd(size: Size) -> tuple[Task, nestopt.optim.Nested]:
+def dgd(size: Size, mode: str) -> tuple[Task, nestopt.optim.Nested]:
     """A task whose optimizer captures inputs.
 
     Raises:
@@ -92,7 +102,7 @@ def dgd(size: Size) -> tuple[Task, nestopt.optim.Nested]:
         RuntimeError: it steps as plain gradient descent does, so nothing was captured and its time would say nothing.
     """
     try:
-        level = nestopt.levels.dgd()
+        level = nestopt.levels.dgd(mode=mode)
     except AttributeError as error:
         raise Missing(f"not there: {error}") from None
     task = Task(size)
@@ -115,18 +125,32 @@ def dgd(size: Size) -> tuple[Task, nestopt.optim.Nested]:
 
 
 def flops(size: Size) -> dict[str, float]:
-    """Of the matrix products: forward, gradients of the weights, and of all inputs but the first; captured: one more of
-    each weight's shape.
+    """Of matrix products and solutions: forward, gradients of the weights, and of all inputs but the first.
+
+    What mode="paper" captures is one more product of each weight's shape; what the other does, rows' products with each
+    other where there are more rows than inputs. Its step solves systems of the smaller of both.
     """
-    weight = 4 * size.width * size.width
-    product = 2 * size.tokens * weight
+    wide, tokens = 4 * size.width, size.tokens
+    product = 2 * tokens * wide * size.width
     # the input of the first block reaches the loss through the norm's weights too, so its gradient is needed
     everything = 3 * 2 * size.layers * product
-    return {PLAIN: everything, CAPTURED: everything + 2 * size.layers * product}
+    capture = step = 0.0
+    for out, into in ((wide, size.width), (size.width, wide)):
+        if tokens < into:  # the rows X are kept: u - u Xᵀ (I + X Xᵀ)⁻¹ X
+            step += 2 * into * tokens**2 + tokens**3 / 3 + 4 * out * into * tokens + 2 * out * tokens**2
+        else:
+            capture += 2 * tokens * into**2
+            step += into**3 / 3 + 2 * out * into**2
+    return {
+        PLAIN: everything,
+        captured("paper"): everything + 2 * size.layers * product,
+        captured("corrected"): everything + size.layers * capture,
+        stepped("corrected"): size.layers * step,
+    }
 
 
 def step_bytes(size: Size) -> dict[str, float]:
-    """Of a step: reads parameter and gradient and, for dgd, the layers' products of weight and inputs."""
+    """Of a step: parameter and gradient, and in mode="paper" the layers' products of weight and inputs."""
     entries = size.layers * (8 * size.width**2 + 7 * size.width)
     matrices = size.layers * 8 * size.width**2
-    return {SGD_STEP: 3 * FLOAT * entries, DGD_STEP: FLOAT * (3 * entries + matrices)}
+    return {SGD_STEP: 3 * FLOAT * entries, stepped("paper"): FLOAT * (3 * entries + matrices)}

@@ -23,12 +23,14 @@ class Task:
 
     Attributes:
         loss: of the batch of a step, from 0.
-        held_out: mean loss on held-out data.
+        validation: mean loss on what settings are chosen by.
+        test: mean loss on what is reported.
     """
 
     model: nn.Module
     loss: Callable[[int], Tensor]
-    held_out: Callable[[], Tensor]
+    validation: Callable[[], Tensor]
+    test: Callable[[], Tensor]
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -45,9 +47,9 @@ def _digits() -> tuple[Tensor, Tensor]:
     return pictures[order], torch.from_numpy(data.target).long()[order]
 
 
-def _on_digits(model: nn.Module, seed: int, batch: int = 128, held_out: int = 360) -> Task:
+def _on_digits(model: nn.Module, seed: int, batch: int = 128, held_out: int = 450) -> Task:
     pictures, labels = _digits()
-    x, y = pictures[held_out:], labels[held_out:]
+    x, y = pictures[2 * held_out :], labels[2 * held_out :]
     generator = torch.Generator().manual_seed(seed)
     drawn: dict[int, Tensor] = {}
 
@@ -55,7 +57,10 @@ def _on_digits(model: nn.Module, seed: int, batch: int = 128, held_out: int = 36
         chosen = drawn.setdefault(step, torch.randint(len(x), (batch,), generator=generator))
         return F.cross_entropy(model(x[chosen]), y[chosen])
 
-    return Task(model, loss, lambda: F.cross_entropy(model(pictures[:held_out]), labels[:held_out]))
+    def of(part: slice) -> Callable[[], Tensor]:
+        return lambda: F.cross_entropy(model(pictures[part]), labels[part])
+
+    return Task(model, loss, of(slice(held_out)), of(slice(held_out, 2 * held_out)))
 
 
 def digits(seed: int) -> Task:
@@ -73,7 +78,7 @@ def cnn(seed: int) -> Task:
 class _Vit(nn.Module):
     """Patches of 2 by 2 as tokens, their mean to a linear layer."""
 
-    def __init__(self, width: int = 48, layers: int = 2) -> None:
+    def __init__(self, width: int = 32, layers: int = 2) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, width, 2, stride=2)
         self.places = nn.Parameter(0.02 * torch.randn(16, width))
@@ -86,8 +91,8 @@ class _Vit(nn.Module):
 
 
 def vit(seed: int) -> Task:
-    """A vision transformer of two blocks of width 48."""
-    return _on_digits(_Vit(), seed)
+    """A vision transformer of two blocks of width 32."""
+    return _on_digits(_Vit(), seed, batch=64)
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
@@ -114,7 +119,7 @@ class _Block(nn.Module):
 class _Gpt(nn.Module):
     """A transformer on bytes."""
 
-    def __init__(self, width: int = 64, layers: int = 2, length: int = 64) -> None:
+    def __init__(self, width: int = 48, layers: int = 2, length: int = 64) -> None:
         super().__init__()
         self.bytes, self.places = nn.Embedding(256, width), nn.Embedding(length, width)
         self.blocks = nn.Sequential(*(_Block(width, 4) for _ in range(layers)))
@@ -130,7 +135,7 @@ class _Gpt(nn.Module):
 class _LinearRnn(nn.Module):
     """Two layers of h_t = a_t ⊙ h_{t-1} + (1 - a_t) ⊙ b_t, all of the token at t, with a gated read."""
 
-    def __init__(self, width: int = 64, layers: int = 2) -> None:
+    def __init__(self, width: int = 48, layers: int = 2) -> None:
         super().__init__()
         self.bytes, self.head = nn.Embedding(256, width), nn.Linear(width, 256, bias=False)
         self.ins = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(layers))
@@ -155,29 +160,32 @@ def _later(length: int) -> Tensor:
 
 
 @functools.cache
-def _text() -> tuple[Tensor, Tensor]:
+def _text() -> tuple[Tensor, Tensor, Tensor]:
+    """What is trained on, and two halves of what is held out."""
     corpus = standard_library()
-    return torch.from_numpy(corpus.train), torch.from_numpy(corpus.held_out)
+    return torch.from_numpy(corpus.train), *torch.from_numpy(corpus.held_out).chunk(2)
 
 
-def _on_text(model: nn.Module, seed: int, batch: int = 8, length: int = 64) -> Task:
-    train, held_out = _text()
+def _on_text(model: nn.Module, seed: int, batch: int = 4, length: int = 64) -> Task:
+    train, validation, test = _text()
 
     def loss(text: Tensor, step: int, seed: int, batch: int) -> Tensor:
         tokens = windows(text, step, batch=batch, length=length, seed=seed)
         return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
-    # the held-out windows are the same for all seeds
-    return Task(model, lambda step: loss(train, step, seed, batch), lambda: loss(held_out, 0, 0, 128))
+    def of(part: Tensor) -> Callable[[], Tensor]:
+        return lambda: loss(part, 0, 0, 64)  # the same windows for all seeds
+
+    return Task(model, lambda step: loss(train, step, seed, batch), of(validation), of(test))
 
 
 def gpt(seed: int) -> Task:
-    """A transformer of two blocks of width 64 on the bytes of Python's standard library."""
+    """A transformer of two blocks of width 48 on the bytes of Python's standard library."""
     return _on_text(_Gpt(), seed)
 
 
 def rnn(seed: int) -> Task:
-    """A linear recurrence of two layers of width 64 on the same."""
+    """A linear recurrence of two layers of width 48 on the same."""
     return _on_text(_LinearRnn(), seed, length=32)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nestopt.core.memories import Window
+from nestopt.core.packing import Packing
 from nestopt.core.pending import PENDING, RowChunks
 from nestopt.core.precision import Precision, check_precision
 from nestopt.core.token_batch import check_mask
@@ -177,7 +178,13 @@ class TitansMixer(nn.Module):
     # -- tokens --------------------------------------------------------------------------------------------------------
 
     def forward(
-        self, x: Tensor, state: Mapping[str, Any] | None = None, *, mask: Tensor | None = None, learn: bool = True
+        self,
+        x: Tensor,
+        state: Mapping[str, Any] | None = None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Any = None,
+        learn: bool = True,
     ) -> tuple[Tensor, State]:
         """Run tokens `[B, T, dim]`, T >= 1: y `[B, T, dim]` and the state after the last.
 
@@ -185,6 +192,7 @@ class TitansMixer(nn.Module):
             x: tokens.
             state: from a former call; None begins new sequences.
             mask: `[B, T]`, True for tokens, False for padding, wherever it is, which is answered with 0.
+            cu_seqlens: for sequences that lie end to end in one row, as of a `SequenceMemory`.
             learn: False reads only: each token is answered as if it came next, and of the state only the convolution
                 moves on. Attention sees the tokens of the state, none of this call.
 
@@ -195,6 +203,12 @@ class TitansMixer(nn.Module):
             raise ValueError(
                 f"TitansMixer: x has the shape {list(x.shape)}; it must be [batch, tokens, dim={self.dim}], tokens >= 1"
             )
+        packed = None
+        if cu_seqlens is not None:
+            if mask is not None:
+                raise ValueError("TitansMixer: cu_seqlens and mask are both given; give one of them")
+            packed = Packing.of(cu_seqlens, x, "TitansMixer")
+            mask, x = packed.mask, packed.unpack(x)
         now = self.init_state(len(x)) if state is None else self._fitted(state, x)
         rows = None
         if mask is not None:
@@ -206,7 +220,8 @@ class TitansMixer(nn.Module):
             x, new["conv"] = self.conv(x, now["conv"], None if rows is None else rows.count)
         run = {"mac": self._context, "mag": self._gate, "mal": self._layer}[self.block.way]
         y, after = run(x, now, mask, learn)
-        return (y if rows is None else rows.back(y)), {**after, **new}
+        y = y if rows is None else rows.back(y)
+        return (y if packed is None else packed.pack(y)), {**after, **new}
 
     def step(self, x_t: Tensor, state: Mapping[str, Any] | None = None, *, learn: bool = True) -> tuple[Tensor, State]:
         """One token of each sequence, `[B, dim]`, to y `[B, dim]` and the state after it: what `forward` gives."""

@@ -148,6 +148,8 @@ def test_rows_are_what_they_are_alone(name: str) -> None:
             own.append(one[here])
     for own, want in zip(found, alone, strict=True):
         torch.testing.assert_close(torch.cat(own), want, rtol=0, atol=1e-10)
+    y, _ = module(torch.cat(rows)[None], cu_seqlens=[0, 16, 27, 30])
+    torch.testing.assert_close(y[0], torch.cat(alone), rtol=0, atol=1e-10)
     state = module.reset(state, [1])
     state = cat([index(state, [2]), index(state, [1]), index(state, [0])])
     more = torch.randn(3, 7, DIM, dtype=F64)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestopt.core.objectives import L2
 from nestopt.core.precision import current
 from nestopt.kernels.functions import may_write
 from nestopt.levels.deep.mlp import Settings
@@ -30,7 +31,8 @@ BLOCK = 64
 
 def takes(weights: list[Tensor], momenta: list[Tensor] | None, settings: Settings) -> bool:
     """Return whether a memory is one of this kind, and nothing but torch's own autograd looks on."""
-    mine = settings.own_values and settings.chunk == 1 and settings.step != "layerwise" and not settings.form.norm
+    mine = settings.own_values and settings.chunk == 1 and settings.step != "layerwise"
+    mine = mine and type(settings.objective) is L2 and settings.form.residual and not settings.form.norm
     plain = current() == "float32" and not torch.compiler.is_compiling()
     return mine and plain and len(weights) == 1 and momenta is None and not torch._C._are_functorch_transforms_active()
 

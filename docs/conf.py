@@ -228,6 +228,7 @@ def write_gallery(app: Sphinx) -> None:
             head, _, rest = page.read_text(encoding="utf-8").partition("\n\n")
             if page.stem != "index" and root.joinpath(folder, "made", f"{page.stem}.svg").exists():
                 says = re.split(r"(?<=[.:])\s", " ".join(rest.partition("\n\n")[0].split()))[0].rstrip(":.")
+                says = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", says)  # a link would lead from the page that it stands on
                 title = head.removeprefix("# ")
                 cards.append(
                     f"```{{figure}} {folder}/made/{page.stem}.svg\n:alt: {title.replace('`', '')}\n:target: "
@@ -323,7 +324,7 @@ def add_open_graph(app: Sphinx, page: str, template: str, context: dict[str, Any
     shown = {
         "site_name": "nestopt",
         "type": "website",
-        "title": re.sub("<.*?>", "", context["title"]),
+        "title": re.sub("<.*?>", "", context.get("title", "")),
         "description": words,
     }
     tags = (f'<meta property="og:{key}" content="{html.escape(value)}" />' for key, value in shown.items() if value)

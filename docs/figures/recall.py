@@ -26,7 +26,7 @@ from nestopt.core import AssociativeMemory, Gate, bind, gates_of
 from nestopt.core.memories import Mlp, Window
 from nestopt.core.part import Heads
 from nestopt.core.tree import State, tree_map
-from nestopt.levels import dgd, dla, hgrn2, momentum, retnet, titans, ttt, window_attention
+from nestopt.levels import deltaproduct, dgd, dla, hgrn2, momentum, retnet, titans, ttt, window_attention
 
 MADE = Path(__file__).parents[1] / "tokens" / "made"
 SHARED = runpy.run_path(str(Path(__file__).with_name("trajectories.py")))
@@ -78,18 +78,20 @@ def recall(shown: Shown) -> Tensor:
 
 def asked(level: AssociativeMemory, q: Tensor, state: State, head: int) -> Tensor:
     """What the memory in `state` answers to queries `[n, DIM]`, each asked of a copy that it does not change."""
+    copies = tree_map(lambda x: x.expand(len(q), *x.shape[1:]), state)
+    token = q[:, None, None].expand(-1, 1, HEADS, -1)
+    if isinstance(level, deltaproduct):  # whose queries are several, side by side
+        return nestopt.ops.run(level, token, token, token, state=copies, learn=False)[0][:, 0, head]
     if level.chunk_size == 1:
         theta = tree_map(lambda x: x[0, head], state["level"]["memory"])
         return bind(level).memory.read(theta, q)
     # within a chunk the memory is not there as such: so ask by a token that writes nothing and lets nothing fade
-    quiet = {"lr": 0.0, "retention.keep": 1.0, "rule.beta": 0.0, "rule.of.beta": 0.0}
+    quiet = {"lr": 0.0, "step_size": 0.0, "retention.keep": 1.0, "rule.beta": 0.0, "rule.of.beta": 0.0}
     gates = {
         path: q.new_full((len(q), 1, HEADS), quiet[path])
         for path, gate in gates_of(level).items()
         if not isinstance(gate, Heads)
     }
-    copies = tree_map(lambda x: x.expand(len(q), *x.shape[1:]), state)
-    token = q[:, None, None].expand(-1, 1, HEADS, -1)
     y, _ = nestopt.ops.run(level, token, token, torch.zeros_like(token), gates=gates, state=copies)
     return y[:, 0, head]
 

@@ -23,6 +23,8 @@ NOT_HERE = {
     "examples/scale/340m.yaml": "a file of the repository, and a dataset from the hub",
     "nestopt.train.deepspeed import": "several processes and DeepSpeed",
     "fully_shard": "several processes",
+    'precision="bfloat16").cuda()': "a GPU",
+    'from_pretrained("hope")': "a folder that the block before it makes",
 }
 """Words by which a block is known that needs more than a file, and what that is. Its names are looked at as well."""
 

@@ -33,7 +33,8 @@ from nestopt.levels import cms, self_modifying, window_attention
 LEVELS = (
     *("attention", "window_attention", "linear_attention", "retnet", "gated_linear", "deltanet", "gated_deltanet"),
     *("gla", "hgrn2", "rwkv6", "kda", "rwkv7", "comba", "deltaproduct"),
-    *("oja", "omega", "ttt", "titans", "dla", "self_modifying"),
+    *("oja", "omega", "mesa", "log_linear", "forgetting_attention"),
+    *("ttt", "titans", "dla", "yaad", "moneta", "memora", "atlas", "mac", "self_modifying"),
 )
 CONTINUUM, HOPE = "cms, in context", "a Hope of 2 blocks"
 NAMES = (*LEVELS, CONTINUUM, HOPE)
@@ -75,7 +76,8 @@ def made(name: str, size: Size) -> tuple[nn.Module, Tensor]:
     if name == CONTINUUM:
         return nestopt.nn.CMS(size.dim, cms(periods=(16, 64), learn="context")), x
     if name != HOPE:
-        return nestopt.layer(name, dim=size.dim, heads=size.heads), x
+        heads = 4 * size.heads if name == "atlas" else size.heads  # features of 64 numbers would be 2,144
+        return nestopt.layer(name, dim=size.dim, heads=heads), x
     mlp = cms(periods=(64,), learn="context", teach="loss")
     mixers = [self_modifying(), window_attention()]
     model = nestopt.models.HopeLM(dim=size.dim, blocks=2, heads=size.heads, mixers=mixers, mlp=mlp)

@@ -314,7 +314,7 @@ def test_values_come_back_from_their_file_and_are_small(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "values.safetensors"
     made = values.make()
     values.write(path, made, {"plans": {"hope-340m": {"memory": 1}}})
-    assert path.stat().st_size < 10e6
+    assert path.stat().st_size < 12e6
     assert values.meta(path)["plans"]["hope-340m"] == {"memory": 1}
     back = values.read(path)
     assert back.keys() == made.keys()

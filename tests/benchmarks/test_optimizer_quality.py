@@ -78,7 +78,7 @@ def test_every_row_takes_its_options(name: str) -> None:
     shared = {"decay", "rest"}
     for own in row.own:
         torch.manual_seed(0)
-        task = PROBLEMS["embedding"](0)
+        task = PROBLEMS["gpt"](0)
         options = {key: value for key, value in own.items() if key not in shared}
         given = {key: value for key, value in own.items() if key in shared}
         before = [param.detach().clone() for param in task.model.parameters()]

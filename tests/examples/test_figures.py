@@ -16,7 +16,7 @@ import nestopt
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-MADE_WITH_THE_SITE = {"continua.py", "level_table.py", "recall.py", "token_table.py", "trajectories.py"}
+MADE_WITH_THE_SITE = {"continua.py", "level_table.py", "recall.py", "token_table.py", "trained.py", "trajectories.py"}
 
 
 def script(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

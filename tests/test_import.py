@@ -40,7 +40,7 @@ def test_import_nestopt_is_cheap_and_needs_little() -> None:
     late = ("nestopt.train", "nestopt.evidence", "nestopt.cli", "nestopt.doctor", "nestopt.config.io")
     assert [name for name in modules if name.startswith(late)] == []
     assert [name for name in modules if name.startswith(("torch._dynamo", "torch._inductor"))] == []
-    assert min(seconds for seconds, _ in found) <= 0.5
+    assert min(seconds for seconds, _ in found) <= 1.0  # about 0.45 here, and 1.4 with torch's compiler
 
 
 def test_a_constant_in_graphs_is_marked_as_torch_marks_one() -> None:

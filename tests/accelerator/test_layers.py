@@ -43,7 +43,14 @@ def made(name: str, dtype: torch.dtype) -> tuple[Any, Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, torch.bfloat16) for name in ALL if name not in NO_LAYERS] + [("deltanet", torch.float32)],
+    [
+        *(
+            pytest.param(name, torch.bfloat16, marks=pytest.mark.slow if name.startswith("titans by") else ())
+            for name in ALL
+            if name not in NO_LAYERS
+        ),
+        ("deltanet", torch.float32),
+    ],
 )
 def test_a_layer(name: str, dtype: torch.dtype) -> None:
     layer, x = made(name, dtype)

@@ -162,6 +162,7 @@ def peak(length: int, segment: int) -> int:
     return peak_bytes(lambda: model.loss(tokens, piece=32)[0].backward())  # noqa: PLW0108  # the forward counts, too
 
 
+@pytest.mark.slow
 def test_with_segments_memory_grows_with_the_root_of_the_length() -> None:
     lengths = 64, 1024
     whole, cut = ([peak(n, s * 4 * math.isqrt(n)) for n in lengths] for s in (0, 1))

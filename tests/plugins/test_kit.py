@@ -51,6 +51,7 @@ def test_there_is_a_template_for_every_hook() -> None:
     assert templates.HOOKS.keys() == KINDS.keys()
 
 
+@pytest.mark.slow
 def test_the_tests_of_every_package_pass(packages: Path) -> None:
     """In one process for all, as installed: none is skipped."""
     tests = [str(path) for path in packages.glob("nestopt-*/tests/test_*.py")]
@@ -84,6 +85,7 @@ def test_one_that_is_not_installed_runs_its_tests_too(packages: Path, tmp_path: 
     assert "3 passed, 1 skipped" in done.stdout
 
 
+@pytest.mark.slow
 def test_each_passes_the_check_and_is_listed_with_its_hook(packages: Path) -> None:
     for names in (
         ["my_level", "nestopt-my-token-form", "my_command", "my_model", "my_memory", "my_logger", "my_task"],

@@ -80,6 +80,7 @@ def test_the_loss_is_made_in_pieces_as_in_training() -> None:
     assert inspect.signature(HopeLM.loss).parameters["piece"].default == passes.PIECE
 
 
+@pytest.mark.slow
 def test_dtypes_are_counted_apart_and_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "PIECE", 4)
     section = small(model=MODELS["a continuum, deep and long"][0]).model

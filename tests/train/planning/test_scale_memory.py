@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -104,14 +104,18 @@ def steps(config: Config, count: int) -> Callable[[], object]:
     return run
 
 
-@pytest.mark.parametrize("name", [*RUNS, *NARROW])
+def marked(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow if name.startswith("hope") else ()) for name in names]
+
+
+@pytest.mark.parametrize("name", marked([*RUNS, *NARROW]))
 def test_memory_is_what_training_allocates(name: str) -> None:
     config = Config.from_data(with_learning({**RUNS, **NARROW}[name]))
     plan = scale(config, Sharing.of(config, 1), device="cpu")
     assert plan.memory.total == pytest.approx(allocated(steps(config, 2)), rel=0.1)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", marked(RUNS))
 def test_operations_are_those_of_training(name: str) -> None:
     config = Config.from_data(with_learning(RUNS[name]))
     plan = scale(config, Sharing.of(config, 1), device="cpu")

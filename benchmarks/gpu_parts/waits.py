@@ -22,7 +22,7 @@ COMPOSITES = {"chain", "parallel", "nest"}
 NOT_LAYERS = {"adamw", "dgd", "ftrl", "ggd", "lamb", "trust_ratio", "weight_decay", *COMPOSITES}
 NOT_LAYERS |= {"schedule_free", "weight_average"}
 """Levels that can't run on tokens, and say so when a layer is made of them."""
-NOT_STACKS = {"attention", *COMPOSITES}
+NOT_STACKS = {"attention", "forgetting_attention", *COMPOSITES}
 """Likewise on gradients."""
 WAIT = {"shampoo", "matrix_adagrad", "soap"}
 """Levels whose decompositions wait by contract: as optimizers at some steps, as layers at many tokens."""

@@ -174,7 +174,7 @@ def test_skipped_steps_are_none_to_any_process(text, tmp_path, engine):
 
 
 def without_steps(text, out, skipped):
-    """The weights of one process, whose optimizer takes no step at some."""
+    """The weights of one process to evaluate with, whose optimizer takes no step at some."""
     from nestopt.train import engines
     from nestopt.train.training import Training
 
@@ -184,7 +184,8 @@ def without_steps(text, out, skipped):
         training.optimizer.skipping = step in skipped
         training._update()
         training.step += 1
-    return dict(training.lm.named_parameters())
+    with training.engine.evaluating():
+        return {name: param.clone() for name, param in training.lm.named_parameters()}
 
 
 def test_a_run_stops_that_skips_too_many_in_a_row(text, tmp_path):

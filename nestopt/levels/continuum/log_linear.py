@@ -88,6 +88,7 @@ def carried(slots: Tensor, new: Tensor, step: int | Tensor, dim: int) -> Tensor:
     if isinstance(step, int):
         lowest = min(step & -step, 2 ** (count - 1))
     else:
+        step = step.long()  # a count that a device keeps is a float
         lowest = (step & -step).clamp_max(2 ** (count - 1))[..., None]
     below, here = ((mask).unflatten(-1, (count, *rest)) for mask in (powers < lowest, powers == lowest))
     total = new + torch.where(below, slots, 0).sum(dim)

@@ -203,12 +203,13 @@ class Engine:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Let the model have the weights to evaluate with within this, where a level of weights has others."""
+        """Let the model have the weights to evaluate with within this, where a level of weights has others.
+
+        They stay where it fails: to put the others back all processes are needed, and one that has failed ends.
+        """
         self.optimizer.eval()
-        try:
-            yield
-        finally:
-            self.optimizer.train()
+        yield
+        self.optimizer.train()
 
     @torch.no_grad()
     def _spread(self) -> None:

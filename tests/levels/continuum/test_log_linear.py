@@ -167,3 +167,17 @@ def test_from_a_configuration_and_says_what_does_not_fit() -> None:
             log_linear(levels=levels)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"log_linear: weights=.* is not allowed; give a decay for each of l0 to l3"):
         log_linear(levels=3, weights=level.weights)
+
+
+def test_a_capturable_step_is_the_same() -> None:
+    """Whose count of steps is a tensor."""
+    torch.manual_seed(0)
+    grads, found = torch.randn(5, 4, 4), []
+    for capturable in (False, True):
+        weight = torch.nn.Parameter(torch.zeros(4, 4))
+        optimizer = nestopt.optim.Nested([weight], log_linear(levels=3), lr=0.1, capturable=capturable)
+        for grad in grads:
+            weight.grad = grad
+            optimizer.step()
+        found.append(weight.detach())
+    torch.testing.assert_close(*found)

@@ -63,7 +63,8 @@ copybutton_prompt_is_regexp = True
 TRIES_EXAMPLES = tags.has("doctest")  # type: ignore[name-defined]  # noqa: F821
 nb_execution_mode = "off" if TRIES_EXAMPLES else "auto"
 suppress_warnings = ["myst-nb.lexer"] if TRIES_EXAMPLES else []  # cells that did not run are in no language
-nb_execution_timeout = 300
+nb_execution_timeout = 900
+os.environ["OMP_NUM_THREADS"] = "1"  # of their kernels: small tensors, and threads that wait for others' turns are slow
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 

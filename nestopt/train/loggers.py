@@ -10,7 +10,7 @@ import uuid
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import IO, Any, ClassVar
+from typing import IO, Any, ClassVar, Literal
 
 from nestopt.config import Config
 from nestopt.config.files import replacing
@@ -205,7 +205,7 @@ class Wandb(Logger):
 
     project: str = "nestopt"
     entity: str | None = None
-    mode: str = "online"
+    mode: Literal["online", "offline", "disabled"] = "online"
 
     def __post_init__(self) -> None:
         super().__post_init__()

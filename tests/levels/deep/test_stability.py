@@ -109,7 +109,10 @@ def test_no_keys_make_it_diverge_ever(
     check(*run(16384, chunk, read, delta, dtype))
 
 
-LAYERWISE = half((16, 64), ("chunk", "after"), (0.0, 1.0), (True, False))
+LAYERWISE = [
+    pytest.param(chunk, read, delta, residual, marks=() if chunk == 64 else pytest.mark.slow)
+    for chunk, read, delta, residual in itertools.product((16, 64), ("chunk", "after"), (0.0, 1.0), (True, False))
+]
 
 
 @pytest.mark.parametrize(("chunk", "read", "delta", "residual"), LAYERWISE)

@@ -97,7 +97,7 @@ def test_a_folder_that_is_taken_away_does_not_come_back(text, tmp_path, how, log
         assert content(tmp_path / "001") == content(tmp_path / "moved")
 
 
-LIMITS = [4000, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (100, 1000, 20_000, 60_000, 200_000))]
+LIMITS = [4000, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (100, 300, 1000, 20_000, 60_000, 200_000))]
 
 
 @pytest.mark.parametrize("limit", LIMITS)
@@ -226,7 +226,7 @@ for moment in moments:
 """
 
 
-@pytest.mark.parametrize("times", [5, pytest.param(25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_was_not(text, tmp_path, times):
     """By kill -9, again and again until it has ended; the moments are spread over all that a run does."""
     config = small(text, tmp_path / "whole", train__steps=60, train__eval_every=5, train__save_every=1, train__keep=2)
